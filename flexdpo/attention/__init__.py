@@ -1,0 +1,1 @@
+"""Masks, scores and kernels for rows of token tries."""

@@ -1,0 +1,1 @@
+"""Where the layout meets Hugging Face models."""

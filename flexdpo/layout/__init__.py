@@ -1,0 +1,1 @@
+"""From token sequences to the tensors of one packed row."""

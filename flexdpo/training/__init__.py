@@ -1,0 +1,1 @@
+"""Data, the training step and the trainer."""
