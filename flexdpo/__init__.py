@@ -1,0 +1,57 @@
+"""flexdpo: preference training of Hugging Face models that runs every distinct token once, exactly.
+
+Importing the package registers ``attn_implementation="flexdpo"`` with transformers.
+"""
+
+from __future__ import annotations
+
+import importlib as _importlib
+from typing import TYPE_CHECKING, Any
+
+from flexdpo.errors import FlexdpoError, UnsupportedModelError
+from flexdpo.hf.interface import register as _register
+from flexdpo.hf.support import prepare_model
+from flexdpo.layout.groups import Group
+from flexdpo.layout.packing import pack_groups
+from flexdpo.layout.row import Row, RowLayout
+from flexdpo.layout.trie import Trie
+from flexdpo.objective.logps import response_logps
+
+if TYPE_CHECKING:
+    from flexdpo.training.config import DPOConfig
+    from flexdpo.training.data import load_preference_dataset, tokenize_preferences
+    from flexdpo.training.trainer import DPOTrainer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DPOConfig",
+    "DPOTrainer",
+    "FlexdpoError",
+    "Group",
+    "Row",
+    "RowLayout",
+    "Trie",
+    "UnsupportedModelError",
+    "load_preference_dataset",
+    "pack_groups",
+    "prepare_model",
+    "response_logps",
+    "tokenize_preferences",
+]
+
+# the trainer brings transformers.Trainer and datasets along, so it is loaded when it is asked for
+_LAZY = {
+    "DPOConfig": "flexdpo.training.config",
+    "DPOTrainer": "flexdpo.training.trainer",
+    "load_preference_dataset": "flexdpo.training.data",
+    "tokenize_preferences": "flexdpo.training.data",
+}
+
+_register()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'flexdpo' has no attribute {name!r}")
+    return getattr(_importlib.import_module(_LAZY[name]), name)

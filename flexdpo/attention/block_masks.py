@@ -1,0 +1,118 @@
+"""BlockMasks straight from the layout vectors, without looking at any pair of tokens.
+
+``create_block_mask`` evaluates the mask at all ``S * S`` pairs. Here a tile is classified from four numbers: the
+largest and smallest ``subtree_end`` of its keys, and the ranges of logical positions of its keys and queries.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch.nn.attention.flex_attention import BlockMask
+
+from flexdpo.attention.mask_mods import CAUSAL, MaskKind, mask_mod_for
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from flexdpo.layout.row import RowLayout
+
+DEFAULT_BLOCK_SIZE = 128
+
+
+def build_block_mask(layout: RowLayout, kind: MaskKind = CAUSAL, *, block_size: int = DEFAULT_BLOCK_SIZE) -> BlockMask:
+    """Build the BlockMask of one mask kind on a batch of packed rows, on the layout's device, without synchronising.
+
+    The causal mask equals ``create_block_mask`` tile by tile. With a window or chunks, tiles are judged by the ranges
+    of their positions: none that holds an allowed pair is missing and every full tile is full, but a tile may count as
+    partial though its ``mask_mod`` allows nothing in it. An unknown mask function makes every visible tile partial.
+
+    Shapes: ``B`` rows, ``S`` tokens, ``N = ceil(S / block_size)`` tiles per side.
+
+    Args:
+        layout: Positions and subtree ends.
+        kind: What the model wants besides causality.
+        block_size: Side of a tile in tokens.
+
+    Returns:
+        A BlockMask with ``[B, 1, N, N]`` indices and the kind's ``mask_mod``; time and memory are ``O(B (S + N N))``.
+    """
+    non_empty, full = classify_tiles(layout, kind, block_size)
+    partial_count, partial_indices = _ordered(non_empty & ~full)
+    full_count, full_indices = _ordered(full)
+    return BlockMask.from_kv_blocks(
+        kv_num_blocks=partial_count,
+        kv_indices=partial_indices,
+        full_kv_num_blocks=full_count,
+        full_kv_indices=full_indices,
+        BLOCK_SIZE=block_size,
+        mask_mod=mask_mod_for(layout, kind),
+        seq_lengths=(layout.length, layout.length),
+    )
+
+
+class Tiles(NamedTuple):
+    """Which tiles a kernel must visit, and in which of them it may skip the mask. ``[B, N, N]`` bool each."""
+
+    non_empty: Tensor
+    full: Tensor
+
+
+def classify_tiles(layout: RowLayout, kind: MaskKind, block_size: int) -> Tiles:
+    """Classify every ``block_size`` square tile of the mask; rows of tiles are queries, columns are keys."""
+    ends = _ranges(layout.subtree_end, block_size)
+    num_blocks = ends.low.shape[-1]
+    block = torch.arange(num_blocks, device=layout.device)
+    first_query = block[:, None] * block_size
+    below_diagonal = block[:, None] > block[None, :]
+
+    # a diagonal tile holds tokens that see themselves, and above its diagonal it is empty
+    non_empty = (below_diagonal & (first_query < ends.high[:, None, :])) | torch.eye(
+        num_blocks, dtype=torch.bool, device=layout.device
+    )
+    full = below_diagonal & (first_query + block_size - 1 < ends.low[:, None, :])
+    # the last queries of a ragged row do not exist, so their tiles need the mask
+    full = full & (first_query + block_size <= layout.length)
+    if kind.name == "causal":
+        return Tiles(non_empty, full)
+    if kind.name == "other":
+        return Tiles(non_empty, torch.zeros_like(full))
+    near, all_near = _reach(_ranges(layout.position_ids, block_size), kind)
+    return Tiles(non_empty & near, full & all_near)
+
+
+class _Range(NamedTuple):
+    """Smallest and largest value per block, ``[B, N]`` each."""
+
+    low: Tensor
+    high: Tensor
+
+
+def _ranges(values: Tensor, block_size: int) -> _Range:
+    batch_size, length = values.shape
+    missing = -length % block_size
+    # repeating the last value changes neither bound of the last block
+    padded = torch.cat([values, values[:, -1:].expand(batch_size, missing)], dim=1) if missing else values
+    blocks = padded.reshape(batch_size, -1, block_size)
+    return _Range(blocks.amin(dim=-1), blocks.amax(dim=-1))
+
+
+def _reach(positions: _Range, kind: MaskKind) -> tuple[Tensor, Tensor]:
+    """Whether some pair, and whether every pair, of a tile's query and key positions is near enough."""
+    query_low, query_high = positions.low[:, :, None], positions.high[:, :, None]
+    key_low, key_high = positions.low[:, None, :], positions.high[:, None, :]
+    if kind.name == "sliding":
+        return query_low - key_high < kind.size, query_high - key_low < kind.size
+    first_query, last_query = query_low // kind.size, query_high // kind.size
+    first_key, last_key = key_low // kind.size, key_high // kind.size
+    overlap = (last_key >= first_query) & (first_key <= last_query)
+    return overlap, (first_query == last_query) & (first_key == first_query) & (last_key == first_query)
+
+
+def _ordered(tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """Per row of tiles: how many are set, and their columns first, both ascending. ``[B, 1, N]``, ``[B, 1, N, N]``."""
+    tiles = tiles[:, None].to(torch.int8)
+    count = tiles.sum(dim=-1, dtype=torch.int32)
+    indices = torch.argsort(tiles, dim=-1, descending=True, stable=True).to(torch.int32)
+    return count, indices.contiguous()

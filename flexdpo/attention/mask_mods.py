@@ -1,0 +1,104 @@
+"""``mask_mod`` factories: which token of a packed row may attend to which.
+
+Every factory returns a ``mask_mod(batch, head, q_idx, kv_idx) -> bool`` as FlexAttention takes it. ``q_idx`` and
+``kv_idx`` are row indices; whatever depends on distance is evaluated on logical positions instead, since a sibling
+branch between two tokens moves them apart in the row but not in the text.
+
+Shapes: ``B`` rows, ``S`` tokens per row; all tensors ``[B, S]`` int64 unless it says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from flexdpo.layout.row import RowLayout
+
+# arguments are 0-d tensors in a kernel and may be integers or index tensors that broadcast elsewhere
+MaskMod = Callable[[Any, Any, Any, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class MaskKind:
+    """What a model wants of its mask besides causality.
+
+    Attributes:
+        name: ``"causal"``, ``"sliding"`` (attends to ``size`` tokens, itself included), ``"chunked"`` (attends within
+            chunks of ``size`` positions) or ``"other"`` (only known as a function of two positions).
+        size: Window or chunk in tokens; 0 where the name needs none.
+        function: The model's own mask function for ``"other"``, evaluated at logical positions.
+    """
+
+    name: Literal["causal", "sliding", "chunked", "other"]
+    size: int = 0
+    function: MaskMod | None = None
+
+
+CAUSAL = MaskKind("causal")
+
+
+def tree_mask_mod(subtree_end: Tensor) -> MaskMod:
+    """Let a token see itself and its ancestors: ``kv <= q < subtree_end[kv]``."""
+
+    def mask_mod(batch: Any, head: Any, q_idx: Any, kv_idx: Any) -> Tensor:  # noqa: ARG001
+        visible: Tensor = (kv_idx <= q_idx) & (q_idx < subtree_end[batch, kv_idx])
+        return visible
+
+    return mask_mod
+
+
+def sliding_window_mask_mod(subtree_end: Tensor, position_ids: Tensor, window: Tensor) -> MaskMod:
+    """Let a token see the nearest ``window`` tokens of its own branch, itself included.
+
+    Args:
+        subtree_end: See :class:`flexdpo.layout.trie.Trie`.
+        position_ids: Logical positions.
+        window: Tokens, a 0-d int64 tensor: as a Python int every new value would compile a new kernel.
+    """
+    tree = tree_mask_mod(subtree_end)
+
+    def mask_mod(batch: Any, head: Any, q_idx: Any, kv_idx: Any) -> Tensor:
+        near = position_ids[batch, q_idx] - position_ids[batch, kv_idx] < window
+        return tree(batch, head, q_idx, kv_idx) & near
+
+    return mask_mod
+
+
+def chunked_mask_mod(subtree_end: Tensor, position_ids: Tensor, chunk_size: Tensor) -> MaskMod:
+    """Let a token see the ancestors that stand in its own chunk of ``chunk_size`` logical positions (0-d tensor)."""
+    tree = tree_mask_mod(subtree_end)
+
+    def mask_mod(batch: Any, head: Any, q_idx: Any, kv_idx: Any) -> Tensor:
+        same = position_ids[batch, q_idx] // chunk_size == position_ids[batch, kv_idx] // chunk_size
+        return tree(batch, head, q_idx, kv_idx) & same
+
+    return mask_mod
+
+
+def composed_mask_mod(subtree_end: Tensor, position_ids: Tensor, function: MaskMod) -> MaskMod:
+    """Intersect the tree with a model's own mask function, evaluated at logical positions."""
+    tree = tree_mask_mod(subtree_end)
+
+    def mask_mod(batch: Any, head: Any, q_idx: Any, kv_idx: Any) -> Tensor:
+        own = function(batch, head, position_ids[batch, q_idx], position_ids[batch, kv_idx])
+        return tree(batch, head, q_idx, kv_idx) & own
+
+    return mask_mod
+
+
+def mask_mod_for(layout: RowLayout, kind: MaskKind) -> MaskMod:
+    """Return the ``mask_mod`` of one mask kind on one layout."""
+    if kind.name == "causal":
+        return tree_mask_mod(layout.subtree_end)
+    if kind.name == "other":
+        if kind.function is None:
+            raise ValueError("a mask kind named 'other' needs its function")
+        return composed_mask_mod(layout.subtree_end, layout.position_ids, kind.function)
+    size = torch.tensor(kind.size, device=layout.device)
+    factory = sliding_window_mask_mod if kind.name == "sliding" else chunked_mask_mod
+    return factory(layout.subtree_end, layout.position_ids, size)

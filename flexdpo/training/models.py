@@ -1,0 +1,192 @@
+"""The policy and its reference: loading, adapters and dropout."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from flexdpo.errors import FlexdpoError
+from flexdpo.hf.interface import ATTN_IMPLEMENTATION
+from flexdpo.training.data import require_special_tokens
+
+if TYPE_CHECKING:
+    from torch import nn
+
+REFERENCE_ADAPTER = "ref"
+
+
+def load_model(name_or_path: str, *, trust_remote_code: bool = False, **init_kwargs: Any) -> PreTrainedModel:
+    """Load a causal LM from a local folder or the hub; ``prepare_model`` decides later whether it can be exact."""
+    requested = init_kwargs.pop("attn_implementation", ATTN_IMPLEMENTATION)
+    if requested != ATTN_IMPLEMENTATION:
+        raise FlexdpoError(
+            f"model_init_kwargs asks for attn_implementation={requested!r}; packed rows need "
+            f"{ATTN_IMPLEMENTATION!r}, so leave it out"
+        )
+    _require_folder(name_or_path, "config.json")
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            name_or_path, trust_remote_code=trust_remote_code, **init_kwargs
+        )
+    except (OSError, ValueError) as error:
+        raise FlexdpoError(f"cannot load a causal LM from {name_or_path!r}: {_first_line(error)}") from error
+    return model
+
+
+def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load a tokenizer from a local folder or the hub, and make sure that it has an EOS and a pad token."""
+    _require_folder(name_or_path, "config.json")
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            name_or_path, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise FlexdpoError(
+            f"cannot load a tokenizer from {name_or_path!r}: {_first_line(error)}; save one there with "
+            "tokenizer.save_pretrained(...)"
+        ) from error
+    require_special_tokens(tokenizer)
+    return tokenizer
+
+
+def _require_folder(name_or_path: str, needed: str) -> None:
+    """Say at once that a local folder is missing, instead of asking a hub for it."""
+    path = Path(name_or_path).expanduser()
+    looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
+    if path.is_dir():
+        if not (path / needed).exists():
+            raise FlexdpoError(f"{name_or_path} has no {needed}, so it is no saved model; found {_listing(path)}")
+    elif looks_local or path.exists():
+        raise FlexdpoError(f"{name_or_path} is not a folder with a saved model")
+
+
+def _listing(folder: Path) -> str:
+    names = sorted(entry.name for entry in folder.iterdir())
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "nothing"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def require_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer that has more tokens than the model has embeddings."""
+    embeddings = model.get_input_embeddings()
+    rows = getattr(embeddings, "num_embeddings", None)
+    if rows is not None and len(tokenizer) > rows:
+        raise FlexdpoError(
+            f"the tokenizer has {len(tokenizer)} tokens but the model embeds {rows}; use the model's own tokenizer, or "
+            f"call model.resize_token_embeddings({len(tokenizer)})"
+        )
+
+
+def require_positions(model: PreTrainedModel, longest: int) -> None:
+    """Refuse sequences that reach beyond a learned position table, which could only be an index error later."""
+    for name, module in model.named_modules():
+        is_table = isinstance(module, torch.nn.Embedding) and name.rsplit(".", 1)[-1] in _POSITION_TABLES
+        if is_table and longest > module.num_embeddings:
+            raise FlexdpoError(
+                f"the longest example has {longest} tokens but the model has {module.num_embeddings} positions; set "
+                f"max_length to at most {module.num_embeddings}"
+            )
+
+
+_POSITION_TABLES = frozenset({"wpe", "embed_positions", "position_embeddings", "positions_embed"})
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout of a model to zero, modules and the rates that attention layers read alike."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
+
+
+def is_peft_model(model: nn.Module) -> bool:
+    """Whether a model is a ``peft.PeftModel``, without importing peft for models that are not."""
+    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
+def add_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
+    """Wrap a model in a fresh adapter."""
+    try:
+        import peft
+    except ImportError as error:
+        raise FlexdpoError("peft_config needs the peft package; pip install 'flexdpo[peft]'") from error
+    if is_peft_model(model):
+        raise FlexdpoError(
+            "the model is a PeftModel already and peft_config asks for another adapter; merge the first one "
+            "(model.merge_and_unload()) or leave peft_config out"
+        )
+    if not isinstance(peft_config, peft.PeftConfig):
+        raise FlexdpoError(
+            f"peft_config must be a peft.PeftConfig such as LoraConfig, got {type(peft_config).__name__}"
+        )
+    if peft_config.is_prompt_learning:
+        raise FlexdpoError(
+            f"{peft_config.peft_type} puts extra tokens before every prompt, which packed rows do not have; use LoRA"
+        )
+    wrapped: nn.Module = peft.get_peft_model(model, peft_config)
+    return wrapped
+
+
+def add_reference_adapter(model: Any) -> None:
+    """Keep a frozen copy of a trained adapter beside it: the reference of a model that came with one."""
+    if REFERENCE_ADAPTER in model.peft_config:
+        return
+    active = model.active_adapter
+    model.add_adapter(REFERENCE_ADAPTER, copy.deepcopy(model.peft_config[active]))
+    for name, parameter in list(model.named_parameters()):
+        if f".{active}." in name:
+            copied = model.get_parameter(name.replace(f".{active}.", f".{REFERENCE_ADAPTER}."))
+            copied.data.copy_(parameter.data)
+            copied.requires_grad_(False)
+
+
+def reference_adapter(model: Any) -> AbstractContextManager[Any]:
+    """Switch a PEFT model to its reference: the frozen copy of its adapter, or no adapter at all."""
+    if REFERENCE_ADAPTER not in model.peft_config:
+        off: AbstractContextManager[Any] = model.disable_adapter()
+        return off
+    return _switched(model)
+
+
+@contextlib.contextmanager
+def _switched(model: Any) -> Any:
+    active = model.active_adapter
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.set_adapter(REFERENCE_ADAPTER)
+    try:
+        yield model
+    finally:
+        model.set_adapter(active)
+        # switching adapters also switches requires_grad; the reference stays frozen
+        for name, parameter in model.named_parameters():
+            if f".{REFERENCE_ADAPTER}." in name:
+                parameter.requires_grad_(False)
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """A reference model: the policy as it is now, without gradients and in evaluation mode."""
+    reference = copy.deepcopy(model)
+    reference.requires_grad_(False)
+    return reference.eval()
+
+
+def model_name(model: str | nn.Module) -> str:
+    """A short name for messages and folders."""
+    if isinstance(model, str):
+        return Path(model).name
+    config = getattr(model, "config", None)
+    path = getattr(config, "_name_or_path", "") or getattr(config, "model_type", type(model).__name__)
+    return Path(str(path)).name
