@@ -11,6 +11,7 @@ import torch
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, set_seed
+from transformers.utils import logging
 
 from flexdpo.attention.row_mask import Impl
 from flexdpo.errors import FlexdpoError
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
     from transformers.trainer_utils import EvalLoopOutput
 
     from flexdpo.layout.row import Row
+    from flexdpo.training.data import DataReport
 
+logger = logging.get_logger(__name__)
 TOKENISED_COLUMNS = ("prompt_ids", "response_ids", "edges", "row")
 
 
@@ -84,6 +87,7 @@ class DPOTrainer(Trainer):
             "eval": defaultdict(list),
         }
         self._tokens = {"run": 0, "unshared": 0}
+        self.data_reports: dict[str, DataReport] = {}
 
         # adapters draw their first weights from this seed
         set_seed(args.seed)
@@ -178,7 +182,11 @@ class DPOTrainer(Trainer):
         if dataset is None:
             return None
         tokenised = tokenize_preferences(dataset, tokenizer, name=name, **self._tokenizer_settings)
-        models.require_positions(unwrap_model(model), tokenised.report.longest)
+        report = tokenised.report
+        # what was left out is said at a level that transformers shows by default
+        (logger.warning if report.skipped or report.notes else logger.info)(report.summary())
+        self.data_reports[name] = report
+        models.require_positions(unwrap_model(model), report.longest)
         return tokenised.dataset
 
     def _tokenised_all(self, dataset: Any, tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> Any:

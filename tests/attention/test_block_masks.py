@@ -1,0 +1,107 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import create_block_mask
+
+from flexdpo import Group, Row, RowLayout
+from flexdpo.attention.block_masks import build_block_mask, classify_tiles
+from flexdpo.attention.mask_mods import CAUSAL, MaskKind
+from flexdpo.attention.oracle import dense_mask
+
+FIELDS = [f"{full}{axis}_{what}" for full in ("", "full_") for axis in ("kv", "q") for what in ("num_blocks", "indices")]
+
+
+@st.composite
+def rows(draw: st.DrawFn) -> Row:
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    longest = draw(st.sampled_from([4, 40, 300]))
+
+    def ids() -> list[int]:
+        return rng.integers(0, draw(st.sampled_from([2, 50])), rng.integers(1, longest + 1)).tolist()
+
+    groups = [Group.from_lists(ids(), [ids() for _ in range(draw(st.integers(2, 4)))]) for _ in range(draw(st.integers(1, 4)))]
+    return Row.from_groups(groups, pad_to_multiple_of=draw(st.sampled_from([1, 16, 128])))
+
+
+@settings(max_examples=500, deadline=None)
+@given(rows(), st.sampled_from([16, 128]))
+def test_the_direct_mask_is_create_block_mask(row: Row, block_size: int) -> None:
+    got = build_block_mask(row.layout, block_size=block_size)
+    length = row.layout.length
+    want = create_block_mask(got.mask_mod, 1, 1, length, length, device="cpu", BLOCK_SIZE=block_size)
+    assert got.seq_lengths == want.seq_lengths
+    assert got.BLOCK_SIZE == want.BLOCK_SIZE
+    for field in FIELDS:
+        torch.testing.assert_close(getattr(got, field), getattr(want, field), msg=field)
+
+
+@settings(max_examples=100, deadline=None)
+@given(rows(), st.sampled_from(["sliding", "chunked"]), st.integers(1, 60))
+def test_windowed_tiles_miss_nothing_and_full_means_full(row: Row, name, size: int) -> None:
+    kind, block = MaskKind(name, size), 16
+    tiles = classify_tiles(row.layout, kind, block)
+    length = row.layout.length
+    mask = dense_mask(build_block_mask(row.layout, kind).mask_mod, 1, length)[0]
+    missing = -length % block
+    padded = torch.nn.functional.pad(mask, (0, missing, 0, missing))
+    cells = padded.view(len(padded) // block, block, -1, block).transpose(1, 2)
+    some, every = cells.any(-1).any(-1), cells.all(-1).all(-1)
+    assert not (some & ~tiles.non_empty[0]).any()
+    torch.testing.assert_close(tiles.full[0], every)
+
+
+def test_an_unknown_mask_function_is_evaluated_everywhere() -> None:
+    row = Row.from_groups([Group.from_lists([1] * 300, [[2] * 40, [3] * 50])])
+    kind = MaskKind("other", function=lambda b, h, q, kv: (q + kv) % 2 == 0)
+    causal, other = build_block_mask(row.layout), build_block_mask(row.layout, kind)
+    assert other.full_kv_num_blocks.sum() == 0
+    torch.testing.assert_close(other.kv_num_blocks, causal.kv_num_blocks + causal.full_kv_num_blocks)
+
+
+def test_rows_of_a_batch_have_their_own_tiles() -> None:
+    first = Row.from_groups([Group.from_lists([1] * 200, [[2] * 20, [3] * 30])], pad_to_multiple_of=256)
+    second = Row.from_groups([Group.from_lists([1] * 20, [[2] * 20, [3] * 30])], pad_to_multiple_of=256)
+    layout = RowLayout(
+        torch.cat([first.position_ids, second.position_ids]),
+        torch.cat([first.subtree_end, second.subtree_end]),
+        (first.num_tokens, second.num_tokens),
+    )
+    both = build_block_mask(layout)
+    for number, row in enumerate((first, second)):
+        alone = build_block_mask(row.layout)
+        for field in FIELDS:
+            torch.testing.assert_close(getattr(both, field)[number], getattr(alone, field)[0], msg=field)
+
+
+MEMORY_PROBE = """
+import resource, torch
+from flexdpo import RowLayout
+from flexdpo.attention.block_masks import build_block_mask
+length = {length}
+end = ((torch.arange(length) // 1024 + 1) * 1024).clamp(max=length)[None]
+layout = RowLayout(torch.arange(length)[None] % 1024, end, (length,))
+small = RowLayout(torch.arange(1024)[None], torch.full((1, 1024), 1024), (1024,))
+build_block_mask(small)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+build_block_mask(layout)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes on Linux only")
+@pytest.mark.parametrize(("length", "megabytes"), [(32_768, 50), (65_536, 80)])
+def test_memory_does_not_grow_with_the_square_of_the_length(length: int, megabytes: float) -> None:
+    # a byte for every pair of 32k tokens would be 1 GB
+    script = MEMORY_PROBE.format(length=length)
+    printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert float(printed) < megabytes
+
+
+def test_the_causal_kind_is_the_default() -> None:
+    layout = Row.from_groups([Group.from_lists([1], [[2], [3]])]).layout
+    torch.testing.assert_close(build_block_mask(layout).kv_indices, build_block_mask(layout, CAUSAL).kv_indices)

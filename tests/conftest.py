@@ -1,0 +1,95 @@
+"""Random groups and tiny models whose attention matters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, Qwen3Config
+
+import flexdpo
+
+VOCABULARY = 97
+_SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": VOCABULARY,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+CONFIGS: dict[str, Any] = {
+    "gpt2": lambda: GPT2Config(
+        n_embd=64,
+        n_layer=2,
+        n_head=4,
+        vocab_size=VOCABULARY,
+        n_positions=256,
+        attn_pdrop=0,
+        resid_pdrop=0,
+        embd_pdrop=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    ),
+    "llama": lambda: LlamaConfig(**_SHAPE),
+    "qwen3": lambda: Qwen3Config(**_SHAPE),
+    # a window shorter than every prompt, so that distance matters
+    "mistral": lambda: MistralConfig(**_SHAPE, sliding_window=5),
+}
+# Llama-like norms compute in float32, GPT-2 keeps float64 throughout
+TOLERANCE = {"gpt2": 1e-9, "llama": 1e-6, "qwen3": 1e-6, "mistral": 1e-6}
+
+
+def strengthen(model: torch.nn.Module, seed: int) -> torch.nn.Module:
+    """Draw weights large enough that attention, positions and biases all show in the result."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        if parameter.ndim < 2:
+            parameter.data += (0.1 * noise).to(parameter.dtype)
+        elif "embed" in name or "wte" in name or "wpe" in name:
+            parameter.data = (0.7 * noise).to(parameter.dtype)
+        else:
+            parameter.data = (noise / parameter.shape[-1] ** 0.5).to(parameter.dtype)
+    return model
+
+
+def build_model(name: str, attn_implementation: str = "eager", seed: int = 0) -> Any:
+    """A tiny model in float64; the same seed gives the same weights under every attention implementation."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name](), attn_implementation=attn_implementation)
+    return strengthen(model.double(), seed).eval()
+
+
+def random_ids(rng: np.random.Generator, length: int) -> list[int]:
+    return rng.integers(3, VOCABULARY, length).tolist()
+
+
+def odd_groups(rng: np.random.Generator) -> list[flexdpo.Group]:
+    """K = 2 and 3, a shared response beginning, a trie of depth two, a one-token prompt and a one-token response."""
+    prompt, stem, twig = random_ids(rng, 11), random_ids(rng, 3), random_ids(rng, 2)
+    return [
+        flexdpo.Group.from_lists(random_ids(rng, 9), [random_ids(rng, 12), random_ids(rng, 7)], name="pair"),
+        flexdpo.Group.from_lists(
+            prompt,
+            # the first two share stem and twig, the third only the stem: branches under branches
+            [stem + twig + random_ids(rng, 5), stem + twig + random_ids(rng, 8), stem + random_ids(rng, 6)],
+            [(0, 1), (0, 2), (2, 1)],
+            name="depth two",
+        ),
+        flexdpo.Group.from_lists(random_ids(rng, 1), [random_ids(rng, 6), random_ids(rng, 1)], name="short"),
+        flexdpo.Group.from_lists(
+            random_ids(rng, 14), [random_ids(rng, 9), random_ids(rng, 10), random_ids(rng, 4)], [(1, 0)], name="triple"
+        ),
+    ]
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(20241)
