@@ -1,13 +1,23 @@
-"""Random groups and tiny models whose attention matters."""
+"""Random groups, tiny models whose attention matters, a tokenizer made in place and small preference data."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, Qwen3Config
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
 
 import flexdpo
 
@@ -93,3 +103,47 @@ def odd_groups(rng: np.random.Generator) -> list[flexdpo.Group]:
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(20241)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token per word ``w0`` .. ``w96``."""
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="w0", bos_token="w1", eos_token="w2", pad_token="w2"
+    )
+
+
+def preference_rows(count: int, seed: int = 0) -> list[dict[str, str]]:
+    rng = np.random.default_rng(seed)
+
+    def text(low: int, high: int) -> str:
+        return " ".join(f"w{i}" for i in rng.integers(3, VOCABULARY, rng.integers(low, high))) + " "
+
+    return [{"prompt": text(6, 24), "chosen": text(2, 12), "rejected": text(2, 12)} for _ in range(count)]
+
+
+@pytest.fixture
+def preferences() -> Dataset:
+    return Dataset.from_list(preference_rows(24))
+
+
+@pytest.fixture
+def small_model() -> Any:
+    def build(name: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+        torch.manual_seed(seed)
+        return strengthen(AutoModelForCausalLM.from_config(CONFIGS[name]()), seed).to(dtype)
+
+    return build
+
+
+@pytest.fixture
+def saved_model(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, small_model: Any) -> Any:
+    def save(name: str) -> Path:
+        folder = tmp_path / f"{name}-model"
+        small_model(name).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return save

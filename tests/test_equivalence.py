@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from flexdpo import Group, Row, RowLayout, prepare_model
-from flexdpo.objective.losses import BatchTotals, Objective
 from flexdpo.objective.logps import response_logps
+from flexdpo.objective.losses import BatchTotals, Objective
 from flexdpo.training.step import PackedBatch, run_batch
 from tests.conftest import CONFIGS, TOLERANCE, build_model, odd_groups
 
@@ -70,7 +70,11 @@ def packed(model: Any, reference: Any, rows: list[Row], groups: list[Group]) -> 
             for group in row.groups:
                 of_group[id(group)], sums = sums[: len(group.response_ids)], sums[len(group.response_ids) :]
     result = run_batch(
-        model, batch, OBJECTIVE, reference=lambda row: response_logps(reference, row).sums, backward=torch.Tensor.backward
+        model,
+        batch,
+        OBJECTIVE,
+        reference=lambda row: response_logps(reference, row).sums,
+        backward=torch.Tensor.backward,
     )
     return Outcome(torch.cat([of_group[id(g)] for g in groups]), result.loss, gradients_of(model))
 
@@ -114,7 +118,7 @@ def test_packed_equals_unpacked(case, layout: str) -> None:
     assert relative_error(got, want) < TOLERANCE[name]
 
 
-# --- seeded bugs: each has been made by somebody, and each must fail the check above -----------------------------------
+# --- seeded bugs: each has been made by somebody, and each must fail the check above ---------------------------------
 
 
 def leaking_mask(row: Row) -> Row:
@@ -141,7 +145,6 @@ def first_response_token_dropped(row: Row) -> Row:
     return dataclasses.replace(
         row, member_targets=row.member_targets[counted], member_responses=row.member_responses[counted]
     )
-
 
 
 def window_on_row_indices(row: Row) -> Row:
@@ -173,6 +176,8 @@ def test_a_leak_can_leave_every_chosen_value_exact(rng: np.random.Generator) -> 
     """Why the check looks at rejected responses too."""
     groups = odd_groups(rng)[:1]
     model = prepare_model(build_model("gpt2", "flexdpo"))
-    right, wrong = (response_logps(model, row).sums for row in (Row.from_groups(groups), leaking_mask(Row.from_groups(groups))))
+    right, wrong = (
+        response_logps(model, row).sums for row in (Row.from_groups(groups), leaking_mask(Row.from_groups(groups)))
+    )
     torch.testing.assert_close(right[0], wrong[0])
     assert (right[1] - wrong[1]).abs() > 1e-2

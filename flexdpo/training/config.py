@@ -41,10 +41,10 @@ class DPOConfig(TrainingArguments):
     )
     loss_type: list[str] = field(
         default_factory=lambda: ["sigmoid"],
-        metadata={"help": f"Losses to add up: {', '.join(LOSS_TYPES)}.", "nargs": "+"},
+        metadata={"help": f"Losses to add up: {', '.join(LOSS_TYPES)}."},
     )
     loss_weights: list[float] | None = field(
-        default=None, metadata={"help": "One weight per loss; 1 for each by default.", "nargs": "+"}
+        default=None, metadata={"help": "One weight per loss; 1 for each by default."}
     )
     label_smoothing: float = field(
         default=0.0,

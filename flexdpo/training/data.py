@@ -77,7 +77,7 @@ def load_preference_dataset(name_or_path: str, *, split: str = "train", config_n
     else:
         dataset = _load_from_hub(name_or_path, split, config_name)
     if len(dataset) == 0:
-        raise FlexdpoError(f"{name_or_path}: split {split!r} has no rows; give a dataset with at least one")
+        raise FlexdpoError(f"{name_or_path}: there are no rows; give a dataset with at least one")
     return dataset
 
 
@@ -146,6 +146,8 @@ def _load_folder(path: Path, split: str, config_name: str | None) -> Dataset:
         )
     try:
         saved = load_from_disk(str(path))
+    except IndexError as error:  # what the library makes of a saved dataset without a single row
+        raise FlexdpoError(f"{path}: there are no rows; give a dataset with at least one") from error
     except (OSError, ValueError, KeyError) as error:
         raise FlexdpoError(f"{path}: the saved dataset cannot be read ({_first_line(error)})") from error
     if isinstance(saved, DatasetDict):

@@ -86,7 +86,8 @@ class DPOTrainer(Trainer):
             "train": defaultdict(list),
             "eval": defaultdict(list),
         }
-        self._tokens = {"run": 0, "unshared": 0}
+        # this process's, in training
+        self.tokens = {"run": 0, "unshared": 0}
         self.data_reports: dict[str, DataReport] = {}
 
         # adapters draw their first weights from this seed
@@ -262,8 +263,8 @@ class DPOTrainer(Trainer):
             no_sync=lambda: self.accelerator.no_sync(model),
             autocast=self.compute_loss_context_manager,
         )
-        self._tokens["run"] += batch.tokens_run
-        self._tokens["unshared"] += batch.tokens_unshared
+        self.tokens["run"] += batch.tokens_run
+        self.tokens["unshared"] += batch.tokens_unshared
         self._remember("train", result)
         step_loss: Tensor = (result.loss * scale).to(torch.float32)
         return step_loss
@@ -327,7 +328,7 @@ class DPOTrainer(Trainer):
         """Log, with the training metrics added to the lines that carry a training loss."""
         if "loss" in logs:
             logs.update(self._collect("train"))
-            tokens = torch.tensor(list(self._tokens.values()), device=self.args.device)
+            tokens = torch.tensor(list(self.tokens.values()), device=self.args.device)
             run, unshared = self.accelerator.reduce(tokens, reduction="sum").tolist()
             logs.update({"tokens/run": run, "tokens/unshared": unshared})
         super().log(logs, start_time)

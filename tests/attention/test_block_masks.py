@@ -13,7 +13,9 @@ from flexdpo.attention.block_masks import build_block_mask, classify_tiles
 from flexdpo.attention.mask_mods import CAUSAL, MaskKind
 from flexdpo.attention.oracle import dense_mask
 
-FIELDS = [f"{full}{axis}_{what}" for full in ("", "full_") for axis in ("kv", "q") for what in ("num_blocks", "indices")]
+FIELDS = [
+    f"{full}{axis}_{what}" for full in ("", "full_") for axis in ("kv", "q") for what in ("num_blocks", "indices")
+]
 
 
 @st.composite
@@ -24,7 +26,9 @@ def rows(draw: st.DrawFn) -> Row:
     def ids() -> list[int]:
         return rng.integers(0, draw(st.sampled_from([2, 50])), rng.integers(1, longest + 1)).tolist()
 
-    groups = [Group.from_lists(ids(), [ids() for _ in range(draw(st.integers(2, 4)))]) for _ in range(draw(st.integers(1, 4)))]
+    groups = [
+        Group.from_lists(ids(), [ids() for _ in range(draw(st.integers(2, 4)))]) for _ in range(draw(st.integers(1, 4)))
+    ]
     return Row.from_groups(groups, pad_to_multiple_of=draw(st.sampled_from([1, 16, 128])))
 
 

@@ -1,0 +1,70 @@
+"""The command ``flexdpo``. A user's mistake prints one line and exits with 2; ``--debug`` shows its traceback."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+from flexdpo.errors import FlexdpoError, nearest
+
+# each command is a module with `run(argv) -> exit code`, imported when it is called
+COMMANDS = {
+    "train": "train with DPO: without arguments the built-in example, or your model on your data",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: The words after ``flexdpo``; by default those of the process.
+
+    Returns:
+        The exit code: 0, 2 for something the user can mend, 130 when interrupted; commands may add their own.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    try:
+        return _dispatch([word for word in words if word != "--debug"])
+    except FlexdpoError as error:
+        if debug:
+            raise
+        print(f"flexdpo: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("flexdpo: interrupted", file=sys.stderr)
+        return 130
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_usage(), end="")
+        return 0
+    if words[0] in ("-V", "--version"):
+        from flexdpo import __version__
+
+        print(f"flexdpo {__version__}")
+        return 0
+    command, rest = words[0], words[1:]
+    if command not in COMMANDS:
+        known = list(COMMANDS)
+        raise FlexdpoError(f"unknown command {command!r}{nearest(command, known)}; commands: {', '.join(known)}")
+    # forked tokenizer threads would warn on every data loader worker
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    module = importlib.import_module(f"flexdpo.commands.{command}")
+    code: int = module.run(rest)
+    return code
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = "\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())
+    return (
+        "usage: flexdpo COMMAND [options]\n\n"
+        "Preference training of Hugging Face models that runs every distinct token once, exactly.\n\n"
+        f"commands:\n{lines}\n\n"
+        "flexdpo COMMAND --help lists the options; --debug shows the traceback behind an error.\n"
+    )

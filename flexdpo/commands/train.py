@@ -1,0 +1,156 @@
+"""``flexdpo train``: the built-in example, or a job on the user's model and data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from flexdpo.commands.options import OptionParser, field_names
+from flexdpo.errors import FlexdpoError
+from flexdpo.insight.example import run_example
+from flexdpo.insight.jobs import Job, run_job
+from flexdpo.training.config import DPOConfig
+
+
+@dataclass
+class ModelArguments:
+    """Which model to train, and whether through an adapter. Names as in TRL."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "A causal LM: a folder saved with save_pretrained, or a hub name."}
+    )
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the hub."})
+    dtype: str | None = field(
+        default=None, metadata={"help": "Load weights in this dtype: float32, bfloat16, float16 or auto."}
+    )
+    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter instead of all weights."})
+    lora_r: int = field(default=16, metadata={"help": "LoRA rank."})
+    lora_alpha: int = field(default=32, metadata={"help": "LoRA alpha."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Modules that get an adapter; by default those peft knows for the model."}
+    )
+
+
+@dataclass
+class DataArguments:
+    """Which preferences to learn. Names as in TRL."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Preferences: a .jsonl, .json, .parquet or .csv file, a folder of them, a folder saved with "
+            "save_to_disk, or a hub name."
+        },
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_test_split: str | None = field(
+        default=None, metadata={"help": "Split of the same dataset to evaluate on, before and after."}
+    )
+    eval_dataset_name: str | None = field(
+        default=None, metadata={"help": "Another file, folder or hub name to evaluate on, before and after."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Write into output_dir though it is not empty."}
+    )
+
+
+_MOST_USED = (
+    "output_dir", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+    "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "bf16", "use_cpu",
+    "eval_strategy", "eval_steps", "logging_steps", "save_strategy", "save_steps", "resume_from_checkpoint", "seed",
+)  # fmt: skip
+# what the built-in example takes; anything else is meant for a job
+_EXAMPLE_OPTIONS = frozenset({"--output_dir", "--seed", "--overwrite_output_dir"})
+
+
+def parser() -> OptionParser:
+    """The options: every field of the model, the data and ``DPOConfig``, in readable groups."""
+    options = OptionParser(
+        (ModelArguments, DataArguments, DPOConfig),
+        prog="flexdpo train",
+        usage="flexdpo train [--model_name_or_path NAME --dataset_name DATA] [--config FILE.yaml] [options]",
+        description="Train a causal LM on preferences. Without a model and a dataset, run the built-in example: which "
+        "body belongs to this function of the standard library?",
+        epilog="--config FILE.yaml reads any of these options from a file, as 'option: value' lines; the command line "
+        "wins. --debug shows the traceback behind an error.",
+    )
+    inherited = field_names(TrainingArguments)
+    options.show_group("model", field_names(ModelArguments))
+    options.show_group("data", field_names(DataArguments))
+    options.show_group("preferences", [name for name in field_names(DPOConfig) if name not in inherited])
+    options.show_group("the run, most used (transformers.TrainingArguments)", _MOST_USED)
+    options.show_group("the run, all else (transformers.TrainingArguments)", inherited, but_not=_MOST_USED)
+    return options
+
+
+def run(argv: list[str]) -> int:
+    """Run ``flexdpo train`` with the words after it; prints the final table."""
+    options = parser()
+    if {"-h", "--help"} & set(argv):
+        options.print_help()
+        return 0
+    given = {word.split("=")[0] for word in argv if word.startswith("--")}
+    model, data, config = options.parse_with_config(argv)
+    if given <= _EXAMPLE_OPTIONS:
+        result = run_example(
+            Path(config.output_dir) if "--output_dir" in given else None,
+            seed=config.seed,
+            overwrite=data.overwrite_output_dir,
+        )
+        print(result.table())
+        return 0
+    print(run_job(_job(model, data), _named_output(config, model)))
+    return 0
+
+
+def _job(model: ModelArguments, data: DataArguments) -> Job:
+    return Job(
+        model_name_or_path=_required("--model_name_or_path", model.model_name_or_path),
+        dataset_name=_required("--dataset_name", data.dataset_name),
+        dataset_config=data.dataset_config,
+        train_split=data.dataset_train_split,
+        test_split=data.dataset_test_split,
+        eval_dataset_name=data.eval_dataset_name,
+        overwrite_output_dir=data.overwrite_output_dir,
+        load_kwargs=_load_kwargs(model),
+        peft_config=_lora(model) if model.use_peft else None,
+    )
+
+
+def _required(option: str, value: str | None) -> str:
+    if value is None:
+        raise FlexdpoError(
+            f"{option} is missing: give a file, folder or hub name; 'flexdpo train' alone runs the built-in example"
+        )
+    return value
+
+
+def _load_kwargs(model: ModelArguments) -> dict[str, Any]:
+    given = {"revision": model.model_revision if model.model_revision != "main" else None, "dtype": model.dtype}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _lora(model: ModelArguments) -> Any:
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise FlexdpoError("--use_peft needs the peft package; pip install 'flexdpo[peft]'") from error
+    return LoraConfig(
+        r=model.lora_r,
+        lora_alpha=model.lora_alpha,
+        # a shared prompt cannot have different dropout for each response
+        lora_dropout=0.0,
+        target_modules=model.lora_target_modules,
+        task_type="CAUSAL_LM",
+    )
+
+
+def _named_output(config: DPOConfig, model: ModelArguments) -> DPOConfig:
+    # transformers' own default says nothing about the run
+    if config.output_dir == "trainer_output" and model.model_name_or_path:
+        config.output_dir = f"{Path(model.model_name_or_path).name}-dpo"
+    return config

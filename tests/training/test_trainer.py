@@ -1,0 +1,293 @@
+"""The trainer against an ordinary loop, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from transformers import MambaConfig, MambaForCausalLM
+
+from flexdpo import DPOConfig, DPOTrainer, FlexdpoError, UnsupportedModelError
+from flexdpo.training.trainer import MetricsFile
+
+
+def settings(folder: Path, **changes: Any) -> DPOConfig:
+    defaults = {
+        "per_device_train_batch_size": 4,
+        "max_steps": 5,
+        "logging_steps": 1,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "use_cpu": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    return DPOConfig(output_dir=str(folder), **{**defaults, **changes})
+
+
+def history(trainer: DPOTrainer, key: str) -> list[float]:
+    trainer.train()
+    return [line[key] for line in trainer.state.log_history if "loss" in line]
+
+
+def ordinary_losses(model: Any, tokenizer: Any, data: Dataset, args: DPOConfig) -> list[float]:
+    """DPO written out: one sequence at a time, torch's own optimizer, pairs in the order of the file."""
+    model = copy.deepcopy(model).eval()
+    reference = copy.deepcopy(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
+
+    def logp(of: Any, prompt: str, response: str) -> torch.Tensor:
+        start = len(tokenizer(prompt).input_ids)
+        ids = [*tokenizer(prompt + response).input_ids, tokenizer.eos_token_id]
+        logps = of(input_ids=torch.tensor([ids]), use_cache=False).logits[0].log_softmax(-1)
+        return sum(logps[i - 1, ids[i]] for i in range(start, len(ids)))
+
+    losses = []
+    pairs = [dict(row) for row in data] * args.max_steps
+    size = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    for step in range(args.max_steps):
+        losses.append(0.0)
+        for row in pairs[step * size : (step + 1) * size]:
+            ratios = []
+            for column in ("chosen", "rejected"):
+                with torch.no_grad():
+                    base = logp(reference, row["prompt"], row[column])
+                ratios.append(logp(model, row["prompt"], row[column]) - base)
+            loss = -F.logsigmoid(args.beta * (ratios[0] - ratios[1])) / size
+            loss.backward()
+            losses[-1] += loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
+
+WAYS: list[dict[str, Any]] = [
+    {},
+    {"max_tokens_per_row": 56},
+    {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+    {"precompute_ref_log_probs": True},
+    {"gradient_checkpointing": True},
+    {"pad_to_multiple_of": 128},
+]
+
+
+@pytest.mark.parametrize("changes", WAYS, ids=str)
+def test_the_loss_curve_is_the_ordinary_one(tmp_path, tokenizer, preferences, small_model, changes) -> None:
+    args = settings(tmp_path, train_sampling_strategy="sequential", **changes)
+    model = small_model("mistral")
+    want = ordinary_losses(model, tokenizer, preferences, args)
+    trainer = DPOTrainer(model, None, args, train_dataset=preferences, processing_class=tokenizer)
+    assert history(trainer, "loss") == pytest.approx(want, rel=1e-4)
+
+
+def test_the_curve_is_that_of_trl(tmp_path, tokenizer, preferences, small_model) -> None:
+    """Same seed, same pairs in the same shuffled order, same rewards: an unmodified TRL run is the reference."""
+    import trl
+
+    common = {"bf16": False, "gradient_checkpointing": False, "logging_steps": 1, "max_length": 32}
+    args = settings(tmp_path, **common)
+    ours = DPOTrainer(small_model(), None, args, train_dataset=preferences, processing_class=tokenizer)
+    model = small_model()
+    model.config._name_or_path = str(tmp_path / "policy")
+    model.save_pretrained(tmp_path / "policy")
+    kept = {
+        k: getattr(args, k) for k in ("per_device_train_batch_size", "max_steps", "learning_rate", "lr_scheduler_type")
+    }
+    their_args = trl.DPOConfig(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        **common,
+        **kept,
+    )
+    theirs = trl.DPOTrainer(model, None, their_args, train_dataset=preferences, processing_class=tokenizer)
+    ours.train()
+    theirs.train()
+    names = ["loss", "grad_norm", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"]
+    names += ["logps/chosen", "logps/rejected"]
+    for mine, other in zip(ours.state.log_history[:5], theirs.state.log_history[:5], strict=True):
+        for name in names:
+            assert mine[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5), name
+
+
+@pytest.mark.parametrize("changes", WAYS, ids=str)
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_the_first_loss_is_ln_2(tmp_path, tokenizer, preferences, small_model, changes, name) -> None:
+    args = settings(tmp_path, **{**changes, "max_steps": 1})
+    trainer = DPOTrainer(small_model(name), None, args, train_dataset=preferences, processing_class=tokenizer)
+    assert history(trainer, "loss")[0] == pytest.approx(math.log(2), abs=1e-6)
+
+
+@pytest.mark.parametrize("ready_made", [False, True], ids=["peft_config", "trained PeftModel"])
+def test_adapters_start_at_ln_2_and_leave_the_base_alone(
+    tmp_path, tokenizer, preferences, small_model, ready_made
+) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
+    model = small_model()
+    base = {name: p.clone() for name, p in model.state_dict().items()}
+    if ready_made:
+        model = get_peft_model(model, lora)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+    trainer = DPOTrainer(
+        model,
+        None,
+        settings(tmp_path),
+        train_dataset=preferences,
+        processing_class=tokenizer,
+        peft_config=None if ready_made else lora,
+    )
+    losses = history(trainer, "loss")
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert losses[-1] != losses[0]
+    after = trainer.model.get_base_model().state_dict()
+    for name, before in base.items():
+        torch.testing.assert_close(after.get(name, after.get(name.replace(".weight", ".base_layer.weight"))), before)
+    frozen = [n for n, p in trainer.model.named_parameters() if ".ref." in n and p.requires_grad]
+    assert frozen == []
+
+
+def test_metrics_and_evaluation(tmp_path, tokenizer, preferences, small_model) -> None:
+    file = tmp_path / "metrics.jsonl"
+    trainer = DPOTrainer(
+        small_model(),
+        None,
+        settings(tmp_path, eval_strategy="steps", eval_steps=5, per_device_eval_batch_size=5),
+        train_dataset=preferences,
+        eval_dataset=preferences.select(range(7)),
+        processing_class=tokenizer,
+        callbacks=[MetricsFile(file, phase="dpo")],
+    )
+    trainer.train()
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    expected = {f"{group}/{name}" for group in ("rewards", "logps") for name in ("chosen", "rejected")}
+    expected |= {"rewards/accuracies", "rewards/margins"}
+    first = lines[0]
+    assert expected | {"loss", "step", "phase", "tokens/run", "tokens/unshared"} <= first.keys()
+    assert first["tokens/run"] < first["tokens/unshared"]
+    evaluated = next(line for line in lines if "eval_loss" in line)
+    assert {f"eval_{name}" for name in expected} <= evaluated.keys()
+    # an evaluation mean counts every pair once, though the last batch is smaller
+    again = trainer.evaluate(preferences.select(range(7)))
+    for name in expected:
+        assert again[f"eval_{name}"] == pytest.approx(evaluated[f"eval_{name}"], rel=1e-4)
+    margin = again["eval_rewards/chosen"] - again["eval_rewards/rejected"]
+    assert again["eval_rewards/margins"] == pytest.approx(margin, rel=1e-4)
+
+
+def test_tokens_are_those_of_the_data(tmp_path, tokenizer, preferences, small_model) -> None:
+    trainer = DPOTrainer(
+        small_model(), None, settings(tmp_path, max_steps=-1, num_train_epochs=1), train_dataset=preferences,
+        processing_class=tokenizer,
+    )  # fmt: skip
+    trainer.train()
+    run = unshared = 0
+    for row in trainer.train_dataset:
+        prompt, responses = row["prompt_ids"], row["response_ids"]
+        unshared += sum(len(prompt) + len(response) for response in responses)
+        run += len(
+            {tuple(prompt + response)[:n] for response in responses for n in range(1, len(prompt + response) + 1)}
+        )
+    assert trainer.tokens == {"run": run, "unshared": unshared}
+
+
+def test_k_responses_and_supervised_groups_train(tmp_path, tokenizer, small_model) -> None:
+    rows = [
+        {"prompt_ids": [5, 6, 7], "response_ids": [[8, 9], [8, 10], [11]], "edges": [[0, 1], [0, 2]], "row": 0},
+        {"prompt_ids": [5, 6], "response_ids": [[12, 9], [14]], "edges": [[1, 0]], "row": 1},
+    ] * 4
+    trainer = DPOTrainer(
+        small_model(), None, settings(tmp_path), train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+    )
+    assert history(trainer, "loss")[0] == pytest.approx(math.log(2), abs=1e-6)
+    rows = [{"prompt_ids": [5, 6, 7], "response_ids": [[8, 9, 2]], "edges": [], "row": i} for i in range(8)]
+    supervised = Dataset.from_list(rows).cast_column("edges", _edges_feature())
+    args = settings(tmp_path, loss_type="sft")
+    trainer = DPOTrainer(small_model(), None, args, train_dataset=supervised, processing_class=tokenizer)
+    losses = history(trainer, "loss")
+    assert losses[-1] < losses[0]
+
+
+def _edges_feature() -> Any:
+    from datasets import List, Value
+
+    return List(List(Value("int64")))
+
+
+# --- what cannot work says so ----------------------------------------------------------------------------------------
+
+
+def test_a_model_that_cannot_be_exact_is_refused(tmp_path, tokenizer, preferences) -> None:
+    config = MambaConfig(vocab_size=97, hidden_size=16, num_hidden_layers=1, state_size=4)
+    with pytest.raises(UnsupportedModelError, match=r"MambaForCausalLM .* cannot be exact on shared, packed rows: "):
+        DPOTrainer(
+            MambaForCausalLM(config), None, settings(tmp_path), train_dataset=preferences, processing_class=tokenizer
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loss_type": "sigmod"}, r"unknown loss_type 'sigmod'; did you mean 'sigmoid'\?; known: "),
+        ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, "loss_weights has 1 values for 2 losses"),
+        ({"beta": 0.0}, "beta must be positive, got 0.0"),
+        ({"label_smoothing": 0.5}, r"label_smoothing must be in \[0, 0.5\), got 0.5"),
+        ({"truncation_mode": "keep_end"}, "truncation_mode='keep_end' is not supported"),
+        ({"max_length": 0}, "max_length must be at least 1, got 0"),
+        ({"attn_impl": "flax"}, r"impl must be one of .*'flax'; did you mean 'flex'"),
+    ],
+)
+def test_bad_settings(tmp_path, changes, message) -> None:
+    with pytest.raises(FlexdpoError, match=message):
+        settings(tmp_path, **changes)
+
+
+def test_bad_combinations(tmp_path, tokenizer, preferences, small_model) -> None:
+    def train(model: Any = None, ref_model: Any = None, **changes: Any) -> None:
+        arguments = {"train_dataset": preferences, "processing_class": tokenizer, **changes.pop("given", {})}
+        DPOTrainer(model or small_model(), ref_model, settings(tmp_path, **changes), **arguments).train()
+
+    same = small_model()
+    with pytest.raises(FlexdpoError, match="model and ref_model are the same object"):
+        train(same, same)
+    with pytest.raises(FlexdpoError, match="loss_type sft uses no reference; leave ref_model out"):
+        train(None, small_model(), loss_type="sft")
+    with pytest.raises(FlexdpoError, match="give its tokenizer as processing_class="):
+        train(given={"processing_class": None})
+    with pytest.raises(FlexdpoError, match="compute_metrics needs full logits"):
+        train(given={"compute_metrics": lambda x: {}})
+    with pytest.raises(FlexdpoError, match="peft_config must be a peft.PeftConfig such as LoraConfig, got dict"):
+        train(given={"peft_config": {"r": 4}})
+    with pytest.raises(FlexdpoError, match=r"row \d+ has \d+ distinct tokens but max_tokens_per_row=8"):
+        train(max_tokens_per_row=8)
+    rows = [{"prompt_ids": [5, 6, 7], "response_ids": [[8, 9, 2]], "edges": [], "row": i} for i in range(8)]
+    supervised = Dataset.from_list(rows).cast_column("edges", _edges_feature())
+    with pytest.raises(FlexdpoError, match="needs preferences, but the batch has no chosen and rejected"):
+        train(given={"train_dataset": supervised})
+
+
+def test_a_tokenizer_larger_than_the_model(tmp_path, tokenizer, preferences, small_model) -> None:
+    model = small_model()
+    model.resize_token_embeddings(90)
+    with pytest.raises(FlexdpoError, match=r"the tokenizer has 97 tokens but the model embeds 90"):
+        DPOTrainer(model, None, settings(tmp_path), train_dataset=preferences, processing_class=tokenizer)
+
+
+def test_more_positions_than_a_learned_table_has(tmp_path, tokenizer, small_model) -> None:
+    long = Dataset.from_list([{"prompt": "w5 " * 300, "chosen": "w6", "rejected": "w7"}] * 4)
+    with pytest.raises(FlexdpoError, match="the longest example has 302 tokens but the model has 256 positions; set"):
+        DPOTrainer(small_model("gpt2"), None, settings(tmp_path), train_dataset=long, processing_class=tokenizer)
