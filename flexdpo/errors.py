@@ -1,4 +1,12 @@
-"""The errors a user can mend, told apart from faults in flexdpo itself."""
+"""The errors a user can mend, told apart from faults in flexdpo itself, and how their messages show things."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
 
 
 class FlexdpoError(ValueError):
@@ -13,9 +21,23 @@ class UnsupportedModelError(FlexdpoError):
     """The model would not give the ordinary result on shared, packed rows, so it is refused."""
 
 
-def nearest(name: str, known: "list[str] | tuple[str, ...]") -> str:
+def nearest(name: str, known: Sequence[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the closest known name, or an empty string when none is close."""
-    import difflib
-
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    close = get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's message, or its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def quoted(names: Iterable[object]) -> str:
+    """Names in quotes, with commas; ``nothing`` where there are none."""
+    return ", ".join(repr(str(name)) for name in names) or "nothing"
+
+
+def found(value: object) -> str:
+    """A value's type and its beginning."""
+    shown = repr(value)
+    return f"{type(value).__name__} ({shown if len(shown) <= 60 else shown[:57] + '...'})"

@@ -24,11 +24,9 @@ def data_file(tmp_path: Path) -> Path:
 
 
 def train(model: Path, data: Path, output: Path, *more: str) -> int:
-    return main(
-        ["train", "--model_name_or_path", str(model), "--dataset_name", str(data), "--output_dir", str(output)]
-        + ["--max_steps", "4", "--per_device_train_batch_size", "4", "--logging_steps", "1", "--use_cpu", "true"]
-        + ["--learning_rate", "1e-3", "--report_to", "none", "--disable_tqdm", "true", *more]
-    )
+    common = "--max_steps 4 --per_device_train_batch_size 4 --logging_steps 1 --learning_rate 1e-3 --use_cpu true"
+    names = ["--model_name_or_path", str(model), "--dataset_name", str(data), "--output_dir", str(output)]
+    return main(["train", *names, *common.split(), "--report_to", "none", "--disable_tqdm", "true", *more])
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "mistral"])
@@ -43,7 +41,7 @@ def test_a_job_runs_saves_and_generates(tmp_path, capsys, saved_model, data_file
     with safe_open(output / "model.safetensors", "pt") as weights:
         assert list(weights.keys())
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    assert [line["loss"] for line in lines if "loss" in line][0] == pytest.approx(0.693147, abs=1e-6)
+    assert next(line["loss"] for line in lines if "loss" in line) == pytest.approx(0.693147, abs=1e-6)
     for picture in ("training.png", "mask.png"):
         with Image.open(output / picture) as image:
             assert image.width >= 1000

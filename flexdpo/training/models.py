@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from flexdpo.errors import FlexdpoError
-from flexdpo.hf.interface import ATTN_IMPLEMENTATION
+from flexdpo.errors import FlexdpoError, first_line
+from flexdpo.hf.holding import ATTN_IMPLEMENTATION
 from flexdpo.training.data import require_special_tokens
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def load_model(name_or_path: str, *, trust_remote_code: bool = False, **init_kwa
             name_or_path, trust_remote_code=trust_remote_code, **init_kwargs
         )
     except (OSError, ValueError) as error:
-        raise FlexdpoError(f"cannot load a causal LM from {name_or_path!r}: {_first_line(error)}") from error
+        raise FlexdpoError(f"cannot load a causal LM from {name_or_path!r}: {first_line(error)}") from error
     return model
 
 
@@ -48,7 +48,7 @@ def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> Pre
         )
     except (OSError, ValueError, KeyError) as error:
         raise FlexdpoError(
-            f"cannot load a tokenizer from {name_or_path!r}: {_first_line(error)}; save one there with "
+            f"cannot load a tokenizer from {name_or_path!r}: {first_line(error)}; save one there with "
             "tokenizer.save_pretrained(...)"
         ) from error
     require_special_tokens(tokenizer)
@@ -69,11 +69,6 @@ def _require_folder(name_or_path: str, needed: str) -> None:
 def _listing(folder: Path) -> str:
     names = sorted(entry.name for entry in folder.iterdir())
     return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "nothing"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def require_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -20,7 +20,7 @@ from flexdpo.layout.packing import pack_groups
 from flexdpo.objective.logps import response_logps
 from flexdpo.training import models
 from flexdpo.training.config import DPOConfig
-from flexdpo.training.data import group_from_row, require_special_tokens, tokenize_preferences
+from flexdpo.training.data import TOKENISED_COLUMNS, group_from_row, require_special_tokens, tokenize_preferences
 from flexdpo.training.step import REFERENCE_COLUMN, BatchLoss, PackingCollator, run_batch
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from flexdpo.training.data import DataReport
 
 logger = logging.get_logger(__name__)
-TOKENISED_COLUMNS = ("prompt_ids", "response_ids", "edges", "row")
 
 
 class DPOTrainer(Trainer):
@@ -119,6 +118,7 @@ class DPOTrainer(Trainer):
             "truncation_mode": args.truncation_mode,
             "num_proc": args.dataset_num_proc,
         }
+        self._main_process_first = args.main_process_first
         super().__init__(
             model=model,
             args=args,
@@ -182,7 +182,9 @@ class DPOTrainer(Trainer):
     ) -> Dataset | None:
         if dataset is None:
             return None
-        tokenised = tokenize_preferences(dataset, tokenizer, name=name, **self._tokenizer_settings)
+        # one process fills the cache that the others read
+        with self._main_process_first(desc=f"tokenising {name}"):
+            tokenised = tokenize_preferences(dataset, tokenizer, name=name, **self._tokenizer_settings)
         report = tokenised.report
         # what was left out is said at a level that transformers shows by default
         (logger.warning if report.skipped or report.notes else logger.info)(report.summary())

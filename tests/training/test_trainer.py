@@ -270,7 +270,7 @@ def test_bad_combinations(tmp_path, tokenizer, preferences, small_model) -> None
         train(given={"processing_class": None})
     with pytest.raises(FlexdpoError, match="compute_metrics needs full logits"):
         train(given={"compute_metrics": lambda x: {}})
-    with pytest.raises(FlexdpoError, match="peft_config must be a peft.PeftConfig such as LoraConfig, got dict"):
+    with pytest.raises(FlexdpoError, match=r"peft_config must be a peft\.PeftConfig such as LoraConfig, got dict"):
         train(given={"peft_config": {"r": 4}})
     with pytest.raises(FlexdpoError, match=r"row \d+ has \d+ distinct tokens but max_tokens_per_row=8"):
         train(max_tokens_per_row=8)

@@ -1,0 +1,290 @@
+"""Preference datasets from files, folders and hub names; lines of a file are counted from 1, as editors do."""
+
+from __future__ import annotations
+
+import bz2
+import contextlib
+import csv
+import gzip
+import json
+import logging
+import lzma
+import os
+import warnings
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, cast
+
+from flexdpo.errors import FlexdpoError, first_line, found, nearest, quoted
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from datasets import Dataset
+
+_READER_OF_SUFFIX = {
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".tsv": "csv",
+}
+_OPENER_OF_SUFFIX: dict[str, Callable[..., Any]] = {
+    "": open,
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+}
+
+
+def load_preference_dataset(name_or_path: str, *, split: str = "train", config_name: str | None = None) -> Dataset:
+    """Load one split of a dataset from a file, a folder or the Hugging Face hub.
+
+    Args:
+        name_or_path: A JSONL, JSON, Parquet, CSV or TSV file (JSON and CSV also as .gz, .bz2 or .xz), a folder
+            written by ``save_to_disk``, a folder of data files, or a name on the hub. What exists on disk comes first.
+        split: Which split; a single file, and a folder with one saved dataset, have the one split ``"train"``. Files
+            and hub names also take slices such as ``"train[:10%]"``.
+        config_name: Which configuration of a hub dataset or of a folder of data files.
+
+    Returns:
+        The split, with its columns as stored; cells of a CSV file are text as written, so ``NA`` stays ``"NA"``.
+
+    Raises:
+        FlexdpoError: if nothing is there, it cannot be read (with the line of a JSONL file), it has no such split, or
+            it is empty.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        dataset = _load_folder(path, split, config_name)
+    elif path.exists():
+        dataset = _load_file(path, split, config_name)
+    elif _looks_local(name_or_path):
+        raise FlexdpoError(f"{name_or_path}: no such file or folder{_neighbour(path)}")
+    else:
+        dataset = _load_from_hub(name_or_path, split, config_name)
+    if len(dataset) == 0:
+        raise FlexdpoError(f"{name_or_path}: there are no rows; give a dataset with at least one")
+    return dataset
+
+
+def _looks_local(name: str) -> bool:
+    """Whether a name can only mean a path: the hub knows ``name`` and ``owner/name`` and nothing deeper."""
+    return (
+        name.startswith((".", "~", os.sep, "/"))
+        or name.count("/") > 1
+        or "\\" in name
+        or _reader_for(Path(name)) is not None
+    )
+
+
+def _neighbour(path: Path) -> str:
+    """Suggest the entry of the same folder whose name comes closest."""
+    if not path.parent.is_dir():
+        return ""
+    return nearest(path.name, [entry.name for entry in path.parent.iterdir()])
+
+
+def _split_suffixes(path: Path) -> tuple[str, str]:
+    """Return the suffix that names the format and the one that names the compression, ``""`` for none."""
+    packed = path.suffix.lower() if path.suffix.lower() in _OPENER_OF_SUFFIX else ""
+    return (path.with_suffix("") if packed else path).suffix.lower(), packed
+
+
+def _reader_for(path: Path) -> str | None:
+    """Name the reader for a file, or ``None``; Parquet is compressed inside and has no outer suffix."""
+    kind, packed = _split_suffixes(path)
+    reader = _READER_OF_SUFFIX.get(kind)
+    return None if packed and reader == "parquet" else reader
+
+
+def _load_file(path: Path, split: str, config_name: str | None) -> Dataset:
+    reader = _reader_for(path)
+    if reader is None:
+        raise FlexdpoError(
+            f"{path}: cannot tell the format from the name; known endings are {', '.join(_READER_OF_SUFFIX)}"
+        )
+    if config_name is not None:
+        raise FlexdpoError(f"{path}: config_name={config_name!r} has no meaning for a single file; leave it out")
+    if path.stat().st_size == 0:
+        raise FlexdpoError(f"{path}: the file is empty")
+    options = _csv_options([path]) if reader == "csv" else {}
+    return _load(str(path), [path], reader, split=split, data_files={"train": str(path)}, **options)
+
+
+def _load_folder(path: Path, split: str, config_name: str | None) -> Dataset:
+    from datasets import DatasetDict, load_from_disk
+
+    if not any((path / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
+        files = sorted(file for file in path.rglob("*") if file.is_file() and _reader_for(file))
+        if not files:
+            raise FlexdpoError(
+                f"{path}: the folder has neither a saved dataset nor files ending in {', '.join(_READER_OF_SUFFIX)}"
+            )
+        only_csv = {_split_suffixes(file)[0] for file in files} == {".csv"}
+        # resolved, because a bare folder name such as "json" would mean one of the library's own readers
+        return _load(
+            str(path),
+            files,
+            str(path.resolve()),
+            name=config_name,
+            split=split,
+            **(_csv_options(files) if only_csv else {}),
+        )
+    try:
+        saved = load_from_disk(str(path))
+    except IndexError as error:  # what the library makes of a saved dataset without a single row
+        raise FlexdpoError(f"{path}: there are no rows; give a dataset with at least one") from error
+    except (OSError, ValueError, KeyError) as error:
+        raise FlexdpoError(f"{path}: the saved dataset cannot be read ({first_line(error)})") from error
+    if isinstance(saved, DatasetDict):
+        if split not in saved:
+            raise FlexdpoError(f"{path}: no split {split!r}; found {quoted(saved)}")
+        return saved[split]
+    known = dict.fromkeys(["train", *([str(saved.split)] if saved.split else [])])
+    if split not in known:
+        raise FlexdpoError(f"{path}: no split {split!r}; the folder holds a single one, {quoted(known)}")
+    return saved
+
+
+def _load_from_hub(name: str, split: str, config_name: str | None) -> Dataset:
+    from datasets import config
+
+    unreachable = _why_hub_is_unreachable(name)
+    with contextlib.ExitStack() as stack:
+        if unreachable:
+            # only the local cache can help now; the library would retry the network for half a minute first
+            stack.callback(setattr, config, "HF_HUB_OFFLINE", config.HF_HUB_OFFLINE)
+            config.HF_HUB_OFFLINE = True
+        return _load(name, [], name, note=unreachable, name=config_name, split=split)
+
+
+def _why_hub_is_unreachable(name: str) -> str:
+    """Ask the hub for one dataset with a short patience; return why no answer came, or ``""`` after any answer."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        HfApi().dataset_info(name, timeout=10)
+    except (HfHubHTTPError, HFValidationError):
+        return ""  # an answer, or a name no hub can have: the loader says the same in better words
+    except Exception as error:  # each HTTP client that the hub library may use has errors of its own
+        return f"the hub cannot be reached: {type(error).__name__}: {first_line(error)}"
+    return ""
+
+
+def _load(shown: str, files: Sequence[Path], source: str, *, note: str = "", **options: Any) -> Dataset:
+    """Call ``datasets.load_dataset`` and turn what it raises about the data into one clear error.
+
+    Args:
+        shown: How errors call the source.
+        files: The local files it reads; empty for the hub.
+        source: What the library calls its path: a reader, a folder or a hub name.
+        note: What is already known to be wrong, in place of the library's own words.
+        options: Passed on.
+    """
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    try:
+        with _silent_json_reader(), warnings.catch_warnings():
+            # a CSV file whose rows have more cells than its header would be read with its columns shifted
+            warnings.filterwarnings("error", message="Length of header or names")
+            dataset = cast("Dataset", load_dataset(source, **options))
+            if any(_READER_OF_SUFFIX[_split_suffixes(file)[0]] == "json" for file in files):
+                # the JSON reader lets bytes through that are not UTF-8, and only a look at the cell trips over them
+                dataset.data.validate(full=True)
+    except (DatasetsError, ValueError, OSError, RuntimeError, StopIteration) as error:
+        raise FlexdpoError(_why_not_loaded(shown, files, error, note)) from error
+    return dataset
+
+
+def _why_not_loaded(shown: str, files: Sequence[Path], error: Exception, note: str) -> str:
+    from datasets.exceptions import DatasetsError
+
+    cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
+    fault = next(filter(None, map(_first_json_fault, files)), None)
+    if fault:
+        return fault
+    if isinstance(error, StopIteration) or "corresponds to no data" in str(error):
+        return f"{shown}: there are no rows; give a dataset with at least one"
+    reason = note or f"{type(cause).__name__}: {first_line(cause)}"
+    if files:
+        return f"{shown}: cannot be loaded ({reason})"
+    return f"{shown!r} is no file or folder here, and the Hugging Face hub does not give it ({reason})"
+
+
+@contextlib.contextmanager
+def _silent_json_reader() -> Iterator[None]:
+    """Keep the reader from logging a fault that the caller reports with its line number."""
+    logger = logging.getLogger("datasets.packaged_modules.json.json")
+    was_disabled, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = was_disabled
+
+
+def _csv_options(files: Sequence[Path]) -> dict[str, Any]:
+    """Read every cell as text: a response ``42`` is no number and a response ``None`` is not missing."""
+    from datasets import Features, Value
+
+    kind, packed = _split_suffixes(files[0])
+    separator = "\t" if kind == ".tsv" else ","
+    try:
+        with _OPENER_OF_SUFFIX[packed](files[0], "rt", encoding="utf-8-sig", newline="") as stream:
+            header = next((cells for cells in csv.reader(stream, delimiter=separator) if cells), [])
+    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, csv.Error) as error:
+        raise FlexdpoError(f"{files[0]}: cannot be read as CSV ({first_line(error)})") from error
+    if len(set(header)) < len(header):
+        raise FlexdpoError(f"{files[0]}: the header names a column twice: {quoted(header)}")
+    # the reader's own name for a column without one, as an index column often is
+    names = [name or f"Unnamed: {number}" for number, name in enumerate(header)]
+    features = Features({name: Value("string") for name in names})
+    return {"sep": separator, "keep_default_na": False, "index_col": False, "features": features}
+
+
+def _first_json_fault(path: Path) -> str | None:
+    """Find the first line of a JSON or JSONL file that is no JSON object, as ``"file, line N: why"``."""
+    kind, packed = _split_suffixes(path)
+    if _READER_OF_SUFFIX.get(kind) != "json":
+        return None
+    try:
+        with _OPENER_OF_SUFFIX[packed](path, "rb") as stream:
+            if kind == ".json" and not _is_json_lines(stream):
+                return _document_fault(path, stream.read())
+            for number, line in enumerate(stream, start=1):
+                why = _line_fault(line)
+                if why:
+                    return f"{path}, line {number}: {why}"
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        return f"{path}: cannot be read ({first_line(error)})"
+    return None
+
+
+def _is_json_lines(stream: IO[bytes]) -> bool:
+    """Whether a ``.json`` file holds an object per line; rewinds the stream."""
+    first = stream.readline().strip()
+    stream.seek(0)
+    return first.startswith(b"{") and first.endswith(b"}")
+
+
+def _document_fault(path: Path, content: bytes) -> str | None:
+    try:
+        json.loads(content.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        return f"{path}, line {content.count(chr(10).encode(), 0, error.start) + 1}: not UTF-8 text"
+    except json.JSONDecodeError as error:
+        return f"{path}, line {error.lineno}: not valid JSON ({error.msg}, column {error.colno})"
+    return None
+
+
+def _line_fault(line: bytes) -> str | None:
+    try:
+        text = line.decode("utf-8-sig").strip()
+        value = json.loads(text) if text else {}
+    except UnicodeDecodeError:
+        return "not UTF-8 text; convert the file to UTF-8"
+    except json.JSONDecodeError as error:
+        return f"not valid JSON ({error.msg}, column {error.colno})"
+    return None if isinstance(value, dict) else f"expected a JSON object, found {found(value)}"
