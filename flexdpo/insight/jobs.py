@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_utils import get_last_checkpoint
-
 from flexdpo.errors import FlexdpoError
 from flexdpo.insight.plots import draw_training_curves
 from flexdpo.insight.show import draw_row_mask
@@ -104,16 +102,9 @@ def _eval_data(job: Job) -> Any:
     return None
 
 
-def _checkpoint(config: DPOConfig) -> str | None:
-    asked = config.resume_from_checkpoint
-    if not asked or str(asked).lower() == "false":
-        return None
-    if str(asked).lower() != "true":
-        return str(asked)
-    found: str | None = get_last_checkpoint(str(config.output_dir))
-    if found is None:
-        raise FlexdpoError(f"--resume_from_checkpoint: no checkpoint in {config.output_dir}")
-    return found
+def _checkpoint(config: DPOConfig) -> str | bool | None:
+    asked = str(config.resume_from_checkpoint or "false")
+    return {"true": True, "false": None}.get(asked.lower(), asked)
 
 
 def draw_example_mask(trainer: DPOTrainer, path: Path, groups: int = 3) -> None:

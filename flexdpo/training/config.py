@@ -30,6 +30,9 @@ class DPOConfig(TrainingArguments):
     logging_steps: float = field(
         default=10, metadata={"help": "Log every this many optimizer steps; below 1, a share of all steps."}
     )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Leave NaN losses out of the log; training stops at the first one anyway."}
+    )
     bf16: bool | None = field(
         default=None,
         metadata={"help": "bfloat16 mixed precision; by default on where the GPU has it and fp16 is off."},

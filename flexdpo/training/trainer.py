@@ -11,6 +11,7 @@ import torch
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, set_seed
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import logging
 
 from flexdpo.attention.row_mask import Impl
@@ -19,6 +20,7 @@ from flexdpo.hf.support import prepare_model, unwrap_model
 from flexdpo.layout.packing import pack_groups
 from flexdpo.objective.logps import response_logps
 from flexdpo.training import models
+from flexdpo.training.checkpoints import data_digest, last_checkpoint, require_same_run, run_record, write_record
 from flexdpo.training.config import DPOConfig
 from flexdpo.training.data import TOKENISED_COLUMNS, group_from_row, require_special_tokens, tokenize_preferences
 from flexdpo.training.step import REFERENCE_COLUMN, BatchLoss, PackingCollator, run_batch
@@ -87,6 +89,7 @@ class DPOTrainer(Trainer):
         }
         # this process's, in training
         self.tokens = {"run": 0, "unshared": 0}
+        self._record: dict[str, Any] | None = None
         self.data_reports: dict[str, DataReport] = {}
 
         # adapters draw their first weights from this seed
@@ -265,6 +268,7 @@ class DPOTrainer(Trainer):
             no_sync=lambda: self.accelerator.no_sync(model),
             autocast=self.compute_loss_context_manager,
         )
+        self._require_finite(result.loss, inputs)
         self.tokens["run"] += batch.tokens_run
         self.tokens["unshared"] += batch.tokens_unshared
         self._remember("train", result)
@@ -304,10 +308,55 @@ class DPOTrainer(Trainer):
         self._remember("eval", result)
         return result.loss.to(torch.float32), None, None
 
+    def _require_finite(self, loss: Tensor, inputs: dict[str, Any]) -> None:
+        if not torch.isfinite(loss):
+            rows = ", ".join(str(row) for row in inputs["example_rows"].tolist())
+            raise FlexdpoError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}, in the batch of the dataset's rows "
+                f"{rows} (counted from 0); training stops here and the last checkpoint stays. Lower the learning rate, "
+                "or look at these rows"
+            )
+
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
         """Floating-point operations of a training step on the tokens that really run (6 per token and parameter)."""
         parameters = int(unwrap_model(self.model).num_parameters(exclude_embeddings=True))
         return 6 * int(inputs["batch"].tokens_run) * parameters
+
+    # --- checkpoints -------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train, or continue from a checkpoint of the same data and settings (``True``: the last one in output_dir).
+
+        Raises:
+            FlexdpoError: if the checkpoint belongs to another run, or a loss is not finite.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = str(last_checkpoint(Path(str(self.args.output_dir))))
+        if resume_from_checkpoint:
+            require_same_run(Path(resume_from_checkpoint), self._run_record())
+        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+
+    def _run_record(self) -> dict[str, Any]:
+        if self._record is None:
+            self._record = run_record(self.args, data_digest(self.train_dataset, TOKENISED_COLUMNS))
+        return self._record
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save as ``Trainer`` does, mark the checkpoint as complete, and only then let older ones go."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            output_dir = self._get_output_dir(trial=trial)
+            write_record(Path(output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}", self._run_record())
+            rotate_checkpoints(
+                output_dir=output_dir,
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
 
     # --- metrics -----------------------------------------------------------------------------------------------------
 

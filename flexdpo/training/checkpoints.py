@@ -1,0 +1,116 @@
+"""What a checkpoint was made of, so that a run is continued with the same data and settings or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from flexdpo.errors import FlexdpoError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from flexdpo.training.config import DPOConfig
+
+RECORD_FILE = "flexdpo_run.json"
+# settings that decide which pairs a step sees and what it learns from them; a longer run may change the others
+RECORDED_SETTINGS = (
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "seed",
+    "data_seed",
+    "train_sampling_strategy",
+    "dataloader_drop_last",
+    "loss_type",
+    "loss_weights",
+    "beta",
+    "label_smoothing",
+    "max_length",
+    "learning_rate",
+    "optim",
+    "weight_decay",
+    "max_grad_norm",
+    "world_size",
+)
+
+
+def run_record(config: DPOConfig, data_digest: str) -> dict[str, Any]:
+    """The data and the settings of a run, as plain JSON values."""
+    settings = {name: getattr(config, name) for name in RECORDED_SETTINGS}
+    return {"data": data_digest, "settings": json.loads(json.dumps(settings, default=str))}
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """Store a record in a checkpoint folder, last of all files: a folder without one was not written to its end."""
+    unfinished = folder / f"{RECORD_FILE}.tmp"
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(record, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(folder / RECORD_FILE)
+
+
+def last_checkpoint(output_dir: Path) -> Path:
+    """Return the newest complete checkpoint of a run; what a crash left half-written is passed over.
+
+    Raises:
+        FlexdpoError: if there is none.
+    """
+    steps = {}
+    for folder in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        number = folder.name.rsplit("-", 1)[1]
+        if number.isdigit() and (folder / RECORD_FILE).is_file():
+            steps[int(number)] = folder
+    if not steps:
+        raise FlexdpoError(f"no complete checkpoint in {output_dir}; start the run without resume_from_checkpoint")
+    return steps[max(steps)]
+
+
+def require_same_run(folder: Path, record: dict[str, Any]) -> None:
+    """Refuse a checkpoint that was made from other data or with other settings.
+
+    Raises:
+        FlexdpoError: naming the setting and both values, or saying that the data differ.
+    """
+    path = folder / RECORD_FILE
+    if not path.is_file():
+        raise FlexdpoError(f"{folder} is no checkpoint of flexdpo: it has no {RECORD_FILE}")
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        settings, data = stored["settings"], stored["data"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise FlexdpoError(f"{path} is damaged ({type(error).__name__}); continue from an older checkpoint") from error
+    for name, value in record["settings"].items():
+        if settings.get(name) != value:
+            raise FlexdpoError(
+                f"{folder} was made with {name}={settings.get(name)!r} and this run has {value!r}; continue with the "
+                "same setting, or start a new run in another output_dir"
+            )
+    if data != record["data"]:
+        raise FlexdpoError(
+            f"{folder} was made from other training data (or the same data tokenised otherwise); continue with the "
+            "same data, or start a new run in another output_dir"
+        )
+
+
+def data_digest(dataset: Dataset, columns: tuple[str, ...]) -> str:
+    """A digest of the tokens of a dataset, independent of files, caches and Arrow chunks.
+
+    Args:
+        dataset: A tokenised dataset.
+        columns: The columns to look at, integers or (lists of) lists of integers.
+    """
+    digest = hashlib.sha256()
+    for table in dataset.with_format("arrow").iter(batch_size=4096):
+        for name in columns:
+            values = table.column(name).combine_chunks()
+            while hasattr(values, "flatten") and hasattr(values, "value_lengths"):
+                digest.update(values.value_lengths().to_numpy(zero_copy_only=False).astype("int64").tobytes())
+                values = values.flatten()
+            digest.update(values.to_numpy(zero_copy_only=False).astype("int64").tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,180 @@
+"""Runs that are interrupted and continued, and checkpoints that do not fit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from flexdpo import DPOTrainer, FlexdpoError
+from flexdpo.training.checkpoints import RECORD_FILE, data_digest, last_checkpoint
+from tests.conftest import preference_rows
+from tests.training.test_trainer import settings
+
+COLUMNS = ("prompt_ids", "response_ids", "edges")
+
+
+@pytest.fixture
+def trainer(tmp_path, tokenizer, preferences, small_model) -> Any:
+    def build(folder: Path | None = None, data: Dataset | None = None, **changes: Any) -> DPOTrainer:
+        args = settings(
+            folder or tmp_path / "run", **{"max_steps": 8, "save_strategy": "steps", "save_steps": 2, **changes}
+        )
+        return DPOTrainer(small_model(), None, args, train_dataset=data or preferences, processing_class=tokenizer)
+
+    return build
+
+
+def test_a_continued_run_ends_where_the_uninterrupted_one_does(tmp_path, trainer) -> None:
+    whole = trainer(tmp_path / "whole", max_tokens_per_row=56)
+    whole.train()
+    first = trainer(tmp_path / "parts", max_tokens_per_row=56)
+    first.add_callback(_StopAt(5))
+    first.train()
+    second = trainer(tmp_path / "parts", max_tokens_per_row=56)
+    second.train(resume_from_checkpoint=True)
+    for name, weight in whole.model.state_dict().items():
+        assert torch.equal(second.model.state_dict()[name], weight), name
+
+
+class _StopAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_training_stop = state.global_step >= self.step
+
+
+def test_a_half_written_checkpoint_is_passed_over(tmp_path, trainer) -> None:
+    run = trainer()
+    run.train()
+    newest = tmp_path / "run" / "checkpoint-8"
+    assert last_checkpoint(tmp_path / "run") == newest
+    (newest / RECORD_FILE).unlink()
+    assert last_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-6"
+    for folder in (tmp_path / "run").glob("checkpoint-*"):
+        (folder / RECORD_FILE).unlink(missing_ok=True)
+    with pytest.raises(FlexdpoError, match=r"no complete checkpoint in .*run; start the run without"):
+        trainer().train(resume_from_checkpoint=True)
+
+
+def test_only_as_many_checkpoints_as_asked_for(tmp_path, trainer) -> None:
+    trainer(save_total_limit=2).train()
+    assert sorted(folder.name for folder in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-8"]
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path, trainer, tokenizer) -> None:
+    trainer().train()
+    with pytest.raises(FlexdpoError, match=r"checkpoint-8 was made with beta=0.1 and this run has 0.2; continue with"):
+        trainer(beta=0.2).train(resume_from_checkpoint=True)
+    other = Dataset.from_list(preference_rows(24, seed=1))
+    with pytest.raises(FlexdpoError, match="checkpoint-8 was made from other training data"):
+        trainer(data=other).train(resume_from_checkpoint=True)
+    (tmp_path / "run" / "checkpoint-8" / RECORD_FILE).write_text("{")
+    with pytest.raises(FlexdpoError, match=r"flexdpo_run\.json is damaged"):
+        trainer().train(resume_from_checkpoint=True)
+    with pytest.raises(FlexdpoError, match=r"is no checkpoint of flexdpo: it has no flexdpo_run\.json"):
+        trainer().train(resume_from_checkpoint=str(tmp_path))
+
+
+def test_the_digest_sees_tokens_and_not_chunks() -> None:
+    rows = [{"prompt_ids": [1, 2], "response_ids": [[3], [4, 5]], "edges": [[0, 1]]}, *_other_rows()]
+    whole = Dataset.from_list(rows)
+    from datasets import concatenate_datasets
+
+    pieces = concatenate_datasets([Dataset.from_list(rows[:1]), Dataset.from_list(rows[1:])])
+    assert data_digest(whole, COLUMNS) == data_digest(pieces, COLUMNS)
+    assert data_digest(whole.select([1, 0, 2]), COLUMNS) != data_digest(whole, COLUMNS)
+    moved = [{"prompt_ids": [1, 2, 3], "response_ids": [[], [4, 5]], "edges": [[0, 1]]}, *rows[1:]]
+    assert data_digest(Dataset.from_list(moved), COLUMNS) != data_digest(whole, COLUMNS)
+
+
+def _other_rows() -> list[dict[str, Any]]:
+    return [{"prompt_ids": [7], "response_ids": [[k], [5]], "edges": [[0, 1]]} for k in (1, 2)]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, trainer) -> None:
+    run = trainer()
+    run.add_callback(_Poison(run.model, step=5))
+    with pytest.raises(FlexdpoError, match=r"the loss is nan at step 6, in the batch of the dataset's rows \d+, \d+, "):
+        run.train()
+    assert last_checkpoint(tmp_path / "run").name == "checkpoint-4"
+    kept = load_file(tmp_path / "run" / "checkpoint-4" / "model.safetensors")
+    assert all(torch.isfinite(weight).all() for weight in kept.values())
+
+
+class _Poison(TrainerCallback):
+    def __init__(self, model: torch.nn.Module, step: int) -> None:
+        self.model, self.step = model, step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step:
+            next(self.model.parameters()).data.fill_(float("nan"))
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+from datasets import Dataset
+from flexdpo import DPOConfig, DPOTrainer, FlexdpoError
+from flexdpo.training.models import load_model, load_tokenizer
+torch.set_num_threads(1)
+data, model, output = sys.argv[1:]
+args = DPOConfig(output, max_steps=40, save_steps=1, save_total_limit=2, per_device_train_batch_size=4, use_cpu=True,
+                 learning_rate=1e-3, report_to="none", disable_tqdm=True, logging_steps=100, max_tokens_per_row=64)
+trainer = DPOTrainer(load_model(model), None, args, train_dataset=Dataset.from_json(data),
+                     processing_class=load_tokenizer(model))
+print("ready", flush=True)
+has_checkpoint = any(Path(output).glob("checkpoint-*/flexdpo_run.json"))
+trainer.train(resume_from_checkpoint=has_checkpoint or None)
+trainer.save_model()
+print("done", flush=True)
+"""
+
+
+def run_script(arguments: list[str], kill_after: float | None = None) -> bool:
+    """Run the training script; kill it without warning some seconds after it starts training. True when it ended."""
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT, *arguments], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline().strip() == "ready"
+    if kill_after is not None:
+        time.sleep(kill_after)
+        os.kill(process.pid, signal.SIGKILL)
+    ended = process.wait() == 0
+    process.stdout.close()
+    return ended
+
+
+@pytest.mark.slow
+def test_killed_runs_end_bit_identical(tmp_path, saved_model) -> None:
+    """SIGKILL at random moments, in steps and in checkpoints, until the run has come through."""
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in preference_rows(24)))
+    model = str(saved_model("llama"))
+    assert run_script([str(data), model, str(tmp_path / "whole")])
+    want = load_file(tmp_path / "whole" / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    kills = 0
+    folder = 0
+    while kills < 20:
+        folder += 1
+        arguments = [str(data), model, str(tmp_path / f"killed-{folder}")]
+        for _ in range(5):
+            kills += not run_script(arguments, kill_after=float(torch.rand((), generator=generator)) * 0.6 + 0.05)
+        assert run_script(arguments)
+        got = load_file(tmp_path / f"killed-{folder}" / "model.safetensors")
+        assert got.keys() == want.keys()
+        assert all(torch.equal(got[name], want[name]) for name in want)
+    assert kills >= 20
