@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,11 +36,13 @@ class PackedBatch:
         rows: Packed rows; every group stands in exactly one of them.
         totals: Denominators of the losses over the whole batch.
         reference: Precomputed reference log-probabilities per response for each row, or ``None``.
+        pair_examples: For each row, which example of the batch each of its pairs belongs to.
     """
 
     rows: list[Row]
     totals: BatchTotals
     reference: list[Tensor] | None = None
+    pair_examples: list[list[int]] | None = None
 
     @classmethod
     def from_groups(
@@ -66,7 +68,9 @@ class PackedBatch:
                         f"{row.groups[0].name} and the groups beside it have {row.num_responses} responses but "
                         f"{len(value)} precomputed reference log-probabilities; compute them again"
                     )
-        return cls(rows, BatchTotals.of(groups), values)
+        number_of = {id(group): number for number, group in enumerate(groups)}
+        pair_examples = [[number_of[id(group)] for group in row.groups for _ in group.edges] for row in rows]
+        return cls(rows, BatchTotals.of(groups), values, pair_examples)
 
     @property
     def tokens_run(self) -> int:
@@ -83,12 +87,13 @@ class PackedBatch:
         reference = None
         if self.reference is not None:
             reference = [value.to(device, non_blocking=non_blocking) for value in self.reference]
-        return PackedBatch([row.to(device, non_blocking) for row in self.rows], self.totals, reference)
+        rows = [row.to(device, non_blocking) for row in self.rows]
+        return replace(self, rows=rows, reference=reference)
 
     def pin_memory(self) -> PackedBatch:
         """Return the batch in page-locked memory."""
         reference = None if self.reference is None else [value.pin_memory() for value in self.reference]
-        return PackedBatch([row.pin_memory() for row in self.rows], self.totals, reference)
+        return replace(self, rows=[row.pin_memory() for row in self.rows], reference=reference)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from flexdpo.training import models
 from flexdpo.training.checkpoints import data_digest, last_checkpoint, require_same_run, run_record, write_record
 from flexdpo.training.config import DPOConfig
 from flexdpo.training.data import TOKENISED_COLUMNS, group_from_row, require_special_tokens, tokenize_preferences
-from flexdpo.training.step import REFERENCE_COLUMN, BatchLoss, PackingCollator, run_batch
+from flexdpo.training.step import REFERENCE_COLUMN, BatchLoss, PackedBatch, PackingCollator, run_batch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -305,7 +305,7 @@ class DPOTrainer(Trainer):
                 reference=self.reference_sums,
                 autocast=self.compute_loss_context_manager,
             )
-        self._remember("eval", result)
+        self._remember("eval", result, self._distinct_pairs(batch))
         return result.loss.to(torch.float32), None, None
 
     def _require_finite(self, loss: Tensor, inputs: dict[str, Any]) -> None:
@@ -360,17 +360,30 @@ class DPOTrainer(Trainer):
 
     # --- metrics -----------------------------------------------------------------------------------------------------
 
-    def _remember(self, mode: str, result: BatchLoss) -> None:
+    def _remember(self, mode: str, result: BatchLoss, kept: Tensor | None = None) -> None:
         for name, values in result.metrics.items():
-            if len(values):
-                self._sums[mode][name].append(torch.stack([values.sum(), values.new_tensor(len(values))]))
+            counted = values if kept is None else values[kept]
+            if len(counted):
+                self._sums[mode][name].append(torch.stack([counted.sum(), counted.new_tensor(len(counted))]))
+
+    def _distinct_pairs(self, batch: PackedBatch) -> Tensor | None:
+        """Which pairs of an evaluation batch count: all but the repeats that fill up the last batch of some ranks."""
+        state = self.accelerator.gradient_state
+        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return None
+        size = self.args.eval_batch_size
+        distinct = state.remainder - self.args.process_index * size
+        examples = [example for row in batch.pair_examples or [] for example in row]
+        return torch.tensor([example < distinct for example in examples], dtype=torch.bool, device=self.args.device)
 
     def _collect(self, mode: str) -> dict[str, float]:
         """Means over all pairs since the last call, on all processes."""
-        if not self._sums[mode]:
+        # a rank without a single pair still takes part, so the names come from all of them
+        names = sorted({name for part in gather_object([sorted(self._sums[mode])]) for name in part})
+        if not names:
             return {}
-        names = sorted(self._sums[mode])
-        totals = torch.stack([torch.stack(self._sums[mode][name]).sum(dim=0) for name in names])
+        nothing = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        totals = torch.stack([sum(self._sums[mode][name], nothing) for name in names])
         self._sums[mode].clear()
         totals = self.accelerator.reduce(totals, reduction="sum")
         return {name: (total / count).item() for name, (total, count) in zip(names, totals, strict=True)}
