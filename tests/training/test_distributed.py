@@ -82,18 +82,3 @@ def test_ddp_gives_the_curve_of_one_process(tmp_path, one_process, processes: in
     size = 8 // processes
     got = run(processes, output=str(tmp_path / "ddp"), per_device_train_batch_size=size, ddp_backend="gloo", **common)
     assert_same_curve(got, want)
-
-
-@pytest.mark.parametrize("processes", [2, 4])
-def test_fsdp2_gives_the_curve_of_one_process(tmp_path, one_process, processes: int) -> None:
-    common, want = one_process
-    got = run(
-        processes,
-        output=str(tmp_path / "fsdp"),
-        per_device_train_batch_size=8 // processes,
-        ddp_backend="gloo",
-        fsdp="full_shard auto_wrap",
-        fsdp_config={"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
-        **common,
-    )
-    assert_same_curve(got, want)
