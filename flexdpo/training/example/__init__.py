@@ -1,0 +1,1 @@
+"""The built-in example: which body belongs to this function of the standard library?"""
