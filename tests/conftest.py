@@ -147,3 +147,9 @@ def saved_model(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, small_model:
         return folder
 
     return save
+
+
+@pytest.fixture(autouse=True)
+def cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reference values of one test must not be another's."""
+    monkeypatch.setenv("FLEXDPO_CACHE", str(tmp_path / "flexdpo-cache"))

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from flexdpo import Group, Row, RowLayout, prepare_model
 from flexdpo.objective.logps import response_logps
-from flexdpo.objective.losses import BatchTotals, Objective
+from flexdpo.objective.objective import BatchTotals, Objective
 from flexdpo.training.step import PackedBatch, run_batch
 from tests.conftest import CONFIGS, TOLERANCE, build_model, odd_groups
 
@@ -73,7 +73,7 @@ def packed(model: Any, reference: Any, rows: list[Row], groups: list[Group]) -> 
         model,
         batch,
         OBJECTIVE,
-        reference=lambda row: response_logps(reference, row).sums,
+        reference=lambda row: response_logps(reference, row),
         backward=torch.Tensor.backward,
     )
     return Outcome(torch.cat([of_group[id(g)] for g in groups]), result.loss, gradients_of(model))

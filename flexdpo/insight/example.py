@@ -352,7 +352,7 @@ def reference_accuracy(trainer: DPOTrainer) -> float:
     for start in trange(0, len(data), size, desc="Judging the warmed-up model"):
         examples = [data[i] for i in range(start, min(start + size, len(data)))]
         for row in trainer.data_collator(examples)["batch"].to(trainer.args.device).rows:
-            sums = trainer.reference_sums(row)
+            sums = trainer.reference_logps(row).sums
             chosen, rejected = row.edges.unbind(dim=1)
             wins += int((sums[chosen] > sums[rejected]).sum())
     return wins / len(data)
@@ -418,7 +418,7 @@ def _timed_step(trainer: DPOTrainer, optimizer: torch.optim.Optimizer, batch: Pa
         trainer.model,
         batch,
         trainer.objective,
-        reference=trainer.reference_sums,
+        reference=trainer.reference_logps,
         backward=torch.Tensor.backward,
     )
     optimizer.step()

@@ -7,16 +7,21 @@ response. A target that several responses share is computed once and counted for
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from transformers.utils import logging
 
 from flexdpo.errors import FlexdpoError
+from flexdpo.objective.head import base_model, head_logps, head_plan
+from flexdpo.objective.linear_logps import TargetLogps, logits_logps
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor, nn
 
+    from flexdpo.layout.groups import Group
     from flexdpo.layout.row import Row
 
 logger = logging.get_logger(__name__)
@@ -29,24 +34,39 @@ class ResponseLogps(NamedTuple):
         sums: Sum over the tokens of each response, in nats, ``[R]``; float64, so that adding many tokens adds no error.
         lengths: Tokens in each response, ``[R]`` int64.
         targets: Log-probability of each distinct target, in nats, ``[T]``, float32 or better.
+        log_sum_squares: ``log(sum over words of p^2)`` at each target, ``[T]``, without gradient; ``None`` where it
+            was not asked for.
     """
 
     sums: Tensor
     lengths: Tensor
     targets: Tensor
+    log_sum_squares: Tensor | None = None
+
+    @property
+    def means(self) -> Tensor:
+        """Mean log-probability per token of each response, in nats, ``[R]``."""
+        return self.sums / self.lengths
+
+    def detach(self) -> ResponseLogps:
+        """The same values without gradients."""
+        return self._replace(sums=self.sums.detach(), targets=self.targets.detach())
 
 
-def response_logps(model: nn.Module, row: Row) -> ResponseLogps:
+def response_logps(model: nn.Module, row: Row, *, with_log_sum_squares: bool = False) -> ResponseLogps:
     """Run a packed row and return the log-probability of each of its responses.
 
-    The prompt's last position is listed once for each response, since it predicts the first token of all of them.
+    The prompt's last position is listed once for each response, since it predicts the first token of all of them. The
+    logits of a chunk of targets exist at a time, in the backward pass too. A model whose head cannot be used directly
+    computes the logits of all targets at once; a warning says so, and why.
 
     Args:
         model: A prepared causal LM, wrapped or not (PEFT, DDP, FSDP): the call goes through its own forward.
         row: A packed row on the model's device.
+        with_log_sum_squares: Also compute ``log(sum p^2)`` per target, which WPO's weights need.
 
     Returns:
-        Sums, lengths and per-target values; differentiable in the model's parameters.
+        Sums, lengths and per-target values; differentiable (once) in the model's parameters.
 
     Raises:
         FlexdpoError: if the model was not prepared, or the row does not fit it.
@@ -54,15 +74,30 @@ def response_logps(model: nn.Module, row: Row) -> ResponseLogps:
     Source:
         Rafailov et al. 2023, arXiv:2305.18290, Eq. 7.
     """
-    if _takes_logits_to_keep(model):
+    plan = head_plan(model)
+    if plan.obstacle is None:
+        values = head_logps(
+            model, row.inputs(), row.predictors, row.labels, plan, with_log_sum_squares=with_log_sum_squares
+        )
+    else:
+        values = _from_logits(model, row, plan.obstacle, with_log_sum_squares)
+    return sum_targets(values.logps, row, values.log_sum_squares)
+
+
+def _from_logits(model: nn.Module, row: Row, obstacle: str, with_log_sum_squares: bool) -> TargetLogps:
+    name = type(base_model(model)).__name__
+    if "logits_to_keep" in inspect.signature(type(base_model(model)).forward).parameters:
+        logger.warning_once(
+            f"{name}: the logits of all targets are held at once, since {obstacle}; this costs memory, not exactness"
+        )
         logits = model(**row.inputs(), logits_to_keep=row.predictors).logits[0]
     else:
         logger.warning_once(
-            f"{type(model).__name__} takes no logits_to_keep, so logits are computed for the whole row and those of "
-            "prompts are thrown away; this costs memory and time, not exactness"
+            f"{name}: logits are computed for the whole row and those of prompts are thrown away, since {obstacle} and "
+            "it takes no logits_to_keep; this costs memory and time, not exactness"
         )
         logits = model(**row.inputs()).logits[0, row.predictors]
-    return sum_targets(target_logps(logits, row.labels), row)
+    return logits_logps(logits, row.labels, with_log_sum_squares=with_log_sum_squares)
 
 
 def target_logps(logits: Tensor, labels: Tensor) -> Tensor:
@@ -75,31 +110,104 @@ def target_logps(logits: Tensor, labels: Tensor) -> Tensor:
     Returns:
         ``[T]`` in nats, float32 for half inputs, else the dtype of ``logits``.
     """
-    if logits.shape[0] != labels.shape[0]:
-        raise FlexdpoError(f"got {logits.shape[0]} rows of logits for {labels.shape[0]} targets")
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return logits.gather(1, labels[:, None])[:, 0] - logits.logsumexp(dim=1)
+    return logits_logps(logits, labels).logps
 
 
-def sum_targets(targets: Tensor, row: Row) -> ResponseLogps:
+def sum_targets(targets: Tensor, row: Row, log_sum_squares: Tensor | None = None) -> ResponseLogps:
     """Sum per-target values into every response that contains the target.
 
     Args:
         targets: One value per target of the row, ``[T]``.
         row: The row the targets belong to.
+        log_sum_squares: Carried along, ``[T]``.
     """
-    # float64 wherever the device has it
-    wide = torch.float32 if targets.device.type == "mps" else torch.float64
-    members = targets.to(wide)[row.member_targets]
+    members = member_values(targets, row)
     sums = members.new_zeros(row.num_responses).index_add(0, row.member_responses, members)
     lengths = torch.bincount(row.member_responses, minlength=row.num_responses)
-    return ResponseLogps(sums, lengths, targets)
+    return ResponseLogps(sums, lengths, targets, log_sum_squares)
 
 
-def _takes_logits_to_keep(model: nn.Module) -> bool:
-    inner: Any = model
-    while not hasattr(inner, "config") and hasattr(inner, "module"):
-        inner = inner.module
-    if hasattr(inner, "get_base_model"):
-        inner = inner.get_base_model()
-    return "logits_to_keep" in inspect.signature(type(inner).forward).parameters
+def member_values(targets: Tensor, row: Row) -> Tensor:
+    """Per-target values for every token of every response, one response after the other, ``[M]`` float64."""
+    # float64 wherever the device has it
+    wide = torch.float32 if targets.device.type == "mps" else torch.float64
+    return targets.to(wide)[row.member_targets]
+
+
+def require_finite(logps: ResponseLogps, row: Row, *, model: str = "the policy", where: str = "") -> None:
+    """Refuse log-probabilities that are NaN or infinite; waits for the device once.
+
+    Args:
+        logps: Of the row.
+        row: The row.
+        model: Whose log-probabilities they are, for the message.
+        where: For instance ``"step 12"``, for the message.
+
+    Raises:
+        FlexdpoError: naming the example, the response and the value.
+    """
+    finite = torch.isfinite(logps.sums.detach())
+    if bool(finite.all()):
+        return
+    first = int((~finite).nonzero()[0])
+    group, k = next((group, k) for index, (group, k) in enumerate(row_responses(row)) if index == first)
+    place = f"{where}, {group.name}" if where else group.name
+    raise FlexdpoError(
+        f"{place}: the log-probability of response {k} under {model} is {float(logps.sums[first].detach())}; a lower "
+        "learning rate, max_grad_norm or bf16 in place of fp16 keeps the weights finite, and a model that starts out "
+        "like this is damaged"
+    )
+
+
+def row_responses(row: Row) -> Iterator[tuple[Group, int]]:
+    """The group and the number within it of each response of a row, in the row's order."""
+    return ((group, k) for group in row.groups for k in range(len(group.response_ids)))
+
+
+def pair_sums(logps: ResponseLogps, row: Row, ld_alpha: float | None = None) -> Tensor:
+    """Return the log-probability of each preference's chosen and rejected response.
+
+    Args:
+        logps: Of the row.
+        row: The row, with ``E`` preferences.
+        ld_alpha: Weight of the tokens beyond the length of the pair's shorter response, so that length itself is
+            learned less; ``None`` and 1 weigh all tokens alike, 0 looks at equal lengths only.
+
+    Returns:
+        ``[E, 2]`` in nats.
+
+    Source:
+        Liu et al. 2024 (LD-DPO), arXiv:2409.06411.
+    """
+    sums = logps.sums[row.edges]
+    if ld_alpha is None:
+        return sums
+    # memberships stand response by response, so the beginning of a response is a difference of running sums
+    running = member_values(logps.targets, row).cumsum(dim=0)
+    running = torch.cat([running.new_zeros(1), running])
+    starts = logps.lengths.cumsum(dim=0) - logps.lengths
+    first = starts[row.edges]
+    shared = logps.lengths[row.edges].amin(dim=1, keepdim=True)
+    beginnings = running[first + shared] - running[first]
+    return ld_alpha * sums + (1 - ld_alpha) * beginnings
+
+
+def response_weights(logps: ResponseLogps, row: Row) -> Tensor:
+    """WPO's weight of each response: how likely the policy is to write it itself.
+
+    The geometric mean over tokens of ``p(token) / sum p^2``: about 1 for responses that the policy would sample.
+
+    Args:
+        logps: The policy's, with ``log_sum_squares``.
+        row: The row.
+
+    Returns:
+        ``[R]``, without gradient.
+
+    Source:
+        Zhou et al. 2024, arXiv:2406.11827, Eq. 2, with sampled alignment.
+    """
+    if logps.log_sum_squares is None:
+        raise FlexdpoError("use_weighting needs response_logps(..., with_log_sum_squares=True)")
+    aligned = sum_targets(logps.targets.detach() - logps.log_sum_squares, row)
+    return aligned.means.exp()

@@ -10,9 +10,24 @@ from transformers import TrainingArguments
 
 from flexdpo.attention.row_mask import resolve_impl
 from flexdpo.errors import FlexdpoError
-from flexdpo.objective.losses import LOSS_TYPES, Objective
+from flexdpo.objective.divergences import F_DIVERGENCES
+from flexdpo.objective.objective import LOSS_TYPES, Objective
 
 TRUNCATION_MODES = ("keep_start",)
+_OBJECTIVE_SETTINGS = (
+    "beta",
+    "label_smoothing",
+    "f_divergence_type",
+    "f_alpha_divergence_coef",
+    "ld_alpha",
+    "use_weighting",
+    "discopop_tau",
+    "rpo_alpha",
+    "simpo_gamma",
+    "cpo_alpha",
+    "desirable_weight",
+    "undesirable_weight",
+)
 
 
 @dataclass
@@ -54,6 +69,43 @@ class DPOConfig(TrainingArguments):
         metadata={"help": "Probability that a preference is labelled the wrong way round (cDPO), below 0.5."},
     )
 
+    f_divergence_type: str = field(
+        default="reverse_kl",
+        metadata={"help": f"What holds the policy near its reference: {', '.join(F_DIVERGENCES)}."},
+    )
+    f_alpha_divergence_coef: float = field(default=0.5, metadata={"help": "Alpha of the alpha_divergence."})
+    ld_alpha: float | None = field(
+        default=None,
+        metadata={"help": "LD-DPO: weight of a pair's tokens beyond the length of its shorter response, 0 to 1."},
+    )
+    use_weighting: bool = field(
+        default=False, metadata={"help": "WPO: weight pairs by how likely the policy is to produce them."}
+    )
+    discopop_tau: float = field(default=0.05, metadata={"help": "Temperature of the discopop loss."})
+    rpo_alpha: float | None = field(
+        default=None, metadata={"help": "RPO: weight of the chosen response's mean negative log-likelihood."}
+    )
+    simpo_gamma: float = field(default=0.5, metadata={"help": "Margin of the simpo loss."})
+    cpo_alpha: float = field(default=1.0, metadata={"help": "Weight of the likelihood term of the cpo loss."})
+    desirable_weight: float = field(default=1.0, metadata={"help": "Weight of desirable responses in the kto loss."})
+    undesirable_weight: float = field(
+        default=1.0, metadata={"help": "Weight of undesirable responses in the kto loss."}
+    )
+    sync_ref_model: bool = field(
+        default=False, metadata={"help": "TR-DPO: let the reference model follow the policy every few steps."}
+    )
+    ref_model_mixup_alpha: float = field(
+        default=0.6, metadata={"help": "TR-DPO: share of the policy in the new reference, 0 to 1; 1 copies it."}
+    )
+    ref_model_sync_steps: int = field(default=512, metadata={"help": "TR-DPO: optimizer steps between two updates."})
+
+    regroup_prompts: bool = field(
+        default=False,
+        metadata={
+            "help": "Merge rows with the same prompt into one group with all their preferences; a batch then counts "
+            "groups."
+        },
+    )
     max_length: int | None = field(
         default=1024,
         metadata={"help": "Longest prompt plus response in tokens; what is longer is cut on the right."},
@@ -84,6 +136,14 @@ class DPOConfig(TrainingArguments):
         metadata={"help": "Pairs per forward pass while precomputing; by default the training batch size."},
     )
 
+    precompute_ref_cache_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where precomputed log-probabilities are kept for interrupted and later runs; by default "
+            "FLEXDPO_CACHE or a folder beside the hub's cache."
+        },
+    )
+
     max_tokens_per_row: int | None = field(
         default=None,
         metadata={
@@ -103,7 +163,7 @@ class DPOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         loss_type: list[str] | str = self.loss_type
         self.loss_type = [loss_type] if isinstance(loss_type, str) else list(loss_type)
-        self.objective()
+        self._check_reference(self.objective())
         resolve_impl(self.attn_impl, torch.device("cpu"))
         if self.truncation_mode not in TRUNCATION_MODES:
             raise FlexdpoError(
@@ -120,8 +180,22 @@ class DPOConfig(TrainingArguments):
 
     def objective(self) -> Objective:
         """The losses these settings ask for."""
+        settings = {name: getattr(self, name) for name in _OBJECTIVE_SETTINGS}
         weights = None if self.loss_weights is None else tuple(self.loss_weights)
-        return Objective(tuple(self.loss_type), weights, self.beta, self.label_smoothing)
+        return Objective(tuple(self.loss_type), weights, **settings)
+
+    def _check_reference(self, objective: Objective) -> None:
+        if self.precompute_ref_log_probs and self.sync_ref_model:
+            raise FlexdpoError("sync_ref_model moves the reference, which precompute_ref_log_probs fixes; choose one")
+        if self.precompute_ref_log_probs and objective.needs_unrelated_responses:
+            raise FlexdpoError(
+                "the kto loss compares prompts with other rows' responses, drawn anew for every batch, so its "
+                "reference cannot be precomputed; leave precompute_ref_log_probs out"
+            )
+        if self.sync_ref_model and not objective.needs_reference:
+            raise FlexdpoError(f"loss_type {', '.join(self.loss_type)} uses no reference; leave sync_ref_model out")
+        if self.sync_ref_model and self.ref_model_sync_steps < 1:
+            raise FlexdpoError(f"ref_model_sync_steps must be at least 1, got {self.ref_model_sync_steps}")
 
     @property
     def row_multiple(self) -> int:

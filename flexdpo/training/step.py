@@ -12,8 +12,9 @@ import torch
 
 from flexdpo.errors import FlexdpoError
 from flexdpo.layout.packing import pack_groups
-from flexdpo.objective.logps import response_logps
-from flexdpo.objective.losses import BatchTotals, Objective
+from flexdpo.objective.logps import ResponseLogps, response_logps
+from flexdpo.objective.objective import BatchTotals, Objective, Reference, ReferenceLogps, surrogate_loss
+from flexdpo.objective.unpaired import with_unrelated_responses
 from flexdpo.training.data import group_from_row
 
 if TYPE_CHECKING:
@@ -24,8 +25,9 @@ if TYPE_CHECKING:
     from flexdpo.layout.groups import Group
     from flexdpo.layout.row import Row
 
-ReferenceFn = Callable[["Row"], "Tensor"]
+ReferenceFn = Callable[["Row"], ResponseLogps]
 REFERENCE_COLUMN = "ref_response_logps"
+REFERENCE_PAIR_COLUMN = "ref_pair_logps"
 
 
 @dataclass(eq=False)
@@ -35,13 +37,13 @@ class PackedBatch:
     Attributes:
         rows: Packed rows; every group stands in exactly one of them.
         totals: Denominators of the losses over the whole batch.
-        reference: Precomputed reference log-probabilities per response for each row, or ``None``.
+        reference: Precomputed reference log-probabilities for each row, or ``None``.
         pair_examples: For each row, which example of the batch each of its pairs belongs to.
     """
 
     rows: list[Row]
     totals: BatchTotals
-    reference: list[Tensor] | None = None
+    reference: list[ReferenceLogps] | None = None
     pair_examples: list[list[int]] | None = None
 
     @classmethod
@@ -52,24 +54,24 @@ class PackedBatch:
         max_tokens_per_row: int | None = None,
         pad_to_multiple_of: int = 1,
         reference: Sequence[Sequence[float]] | None = None,
+        reference_pairs: Sequence[Sequence[Sequence[float]]] | None = None,
     ) -> PackedBatch:
-        """Pack groups, and bring their precomputed reference log-probabilities (one list per group) into row order."""
+        """Pack groups, and bring their precomputed reference log-probabilities into row order.
+
+        Args:
+            groups: The examples of the batch.
+            max_tokens_per_row: Longest row; ``None`` puts all groups into one.
+            pad_to_multiple_of: Rows are padded to a multiple of this many tokens.
+            reference: For each group, one value per response.
+            reference_pairs: For each group, chosen and rejected value per preference; only under ``ld_alpha``.
+        """
         rows = pack_groups(groups, max_tokens_per_row, pad_to_multiple_of=pad_to_multiple_of)
+        number_of = {id(group): number for number, group in enumerate(groups)}
+        members = [[number_of[id(group)] for group in row.groups] for row in rows]
         values = None
         if reference is not None:
-            of_group = {id(group): numbers for group, numbers in zip(groups, reference, strict=True)}
-            values = [
-                torch.tensor([x for group in row.groups for x in of_group[id(group)]], dtype=torch.float64)
-                for row in rows
-            ]
-            for row, value in zip(rows, values, strict=True):
-                if len(value) != row.num_responses:
-                    raise FlexdpoError(
-                        f"{row.groups[0].name} and the groups beside it have {row.num_responses} responses but "
-                        f"{len(value)} precomputed reference log-probabilities; compute them again"
-                    )
-        number_of = {id(group): number for number, group in enumerate(groups)}
-        pair_examples = [[number_of[id(group)] for group in row.groups for _ in group.edges] for row in rows]
+            values = [_reference_of(row, m, reference, reference_pairs) for row, m in zip(rows, members, strict=True)]
+        pair_examples = [[number for number in m for _ in groups[number].edges] for m in members]
         return cls(rows, BatchTotals.of(groups), values, pair_examples)
 
     @property
@@ -84,16 +86,35 @@ class PackedBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """Return the batch with all tensors on ``device``."""
-        reference = None
-        if self.reference is not None:
-            reference = [value.to(device, non_blocking=non_blocking) for value in self.reference]
-        rows = [row.to(device, non_blocking) for row in self.rows]
-        return replace(self, rows=rows, reference=reference)
+        return self._map(lambda part: part.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> PackedBatch:
         """Return the batch in page-locked memory."""
-        reference = None if self.reference is None else [value.pin_memory() for value in self.reference]
-        return replace(self, rows=[row.pin_memory() for row in self.rows], reference=reference)
+        return self._map(lambda part: part.pin_memory())
+
+    def _map(self, change: Callable[[Any], Any]) -> PackedBatch:
+        reference = self.reference and [
+            ReferenceLogps(change(sums), None if pairs is None else change(pairs)) for sums, pairs in self.reference
+        ]
+        return replace(self, rows=[change(row) for row in self.rows], reference=reference)
+
+
+def _reference_of(
+    row: Row,
+    members: Sequence[int],
+    reference: Sequence[Sequence[float]],
+    pairs: Sequence[Sequence[Sequence[float]]] | None,
+) -> ReferenceLogps:
+    sums = torch.tensor([value for number in members for value in reference[number]], dtype=torch.float64)
+    if len(sums) != row.num_responses:
+        raise FlexdpoError(
+            f"{row.groups[0].name} and the groups beside it have {row.num_responses} responses but {len(sums)} "
+            "precomputed reference log-probabilities; compute them again"
+        )
+    if pairs is None:
+        return ReferenceLogps(sums)
+    of_pairs = [list(values) for number in members for values in pairs[number]]
+    return ReferenceLogps(sums, torch.tensor(of_pairs, dtype=torch.float64).reshape(-1, 2))
 
 
 @dataclass(frozen=True)
@@ -103,24 +124,30 @@ class PackingCollator:
     Attributes:
         max_tokens_per_row: Longest row in tokens, padding included; ``None`` puts a batch into one row.
         pad_to_multiple_of: Rows are padded to a multiple of this many tokens; 128 is a tile of FlexAttention.
+        unrelated_responses: Run other rows' responses behind every prompt too, as the ``kto`` loss needs.
     """
 
     max_tokens_per_row: int | None = None
     pad_to_multiple_of: int = 1
+    unrelated_responses: bool = False
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return ``{"example_rows": [B] int64, "batch": PackedBatch}``; the first names the dataset rows."""
-        groups = [group_from_row(example) for example in examples]
-        reference = None
-        if REFERENCE_COLUMN in examples[0]:
-            reference = [example[REFERENCE_COLUMN] for example in examples]
+        groups: Sequence[Group] = [group_from_row(example) for example in examples]
+        if self.unrelated_responses:
+            groups = with_unrelated_responses(groups)
         batch = PackedBatch.from_groups(
             groups,
             max_tokens_per_row=self.max_tokens_per_row,
             pad_to_multiple_of=self.pad_to_multiple_of,
-            reference=reference,
+            reference=_column(examples, REFERENCE_COLUMN),
+            reference_pairs=_column(examples, REFERENCE_PAIR_COLUMN),
         )
         return {"example_rows": torch.tensor([int(example["row"]) for example in examples]), "batch": batch}
+
+
+def _column(examples: Sequence[Mapping[str, Any]], name: str) -> list[Any] | None:
+    return [example[name] for example in examples] if name in examples[0] else None
 
 
 @dataclass(eq=False)
@@ -129,60 +156,88 @@ class BatchLoss:
 
     Attributes:
         loss: Detached scalar, the unpacked batch's loss.
-        metrics: Values of all rows by name, one per pair.
+        metrics: Values of all rows by name, one per pair or response.
     """
 
     loss: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
-def run_batch(
-    model: nn.Module,
-    batch: PackedBatch,
-    objective: Objective,
-    *,
-    reference: ReferenceFn | None = None,
-    backward: Callable[[Tensor], None] | None = None,
-    no_sync: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
-    autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
-) -> BatchLoss:
-    """Run the rows of a batch one after another; their losses and gradients add up to the unpacked batch's.
+@dataclass(frozen=True)
+class Runner:
+    """Runs the rows of a batch one after another; losses and gradients add up to the unpacked batch's.
 
-    Args:
+    Attributes:
         model: A prepared causal LM, wrapped or not.
-        batch: On the model's device.
         objective: The losses.
-        reference: Gives the reference log-probability of each response of a row, ``[R]``, without gradients; not called
-            where the batch brings precomputed ones.
+        reference: Gives the reference log-probabilities of a row, without gradients; not called where the batch brings
+            precomputed ones.
         backward: Called with each row's share of the loss, so that one row's activations are freed before the next;
             ``None`` computes values only.
-        no_sync: Entered around every backward but the last, to keep gradient synchronisation for the end.
+        no_sync: Entered around every pass but the last, to keep gradient synchronisation for the end.
         autocast: Entered around the forward passes.
+        average: Mean of a scalar over all processes, for losses that compare with a mean over the whole batch.
     """
-    losses, metrics = [], []
-    for number, row in enumerate(batch.rows):
+
+    model: nn.Module
+    objective: Objective
+    reference: ReferenceFn | None = None
+    backward: Callable[[Tensor], None] | None = None
+    no_sync: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+    autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+    average: Callable[[Tensor], Tensor] | None = None
+
+    def __call__(self, batch: PackedBatch) -> BatchLoss:
+        """Run a batch that is on the model's device."""
+        if self.objective.couples_batch and len(batch.rows) > 1:
+            return self._in_two_passes(batch)
+        losses, metrics = [], []
+        for number, row in enumerate(batch.rows):
+            with self._sync(number, batch):
+                reference = self._reference(batch, number)
+                policy = self._policy(row)
+                result = self.objective.row_loss(policy, reference, row, batch.totals, average=self.average)
+                if self.backward is not None:
+                    self.backward(result.loss)
+            losses.append(result.loss.detach())
+            metrics.append(result.metrics)
+        return BatchLoss(
+            torch.stack(losses).sum(), {name: torch.cat([m[name] for m in metrics]) for name in metrics[0]}
+        )
+
+    def _in_two_passes(self, batch: PackedBatch) -> BatchLoss:
+        """Where a row's gradient depends on the others: all values first, then every row again with its gradient."""
+        references = [self._reference(batch, number) for number in range(len(batch.rows))]
+        with torch.no_grad():
+            first = [self._policy(row) for row in batch.rows]
+        found = self.objective.target_gradients(first, references, batch.rows, batch.totals, average=self.average)
+        if self.backward is not None:
+            for number, (row, gradient) in enumerate(zip(batch.rows, found.targets, strict=True)):
+                with self._sync(number, batch):
+                    self.backward(surrogate_loss(self._policy(row), gradient))
+        return BatchLoss(found.loss, found.metrics)
+
+    def _policy(self, row: Row) -> ResponseLogps:
+        with self.autocast():
+            return response_logps(self.model, row, with_log_sum_squares=self.objective.needs_log_sum_squares)
+
+    def _reference(self, batch: PackedBatch, number: int) -> Reference:
+        if batch.reference is not None:
+            return batch.reference[number]
+        if not self.objective.needs_reference:
+            return None
+        if self.reference is None:
+            raise FlexdpoError(
+                f"loss_type {', '.join(self.objective.loss_type)} needs a reference model or precomputed values"
+            )
+        with torch.no_grad(), self.autocast():
+            return self.reference(batch.rows[number])
+
+    def _sync(self, number: int, batch: PackedBatch) -> AbstractContextManager[Any]:
         last = number == len(batch.rows) - 1
-        with contextlib.nullcontext() if last or backward is None else no_sync():
-            with autocast():
-                sums = _reference_sums(batch, number, objective, reference)
-                policy = response_logps(model, row)
-            result = objective.row_loss(policy, sums, row, batch.totals)
-            if backward is not None:
-                backward(result.loss)
-        losses.append(result.loss.detach())
-        metrics.append(result.metrics)
-    names = metrics[0].keys()
-    return BatchLoss(torch.stack(losses).sum(), {name: torch.cat([m[name] for m in metrics]) for name in names})
+        return contextlib.nullcontext() if last or self.backward is None else self.no_sync()
 
 
-def _reference_sums(
-    batch: PackedBatch, number: int, objective: Objective, reference: ReferenceFn | None
-) -> Tensor | None:
-    if batch.reference is not None:
-        return batch.reference[number]
-    if not objective.needs_reference:
-        return None
-    if reference is None:
-        raise FlexdpoError(f"loss_type {', '.join(objective.loss_type)} needs a reference model or precomputed values")
-    with torch.no_grad():
-        return reference(batch.rows[number])
+def run_batch(model: nn.Module, batch: PackedBatch, objective: Objective, **settings: Any) -> BatchLoss:
+    """Run one batch; ``settings`` are those of :class:`Runner`."""
+    return Runner(model, objective, **settings)(batch)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from accelerate.utils import gather_object
-from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import logging
@@ -17,13 +17,23 @@ from transformers.utils import logging
 from flexdpo.attention.row_mask import Impl
 from flexdpo.errors import FlexdpoError
 from flexdpo.hf.support import prepare_model, unwrap_model
-from flexdpo.layout.packing import pack_groups
-from flexdpo.objective.logps import response_logps
+from flexdpo.objective.logps import require_finite, response_logps
+from flexdpo.objective.reference_cache import model_fingerprint, tokenizer_fingerprint
+from flexdpo.objective.reference_sync import mix_into_reference
 from flexdpo.training import models
 from flexdpo.training.checkpoints import data_digest, last_checkpoint, require_same_run, run_record, write_record
 from flexdpo.training.config import DPOConfig
-from flexdpo.training.data import TOKENISED_COLUMNS, group_from_row, require_special_tokens, tokenize_preferences
-from flexdpo.training.step import REFERENCE_COLUMN, BatchLoss, PackedBatch, PackingCollator, run_batch
+from flexdpo.training.data import TOKENISED_COLUMNS, require_special_tokens, tokenize_preferences
+from flexdpo.training.precompute import Precompute
+from flexdpo.training.regroup import regroup_by_prompt
+from flexdpo.training.step import (
+    REFERENCE_COLUMN,
+    REFERENCE_PAIR_COLUMN,
+    BatchLoss,
+    PackedBatch,
+    PackingCollator,
+    Runner,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -34,6 +44,7 @@ if TYPE_CHECKING:
     from transformers.trainer_utils import EvalLoopOutput
 
     from flexdpo.layout.row import Row
+    from flexdpo.objective.logps import ResponseLogps
     from flexdpo.training.data import DataReport
 
 logger = logging.get_logger(__name__)
@@ -121,11 +132,15 @@ class DPOTrainer(Trainer):
             "truncation_mode": args.truncation_mode,
             "num_proc": args.dataset_num_proc,
         }
-        self._main_process_first = args.main_process_first
+        self._main_process_first, self._regroup = args.main_process_first, args.regroup_prompts
+        precompute = args.precompute_ref_log_probs and self.objective.needs_reference
+        fingerprint = self._fingerprint(model, reference) if precompute else ""
         super().__init__(
             model=model,
             args=args,
-            data_collator=PackingCollator(args.max_tokens_per_row, args.row_multiple),
+            data_collator=PackingCollator(
+                args.max_tokens_per_row, args.row_multiple, self.objective.needs_unrelated_responses
+            ),
             train_dataset=self._tokenised(train_dataset, processing_class, "train", model),
             eval_dataset=self._tokenised_all(eval_dataset, processing_class, model),
             processing_class=processing_class,
@@ -137,8 +152,10 @@ class DPOTrainer(Trainer):
         if reference is not None:
             reference = self.accelerator.prepare_model(reference, evaluation_mode=True)
         self.ref_model = reference
-        if args.precompute_ref_log_probs and self.objective.needs_reference:
-            self._precompute()
+        if precompute:
+            self._precompute(fingerprint)
+        if args.sync_ref_model:
+            self.add_callback(_SyncReference(self._reference_to_move()))
 
     # --- models ------------------------------------------------------------------------------------------------------
 
@@ -157,26 +174,43 @@ class DPOTrainer(Trainer):
             return None
         if ref_model is not None:
             prepare_model(ref_model, impl=self.impl)
-            return ref_model.requires_grad_(False).eval()
+            ref_model.requires_grad_(False)
+            evaluated: nn.Module = ref_model.eval()
+            return evaluated
         if models.is_peft_model(model) or args.precompute_ref_log_probs:
             # the adapter is switched off, or the policy itself is the reference before its first step
             return None
         return models.frozen_copy(model)
 
-    def reference_sums(self, row: Row) -> Tensor:
-        """Log-probability of each response of a row under the reference, ``[R]``, without gradients."""
+    def reference_logps(self, row: Row) -> ResponseLogps:
+        """Log-probabilities of the responses of a row under the reference, without gradients."""
         with torch.no_grad():
             if self.ref_model is not None:
-                return response_logps(self.ref_model, row).sums
+                return response_logps(self.ref_model, row)
             if models.is_peft_model(self.model):
                 with models.reference_adapter(self.accelerator.unwrap_model(self.model)):
-                    return response_logps(self.model, row).sums
+                    return response_logps(self.model, row)
             if self.state.global_step > 0:
                 raise FlexdpoError(
                     "the reference was not kept in memory (precompute_ref_log_probs=True) and the policy has been "
                     "trained since; give this dataset to the trainer as eval_dataset, or pass ref_model"
                 )
-            return response_logps(self.model, row).sums
+            return response_logps(self.model, row)
+
+    def _reference_to_move(self) -> nn.Module:
+        if self.ref_model is None:
+            raise FlexdpoError(
+                "sync_ref_model needs a reference model of its own, and a model with an adapter has none; leave "
+                "sync_ref_model or peft_config out"
+            )
+        return self.ref_model
+
+    def _fingerprint(self, model: nn.Module, reference: nn.Module | None) -> str:
+        """The reference's weights in a few letters; taken before they are moved, wrapped or sharded."""
+        if reference is None and models.is_peft_model(model):
+            with models.reference_adapter(model):
+                return model_fingerprint(model)
+        return model_fingerprint(reference if reference is not None else model)
 
     # --- data --------------------------------------------------------------------------------------------------------
 
@@ -188,12 +222,13 @@ class DPOTrainer(Trainer):
         # one process fills the cache that the others read
         with self._main_process_first(desc=f"tokenising {name}"):
             tokenised = tokenize_preferences(dataset, tokenizer, name=name, **self._tokenizer_settings)
+            data = regroup_by_prompt(tokenised.dataset) if self._regroup else tokenised.dataset
         report = tokenised.report
         # what was left out is said at a level that transformers shows by default
         (logger.warning if report.skipped or report.notes else logger.info)(report.summary())
         self.data_reports[name] = report
         models.require_positions(unwrap_model(model), report.longest)
-        return tokenised.dataset
+        return data
 
     def _tokenised_all(self, dataset: Any, tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> Any:
         if isinstance(dataset, dict):
@@ -201,45 +236,25 @@ class DPOTrainer(Trainer):
         return self._tokenised(dataset, tokenizer, "eval", model)
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = [*TOKENISED_COLUMNS, REFERENCE_COLUMN]
+        self._signature_columns = [*TOKENISED_COLUMNS, REFERENCE_COLUMN, REFERENCE_PAIR_COLUMN]
 
-    def _precompute(self) -> None:
-        self.train_dataset = self._with_reference(self.train_dataset, "train")
-        if isinstance(self.eval_dataset, dict):
-            self.eval_dataset = {name: self._with_reference(d, name) for name, d in self.eval_dataset.items()}
-        else:
-            self.eval_dataset = self._with_reference(self.eval_dataset, "eval")
-        self.ref_model = None
-
-    def _with_reference(self, dataset: Any, name: str) -> Any:
-        """Add the reference log-probability of every response as a column."""
-        if dataset is None or REFERENCE_COLUMN in dataset.column_names:
-            return dataset
-        batch_size = self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size
-        batches = [range(i, min(i + batch_size, len(dataset))) for i in range(0, len(dataset), batch_size)]
-        mine = batches[self.args.process_index :: self.args.world_size]
-        found: list[tuple[int, list[float]]] = []
+    def _precompute(self, fingerprint: str) -> None:
         was_training = self.model.training
         self.model.eval()
-        for numbers in tqdm(mine, desc=f"Reference log-probabilities, {name}", disable=self.args.disable_tqdm):
-            found += self._reference_of(dataset.select(numbers), numbers)
-        self.model.train(was_training)
-        values = dict(gather_object(found))
-        return dataset.add_column(REFERENCE_COLUMN, [values[number] for number in range(len(dataset))])
 
-    def _reference_of(self, dataset: Any, numbers: range) -> list[tuple[int, list[float]]]:
-        groups = [group_from_row(example) for example in dataset]
-        number_of = {id(group): number for group, number in zip(groups, numbers, strict=True)}
-        rows = pack_groups(groups, self.args.max_tokens_per_row, pad_to_multiple_of=self.args.row_multiple)
-        found = []
-        for row in rows:
+        def run(row: Row) -> ResponseLogps:
             with self.compute_loss_context_manager():
-                sums = self.reference_sums(row.to(self.args.device)).tolist()
-            for group in row.groups:
-                count = len(group.response_ids)
-                found.append((number_of[id(group)], sums[:count]))
-                sums = sums[count:]
-        return found
+                return self.reference_logps(row)
+
+        tokenizer = tokenizer_fingerprint(self.processing_class)
+        work = Precompute(self.args, self.accelerator, run, fingerprint, tokenizer)
+        self.train_dataset = work.add_columns(self.train_dataset, "train")
+        if isinstance(self.eval_dataset, dict):
+            self.eval_dataset = {name: work.add_columns(part, name) for name, part in self.eval_dataset.items()}
+        else:
+            self.eval_dataset = work.add_columns(self.eval_dataset, "eval")
+        self.model.train(was_training)
+        self.ref_model = None
 
     # --- the step ----------------------------------------------------------------------------------------------------
 
@@ -259,16 +274,10 @@ class DPOTrainer(Trainer):
         def backward(loss: Tensor) -> None:
             self.accelerator.backward(loss * scale)
 
-        result = run_batch(
-            model,
-            batch,
-            self.objective,
-            reference=self.reference_sums,
-            backward=backward,
-            no_sync=lambda: self.accelerator.no_sync(model),
-            autocast=self.compute_loss_context_manager,
-        )
-        self._require_finite(result.loss, inputs)
+        runner = replace(self._runner(model), backward=backward, no_sync=lambda: self.accelerator.no_sync(model))
+        result = runner(batch)
+        if not torch.isfinite(result.loss):
+            self._explain_loss(runner, batch, inputs)
         self.tokens["run"] += batch.tokens_run
         self.tokens["unshared"] += batch.tokens_unshared
         self._remember("train", result)
@@ -286,7 +295,16 @@ class DPOTrainer(Trainer):
         if return_outputs:
             raise FlexdpoError("a packed batch has no outputs per example; use return_outputs=False")
         batch = inputs["batch"].to(self.args.device)
-        return run_batch(model, batch, self.objective, reference=self.reference_sums).loss
+        return self._runner(model)(batch).loss
+
+    def _runner(self, model: nn.Module) -> Runner:
+        return Runner(
+            model,
+            self.objective,
+            reference=self.reference_logps,
+            autocast=self.compute_loss_context_manager,
+            average=lambda value: self.accelerator.reduce(value, reduction="mean"),
+        )
 
     def prediction_step(
         self,
@@ -298,24 +316,24 @@ class DPOTrainer(Trainer):
         """Compute the loss and the metrics of an evaluation batch."""
         batch = self._prepare_inputs(inputs)["batch"].to(self.args.device)
         with torch.no_grad():
-            result = run_batch(
-                model,
-                batch,
-                self.objective,
-                reference=self.reference_sums,
-                autocast=self.compute_loss_context_manager,
-            )
+            result = self._runner(model)(batch)
         self._remember("eval", result, self._distinct_pairs(batch))
         return result.loss.to(torch.float32), None, None
 
-    def _require_finite(self, loss: Tensor, inputs: dict[str, Any]) -> None:
-        if not torch.isfinite(loss):
-            rows = ", ".join(str(row) for row in inputs["example_rows"].tolist())
-            raise FlexdpoError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}, in the batch of the dataset's rows "
-                f"{rows} (counted from 0); training stops here and the last checkpoint stays. Lower the learning rate, "
-                "or look at these rows"
-            )
+    def _explain_loss(self, runner: Runner, batch: PackedBatch, inputs: dict[str, Any]) -> NoReturn:
+        """Stop at a loss that is not finite, naming the step and the example that made it so."""
+        step = f"step {self.state.global_step + 1}"
+        with torch.no_grad():
+            for row in batch.rows:
+                with self.compute_loss_context_manager():
+                    require_finite(response_logps(runner.model, row), row, where=step)
+                if self.objective.needs_reference and batch.reference is None:
+                    require_finite(self.reference_logps(row), row, model="the reference", where=step)
+        rows = ", ".join(str(row) for row in inputs["example_rows"].tolist())
+        raise FlexdpoError(
+            f"{step}: the loss is not finite though every log-probability is, in the batch of the dataset's rows "
+            f"{rows} (counted from 0); a smaller beta or a lower learning rate keeps it finite"
+        )
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
         """Floating-point operations of a training step on the tokens that really run (6 per token and parameter)."""
@@ -416,6 +434,17 @@ class DPOTrainer(Trainer):
             eval_dataset = self._tokenised_all(eval_dataset, self.processing_class, self.model)
         metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         return metrics
+
+
+class _SyncReference(TrainerCallback):
+    """TR-DPO: moves the reference towards the policy every ``ref_model_sync_steps`` optimizer steps."""
+
+    def __init__(self, reference: nn.Module) -> None:
+        self.reference = reference
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:  # noqa: ARG002
+        if state.global_step % args.ref_model_sync_steps == 0:
+            mix_into_reference(self.reference, model, args.ref_model_mixup_alpha)
 
 
 class MetricsFile(TrainerCallback):

@@ -107,7 +107,8 @@ def _other_rows() -> list[dict[str, Any]]:
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, trainer) -> None:
     run = trainer()
     run.add_callback(_Poison(run.model, step=5))
-    with pytest.raises(FlexdpoError, match=r"the loss is nan at step 6, in the batch of the dataset's rows \d+, \d+, "):
+    message = r"step 6, row \d+: the log-probability of response 0 under the policy is nan"
+    with pytest.raises(FlexdpoError, match=message):
         run.train()
     assert last_checkpoint(tmp_path / "run").name == "checkpoint-4"
     kept = load_file(tmp_path / "run" / "checkpoint-4" / "model.safetensors")

@@ -15,6 +15,7 @@ from datasets import Dataset
 from transformers import MambaConfig, MambaForCausalLM
 
 from flexdpo import DPOConfig, DPOTrainer, FlexdpoError, UnsupportedModelError
+from flexdpo.objective.objective import LOSS_TYPES
 from flexdpo.training.trainer import MetricsFile
 
 
@@ -119,6 +120,76 @@ def test_the_curve_is_that_of_trl(tmp_path, tokenizer, preferences, small_model)
     for mine, other in zip(ours.state.log_history[:5], theirs.state.log_history[:5], strict=True):
         for name in names:
             assert mine[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5), name
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_every_loss_is_the_same_in_one_row_and_in_several(
+    tmp_path, tokenizer, preferences, small_model, loss_type
+) -> None:
+    """Losses that sort or average over the batch too."""
+    curves = []
+    for budget in (None, 110):
+        smoothing = 0.1 if loss_type in ("exo_pair", "robust") else 0.0
+        args = settings(
+            tmp_path, loss_type=loss_type, label_smoothing=smoothing, max_tokens_per_row=budget,
+            max_steps=3,
+        )  # fmt: skip
+        trainer = DPOTrainer(small_model(), None, args, train_dataset=preferences, processing_class=tokenizer)
+        batches = [trainer.data_collator([trainer.train_dataset[i] for i in range(4)])["batch"]]
+        assert (len(batches[0].rows) > 1) is (budget is not None)
+        trainer.train()
+        lines = [line for line in trainer.state.log_history if "loss" in line]
+        curves.append([line[key] for line in lines for key in ("loss", "grad_norm")])
+    assert curves[0] == pytest.approx(curves[1], rel=2e-4, abs=1e-6)
+
+
+def test_regrouped_prompts_run_each_response_once(tmp_path, tokenizer, small_model) -> None:
+    rows = [
+        {"prompt": "w5 w6 w7 ", "chosen": "w8", "rejected": "w9"},
+        {"prompt": "w5 w6 w7 ", "chosen": "w8", "rejected": "w10 w11"},
+        {"prompt": "w12 ", "chosen": "w8", "rejected": "w9"},
+        {"prompt": "w5 w6 w7 ", "chosen": "w9", "rejected": "w10 w11"},
+    ]
+    args = settings(tmp_path, regroup_prompts=True, max_steps=1, per_device_train_batch_size=2)
+    trainer = DPOTrainer(small_model(), None, args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    assert [len(row["response_ids"]) for row in trainer.train_dataset] == [3, 2]
+    pairs = DPOTrainer(
+        small_model(), None, settings(tmp_path, max_steps=1), train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )  # fmt: skip
+    grouped, separate = (history(t, "grad_norm")[0] for t in (trainer, pairs))
+    assert grouped == pytest.approx(separate, rel=1e-5)
+    assert trainer.tokens["run"] < pairs.tokens["run"]
+
+
+def test_the_reference_follows_the_policy(tmp_path, tokenizer, preferences, small_model) -> None:
+    args = settings(tmp_path, sync_ref_model=True, ref_model_sync_steps=2, ref_model_mixup_alpha=1.0, max_steps=4)
+    trainer = DPOTrainer(small_model(), None, args, train_dataset=preferences, processing_class=tokenizer)
+    losses = history(trainer, "loss")
+    # a hard update makes them one model again, so the step after it starts at ln 2
+    assert losses[2] == pytest.approx(math.log(2), abs=1e-6)
+    assert losses[1] != pytest.approx(math.log(2), abs=1e-6)
+    for name, weight in trainer.model.state_dict().items():
+        assert torch.equal(trainer.ref_model.state_dict()[name], weight)
+
+
+def test_precomputed_values_are_kept_for_the_next_run(
+    tmp_path, tokenizer, preferences, small_model, monkeypatch
+) -> None:
+    args = settings(tmp_path, precompute_ref_log_probs=True, max_steps=2, ld_alpha=0.5)
+
+    def build() -> DPOTrainer:
+        return DPOTrainer(
+            small_model(), None, args, train_dataset=preferences, eval_dataset=preferences.select(range(6)),
+            processing_class=tokenizer,
+        )  # fmt: skip
+
+    first = build()
+    assert {"ref_response_logps", "ref_pair_logps"} <= set(first.train_dataset.column_names)
+    monkeypatch.setattr(DPOTrainer, "reference_logps", lambda *_: pytest.fail("computed a second time"))
+    second = build()
+    assert second.train_dataset["ref_response_logps"] == first.train_dataset["ref_response_logps"]
+    assert history(second, "loss") == history(first, "loss")
 
 
 @pytest.mark.parametrize("changes", WAYS, ids=str)
@@ -247,6 +318,9 @@ def test_a_model_that_cannot_be_exact_is_refused(tmp_path, tokenizer, preference
         ({"beta": 0.0}, "beta must be positive, got 0.0"),
         ({"label_smoothing": 0.5}, r"label_smoothing must be in \[0, 0.5\), got 0.5"),
         ({"truncation_mode": "keep_end"}, "truncation_mode='keep_end' is not supported"),
+        ({"precompute_ref_log_probs": True, "sync_ref_model": True}, "sync_ref_model moves the reference, which"),
+        ({"precompute_ref_log_probs": True, "loss_type": "kto"}, "so its reference cannot be precomputed"),
+        ({"loss_type": "simpo", "sync_ref_model": True}, "loss_type simpo uses no reference; leave sync_ref_model out"),
         ({"max_length": 0}, "max_length must be at least 1, got 0"),
         ({"attn_impl": "flax"}, r"impl must be one of .*'flax'; did you mean 'flex'"),
     ],

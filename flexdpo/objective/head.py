@@ -1,0 +1,248 @@
+"""Finds a model's language-model head and what the model does to the head's output, so that logits need never exist.
+
+The model runs through its own forward, wrappers and hooks included. For the duration of one call the head's ``forward``
+is replaced: it receives the hidden states of the whole row, keeps those at the predicting positions and returns their
+log-probabilities. Since the head is called once, FSDP and ZeRO-3 gather its weight once. What the model does after the
+head (softcap, scale) cannot be read off its class, so it is measured once per model, with made-up logits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from flexdpo.objective.linear_logps import IDENTITY, LogitTransform, TargetLogps, linear_logps, module_logps
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class HeadPlan:
+    """How to get log-probabilities out of a model.
+
+    Attributes:
+        vocabulary: Words the head scores, ``V``.
+        transform: What the model does to the head's output.
+        obstacle: Why the head cannot be used directly; ``None`` where it can.
+    """
+
+    vocabulary: int = 0
+    transform: LogitTransform = IDENTITY
+    obstacle: str | None = None
+
+
+_plans: WeakKeyDictionary[nn.Module, HeadPlan] = WeakKeyDictionary()
+
+# made-up logits reach beyond every softcap in use (Gemma's is 30), so that bending shows
+_RAMP_HEIGHT = 40.0
+
+
+def base_model(model: nn.Module) -> Any:
+    """Return the Hugging Face model inside DDP, ``torch.compile`` and PEFT wrappers."""
+    inner: Any = model
+    while not hasattr(inner, "config"):
+        wrapped = getattr(inner, "module", None) or getattr(inner, "_orig_mod", None)
+        if wrapped is None:
+            break
+        inner = wrapped
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+
+
+def head_of(model: nn.Module) -> nn.Module | None:
+    """Return the module that maps hidden states to logits, adapters included; ``None`` where the model names none."""
+    base = base_model(model)
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    return head if isinstance(head, nn.Module) else None
+
+
+def head_plan(model: nn.Module) -> HeadPlan:
+    """Return how to use a model's head, measured at the first call for each model and remembered."""
+    base = base_model(model)
+    if base not in _plans:
+        _plans[base] = _measure(model)
+    return _plans[base]
+
+
+def head_logps(
+    model: nn.Module,
+    inputs: dict[str, Any],
+    predictors: Tensor,
+    labels: Tensor,
+    plan: HeadPlan,
+    *,
+    with_log_sum_squares: bool = False,
+) -> TargetLogps:
+    """Run a model whose head computes log-probabilities of labels instead of logits.
+
+    Args:
+        model: Wrapped or not; called once.
+        inputs: Its keyword arguments, for one row of ``S`` tokens.
+        predictors: Positions in the row that predict, ``[T]`` int64.
+        labels: What they predict, ``[T]`` int64.
+        plan: From :func:`head_plan`, without an obstacle.
+        with_log_sum_squares: Also return ``log(sum p^2)``.
+    """
+    head = head_of(model)
+    assert head is not None
+    found: list[TargetLogps] = []
+    original = head.forward
+    plain = _is_plain_linear(head)
+
+    def forward(hidden: Tensor) -> Tensor:
+        # a model spread over devices has its head on another one than its inputs
+        states, wanted = hidden[0, predictors.to(hidden.device)], labels.to(hidden.device)
+        if plain:
+            values = linear_logps(
+                states,
+                head.weight,  # type: ignore[arg-type]
+                head.bias,  # type: ignore[arg-type]
+                wanted,
+                transform=plan.transform,
+                with_log_sum_squares=with_log_sum_squares,
+            )
+        else:
+            values = module_logps(
+                original,
+                states,
+                wanted,
+                vocabulary=plan.vocabulary,
+                transform=plan.transform,
+                with_log_sum_squares=with_log_sum_squares,
+            )
+        found.append(values)
+        return values.logps[None, :, None]
+
+    with _replaced_forward(head, torch.compiler.disable(forward)):
+        output = model(**inputs).logits
+    (values,) = found
+    return TargetLogps(anchored(values.logps, output), values.log_sum_squares)
+
+
+def anchored(value: Tensor, output: Tensor) -> Tensor:
+    """Return ``value`` as a function of the model's output too, which gets a gradient of zeros.
+
+    Wrappers such as FSDP prepare the backward pass at the model's output, so what was taken from inside must depend on
+    it.
+    """
+    result: Tensor = _Anchored.apply(value, output)
+    return result
+
+
+class _Anchored(torch.autograd.Function):
+    """Its first argument, as a function of both: the second one gets a gradient of zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, anchor: Tensor) -> Tensor:
+        ctx.anchor = anchor.shape, anchor.dtype, anchor.device
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        shape, dtype, device = ctx.anchor
+        return gradient, torch.zeros(shape, dtype=dtype, device=device)
+
+
+def _is_plain_linear(head: nn.Module) -> bool:
+    """Whether the head is a matrix and a bias and nothing else; tensor-parallel weights and offloading are more."""
+    plain_weight = type(getattr(head, "weight", None)) in (nn.Parameter, torch.Tensor)
+    return type(head) is nn.Linear and "forward" not in vars(head) and plain_weight
+
+
+@contextlib.contextmanager
+def _replaced_forward(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
+    """Let ``module(...)`` call ``forward``, with the module's hooks around it as ever."""
+    before = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
+
+
+# --- what follows the head -------------------------------------------------------------------------------------------
+
+
+def _measure(model: nn.Module) -> HeadPlan:
+    head = head_of(model)
+    if head is None:
+        return HeadPlan(obstacle="it names no output embeddings")
+    seen: list[tuple[int, Tensor]] = []
+    original = head.forward
+
+    def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        vocabulary = original(hidden, *args, **kwargs).shape[-1]
+        wide = torch.float32 if hidden.device.type == "mps" else torch.float64
+        ramp = torch.linspace(-_RAMP_HEIGHT, _RAMP_HEIGHT, vocabulary, dtype=wide, device=hidden.device)
+        seen.append((hidden.shape[-2], ramp))
+        return ramp.expand(*hidden.shape[:-1], vocabulary)
+
+    base = base_model(model)
+    device = next(base.parameters()).device
+    tokens = torch.zeros(1, 2, dtype=torch.int64, device=device)
+    with torch.no_grad(), _replaced_forward(head, torch.compiler.disable(forward)):
+        output = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits
+    if len(seen) != 1:
+        return HeadPlan(obstacle=f"it calls its output embeddings {len(seen)} times per forward pass")
+    ((positions, ramp),) = seen
+    if positions != 2 or output.shape[-2:] != (2, len(ramp)):
+        return HeadPlan(obstacle="it changes the shape of what goes into or comes out of its head")
+    transform = recognise_transform(ramp, output[0, -1], base.config)
+    if transform is None:
+        return HeadPlan(obstacle="it changes its logits in a way that is neither a scale nor a softcap")
+    return HeadPlan(len(ramp), transform)
+
+
+def recognise_transform(logits: Tensor, transformed: Tensor, config: Any) -> LogitTransform | None:
+    """Recognise what turned ``logits`` into ``transformed``, if it is a scale or a softcap.
+
+    Args:
+        logits: Known values, ``[V]``.
+        transformed: What the model made of them, ``[V]``.
+        config: The model's config, where the exact constants stand; names differ and are not relied on.
+    """
+    transformed = transformed.to(logits.dtype)
+    if torch.allclose(transformed, logits, rtol=1e-5, atol=1e-6):
+        return IDENTITY
+    numbers = _numbers(config)
+    smallest = int(torch.where(logits == 0, torch.inf, logits.abs()).argmin())
+    for softcap in (None, *(value for name, value in numbers.items() if "cap" in name and value > 0)):
+        bent = transformed[smallest]
+        linear = bent if softcap is None else softcap * torch.atanh(bent / softcap)
+        scale = _exact(float(linear / logits[smallest]), numbers)
+        transform = LogitTransform(scale, softcap)
+        if torch.allclose(transform(logits), transformed, rtol=1e-4, atol=1e-5):
+            return transform
+    return None
+
+
+def _numbers(config: Any) -> dict[str, float]:
+    """Every number of a config and of the text config in it, by name."""
+    configs = [config]
+    if hasattr(config, "get_text_config"):
+        configs.append(config.get_text_config())
+    return {
+        name: float(value)
+        for part in configs
+        for name, value in vars(part).items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
+
+
+def _exact(scale: float, numbers: dict[str, float]) -> float:
+    """The config's own constant for a measured scale, or its reciprocal, where there is one."""
+    constants = [v for name, v in numbers.items() if ("scal" in name or "mult" in name) and v != 0]
+    for candidate in (1.0, *constants, *(1 / v for v in constants)):
+        if abs(candidate - scale) <= 1e-5 * abs(scale):
+            return candidate
+    return scale

@@ -1,0 +1,79 @@
+"""Rankings of more than two responses: the Plackett-Luce form of DPO."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from flexdpo.errors import FlexdpoError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from flexdpo.layout.groups import Group
+
+
+def ranking_of(group: Group) -> tuple[int, ...]:
+    """Return the responses of a group from best to worst, as its edges rank them.
+
+    The edges must leave no question open: all pairs of a ranking do, and so do its neighbours alone.
+
+    Args:
+        group: With at least one edge. Responses that no edge names are left out.
+
+    Raises:
+        FlexdpoError: if the edges contradict each other, or leave the order of two responses open.
+    """
+    better: dict[int, set[int]] = {}
+    for chosen, rejected in group.edges:
+        better.setdefault(chosen, set())
+        better.setdefault(rejected, set()).add(chosen)
+    order: list[int] = []
+    while better:
+        best = [k for k, above in better.items() if not above]
+        if not best:
+            raise FlexdpoError(
+                f"{group.name}: its preferences contradict each other among responses {sorted(better)}, so they are no "
+                "ranking; drop one of them, or use a pairwise loss_type"
+            )
+        if len(best) > 1:
+            raise FlexdpoError(
+                f"{group.name}: its preferences leave the order of responses {best[0]} and {best[1]} open; "
+                "loss_type 'plackett_luce' needs a full ranking, so add the missing preference or use a pairwise one"
+            )
+        order.append(best[0])
+        del better[best[0]]
+        for above in better.values():
+            above.discard(best[0])
+    return tuple(order)
+
+
+def plackett_luce_loss(ranked_rewards: Tensor) -> Tensor:
+    """DPO on a ranking: at every place, the best of the responses that are left must win against all of them.
+
+    Shapes: ``N`` rankings of ``K`` responses each.
+
+    Args:
+        ranked_rewards: Implicit rewards ``beta * (policy - reference)`` from best to worst, ``[N, K]``.
+
+    Returns:
+        ``[N]``; for ``K = 2`` equal to the sigmoid loss, ``ln(K!)`` where policy and reference agree.
+
+    Source:
+        Rafailov et al. 2023, arXiv:2305.18290, Eq. 20.
+    """
+    of_those_left = ranked_rewards.flip(1).logcumsumexp(dim=1).flip(1)
+    return (of_those_left - ranked_rewards).sum(dim=1)
+
+
+def ranked_responses(groups: tuple[Group, ...], device: torch.device) -> list[Tensor]:
+    """Index the responses of a row by rank, one ``[N, K]`` int64 tensor for each length ``K`` of ranking in the row."""
+    by_length: dict[int, list[list[int]]] = {}
+    first = 0
+    for group in groups:
+        if group.edges:
+            ranking = [first + k for k in ranking_of(group)]
+            by_length.setdefault(len(ranking), []).append(ranking)
+        first += len(group.response_ids)
+    return [torch.tensor(rankings, device=device) for rankings in by_length.values()]

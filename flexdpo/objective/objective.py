@@ -1,0 +1,572 @@
+"""A weighted sum of losses on the responses of a batch: row by row, or in two passes where a loss couples pairs.
+
+Most losses are sums over pairs or tokens: each row's share is known from the row and the batch's totals. Some couple
+the batch (AOT sorts all margins, KTO subtracts a mean over the batch); with several rows these take a first pass
+without gradients over all rows, then :meth:`Objective.target_gradients`, then a second pass in which each row's
+:func:`surrogate_loss` has exactly the gradient of the whole batch's loss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+
+import torch
+
+from flexdpo.errors import FlexdpoError, nearest
+from flexdpo.objective import listwise, losses, unpaired
+from flexdpo.objective.divergences import F_DIVERGENCES, divergence_scores
+from flexdpo.objective.logps import ResponseLogps, pair_sums, response_weights, sum_targets
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from flexdpo.layout.groups import Group
+    from flexdpo.layout.row import Row
+
+PairLoss = Callable[[losses.Pairs, "Objective"], "Tensor"]
+
+_PAIR_LOSSES: Mapping[str, PairLoss] = {
+    "sigmoid": lambda pairs, o: losses.sigmoid_loss(pairs, o.beta, o.label_smoothing),
+    "hinge": lambda pairs, o: losses.hinge_loss(pairs, o.beta),
+    "ipo": lambda pairs, o: losses.ipo_loss(pairs, o.beta),
+    "exo_pair": lambda pairs, o: losses.exo_pair_loss(pairs, o.beta, o.label_smoothing),
+    "nca_pair": lambda pairs, o: losses.nca_pair_loss(pairs, o.beta),
+    "robust": lambda pairs, o: losses.robust_loss(pairs, o.beta, o.label_smoothing),
+    "bco_pair": lambda pairs, o: losses.bco_pair_loss(pairs, o.beta),
+    "sppo_hard": lambda pairs, o: losses.sppo_hard_loss(pairs, o.beta),
+    "aot": lambda pairs, o: losses.aot_loss(pairs, o.beta, o.label_smoothing),
+    "aot_unpaired": lambda pairs, o: losses.aot_unpaired_loss(pairs, o.beta, o.label_smoothing),
+    "apo_zero": lambda pairs, o: losses.apo_zero_loss(pairs, o.beta),
+    "apo_down": lambda pairs, o: losses.apo_down_loss(pairs, o.beta),
+    "discopop": lambda pairs, o: losses.discopop_loss(pairs, o.beta, o.discopop_tau),
+    "sigmoid_norm": lambda pairs, o: losses.sigmoid_norm_loss(pairs, o.beta),
+    "simpo": lambda pairs, o: losses.simpo_loss(pairs, o.beta, o.simpo_gamma, o.label_smoothing),
+    "orpo": lambda pairs, o: losses.orpo_loss(pairs, o.beta),
+    "cpo": lambda pairs, o: losses.cpo_loss(pairs, o.beta, o.label_smoothing),
+}
+_LABELLED_LOSSES = ("kto", "apo_zero_unpaired")
+LOSS_TYPES = (*_PAIR_LOSSES, "sft", *_LABELLED_LOSSES, "plackett_luce")
+
+_REFERENCE_FREE = frozenset({"sft", "simpo", "orpo", "cpo"})
+# their rewards are a mean over tokens
+_PER_TOKEN = frozenset({"simpo", "orpo"})
+_COUPLING = frozenset({"aot", "aot_unpaired", "kto"})
+# a pair's difference cancels the constant that an f-divergence leaves in each reward; nothing else does
+_TAKES_DIVERGENCE = frozenset({"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"})
+_SORTING = frozenset({"aot", "aot_unpaired"})
+
+
+@dataclass(frozen=True)
+class BatchTotals:
+    """What a batch of groups holds in all its rows together: the denominators of the losses.
+
+    Attributes:
+        pairs: Preferences in the batch.
+        supervised_tokens: Tokens of the responses that the ``sft`` loss learns, each counted as often as it is used.
+        labelled: Labels, by themselves or by edges, that ``kto`` learns from.
+        rankings: Groups with preferences, for ``plackett_luce``.
+        responses: Responses in the batch.
+    """
+
+    pairs: int
+    supervised_tokens: int
+    labelled: int = 0
+    rankings: int = 0
+    responses: int = 0
+
+    @classmethod
+    def of(cls, groups: Sequence[Group]) -> BatchTotals:
+        """Count what the losses divide by."""
+        return cls(
+            pairs=sum(len(group.edges) for group in groups),
+            supervised_tokens=sum(group.response_ids[k].size for group in groups for k in supervised_responses(group)),
+            labelled=sum(len(unpaired.labels_of(group)) for group in groups),
+            rankings=sum(bool(group.edges) for group in groups),
+            responses=sum(len(group.response_ids) for group in groups),
+        )
+
+
+def supervised_responses(group: Group) -> list[int]:
+    """The responses that the ``sft`` loss learns.
+
+    The chosen one of every pair, or what is labelled desirable, or all where nothing is preferred.
+    """
+    labels = unpaired.labels_of(group)
+    return [k for k, desirable in labels if desirable] if labels else list(range(len(group.response_ids)))
+
+
+class ReferenceLogps(NamedTuple):
+    """The reference's log-probabilities of a row, as a cache stores them.
+
+    Attributes:
+        sums: Per response, ``[R]``.
+        pair_sums: Per preference, chosen and rejected, ``[E, 2]``; only under ``ld_alpha``, where a response counts
+            differently against a shorter one.
+    """
+
+    sums: Tensor
+    pair_sums: Tensor | None = None
+
+    @classmethod
+    def of(cls, logps: ResponseLogps, row: Row, ld_alpha: float | None = None) -> ReferenceLogps:
+        """Take what an objective with this ``ld_alpha`` needs out of full log-probabilities."""
+        return cls(logps.sums, None if ld_alpha is None else pair_sums(logps, row, ld_alpha))
+
+
+Reference: TypeAlias = "Tensor | ResponseLogps | ReferenceLogps | None"
+"""The reference's log-probabilities of a row: sums ``[R]``, or more where ``ld_alpha`` needs it."""
+
+
+class RowLoss(NamedTuple):
+    """The loss of one row, or of all rows of a batch, and what is logged of it.
+
+    Attributes:
+        loss: The share of the batch loss, a scalar.
+        metrics: Detached per-pair or per-response values by their logged name.
+    """
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+class BatchGradients(NamedTuple):
+    """The loss of a whole batch and its gradient in every row's targets.
+
+    Attributes:
+        loss: Detached scalar.
+        targets: For each row, gradient in :attr:`ResponseLogps.targets`, ``[T]``.
+        metrics: As in :class:`RowLoss`, over all rows.
+    """
+
+    loss: Tensor
+    targets: list[Tensor]
+    metrics: dict[str, Tensor]
+
+
+def surrogate_loss(policy: ResponseLogps, gradient: Tensor) -> Tensor:
+    """A scalar whose gradient in the model is that of the batch's loss; its value means nothing.
+
+    Args:
+        policy: Of one row, with gradients.
+        gradient: That row's entry of :attr:`BatchGradients.targets`.
+    """
+    return (policy.targets * gradient).sum()
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A weighted sum of losses, with their settings; names and defaults are TRL's where it has them.
+
+    Attributes:
+        loss_type: Names of the losses, out of :data:`LOSS_TYPES`.
+        loss_weights: One weight per loss; 1 for each by default.
+        beta: Strength of the pull towards the reference; ORPO's lambda.
+        label_smoothing: Probability that a preference was labelled the wrong way round.
+        f_divergence_type: What holds the policy near its reference, out of :data:`F_DIVERGENCES`.
+        f_alpha_divergence_coef: Alpha of the alpha-divergence.
+        ld_alpha: LD-DPO: weight of the tokens beyond the length of the pair's shorter response, in ``[0, 1]``.
+        use_weighting: WPO: weight pairs by how likely the policy is to produce them.
+        discopop_tau: Temperature of DiscoPOP's blend.
+        rpo_alpha: Weight of RPO's likelihood term, added once; ``None`` leaves it out.
+        simpo_gamma: SimPO's margin.
+        cpo_alpha: Weight of CPO's likelihood term, a mean over the batch's chosen tokens.
+        desirable_weight: KTO's weight of desirable responses.
+        undesirable_weight: KTO's weight of undesirable responses.
+    """
+
+    loss_type: tuple[str, ...] = ("sigmoid",)
+    loss_weights: tuple[float, ...] | None = None
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    f_divergence_type: str = "reverse_kl"
+    f_alpha_divergence_coef: float = 0.5
+    ld_alpha: float | None = None
+    use_weighting: bool = False
+    discopop_tau: float = 0.05
+    rpo_alpha: float | None = None
+    simpo_gamma: float = 0.5
+    cpo_alpha: float = 1.0
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_names(self.loss_type)
+        _check_weights(self.loss_type, self.loss_weights)
+        _check_numbers(self)
+        _check_combinations(self)
+
+    # --- what the losses need ----------------------------------------------------------------------------------------
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether any of the losses compares with a reference model."""
+        return any(name not in _REFERENCE_FREE for name in self.loss_type)
+
+    @property
+    def needs_pairs(self) -> bool:
+        """Whether any of the losses compares responses with each other."""
+        return self.rpo_alpha is not None or any(name in _PAIR_LOSSES for name in self.loss_type)
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether any of the losses learns from responses labelled one by one."""
+        return any(name in _LABELLED_LOSSES for name in self.loss_type)
+
+    @property
+    def needs_unrelated_responses(self) -> bool:
+        """Whether batches must go through :func:`~flexdpo.objective.unpaired.with_unrelated_responses`."""
+        return "kto" in self.loss_type
+
+    @property
+    def needs_log_sum_squares(self) -> bool:
+        """Whether ``response_logps`` must be called with ``with_log_sum_squares=True`` for the policy."""
+        return self.use_weighting
+
+    @property
+    def couples_batch(self) -> bool:
+        """Whether a row's gradient depends on the batch's other rows, so that several rows take two passes."""
+        return any(name in _COUPLING for name in self.loss_type)
+
+    # --- the loss ----------------------------------------------------------------------------------------------------
+
+    def row_loss(
+        self,
+        policy: ResponseLogps,
+        reference: Reference,
+        row: Row,
+        totals: BatchTotals,
+        *,
+        average: Callable[[Tensor], Tensor] | None = None,
+    ) -> RowLoss:
+        """Compute one row's share of the batch loss; the shares of a batch's rows add up to its loss.
+
+        Args:
+            policy: The policy's log-probabilities.
+            reference: The reference's; may be ``None`` for losses that need none.
+            row: The row.
+            totals: Of the whole batch.
+            average: Mean of a scalar over all processes, for KTO's KL; by default this process stands alone.
+
+        Raises:
+            FlexdpoError: if something the losses need is missing.
+            RuntimeError: if the losses couple the batch and it has more rows than this one.
+        """
+        if self.couples_batch and row.num_responses != totals.responses:
+            raise RuntimeError(
+                f"loss_type {self._names} couples the batch's {totals.responses} responses but this row has "
+                f"{row.num_responses} of them; use target_gradients over all rows"
+            )
+        return self.batch_loss([policy], [reference], [row], totals, average=average)
+
+    def batch_loss(
+        self,
+        policy: Sequence[ResponseLogps],
+        reference: Sequence[Reference],
+        rows: Sequence[Row],
+        totals: BatchTotals,
+        *,
+        average: Callable[[Tensor], Tensor] | None = None,
+    ) -> RowLoss:
+        """Compute the loss of several rows at once; the arguments are those of :meth:`row_loss`, one per row."""
+        self._require(reference, totals)
+        pairs, weights = self._pairs(policy, reference, rows)
+        labelled = self._labelled(policy, reference, rows, totals, average) if self.needs_labels else None
+        terms = []
+        loss_weights = self.loss_weights or (1.0,) * len(self.loss_type)
+        for name, weight in zip(self.loss_type, loss_weights, strict=True):
+            if name in _PAIR_LOSSES:
+                term = _weighted_sum(_PAIR_LOSSES[name](pairs, self), weights) / totals.pairs
+                if name == "cpo" and self.cpo_alpha:
+                    term = term + self.cpo_alpha * _supervised(policy, rows, totals)
+            elif name == "sft":
+                term = _supervised(policy, rows, totals)
+            elif name == "plackett_luce":
+                term = self._plackett_luce(policy, reference, rows) / totals.rankings
+            else:
+                assert labelled is not None
+                term = self._labelled_loss(name, labelled).sum() / totals.labelled
+            terms.append(weight * term)
+        if self.rpo_alpha is not None:
+            means = torch.cat([logps.means[row.edges[:, 0]] for logps, row in zip(policy, rows, strict=True)])
+            terms.append(self.rpo_alpha * losses.rpo_loss(means).sum() / totals.pairs)
+        return RowLoss(torch.stack(terms).sum(), self._metrics(pairs, labelled, reference[0] is not None))
+
+    def target_gradients(
+        self,
+        policy: Sequence[ResponseLogps],
+        reference: Sequence[Reference],
+        rows: Sequence[Row],
+        totals: BatchTotals,
+        *,
+        average: Callable[[Tensor], Tensor] | None = None,
+    ) -> BatchGradients:
+        """Compute the batch's loss and its gradient in every target, from log-probabilities without gradients.
+
+        Needs the log-probabilities alone, so the rows' activations may be gone: a first pass over all rows without
+        gradients feeds it, and a second pass runs :func:`surrogate_loss` backwards for each row.
+        """
+        with torch.enable_grad():
+            leaves = [logps.targets.detach().requires_grad_() for logps in policy]
+            again = [
+                sum_targets(leaf, row, logps.log_sum_squares)
+                for leaf, row, logps in zip(leaves, rows, policy, strict=True)
+            ]
+            result = self.batch_loss(again, reference, rows, totals, average=average)
+            gradients = torch.autograd.grad(result.loss, leaves)
+        return BatchGradients(result.loss.detach(), list(gradients), result.metrics)
+
+    # --- from rows to what the losses take ---------------------------------------------------------------------------
+
+    def _require(self, reference: Sequence[Reference], totals: BatchTotals) -> None:
+        if self.needs_reference and any(values is None for values in reference):
+            raise FlexdpoError(
+                f"loss_type {self._names} needs reference log-probabilities, got none; give a reference model, "
+                "precompute them, or use a reference-free loss (simpo, orpo, cpo, sft)"
+            )
+        missing = "use loss_type='sft' for prompt and completion data"
+        if (self.needs_pairs or "plackett_luce" in self.loss_type) and totals.pairs == 0:
+            raise FlexdpoError(
+                f"loss_type {self._names} needs preferences, but the batch has no chosen and rejected responses; "
+                f"{missing}"
+            )
+        if self.needs_labels and totals.labelled == 0:
+            raise FlexdpoError(
+                f"loss_type {self._names} needs labelled responses, but the batch has no labels and no preferences; "
+                f"{missing}"
+            )
+
+    def _pairs(
+        self, policy: Sequence[ResponseLogps], reference: Sequence[Reference], rows: Sequence[Row]
+    ) -> tuple[losses.Pairs, Tensor | None]:
+        """The pairs of all rows, and WPO's weight for each, ``[E]``."""
+        own = torch.cat([pair_sums(logps, row, self.ld_alpha) for logps, row in zip(policy, rows, strict=True)])
+        lengths = torch.cat([logps.lengths[row.edges] for logps, row in zip(policy, rows, strict=True)])
+        others = torch.cat(
+            [self._reference_pairs(values, row, own) for values, row in zip(reference, rows, strict=True)]
+        )
+        pairs = losses.Pairs(
+            chosen_logps=own[:, 0],
+            rejected_logps=own[:, 1],
+            chosen_lengths=lengths[:, 0],
+            rejected_lengths=lengths[:, 1],
+            ref_chosen_logps=others[:, 0],
+            ref_rejected_logps=others[:, 1],
+            f_divergence_type=self.f_divergence_type,
+            f_alpha_divergence_coef=self.f_alpha_divergence_coef,
+        )
+        if not self.use_weighting:
+            return pairs, None
+        weights = torch.cat(
+            [response_weights(p, row)[row.edges].prod(dim=1) for p, row in zip(policy, rows, strict=True)]
+        )
+        return pairs, weights
+
+    def _reference_pairs(self, reference: Reference, row: Row, like: Tensor) -> Tensor:
+        if reference is None:
+            # only the policy's half is looked at
+            return like.new_zeros(len(row.edges), 2)
+        if isinstance(reference, ResponseLogps):
+            return pair_sums(reference, row, self.ld_alpha).to(like).detach()
+        if self.ld_alpha is None:
+            return _sums(reference).to(like)[row.edges]
+        if not isinstance(reference, ReferenceLogps) or reference.pair_sums is None:
+            raise FlexdpoError(
+                "ld_alpha weighs the tokens of each pair, so reference sums per response are not enough; compute them "
+                "again with this ld_alpha"
+            )
+        return reference.pair_sums.to(like)
+
+    def _labelled(
+        self,
+        policy: Sequence[ResponseLogps],
+        reference: Sequence[Reference],
+        rows: Sequence[Row],
+        totals: BatchTotals,
+        average: Callable[[Tensor], Tensor] | None,
+    ) -> _Labelled:
+        logps, logratios, desirable, unrelated = [], [], [], []
+        for own, other, row in zip(policy, reference, rows, strict=True):
+            labelled = unpaired.labelled_responses(row.groups, row.edges.device)
+            ratios = own.sums - _sums(other).to(own.sums)
+            logps.append(own.sums.detach()[labelled.responses])
+            logratios.append(ratios[labelled.responses])
+            desirable.append(labelled.desirable)
+            unrelated.append(ratios[labelled.unrelated])
+        kl = None
+        if self.needs_unrelated_responses:
+            found = torch.cat(unrelated)
+            if len(found) == 0:
+                raise FlexdpoError(
+                    f"loss_type 'kto' estimates the KL from responses to other prompts, but none of the batch's "
+                    f"{totals.responses} responses is one; pass the groups through with_unrelated_responses, or use "
+                    "loss_type 'apo_zero_unpaired'"
+                )
+            kl = unpaired.kto_kl(found)
+            kl = (kl if average is None else average(kl)).clamp(min=0)
+        return _Labelled(torch.cat(logps), torch.cat(logratios), torch.cat(desirable), kl)
+
+    def _labelled_loss(self, name: str, labelled: _Labelled) -> Tensor:
+        weights = self.desirable_weight, self.undesirable_weight
+        if name == "apo_zero_unpaired":
+            return unpaired.apo_zero_unpaired_loss(labelled.logratios, labelled.desirable, self.beta, *weights)
+        assert labelled.kl is not None
+        return unpaired.kto_loss(labelled.logratios, labelled.desirable, labelled.kl, self.beta, *weights)
+
+    def _plackett_luce(
+        self, policy: Sequence[ResponseLogps], reference: Sequence[Reference], rows: Sequence[Row]
+    ) -> Tensor:
+        total = policy[0].sums.new_zeros(())
+        for own, other, row in zip(policy, reference, rows, strict=True):
+            rewards = self.beta * (own.sums - _sums(other).to(own.sums))
+            for rankings in listwise.ranked_responses(row.groups, rewards.device):
+                total = total + listwise.plackett_luce_loss(rewards[rankings]).sum()
+        return total
+
+    # --- what is logged ----------------------------------------------------------------------------------------------
+
+    def _metrics(self, pairs: losses.Pairs, labelled: _Labelled | None, with_reference: bool) -> dict[str, Tensor]:
+        metrics: dict[str, Tensor] = {}
+        if labelled is not None and labelled.kl is not None:
+            metrics["kl"] = labelled.kl.detach()[None]
+        if labelled is not None and not self.needs_pairs:
+            rewards = self.beta * labelled.logratios.detach()
+            for name, kept in (("chosen", labelled.desirable), ("rejected", ~labelled.desirable)):
+                metrics |= {f"rewards/{name}": rewards[kept], f"logps/{name}": labelled.logps[kept]}
+            return metrics
+        chosen, rejected = self._rewards(pairs, with_reference)
+        if chosen is not None and rejected is not None:
+            metrics |= {
+                "rewards/chosen": chosen,
+                "rewards/rejected": rejected,
+                "rewards/accuracies": (chosen > rejected).to(chosen.dtype),
+                "rewards/margins": chosen - rejected,
+            }
+        return metrics | {
+            "logps/chosen": pairs.chosen_logps.detach(),
+            "logps/rejected": pairs.rejected_logps.detach(),
+        }
+
+    def _rewards(self, pairs: losses.Pairs, with_reference: bool) -> tuple[Tensor | None, Tensor | None]:
+        """Implicit rewards of chosen and rejected responses, ``[E]`` each; ``None`` where nothing defines them."""
+        if with_reference:
+            return self.beta * pairs.chosen_logratios.detach(), self.beta * pairs.rejected_logratios.detach()
+        if any(name in _PER_TOKEN for name in self.loss_type):
+            return self.beta * pairs.chosen_means.detach(), self.beta * pairs.rejected_means.detach()
+        if "cpo" in self.loss_type:
+            return self.beta * pairs.chosen_logps.detach(), self.beta * pairs.rejected_logps.detach()
+        return None, None
+
+    @property
+    def _names(self) -> str:
+        return ", ".join(self.loss_type)
+
+
+class _Labelled(NamedTuple):
+    """Labelled responses of a batch, ``[N]`` each, and the estimated KL where it is needed."""
+
+    logps: Tensor
+    logratios: Tensor
+    desirable: Tensor
+    kl: Tensor | None
+
+
+def _sums(reference: Reference) -> Tensor:
+    """Reference sums per response, ``[R]``, without gradient."""
+    assert reference is not None
+    return (reference if isinstance(reference, torch.Tensor) else reference.sums).detach()
+
+
+def _weighted_sum(values: Tensor, weights: Tensor | None) -> Tensor:
+    return values.sum() if weights is None else (values * weights).sum()
+
+
+def _supervised(policy: Sequence[ResponseLogps], rows: Sequence[Row], totals: BatchTotals) -> Tensor:
+    logps = [logps.sums[_supervised_index(row)] for logps, row in zip(policy, rows, strict=True)]
+    return losses.sft_loss(torch.cat(logps), totals.supervised_tokens)
+
+
+def _supervised_index(row: Row) -> Tensor:
+    """Index of every supervised response of a row, ``[N]`` int64."""
+    index: list[int] = []
+    first = 0
+    for group in row.groups:
+        index += [first + k for k in supervised_responses(group)]
+        first += len(group.response_ids)
+    return torch.tensor(index, dtype=torch.int64, device=row.edges.device)
+
+
+# --- the checks of the settings --------------------------------------------------------------------------------------
+
+
+def _check_names(names: tuple[str, ...]) -> None:
+    if not names:
+        raise FlexdpoError(f"loss_type is empty; choose from {', '.join(LOSS_TYPES)}")
+    for name in names:
+        if name not in LOSS_TYPES:
+            raise FlexdpoError(f"unknown loss_type {name!r}{nearest(name, LOSS_TYPES)}; known: {', '.join(LOSS_TYPES)}")
+
+
+def _check_weights(names: tuple[str, ...], weights: tuple[float, ...] | None) -> None:
+    if weights is None:
+        return
+    if len(weights) != len(names):
+        raise FlexdpoError(
+            f"loss_weights has {len(weights)} values for {len(names)} losses ({', '.join(names)}); give one weight for "
+            "each"
+        )
+    for name, weight in zip(names, weights, strict=True):
+        if not math.isfinite(weight):
+            raise FlexdpoError(f"loss_weights gives {name} the weight {weight}; it must be a finite number")
+
+
+def _check_numbers(objective: Objective) -> None:
+    if not objective.beta > 0:
+        raise FlexdpoError(f"beta must be positive, got {objective.beta}")
+    if not 0 <= objective.label_smoothing < 0.5:
+        raise FlexdpoError(f"label_smoothing must be in [0, 0.5), got {objective.label_smoothing}")
+    if objective.ld_alpha is not None and not 0 <= objective.ld_alpha <= 1:
+        raise FlexdpoError(f"ld_alpha must be in [0, 1], got {objective.ld_alpha}")
+    if not objective.discopop_tau > 0:
+        raise FlexdpoError(f"discopop_tau must be positive, got {objective.discopop_tau}")
+    # an unknown divergence names the known ones
+    divergence_scores(torch.zeros(1), objective.f_divergence_type, objective.f_alpha_divergence_coef)
+
+
+def _check_combinations(objective: Objective) -> None:
+    names = set(objective.loss_type)
+    if "exo_pair" in names and objective.label_smoothing == 0:
+        raise FlexdpoError(
+            "loss_type 'exo_pair' takes the logarithm of label_smoothing; set it above 0, for instance 1e-3"
+        )
+    _refuse(
+        names - _TAKES_DIVERGENCE,
+        objective.f_divergence_type != F_DIVERGENCES[0],
+        f"f_divergence_type={objective.f_divergence_type!r}",
+        "it uses rewards one by one, and an f-divergence fixes them only up to a constant",
+    )
+    _refuse(
+        names - _PAIR_LOSSES.keys() - {"sft"},
+        objective.use_weighting,
+        "use_weighting",
+        "the weights are those of pairs",
+    )
+    _refuse(
+        names & _SORTING,
+        objective.use_weighting,
+        "use_weighting",
+        "it sorts the batch, so its values belong to no pair",
+    )
+    _refuse(
+        names - (_PAIR_LOSSES.keys() - _REFERENCE_FREE) - {"sft"},
+        objective.ld_alpha is not None,
+        "ld_alpha",
+        "it does not compare a response with one other under a reference",
+    )
+
+
+def _refuse(names: set[str], asked: bool, setting: str, reason: str) -> None:
+    if asked and names:
+        raise FlexdpoError(f"{setting} cannot be combined with loss_type {', '.join(sorted(names))}: {reason}")

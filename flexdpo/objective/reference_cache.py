@@ -1,0 +1,266 @@
+"""A cache of reference log-probabilities: a folder that survives interruptions and knows whose values it holds.
+
+``identity.json`` says whose values they are and ``part-*.safetensors`` hold them, each part written whole or not at
+all. A value is found by what it depends on, the tokens of prompt and response, so training and evaluation share it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from flexdpo.errors import FlexdpoError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor, nn
+
+    from flexdpo.layout.groups import Group
+
+_FORMAT = 1
+_IDENTITY = "identity.json"
+REFERENCE_ADAPTER = "ref"
+
+Key = tuple[int, int]
+
+
+# --- whose values these are ------------------------------------------------------------------------------------------
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """Return a fingerprint of the weights that the reference is made of, computed where they are.
+
+    Of a PEFT model these are the base weights, and the adapter named ``ref`` where there is one: the trained adapter is
+    switched off in the reference. Take it before weights are sharded over processes.
+
+    Args:
+        model: A Hugging Face model or a ``PeftModel``.
+
+    Returns:
+        32 hexadecimal digits; every bit of every weight counts, and so do names, shapes and dtypes.
+    """
+    trained = [name for name in getattr(model, "peft_config", {}) if name != REFERENCE_ADAPTER]
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(model.state_dict().items()):
+        if any(f".{adapter}." in f"{name}." for adapter in trained):
+            continue
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype} {_checksum(tensor):x}\n".encode())
+    return digest.hexdigest()
+
+
+def _checksum(tensor: Tensor, chunk: int = 2**22) -> int:
+    """Sum of all 8-byte words, each times an odd number that depends on its place, modulo 2^64."""
+    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    if flat.storage_offset() % 8:
+        flat = flat.clone()
+    whole = flat.numel() // 8 * 8
+    total = int.from_bytes(bytes(flat[whole:].tolist()), "little")
+    words = flat[:whole].view(torch.int64)
+    for start in range(0, words.numel(), chunk):
+        part = words[start : start + chunk]
+        places = torch.arange(start, start + part.numel(), device=part.device)
+        # a multiplicative hash of the place; int64 overflow wraps around
+        total += int((part * ((places * 0x9E3779B97F4A7C1 + 0x7F4A7C15) | 1)).sum())
+    return total % 2**64
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Return a fingerprint of a tokenizer: its vocabulary, special tokens and chat template."""
+    about = {
+        "vocabulary": sorted(tokenizer.get_vocab().items()),
+        "special": {name: str(value) for name, value in sorted(tokenizer.special_tokens_map.items())},
+        "chat_template": getattr(tokenizer, "chat_template", None),
+    }
+    return hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True)
+class ReferenceIdentity:
+    """What reference values depend on beside the tokens themselves.
+
+    Attributes:
+        model: From :func:`model_fingerprint`.
+        tokenizer: From :func:`tokenizer_fingerprint`.
+        settings: Whatever else changes values, as JSON-able numbers and strings: ``max_length``, precision, ...
+    """
+
+    model: str
+    tokenizer: str = ""
+    settings: tuple[tuple[str, Any], ...] = ()
+
+    def folder_in(self, root: Path | str) -> Path:
+        """A folder of its own for this identity, so that caches of several models live side by side."""
+        digest = hashlib.blake2b(json.dumps(self.as_dict(), sort_keys=True).encode(), digest_size=8)
+        return Path(root) / f"reference-{digest.hexdigest()}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """As it is written to disk."""
+        return {"format": _FORMAT, "model": self.model, "tokenizer": self.tokenizer, "settings": dict(self.settings)}
+
+
+# --- the cache -------------------------------------------------------------------------------------------------------
+
+
+def response_key(prompt_ids: NDArray[np.int64], response_ids: NDArray[np.int64]) -> Key:
+    """The name of a value in the cache: a 128-bit hash of prompt and response tokens."""
+    digest = hashlib.blake2b(np.int64(prompt_ids.size).tobytes(), digest_size=16)
+    digest.update(np.ascontiguousarray(prompt_ids, dtype="<i8").tobytes())
+    digest.update(np.ascontiguousarray(response_ids, dtype="<i8").tobytes())
+    first, second = np.frombuffer(digest.digest(), dtype="<i8").tolist()
+    return first, second
+
+
+class ReferenceCache:
+    """Reference log-probabilities of responses, in memory and in a folder.
+
+    Args:
+        folder: Made if it does not exist.
+        identity: Whose values these are.
+
+    Raises:
+        FlexdpoError: if the folder holds another model's, tokenizer's or setting's values, or a damaged or foreign
+            file.
+    """
+
+    def __init__(self, folder: Path | str, identity: ReferenceIdentity) -> None:
+        self.folder, self.identity = Path(folder), identity
+        self._values: dict[Key, float] = {}
+        self._loaded: set[str] = set()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _claim(self.folder / _IDENTITY, identity)
+        self.reload()
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._values
+
+    def reload(self) -> None:
+        """Read the parts that other processes have written since."""
+        for path in sorted(self.folder.glob("part-*.safetensors")):
+            if path.name not in self._loaded:
+                tensors = read(path, {"keys": ("I64", 2), "sums": ("F64", 1)})
+                keys, sums = tensors["keys"], tensors["sums"]
+                if len(keys) != len(sums) or not np.isfinite(sums).all():
+                    raise damaged(path, "its values do not fit its keys or are not finite")
+                self._values.update(zip(map(tuple, keys.tolist()), sums.tolist(), strict=True))
+                self._loaded.add(path.name)
+
+    def add(self, values: dict[Key, float], writer: int = 0) -> None:
+        """Write values to a new part, whole or not at all.
+
+        Args:
+            values: By key.
+            writer: Number of this process; parts of different processes never meet.
+        """
+        if not values:
+            return
+        number = sum(name.startswith(f"part-{writer}-") for name in self._loaded)
+        path = self.folder / f"part-{writer}-{number:06d}.safetensors"
+        keys = np.array(list(values), dtype=np.int64).reshape(-1, 2)
+        write(path, {"keys": keys, "sums": np.array(list(values.values()), dtype=np.float64)})
+        self._values.update(values)
+        self._loaded.add(path.name)
+
+    def sums(self, group: Group) -> list[float]:
+        """The reference log-probability of each response of a group, in nats."""
+        return [self._value(group, response) for response in group.response_ids]
+
+    def pair_sums(self, group: Group, ld_alpha: float) -> list[list[float]]:
+        """LD-DPO's reference log-probabilities of each preference of a group, chosen and rejected, in nats."""
+        found = []
+        for chosen, rejected in group.edges:
+            shared = min(group.response_ids[chosen].size, group.response_ids[rejected].size)
+            ends = [group.response_ids[chosen], group.response_ids[rejected]]
+            found.append(
+                [ld_alpha * self._value(group, end) + (1 - ld_alpha) * self._value(group, end[:shared]) for end in ends]
+            )
+        return found
+
+    def _value(self, group: Group, response: NDArray[np.int64]) -> float:
+        try:
+            return self._values[response_key(group.prompt_ids, response)]
+        except KeyError:
+            raise FlexdpoError(
+                f"{group.name}: the cache {self.folder} has no reference log-probability for a response of "
+                f"{response.size} tokens; compute it for this dataset first"
+            ) from None
+
+
+def _claim(path: Path, identity: ReferenceIdentity) -> None:
+    """Write whose cache this is, or check it."""
+    wanted = identity.as_dict()
+    if not path.exists():
+        others = sorted(entry.name for entry in path.parent.iterdir())
+        if others:
+            raise FlexdpoError(
+                f"{path.parent} is no reference cache: it has no {_IDENTITY} but {others[0]!r}; give an empty or new "
+                "folder"
+            )
+        _replace(path, json.dumps(wanted, indent=1).encode())
+        return
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+        names = {name: held[name] for name in wanted}
+    except (ValueError, KeyError, TypeError) as error:
+        raise damaged(path, "it is not what flexdpo wrote there") from error
+    for name, value in wanted.items():
+        if names[name] != value:
+            raise FlexdpoError(
+                f"{path.parent} holds reference log-probabilities of another {name}: {names[name]} where this run has "
+                f"{value}; give another folder, or delete this one"
+            )
+
+
+def read(path: Path, expected: dict[str, tuple[str, int]]) -> dict[str, NDArray[Any]]:
+    """Read a file of the cache.
+
+    Args:
+        path: A safetensors file.
+        expected: The dtype (in safetensors' words) and the number of dimensions of each tensor.
+
+    Raises:
+        FlexdpoError: if it is truncated or holds anything else.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            if set(file.keys()) != set(expected):
+                raise damaged(path, f"it holds {', '.join(sorted(file.keys())) or 'nothing'}")
+            for name, (dtype, dimensions) in expected.items():
+                view = file.get_slice(name)
+                if view.get_dtype() != dtype or len(view.get_shape()) != dimensions:
+                    raise damaged(path, f"its {name} are {view.get_dtype()} {view.get_shape()}")
+            return {name: file.get_tensor(name) for name in expected}
+    except (SafetensorError, OSError) as error:
+        raise damaged(path, str(error).splitlines()[0] if str(error) else type(error).__name__) from error
+
+
+def damaged(path: Path, why: str) -> FlexdpoError:
+    """The error for a file that cannot be used."""
+    return FlexdpoError(
+        f"{path} is truncated, damaged or not a file of a reference cache ({why}); delete it, and what it held is "
+        "computed again"
+    )
+
+
+def write(path: Path, tensors: dict[str, NDArray[Any]]) -> None:
+    """Write a file of the cache, whole or not at all."""
+    whole = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file(tensors, whole)
+    whole.replace(path)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    whole = path.with_name(f".{path.name}.{os.getpid()}")
+    whole.write_bytes(content)
+    whole.replace(path)

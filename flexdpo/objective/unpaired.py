@@ -1,0 +1,187 @@
+"""Learning from responses that are labelled good or bad one by one: KTO and its relatives."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from flexdpo.errors import FlexdpoError
+from flexdpo.layout.groups import Group
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LabelledGroup(Group):
+    """A group whose responses are labelled one by one.
+
+    Attributes:
+        labels: For each response, whether it is desirable; ``None`` for responses that are not learned from. Empty
+            where the edges label them: each edge makes its chosen end desirable and its rejected end undesirable.
+        unrelated: Responses that belong to other prompts. They are run behind this one only to estimate how far the
+            policy has moved, and never learned from.
+    """
+
+    labels: tuple[bool | None, ...] = ()
+    unrelated: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.labels and len(self.labels) != len(self.response_ids):
+            raise FlexdpoError(
+                f"{self.name}: {len(self.labels)} labels for {len(self.response_ids)} responses; give one for each"
+            )
+        if self.labels and self.edges:
+            raise FlexdpoError(f"{self.name}: has both labels and preferences; keep one of them")
+        for k in self.unrelated:
+            if not 0 <= k < len(self.response_ids):
+                raise FlexdpoError(
+                    f"{self.name}: unrelated response {k} is missing, the group has responses 0 to "
+                    f"{len(self.response_ids) - 1}"
+                )
+            if self.labels and self.labels[k] is not None:
+                raise FlexdpoError(f"{self.name}: response {k} is unrelated to the prompt and labelled; label it None")
+
+
+class Labelled(NamedTuple):
+    """The labelled responses of a row, ``N`` in all, and its unrelated ones.
+
+    Attributes:
+        responses: Response index, ``[N]`` int64; a response with several labels stands here as often.
+        desirable: Its label, ``[N]`` bool.
+        unrelated: Response indices of the unrelated ones, ``[U]`` int64.
+    """
+
+    responses: Tensor
+    desirable: Tensor
+    unrelated: Tensor
+
+
+def labels_of(group: Group) -> list[tuple[int, bool]]:
+    """Return ``(response, desirable)`` for everything a group labels, by its labels or else by its edges."""
+    if isinstance(group, LabelledGroup) and group.labels:
+        return [(k, label) for k, label in enumerate(group.labels) if label is not None]
+    return [(k, desirable) for edge in group.edges for k, desirable in zip(edge, (True, False), strict=True)]
+
+
+def labelled_responses(groups: Sequence[Group], device: torch.device) -> Labelled:
+    """Number the labelled and the unrelated responses of a row's groups through the row."""
+    labels: list[tuple[int, bool]] = []
+    unrelated: list[int] = []
+    first = 0
+    for group in groups:
+        labels += [(first + k, desirable) for k, desirable in labels_of(group)]
+        if isinstance(group, LabelledGroup):
+            unrelated += [first + k for k in group.unrelated]
+        first += len(group.response_ids)
+    return Labelled(
+        torch.tensor([k for k, _ in labels], dtype=torch.int64, device=device),
+        torch.tensor([desirable for _, desirable in labels], dtype=torch.bool, device=device),
+        torch.tensor(unrelated, dtype=torch.int64, device=device),
+    )
+
+
+def with_unrelated_responses(groups: Sequence[Group]) -> list[LabelledGroup]:
+    """Give every labelled response's prompt the response before it in the batch, for KTO's estimate of the KL.
+
+    Responses are taken in order and moved on by one, the last to the first. Behind the shared prompt each costs its own
+    tokens only.
+
+    Args:
+        groups: One batch, with labels or edges and at least two labelled responses.
+
+    Raises:
+        FlexdpoError: if there are fewer than two labelled responses: the only one would be compared with itself.
+    """
+    labelled = [[k for k, _ in labels_of(group)] for group in groups]
+    responses = [group.response_ids[k] for group, members in zip(groups, labelled, strict=True) for k in members]
+    if len(responses) < 2:
+        raise FlexdpoError(
+            f"loss_type 'kto' estimates the KL from responses to other prompts, but the batch has {len(responses)} "
+            "labelled responses; use per_device_train_batch_size of 2 or more, or loss_type 'apo_zero_unpaired'"
+        )
+    moved = iter([responses[-1], *responses[:-1]])
+    return [
+        _with_responses(group, [next(moved) for _ in members]) for group, members in zip(groups, labelled, strict=True)
+    ]
+
+
+def _with_responses(group: Group, added: list[object]) -> LabelledGroup:
+    count = len(group.response_ids)
+    fields = {field.name: getattr(group, field.name) for field in dataclasses.fields(group)}
+    labels = fields.get("labels", ())
+    fields["response_ids"] = (*group.response_ids, *added)
+    fields["labels"] = (*labels, *(None,) * len(added)) if labels else ()
+    fields["unrelated"] = (*fields.get("unrelated", ()), *range(count, count + len(added)))
+    return LabelledGroup(**fields)
+
+
+def kto_loss(
+    logratios: Tensor,
+    desirable: Tensor,
+    kl: Tensor,
+    beta: float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Tensor:
+    """KTO: a desirable response gains, and an undesirable one loses, against how far the policy has moved on average.
+
+    Args:
+        logratios: Policy minus reference log-probability of each labelled response, in nats, ``[N]``.
+        desirable: Labels, ``[N]`` bool.
+        kl: Estimate of ``KL(policy || reference)`` in nats, at least 0, a scalar without gradient; see :func:`kto_kl`.
+        beta: Risk aversion, and pull towards the reference.
+        desirable_weight: Weight of desirable responses.
+        undesirable_weight: Weight of undesirable responses.
+
+    Returns:
+        ``[N]``.
+
+    Source:
+        Ethayarajh et al. 2024, arXiv:2402.01306, the default KTO loss.
+    """
+    signs, weights = _signs_and_weights(logratios, desirable, desirable_weight, undesirable_weight)
+    return weights * torch.sigmoid(-signs * beta * (logratios - kl))
+
+
+def apo_zero_unpaired_loss(
+    logratios: Tensor,
+    desirable: Tensor,
+    beta: float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Tensor:
+    """APO-zero on single labels: KTO with the reference point at 0, so that no KL need be estimated.
+
+    The arguments and the result are those of :func:`kto_loss`.
+
+    Source:
+        D'Oosterlinck et al. 2024, arXiv:2408.06266, Eq. 7, term by term.
+    """
+    signs, weights = _signs_and_weights(logratios, desirable, desirable_weight, undesirable_weight)
+    return weights * torch.sigmoid(-signs * beta * logratios)
+
+
+def kto_kl(unrelated_logratios: Tensor) -> Tensor:
+    """Estimate the KL from responses to other prompts, as a mean in nats without gradient; may still be negative.
+
+    Args:
+        unrelated_logratios: Policy minus reference log-probability of each unrelated response, ``[U]``, ``U >= 1``.
+
+    Source:
+        Ethayarajh et al. 2024, arXiv:2402.01306 (``z_0`` there; the loss takes it at least 0).
+    """
+    return unrelated_logratios.detach().mean()
+
+
+def _signs_and_weights(
+    logratios: Tensor, desirable: Tensor, desirable_weight: float, undesirable_weight: float
+) -> tuple[Tensor, Tensor]:
+    one = torch.ones_like(logratios)
+    return torch.where(desirable, one, -one), torch.where(desirable, desirable_weight * one, undesirable_weight * one)

@@ -1,0 +1,92 @@
+"""Reference log-probabilities of whole datasets before training: from the cache, or through the model into it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate.utils import DistributedType
+from huggingface_hub.constants import HF_HOME
+
+from flexdpo.objective.reference import precompute_reference
+from flexdpo.objective.reference_cache import ReferenceCache, ReferenceIdentity
+from flexdpo.training.data import group_from_row
+from flexdpo.training.step import REFERENCE_COLUMN, REFERENCE_PAIR_COLUMN
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from flexdpo.layout.row import Row
+    from flexdpo.objective.logps import ResponseLogps
+    from flexdpo.training.config import DPOConfig
+
+
+def cache_root(config: DPOConfig) -> Path:
+    """Where reference values are kept: the setting, ``FLEXDPO_CACHE``, or a folder beside the hub's cache."""
+    if config.precompute_ref_cache_dir is not None:
+        return Path(config.precompute_ref_cache_dir)
+    return Path(os.environ.get("FLEXDPO_CACHE", Path(HF_HOME) / "flexdpo")) / "reference_logps"
+
+
+# all processes gather a sharded weight together, so all must ask for it equally often
+_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
+@dataclass(frozen=True)
+class Precompute:
+    """Computes the reference values of datasets and adds them as columns.
+
+    Attributes:
+        config: Settings of the run.
+        accelerator: Of the trainer.
+        run: Log-probabilities of a row under the reference.
+        model: Fingerprint of the reference's weights, adapter included.
+        tokenizer: Fingerprint of the tokenizer.
+    """
+
+    config: DPOConfig
+    accelerator: Accelerator
+    run: Callable[[Row], ResponseLogps]
+    model: str
+    tokenizer: str
+
+    def add_columns(self, dataset: Any, name: str) -> Any:
+        """Return ``dataset`` with its reference values; one that has them, and ``None``, comes back as it is."""
+        if dataset is None or REFERENCE_COLUMN in dataset.column_names:
+            return dataset
+        config = self.config
+        groups = [group_from_row(row) for row in dataset]
+        cache = self._open_cache()
+        precompute_reference(
+            cache,
+            groups,
+            self.run,
+            max_tokens_per_row=config.max_tokens_per_row,
+            families_per_row=config.precompute_ref_batch_size or config.per_device_train_batch_size,
+            pad_to_multiple_of=config.row_multiple,
+            with_beginnings=config.ld_alpha is not None,
+            device=config.device,
+            process_index=config.process_index,
+            num_processes=config.world_size,
+            equal_forwards=self.accelerator.distributed_type in _SHARDED,
+            progress=not config.disable_tqdm,
+            description=f"Reference log-probabilities, {name}",
+        )
+        self.accelerator.wait_for_everyone()
+        cache.reload()
+        dataset = dataset.add_column(REFERENCE_COLUMN, [cache.sums(group) for group in groups])
+        if config.ld_alpha is not None:
+            pairs = [cache.pair_sums(group, config.ld_alpha) for group in groups]
+            dataset = dataset.add_column(REFERENCE_PAIR_COLUMN, pairs)
+        return dataset
+
+    def _open_cache(self) -> ReferenceCache:
+        # values of another precision are other values; lengths need not be named, for tokens name themselves
+        precision = str(self.accelerator.mixed_precision)
+        identity = ReferenceIdentity(self.model, self.tokenizer, (("mixed_precision", precision),))
+        cache = ReferenceCache(identity.folder_in(cache_root(self.config)), identity)
+        self.accelerator.wait_for_everyone()
+        return cache
