@@ -10,8 +10,11 @@ import numpy as np
 
 from flexdpo.errors import FlexdpoError, nearest, quoted
 from flexdpo.layout.groups import Group
+from flexdpo.objective.unpaired import LabelledGroup
 from flexdpo.training.dataset_rows import (
     ID_FORMS,
+    LABELLED_FORM,
+    LABELS_COLUMN,
     OWN_FORM,
     READERS,
     SKIP_REASONS,
@@ -25,6 +28,7 @@ from flexdpo.training.dataset_rows import (
 from flexdpo.training.sources import load_preference_dataset
 
 __all__ = [
+    "LABELS_COLUMN",
     "SKIP_REASONS",
     "TOKENISED_COLUMNS",
     "DataReport",
@@ -94,12 +98,15 @@ class TokenizedPreferences:
 
 def group_from_row(row: Mapping[str, Any]) -> Group:
     """Build the group of one row of a tokenised dataset (see :class:`TokenizedPreferences`)."""
-    return Group.from_lists(
+    group = Group.from_lists(
         row["prompt_ids"],
         row["response_ids"],
         [(chosen, rejected) for chosen, rejected in row["edges"]],
         name=f"row {row['row']}",
     )
+    if not row.get(LABELS_COLUMN):
+        return group
+    return LabelledGroup(group.prompt_ids, group.response_ids, group.edges, group.name, tuple(row[LABELS_COLUMN]))
 
 
 def require_special_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -133,7 +140,8 @@ def tokenize_preferences(
 
     Columns taken, the first that fits: ``prompt_ids, response_ids, edges`` (this function's own output, whose other
     columns are kept); ``prompt_ids, chosen_ids, rejected_ids``; ``prompt, chosen, rejected``; ``chosen, rejected``
-    (the prompt is their common beginning); ``prompt, completion`` (no preferences). The last three hold text or lists
+    (the prompt is their common beginning); ``prompt, completion, label`` (each response good or bad by itself);
+    ``prompt, completion`` (no preferences). The last four hold text or lists
     of messages; with messages, ``tools`` and ``chat_template_kwargs`` are honoured. Text responses end with the EOS
     token. A response is what follows the tokens that the prompt alone and prompt + response have in common.
 
@@ -222,6 +230,7 @@ def _map(
             "response_ids": [[Value("int32")]],
             "edges": [[Value("int32")]],
             "row": Value("int64"),
+            **({LABELS_COLUMN: [Value("bool")]} if settings.form == LABELLED_FORM else {}),
             **{column: dataset.features[column] for column in kept},
             **{column: Value("int64") for column in STATUS_COLUMNS},
         }
@@ -261,7 +270,7 @@ def _account(mapped: Dataset, name: str) -> TokenizedPreferences:
     truncated, longest = int(status["_truncated"][kept].sum()), int(status["_longest"][kept].max())
     dataset = mapped.remove_columns(list(STATUS_COLUMNS))
     notes = _notes({column: values[kept] for column, values in status.items()})
-    stale = [column for column in dataset.column_names if column not in TOKENISED_COLUMNS]
+    stale = [column for column in dataset.column_names if column not in (*TOKENISED_COLUMNS, LABELS_COLUMN)]
     if truncated and stale:
         dataset = dataset.remove_columns(stale)
         notes.append(f"dropped {quoted(stale)}, which belonged to the responses before they were cut")

@@ -49,6 +49,7 @@ class Draft:
     prompt_ids: list[int] = field(default_factory=list)
     response_ids: list[list[int]] = field(default_factory=list)
     edges: list[list[int]] = field(default_factory=list)
+    labels: list[bool] = field(default_factory=list)
     skip: str = ""
     truncated: bool = False
     extracted: bool = False
@@ -87,6 +88,7 @@ def tokenize_batch(
         "response_ids": [draft.response_ids if used else [] for draft, used in zip(drafts, usable, strict=True)],
         "edges": [draft.edges if used else [] for draft, used in zip(drafts, usable, strict=True)],
         "row": [draft.row for draft in drafts],
+        **({LABELS_COLUMN: [draft.labels for draft in drafts]} if settings.form == LABELLED_FORM else {}),
         "_skip": [SKIP_REASONS.index(draft.skip) + 1 if draft.skip else 0 for draft in drafts],
         "_truncated": [int(draft.truncated) for draft in drafts],
         "_extracted": [int(draft.extracted) for draft in drafts],
@@ -133,6 +135,14 @@ def _read_pair(row: int, values: Mapping[str, Any], settings: Settings) -> Draft
 
 def _read_completion(row: int, values: Mapping[str, Any], settings: Settings) -> Draft:  # noqa: ARG001
     return _read_texts(row, values, ("completion",), [])
+
+
+def _read_labelled(row: int, values: Mapping[str, Any], settings: Settings) -> Draft:
+    draft = _read_completion(row, values, settings)
+    if not isinstance(values["label"], bool):
+        raise FlexdpoError(f"{draft.place}, column 'label': expected true or false, found {found(values['label'])}")
+    draft.labels = [values["label"]]
+    return draft
 
 
 def _read_texts(row: int, values: Mapping[str, Any], columns: tuple[str, ...], edges: list[list[int]]) -> Draft:
@@ -271,6 +281,9 @@ def _token_ids(value: Any, place: str, column: str, largest_id: int | None) -> l
 
 
 OWN_FORM = "prompt_ids response_ids edges"
+LABELLED_FORM = "prompt completion label"
+# beside the other columns, only for responses that are labelled one by one
+LABELS_COLUMN = "labels"
 TRL_ID_FORM = "prompt_ids chosen_ids rejected_ids"
 ID_FORMS = (OWN_FORM, TRL_ID_FORM)
 # in order of preference: a dataset that was tokenised in place still has its text beside the ids
@@ -278,6 +291,7 @@ READERS: dict[str, Callable[[int, Mapping[str, Any], Settings], Draft]] = {
     OWN_FORM: _read_own,
     TRL_ID_FORM: _read_pair_ids,
     "chosen rejected": _read_pair,
+    LABELLED_FORM: _read_labelled,
     "prompt completion": _read_completion,
 }
 

@@ -23,7 +23,7 @@ from flexdpo.objective.reference_sync import mix_into_reference
 from flexdpo.training import models
 from flexdpo.training.checkpoints import data_digest, last_checkpoint, require_same_run, run_record, write_record
 from flexdpo.training.config import DPOConfig
-from flexdpo.training.data import TOKENISED_COLUMNS, require_special_tokens, tokenize_preferences
+from flexdpo.training.data import LABELS_COLUMN, TOKENISED_COLUMNS, require_special_tokens, tokenize_preferences
 from flexdpo.training.precompute import Precompute
 from flexdpo.training.regroup import regroup_by_prompt
 from flexdpo.training.step import (
@@ -203,7 +203,8 @@ class DPOTrainer(Trainer):
                 "sync_ref_model needs a reference model of its own, and a model with an adapter has none; leave "
                 "sync_ref_model or peft_config out"
             )
-        return self.ref_model
+        reference: nn.Module = self.ref_model
+        return reference
 
     def _fingerprint(self, model: nn.Module, reference: nn.Module | None) -> str:
         """The reference's weights in a few letters; taken before they are moved, wrapped or sharded."""
@@ -236,7 +237,7 @@ class DPOTrainer(Trainer):
         return self._tokenised(dataset, tokenizer, "eval", model)
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = [*TOKENISED_COLUMNS, REFERENCE_COLUMN, REFERENCE_PAIR_COLUMN]
+        self._signature_columns = [*TOKENISED_COLUMNS, LABELS_COLUMN, REFERENCE_COLUMN, REFERENCE_PAIR_COLUMN]
 
     def _precompute(self, fingerprint: str) -> None:
         was_training = self.model.training

@@ -293,6 +293,24 @@ def test_k_responses_and_supervised_groups_train(tmp_path, tokenizer, small_mode
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.parametrize("loss_type", ["kto", "apo_zero_unpaired"])
+def test_single_labels_train(tmp_path, tokenizer, small_model, loss_type) -> None:
+    rows = [{"prompt": f"w{5 + i} w6 ", "completion": f"w{20 + i}", "label": i % 2 == 0} for i in range(12)]
+    args = settings(tmp_path, loss_type=loss_type, max_steps=24, learning_rate=3e-3)
+    trainer = DPOTrainer(small_model(), None, args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    trainer.train()
+    gained = {True: [], False: []}
+    for row in trainer.train_dataset:
+        packed = trainer.data_collator([row] * 2)["batch"].rows[0]
+        with torch.no_grad():
+            difference = trainer._runner(trainer.model)._policy(packed).sums - trainer.reference_logps(packed).sums
+        gained[row["labels"][0]].append(difference[0].item())
+    assert sum(gained[True]) / 6 > sum(gained[False]) / 6 + 1
+    words = Dataset.from_list([{**row, "label": "yes"} for row in rows])
+    with pytest.raises(FlexdpoError, match=r"row 0 .*column 'label': expected true or false, found str"):
+        DPOTrainer(small_model(), None, args, train_dataset=words, processing_class=tokenizer)
+
+
 def _edges_feature() -> Any:
     from datasets import List, Value
 
