@@ -1,0 +1,155 @@
+"""A training step for loops of one's own: groups in, one optimizer step of the unpacked run, figures out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+
+from flexdpo.attention.row_mask import Impl
+from flexdpo.errors import FlexdpoError
+from flexdpo.hf.support import prepare_model, unwrap_model
+from flexdpo.layout.groups import Group
+from flexdpo.objective.logps import require_finite, response_logps
+from flexdpo.objective.objective import Objective
+from flexdpo.objective.unpaired import with_unrelated_responses
+from flexdpo.training import models
+from flexdpo.training.step import PackedBatch, Runner
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import Tensor, nn
+
+    from flexdpo.layout.row import Row
+    from flexdpo.objective.logps import ResponseLogps
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step came to.
+
+    Attributes:
+        loss: The batch's loss, detached, a scalar.
+        grad_norm: Norm of the gradient before clipping, a scalar.
+        metrics: Means over the batch's pairs or labels, under TRL's names.
+        tokens_run: Distinct tokens that went through the model.
+        tokens_unshared: Tokens that an ordinary step would have run.
+    """
+
+    loss: Tensor
+    grad_norm: Tensor
+    metrics: dict[str, Tensor]
+    tokens_run: int
+    tokens_unshared: int
+
+
+TrainStep = Callable[[Sequence[Group]], StepResult]
+
+
+def make_train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    ref_model: nn.Module | None = None,
+    loss_type: str | Sequence[str] = "sigmoid",
+    max_tokens_per_row: int | None = None,
+    pad_to_multiple_of: int | None = None,
+    max_grad_norm: float | None = 1.0,
+    accelerator: Accelerator | None = None,
+    impl: Impl = "auto",
+    **loss_settings: Any,
+) -> TrainStep:
+    """Return a function that takes a batch of groups and runs one exact optimizer step on packed rows.
+
+    The model is prepared here if it was not, and its dropout set to zero. With ``accelerator``, give the model and the
+    optimizer that ``accelerator.prepare`` returned, and prepare the model with :func:`flexdpo.prepare_model` before.
+
+    Args:
+        model: The policy, a Hugging Face causal LM, with or without a PEFT adapter.
+        optimizer: Over the policy's parameters.
+        ref_model: The reference; by default a frozen copy of the policy as it is now, or the model without its adapter.
+        loss_type: One loss or several (see :class:`~flexdpo.objective.objective.Objective`).
+        max_tokens_per_row: Longest packed row in tokens; ``None`` puts a batch into one row.
+        pad_to_multiple_of: By default 128 on a GPU, where tiles count, and 1 elsewhere.
+        max_grad_norm: Clip the gradient to this norm; ``None`` leaves it.
+        accelerator: For mixed precision and several processes.
+        impl: Attention kernel, see :func:`flexdpo.prepare_model`.
+        loss_settings: ``beta``, ``label_smoothing``, ``loss_weights``, ... as in ``Objective``.
+
+    Returns:
+        A callable ``step(groups) -> StepResult``. It raises ``FlexdpoError`` at a loss that is not finite, naming the
+        example, before the optimizer moves.
+    """
+    names = (loss_type,) if isinstance(loss_type, str) else tuple(loss_type)
+    objective = Objective(names, **loss_settings)
+    inner = accelerator.unwrap_model(model) if accelerator is not None else model
+    prepare_model(inner, impl=impl)
+    models.disable_dropout(inner)
+    reference = _reference(inner, ref_model, objective, impl)
+    device = next(model.parameters()).device
+    multiple = pad_to_multiple_of or (128 if device.type == "cuda" else 1)
+    runner = Runner(model, objective, reference=reference, **_surroundings(model, accelerator))
+
+    def step(groups: Sequence[Group]) -> StepResult:
+        model.train()
+        if objective.needs_unrelated_responses:
+            groups = with_unrelated_responses(groups)
+        batch = PackedBatch.from_groups(groups, max_tokens_per_row=max_tokens_per_row, pad_to_multiple_of=multiple)
+        result = runner(batch.to(device))
+        if not torch.isfinite(result.loss):
+            _name_the_culprit(model, batch.to(device))
+        norm = _clip(model, max_grad_norm, accelerator)
+        optimizer.step()
+        optimizer.zero_grad()
+        metrics = {name: values.mean() for name, values in result.metrics.items() if len(values)}
+        return StepResult(result.loss, norm, metrics, batch.tokens_run, batch.tokens_unshared)
+
+    return step
+
+
+def _reference(
+    model: nn.Module, ref_model: nn.Module | None, objective: Objective, impl: Impl
+) -> Callable[[Row], ResponseLogps] | None:
+    if not objective.needs_reference:
+        return None
+    if ref_model is None and models.is_peft_model(model):
+
+        def without_adapter(row: Row) -> ResponseLogps:
+            with models.reference_adapter(model):
+                return response_logps(model, row)
+
+        return without_adapter
+    reference = models.frozen_copy(model) if ref_model is None else ref_model.requires_grad_(False)
+    prepare_model(reference, impl=impl)
+    models.disable_dropout(unwrap_model(reference))
+    reference.eval()
+    return lambda row: response_logps(reference, row)
+
+
+def _surroundings(model: nn.Module, accelerator: Accelerator | None) -> dict[str, Any]:
+    if accelerator is None:
+        return {"backward": torch.Tensor.backward}
+    return {
+        "backward": accelerator.backward,
+        "no_sync": lambda: accelerator.no_sync(model),
+        "autocast": accelerator.autocast,
+        "average": lambda value: accelerator.reduce(value, reduction="mean"),
+    }
+
+
+def _clip(model: nn.Module, max_grad_norm: float | None, accelerator: Accelerator | None) -> Tensor:
+    limit = float("inf") if max_grad_norm is None else max_grad_norm
+    if accelerator is not None:
+        norm = accelerator.clip_grad_norm_(model.parameters(), limit)
+        return torch.as_tensor(norm)
+    return torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+
+
+def _name_the_culprit(model: nn.Module, batch: PackedBatch) -> NoReturn:
+    with torch.no_grad():
+        for row in batch.rows:
+            require_finite(response_logps(model, row), row)
+    names = ", ".join(group.name for row in batch.rows for group in row.groups)
+    raise FlexdpoError(f"the loss is not finite though every log-probability of the policy is, in {names}")
