@@ -9,8 +9,9 @@ import importlib as _importlib
 from typing import TYPE_CHECKING, Any
 
 from flexdpo.errors import FlexdpoError, UnsupportedModelError
-from flexdpo.hf.interface import register as _register
+from flexdpo.hf.probe import ParityReport, parity_probe
 from flexdpo.hf.support import prepare_model
+from flexdpo.hf.support import register as _register
 from flexdpo.layout.groups import Group
 from flexdpo.layout.packing import pack_groups
 from flexdpo.layout.row import Row, RowLayout
@@ -20,6 +21,9 @@ from flexdpo.objective.logps import response_logps
 if TYPE_CHECKING:
     from flexdpo.training.config import DPOConfig
     from flexdpo.training.data import load_preference_dataset, tokenize_preferences
+    from flexdpo.training.loop import make_train_step
+    from flexdpo.training.regroup import regroup_by_prompt
+    from flexdpo.training.step import PackingCollator
     from flexdpo.training.trainer import DPOTrainer
 
 __version__ = "0.1.0"
@@ -29,13 +33,18 @@ __all__ = [
     "DPOTrainer",
     "FlexdpoError",
     "Group",
+    "PackingCollator",
+    "ParityReport",
     "Row",
     "RowLayout",
     "Trie",
     "UnsupportedModelError",
     "load_preference_dataset",
+    "make_train_step",
     "pack_groups",
+    "parity_probe",
     "prepare_model",
+    "regroup_by_prompt",
     "response_logps",
     "tokenize_preferences",
 ]
@@ -44,7 +53,10 @@ __all__ = [
 _LAZY = {
     "DPOConfig": "flexdpo.training.config",
     "DPOTrainer": "flexdpo.training.trainer",
+    "PackingCollator": "flexdpo.training.step",
     "load_preference_dataset": "flexdpo.training.data",
+    "make_train_step": "flexdpo.training.loop",
+    "regroup_by_prompt": "flexdpo.training.regroup",
     "tokenize_preferences": "flexdpo.training.data",
 }
 

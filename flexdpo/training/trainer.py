@@ -24,6 +24,7 @@ from flexdpo.training import models
 from flexdpo.training.checkpoints import data_digest, last_checkpoint, require_same_run, run_record, write_record
 from flexdpo.training.config import DPOConfig
 from flexdpo.training.data import LABELS_COLUMN, TOKENISED_COLUMNS, require_special_tokens, tokenize_preferences
+from flexdpo.training.lengths import require_room, token_counts
 from flexdpo.training.precompute import Precompute
 from flexdpo.training.regroup import regroup_by_prompt
 from flexdpo.training.step import (
@@ -132,6 +133,7 @@ class DPOTrainer(Trainer):
             "truncation_mode": args.truncation_mode,
             "num_proc": args.dataset_num_proc,
         }
+        self._row_limit = (args.max_tokens_per_row, args.row_multiple)
         self._main_process_first, self._regroup = args.main_process_first, args.regroup_prompts
         precompute = args.precompute_ref_log_probs and self.objective.needs_reference
         fingerprint = self._fingerprint(model, reference) if precompute else ""
@@ -229,6 +231,9 @@ class DPOTrainer(Trainer):
         (logger.warning if report.skipped or report.notes else logger.info)(report.summary())
         self.data_reports[name] = report
         models.require_positions(unwrap_model(model), report.longest)
+        max_tokens_per_row, multiple = self._row_limit
+        if max_tokens_per_row is not None:
+            require_room(data, max_tokens_per_row, multiple)
         return data
 
     def _tokenised_all(self, dataset: Any, tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> Any:
@@ -238,6 +243,14 @@ class DPOTrainer(Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = [*TOKENISED_COLUMNS, LABELS_COLUMN, REFERENCE_COLUMN, REFERENCE_PAIR_COLUMN]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Sample as ``Trainer`` does; an example's length is that of its responses behind a prompt each."""
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        name = self.args.length_column_name
+        if self.args.train_sampling_strategy != "random" and name not in dataset.column_names:
+            dataset = dataset.add_column(name, token_counts(dataset, shared=False))
+        return super()._get_train_sampler(dataset)
 
     def _precompute(self, fingerprint: str) -> None:
         was_training = self.model.training

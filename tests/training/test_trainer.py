@@ -16,6 +16,7 @@ from transformers import MambaConfig, MambaForCausalLM
 
 from flexdpo import DPOConfig, DPOTrainer, FlexdpoError, UnsupportedModelError
 from flexdpo.objective.objective import LOSS_TYPES
+from flexdpo.training.lengths import token_counts
 from flexdpo.training.trainer import MetricsFile
 
 
@@ -141,6 +142,31 @@ def test_every_loss_is_the_same_in_one_row_and_in_several(
         lines = [line for line in trainer.state.log_history if "loss" in line]
         curves.append([line[key] for line in lines for key in ("loss", "grad_norm")])
     assert curves[0] == pytest.approx(curves[1], rel=2e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("strategy", ["group_by_length", "sequential"])
+def test_sampling_strategies_of_transformers_work(tmp_path, tokenizer, preferences, small_model, strategy) -> None:
+    args = settings(tmp_path, train_sampling_strategy=strategy, num_train_epochs=1, max_steps=-1)
+    trainer = DPOTrainer(small_model(), None, args, train_dataset=preferences, processing_class=tokenizer)
+    order = list(trainer.get_train_dataloader().batch_sampler.sampler)
+    assert sorted(order) == list(range(24))
+    if strategy == "group_by_length":
+        lengths = [sum(len(r["prompt_ids"]) + len(x) for x in r["response_ids"]) for r in trainer.train_dataset]
+        # the longest comes first, so that memory runs out at once or not at all
+        assert lengths[order[0]] == max(lengths)
+    trainer.train()
+
+
+def test_counts_of_tokens(tmp_path, tokenizer, preferences, small_model) -> None:
+    data = DPOTrainer(
+        small_model(), None, settings(tmp_path), train_dataset=preferences, processing_class=tokenizer
+    ).train_dataset.select(range(3, 17))
+    responses = [[len(x) for x in row["response_ids"]] for row in data]
+    prompts = [len(row["prompt_ids"]) for row in data]
+    assert token_counts(data, shared=True).tolist() == [p + sum(r) for p, r in zip(prompts, responses, strict=True)]
+    assert token_counts(data, shared=False).tolist() == [
+        p * len(r) + sum(r) for p, r in zip(prompts, responses, strict=True)
+    ]
 
 
 def test_regrouped_prompts_run_each_response_once(tmp_path, tokenizer, small_model) -> None:
@@ -364,8 +390,11 @@ def test_bad_combinations(tmp_path, tokenizer, preferences, small_model) -> None
         train(given={"compute_metrics": lambda x: {}})
     with pytest.raises(FlexdpoError, match=r"peft_config must be a peft\.PeftConfig such as LoraConfig, got dict"):
         train(given={"peft_config": {"r": 4}})
-    with pytest.raises(FlexdpoError, match=r"row \d+ has \d+ distinct tokens but max_tokens_per_row=8"):
-        train(max_tokens_per_row=8)
+    with pytest.raises(FlexdpoError, match=r"row 0 has \d+ distinct tokens but max_tokens_per_row=8 leaves room for 8"):
+        DPOTrainer(
+            small_model(), None, settings(tmp_path, max_tokens_per_row=8), train_dataset=preferences,
+            processing_class=tokenizer,
+        )  # fmt: skip
     rows = [{"prompt_ids": [5, 6, 7], "response_ids": [[8, 9, 2]], "edges": [], "row": i} for i in range(8)]
     supervised = Dataset.from_list(rows).cast_column("edges", _edges_feature())
     with pytest.raises(FlexdpoError, match="needs preferences, but the batch has no chosen and rejected"):
