@@ -11,6 +11,8 @@ from flexdpo.errors import FlexdpoError, nearest
 # each command is a module with `run(argv) -> exit code`, imported when it is called
 COMMANDS = {
     "train": "train with DPO: without arguments the built-in example, or your model on your data",
+    "check": "say whether a model is exact on shared, packed rows, or refused and why",
+    "bench": "time a training step on this machine: shared prompts against the ordinary ways",
 }
 
 

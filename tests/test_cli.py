@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig
 
 from flexdpo.cli import main
 from tests.conftest import preference_rows
@@ -149,3 +149,13 @@ def test_debug_shows_the_traceback(saved_model) -> None:
 
     with pytest.raises(FlexdpoError, match="--dataset_name is missing"):
         main(["train", "--model_name_or_path", str(saved_model("llama")), "--debug"])
+
+
+def test_check_says_exact_or_refused(tmp_path, capsys, saved_model) -> None:
+    assert main(["check", str(saved_model("llama")), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["verdict"] == "exact"
+    MambaConfig(vocab_size=97, hidden_size=16, num_hidden_layers=1, state_size=4).save_pretrained(tmp_path / "mamba")
+    assert main(["check", str(tmp_path / "mamba")]) == 3
+    assert "REFUSED" in capsys.readouterr().out
+    assert "unrecognized arguments: --jsn; see flexdpo check --help" in complaint(capsys, "check", "x", "--jsn")

@@ -1,36 +1,29 @@
-"""Registers ``attn_implementation="flexdpo"``, and carries a row's layout from the model call to the attention mask.
+"""What ``attn_implementation="flexdpo"`` stands for in transformers: an attention function and a mask function.
 
-The layout arrives as the model's ``attention_mask``. A forward pre-hook takes it out, holds it for the duration of that
-forward and leaves a 2-D mask of the real tokens; the registered mask function finds the held layout and returns a
-BlockMask for every mask kind the model asks for; the attention function runs what that BlockMask says. A checkpoint
-that reruns the whole model passes the layout again; one that reruns a layer passes the BlockMask itself. So nothing
-depends on what was held before.
-
-Without a layout both functions do what transformers does, so that ``generate()`` and evaluation just work.
+While a packed row is being run (:mod:`flexdpo.hf.holding`), the mask function returns a BlockMask for every mask kind
+the model asks for, and the attention function runs what that BlockMask says. Without a layout both do what transformers
+does, so that ``generate()`` and evaluation just work.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
 from flexdpo.attention.kernels import packed_attention, softmax_attention
 from flexdpo.attention.mask_mods import CAUSAL, MaskKind
-from flexdpo.attention.row_mask import Impl, row_mask_for, row_mask_of
+from flexdpo.attention.row_mask import row_mask_for, row_mask_of
 from flexdpo.errors import FlexdpoError, UnsupportedModelError
+from flexdpo.hf.holding import held_forward
 from flexdpo.layout.row import RowLayout
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor, nn
-
-ATTN_IMPLEMENTATION = "flexdpo"
 
 # what models hand to every attention function and what changes nothing in it: the mask already knows the window,
 # and positions were applied before
@@ -43,26 +36,9 @@ _HARMLESS_KWARGS = frozenset(
     )
 )
 # fmt: on
-
-
-@dataclass(eq=False)
-class _Held:
-    """The layout of one forward in progress."""
-
-    module: nn.Module
-    layout: RowLayout
-    impl: Impl
-    attention_calls: int = 0
-
-
-@dataclass(eq=False)
-class _Forwards:
-    """The packed forwards in progress, innermost last."""
-
-    held: list[_Held] = field(default_factory=list)
-
-
-_forwards = _Forwards()
+_LOOKS_AHEAD = (
+    "the model's attention also looks ahead, and a shared prompt must not see its responses; train it without flexdpo"
+)
 
 
 # --- the mask function -----------------------------------------------------------------------------------------------
@@ -82,7 +58,8 @@ def flexdpo_mask(
 
     The arguments are those of ``transformers.masking_utils.sdpa_mask``.
     """
-    if not _forwards.held:
+    held = held_forward()
+    if held is None or held.layout is None:
         return sdpa_mask(
             batch_size=batch_size,
             q_length=q_length,
@@ -93,7 +70,6 @@ def flexdpo_mask(
             attention_mask=attention_mask,
             **kwargs,
         )
-    held = _forwards.held[-1]
     layout = held.layout
     if (batch_size, q_length, kv_length) != (layout.batch_size, layout.length, layout.length):
         raise FlexdpoError(
@@ -101,16 +77,30 @@ def flexdpo_mask(
             f"asks for a mask of {batch_size} rows with {q_length} queries and {kv_length} keys; "
             "a packed row cannot be combined with a cache or with extra tokens (prompt tuning)"
         )
-    return row_mask_for(layout, mask_kind_of(mask_function), held.impl).block_mask
+    if mask_function is bidirectional_mask_function:
+        raise UnsupportedModelError(_LOOKS_AHEAD)
+    if torch.compiler.is_compiling() and mask_function is not causal_mask_function:
+        # Dynamo cannot look into closures; the function itself is traced, and local_size bounds how far it reaches
+        kind = MaskKind("other", kwargs.get("local_size") or 0, mask_function)
+    else:
+        kind = mask_kind_of(mask_function)
+    return row_mask_for(layout, kind, held.impl).block_mask
 
 
 def mask_kind_of(mask_function: Callable[..., Any]) -> MaskKind:
     """Recognise a mask function of transformers, so that the window is known as a number.
 
     Whatever is not recognised is still honoured, evaluated at logical positions pair by pair.
+
+    Raises:
+        UnsupportedModelError: if the function looks ahead, or depends on more than the two positions.
     """
     if mask_function is causal_mask_function:
         return CAUSAL
+    parts = _closure(mask_function, "or_masks").get("mask_functions", ())
+    if len(parts) == 2 and "block_sequence_ids" in (blocks := _closure(parts[1], "blockwise_overlay")):
+        _require_text_only(blocks["block_sequence_ids"])
+        return mask_kind_of(parts[0])
     parts = _closure(mask_function, "and_masks").get("mask_functions", ())
     if len(parts) == 2 and parts[1] is causal_mask_function:
         window = _closure(parts[0], "sliding_window_overlay").get("sliding_window")
@@ -119,7 +109,38 @@ def mask_kind_of(mask_function: Callable[..., Any]) -> MaskKind:
         chunk_size = _closure(parts[0], "chunked_overlay").get("chunk_size")
         if isinstance(chunk_size, int):
             return MaskKind("chunked", chunk_size)
+    _require_positions_only(mask_function)
+    _require_causal(mask_function)
     return MaskKind("other", function=mask_function)
+
+
+def _require_text_only(block_sequence_ids: Tensor) -> None:
+    """Gemma 4 lets the tokens of one image see each other both ways; text has the block id -1."""
+    if bool((block_sequence_ids != -1).any()):
+        raise UnsupportedModelError(
+            "a packed row holds image or audio tokens, which attend to each other both ways; flexdpo packs text only"
+        )
+
+
+def _require_positions_only(mask_function: Callable[..., Any]) -> None:
+    """Stop where a mask looks tokens up by their index, which positions shared by several responses are not."""
+    pending: list[Any] = [mask_function]
+    while pending:
+        found = pending.pop()
+        if isinstance(found, torch.Tensor) and found.numel() > 1:
+            raise UnsupportedModelError(
+                "the model's attention mask depends on which token stands where and not on distance alone, which "
+                "packed rows cannot honour; train it without flexdpo"
+            )
+        if isinstance(found, tuple | list):
+            pending += found
+        pending += [cell.cell_contents for cell in getattr(found, "__closure__", None) or ()]
+
+
+def _require_causal(mask_function: Callable[..., Any]) -> None:
+    """Stop before a mask that looks ahead is cut down to the part of it that does not."""
+    if bool(torch.as_tensor(mask_function(0, 0, torch.tensor(0), torch.tensor(1)))):
+        raise UnsupportedModelError(_LOOKS_AHEAD)
 
 
 def _closure(function: Callable[..., Any], factory: str) -> dict[str, Any]:
@@ -167,12 +188,13 @@ def flexdpo_attention(
         ``([B, S, Hq, Dv], None)``, as transformers expects.
     """
     row_mask = row_mask_of(attention_mask)
+    held = held_forward()
+    if held is not None and (row_mask is None or row_mask.layout is not held.layout):
+        raise UnsupportedModelError(
+            f"{type(module).__name__} received a mask that is not the packed row's own "
+            f"({type(attention_mask).__name__}); it would mix responses, so train this model without flexdpo"
+        )
     if row_mask is None:
-        if _forwards.held:
-            raise UnsupportedModelError(
-                f"{type(module).__name__} received a mask that is not the packed row's own "
-                f"({type(attention_mask).__name__}); it would mix responses, so this model is refused"
-            )
         return _stock_attention(
             module,
             query,
@@ -185,8 +207,8 @@ def flexdpo_attention(
             s_aux=s_aux,
             **kwargs,
         )
-    if _forwards.held:
-        _forwards.held[-1].attention_calls += 1
+    if held is not None:
+        held.attention_calls += 1
     _refuse_unknown(module, dropout, kwargs)
     output = packed_attention(query, key, value, row_mask, scaling=scaling, softcap=softcap, sinks=s_aux)
     return output.transpose(1, 2).contiguous(), None
@@ -239,78 +261,13 @@ def _stock_attention(
     queries, keys = query.shape[2], key.shape[2]
     if attention_mask is None:
         # transformers leaves the mask out for a single query, which sees everything, and for plain causal attention
+        is_causal = kwargs.get("is_causal")
+        is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
-        attention_mask = mask if queries == 1 else mask.tril()
-    bias = torch.zeros(attention_mask.shape, dtype=query.dtype, device=query.device)
-    bias = bias.masked_fill_(~attention_mask, torch.finfo(query.dtype).min)
+        attention_mask = mask.tril() if is_causal and queries > 1 else mask
+    bias = attention_mask
+    if bias.dtype == torch.bool:
+        bias = torch.zeros(bias.shape, dtype=query.dtype, device=query.device)
+        bias = bias.masked_fill_(~attention_mask, torch.finfo(query.dtype).min)
     output = softmax_attention(query, key, value, bias, scaling=scaling, softcap=softcap, sinks=s_aux)
     return output.transpose(1, 2).contiguous(), None
-
-
-# --- from the model call to the mask function ------------------------------------------------------------------------
-
-
-def install_layout_hooks(module: nn.Module, impl: Impl) -> None:
-    """Let ``module`` take a :class:`~flexdpo.layout.row.RowLayout` as its ``attention_mask``. Safe to call again."""
-    already = hasattr(module, "_flexdpo_impl")
-    module._flexdpo_impl = impl  # type: ignore[assignment]
-    if not already:
-        module.register_forward_pre_hook(_take_layout, with_kwargs=True)
-        module.register_forward_hook(_release_layout, with_kwargs=True, always_call=True)
-
-
-def _take_layout(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    layout = kwargs.get("attention_mask")
-    if not isinstance(layout, RowLayout):
-        if any(isinstance(arg, RowLayout) for arg in args):
-            raise FlexdpoError("pass a row by name, model(**row.inputs()); its layout came as a positional argument")
-        return None
-    tokens = next((t for t in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1]) if t is not None), None)
-    if tokens is None:
-        raise FlexdpoError("a packed row's layout came without input_ids; call model(**row.inputs())")
-    _require_match(layout, tokens)
-    kwargs = dict(kwargs, attention_mask=_real_tokens(layout))
-    if kwargs.get("position_ids") is None:
-        kwargs["position_ids"] = layout.position_ids
-    impl: Impl = module._flexdpo_impl  # type: ignore[assignment]
-    _forwards.held.append(_Held(module, layout, impl))
-    return args, kwargs
-
-
-def _release_layout(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:  # noqa: ARG001
-    if not _forwards.held or _forwards.held[-1].module is not module:
-        return
-    held = _forwards.held.pop()
-    # output is None when the forward raised; its own error says more
-    if held.attention_calls == 0 and output is not None:
-        raise UnsupportedModelError(
-            f"{type(module).__name__} never called flexdpo's attention on a packed row, so its result mixes responses; "
-            f"load it with attn_implementation={ATTN_IMPLEMENTATION!r} and call flexdpo.prepare_model(model), "
-            "or train this model without flexdpo"
-        )
-
-
-def _require_match(layout: RowLayout, tokens: Tensor) -> None:
-    if tuple(tokens.shape[:2]) != (layout.batch_size, layout.length):
-        raise FlexdpoError(
-            f"the layout is for {layout.batch_size} rows of {layout.length} tokens, but the inputs are "
-            f"{list(tokens.shape[:2])}; pass the layout that belongs to these input_ids"
-        )
-    if tokens.device != layout.device:
-        raise FlexdpoError(
-            f"the layout is on {layout.device} and the inputs on {tokens.device}; move the row with row.to(device)"
-        )
-
-
-def _real_tokens(layout: RowLayout) -> Tensor:
-    """A 2-D attention mask, 1 at the tokens of the row and 0 at its padding, ``[B, S]`` int64."""
-    count = torch.tensor(layout.num_tokens, device=layout.device)
-    return (torch.arange(layout.length, device=layout.device) < count[:, None]).long()
-
-
-def register() -> None:
-    """Make ``attn_implementation="flexdpo"`` known to transformers."""
-    AttentionInterface.register(ATTN_IMPLEMENTATION, flexdpo_attention)
-    AttentionMaskInterface.register(ATTN_IMPLEMENTATION, flexdpo_mask)

@@ -1,21 +1,23 @@
-"""Which models are exact on shared, packed rows, and what they need to get there."""
+"""Prepares models for shared, packed rows, and refuses those that would not give the ordinary result."""
 
 from __future__ import annotations
 
-import inspect
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from flexdpo.attention.row_mask import Impl, resolve_impl
-from flexdpo.errors import FlexdpoError, UnsupportedModelError
-from flexdpo.hf.interface import ATTN_IMPLEMENTATION, install_layout_hooks
+from flexdpo.errors import UnsupportedModelError
+from flexdpo.hf.holding import ATTN_IMPLEMENTATION, install_layout_hooks
+from flexdpo.hf.interface import flexdpo_attention, flexdpo_mask
+from flexdpo.hf.rules import backbone_of, refusal_reason, require_exact, unwrap_model
 
 if TYPE_CHECKING:
     from torch import nn
 
-_EXACT_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+__all__ = ["backbone_of", "prepare_model", "refusal_reason", "register", "unwrap_model"]
 
 
 def prepare_model(model: nn.Module, *, impl: Impl = "auto") -> nn.Module:
@@ -36,63 +38,58 @@ def prepare_model(model: nn.Module, *, impl: Impl = "auto") -> nn.Module:
         FlexdpoError: if ``model`` is not a Hugging Face model, or ``impl`` is unknown.
     """
     resolve_impl(impl, torch.device("cpu"))
-    base = unwrap_model(model)
-    backbone = backbone_of(base)
-    reason = refusal_reason(backbone)
-    if reason is not None:
-        raise UnsupportedModelError(
-            f"{type(base).__name__} (model_type {base.config.model_type!r}) cannot be exact on shared, packed rows: "
-            f"{reason}. Train it without flexdpo."
-        )
-    base.set_attn_implementation(ATTN_IMPLEMENTATION)
+    base: Any = unwrap_model(model)
+    require_exact(base)
+    _refuse_prompt_learning(model)
+    backbone: Any = backbone_of(base)
+    # the parts of a multimodal model that look at images keep their own attention
+    backbone.set_attn_implementation(ATTN_IMPLEMENTATION)
     # transformers only warns where it cannot change the implementation, and keeps the old one
-    for part in (base, backbone):
-        if part.config._attn_implementation != ATTN_IMPLEMENTATION:
-            raise UnsupportedModelError(
-                f"{type(part).__name__} kept attn_implementation={part.config._attn_implementation!r}; "
-                "transformers cannot change it for this model, so train it without flexdpo"
-            )
-    install_layout_hooks(base, impl)
-    if backbone is not base:
-        install_layout_hooks(backbone, impl)
+    if backbone.config._attn_implementation != ATTN_IMPLEMENTATION:
+        raise UnsupportedModelError(
+            f"{type(backbone).__name__} kept attn_implementation={backbone.config._attn_implementation!r}; "
+            "transformers cannot change it for this model, so train it without flexdpo"
+        )
+    for part in {base, backbone}:
+        install_layout_hooks(part, impl)
+        part._flexdpo_checked = True
     return model
 
 
-def unwrap_model(model: nn.Module) -> PreTrainedModel:
-    """Return the ``PreTrainedModel`` inside a PEFT model, or the model itself."""
-    if isinstance(model, torch.nn.DataParallel):
+def _refuse_prompt_learning(model: Any) -> None:
+    config: Any = getattr(model, "active_peft_config", None)
+    if config is not None and config.is_prompt_learning:
         raise UnsupportedModelError(
-            "nn.DataParallel runs replicas in threads that would share one layout; start one process per GPU with "
-            "torchrun or accelerate launch"
+            f"{config.peft_type} puts extra tokens before every sequence, which packed rows do not have; use LoRA"
         )
-    wrapper: Any = model
-    inner = wrapper.get_base_model() if hasattr(model, "get_base_model") else model
-    if not isinstance(inner, PreTrainedModel):
-        raise FlexdpoError(
-            f"expected a transformers PreTrainedModel or a PeftModel around one, got {type(inner).__name__}; "
-            "prepare the model before it is wrapped or compiled"
-        )
-    return inner
 
 
-def backbone_of(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the decoder below the language-model head, which is what decides whether a model can be exact."""
-    decoder = model.get_decoder()
-    return decoder if isinstance(decoder, PreTrainedModel) else model.base_model
+def register() -> None:
+    """Make ``attn_implementation="flexdpo"`` known to transformers. Safe to call again."""
+    AttentionInterface.register(ATTN_IMPLEMENTATION, flexdpo_attention)
+    AttentionMaskInterface.register(ATTN_IMPLEMENTATION, flexdpo_mask)
+    _hook_into_loading()
 
 
-def refusal_reason(backbone: PreTrainedModel) -> str | None:
-    """Say why a backbone cannot be exact, by its class and config alone; ``None`` where nothing speaks against it."""
-    config = backbone.config
-    if not type(backbone)._can_set_attn_implementation():
-        return "its attention does not go through transformers' attention interface"
-    other = sorted(set(getattr(config, "layer_types", None) or ()) - _EXACT_LAYER_TYPES)
-    if other:
-        return f"its layers of type {', '.join(other)} mix tokens in row order"
-    if getattr(backbone, "_is_stateful", False):
-        return "it carries a recurrent state from token to token in row order"
-    if "position_ids" not in inspect.signature(backbone.forward).parameters:
-        return "its backbone takes no position_ids, so positions would count row indices"
-    if any(hasattr(module, "create_position_ids_from_input_ids") for module in backbone.modules()):
-        return "its positions start at padding_idx + 1 and are made from input_ids"
-    return None
+def _hook_into_loading() -> None:
+    """Let a model that is loaded with ``attn_implementation="flexdpo"`` take layouts at once.
+
+    The name alone would run packed rows on no model: each one reads its ``attention_mask`` in its own way, and three
+    never read it at all. transformers asks every model, when it is made and whenever the implementation changes,
+    whether it can run the name asked for; that is where the hooks go in. The static rule follows at the first row.
+    """
+    ask = PreTrainedModel.get_correct_attn_implementation
+    if hasattr(ask, "_flexdpo_asks"):
+        return
+
+    @wraps(ask)
+    def get_correct_attn_implementation(
+        self: PreTrainedModel, requested_attention: str | None, is_init_check: bool = False
+    ) -> str:
+        applicable: str = ask(self, requested_attention, is_init_check)
+        if applicable == ATTN_IMPLEMENTATION and not hasattr(self, "_flexdpo_impl"):
+            install_layout_hooks(self, "auto")
+        return applicable
+
+    get_correct_attn_implementation._flexdpo_asks = ask  # type: ignore[attr-defined]
+    PreTrainedModel.get_correct_attn_implementation = get_correct_attn_implementation

@@ -14,7 +14,7 @@ from flexdpo.errors import FlexdpoError
 from flexdpo.layout.trie import Trie
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
@@ -27,7 +27,7 @@ _TENSOR_ATTRIBUTES = frozenset(
     (
         "ndim", "shape", "size", "dim", "dtype", "view", "reshape", "sum", "any", "all", "bool", "long",
         "int", "float", "masked_fill", "eq", "ne", "expand", "unsqueeze", "repeat", "cumsum", "flatten",
-        "contiguous", "type",
+        "contiguous", "type", "transpose", "permute", "squeeze", "half", "bfloat16",
     )
 )
 # fmt: on
@@ -46,12 +46,15 @@ class RowLayout:
         position_ids: Logical positions (depth in the trie), ``[B, S]`` int64.
         subtree_end: Row index just past the last descendant of each token, ``[B, S]`` int64.
         num_tokens: Real tokens of each row; the rest, up to ``S``, is padding.
+        multiplicity: How many sequences contain each token, 0 at padding, ``[B, S]`` int64: what an ordinary run, which
+            repeats the prompt for every response, counts it as. ``None`` where it is not known.
         memo: Masks already built for this layout, shared by all layers and by every model that runs it.
     """
 
     position_ids: Tensor
     subtree_end: Tensor
     num_tokens: tuple[int, ...]
+    multiplicity: Tensor | None = None
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -63,6 +66,10 @@ class RowLayout:
         if len(self.num_tokens) != self.batch_size:
             raise FlexdpoError(
                 f"num_tokens must hold one count for each of {self.batch_size} rows, got {len(self.num_tokens)}"
+            )
+        if self.multiplicity is not None and self.multiplicity.shape != self.position_ids.shape:
+            raise FlexdpoError(
+                f"multiplicity must be [B, S]={list(self.position_ids.shape)}, got {list(self.multiplicity.shape)}"
             )
 
     @property
@@ -84,11 +91,48 @@ class RowLayout:
         """Return this layout on another device, without the masks that were built for this one."""
         if torch.device(device) == self.device:
             return self
-        return RowLayout(
-            self.position_ids.to(device, non_blocking=non_blocking),
-            self.subtree_end.to(device, non_blocking=non_blocking),
-            self.num_tokens,
+        return self._map_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> RowLayout:
+        """Return this layout in page-locked memory, without the masks that were built for it."""
+        return self._map_tensors(lambda tensor: tensor.pin_memory())
+
+    def _map_tensors(self, change: Callable[[Tensor], Tensor]) -> RowLayout:
+        multiplicity = None if self.multiplicity is None else change(self.multiplicity)
+        return RowLayout(change(self.position_ids), change(self.subtree_end), self.num_tokens, multiplicity)
+
+    @classmethod
+    def stack(cls, layouts: Sequence[RowLayout]) -> RowLayout:
+        """Put the rows of several layouts into one batch; shorter rows are padded to the longest.
+
+        Args:
+            layouts: At least one, all on the same device.
+        """
+        if not layouts:
+            raise FlexdpoError("a batch needs at least one layout, got none")
+        if len({layout.device for layout in layouts}) > 1:
+            raise FlexdpoError(
+                f"the layouts are on {', '.join(sorted({str(e.device) for e in layouts}))}; move them first"
+            )
+        length = max(layout.length for layout in layouts)
+        padded = [layout._padded_to(length) for layout in layouts]
+        multiplicities = [each.multiplicity for each in padded if each.multiplicity is not None]
+        return cls(
+            torch.cat([each.position_ids for each in padded]),
+            torch.cat([each.subtree_end for each in padded]),
+            tuple(count for each in padded for count in each.num_tokens),
+            torch.cat(multiplicities) if len(multiplicities) == len(padded) else None,
         )
+
+    def _padded_to(self, length: int) -> RowLayout:
+        missing = length - self.length
+        if missing == 0:
+            return self
+        # padding stands at position 0, sees only itself and belongs to no sequence
+        ends = torch.arange(self.length + 1, length + 1, device=self.device).expand(self.batch_size, missing)
+        padded = self._map_tensors(lambda tensor: torch.nn.functional.pad(tensor, (0, missing)))
+        padded.subtree_end[:, self.length :] = ends
+        return padded
 
     def __getattr__(self, name: str) -> Any:
         message = (
@@ -101,6 +145,13 @@ class RowLayout:
 
     def __getitem__(self, _: Any) -> Any:
         return self.__getattr__("view")
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise FlexdpoError(
+            f"something computed with a packed row's layout ({getattr(func, '__name__', func)}) before it reached a "
+            "prepared model; call flexdpo.prepare_model(model) once after loading, and use no prompt tuning"
+        )
 
 
 @dataclass(eq=False)
@@ -176,6 +227,9 @@ class Row:
                     np.arange(1, length + 1),
                 ),
                 num_tokens=(stops[-1],),
+                multiplicity=_padded(
+                    np.concatenate([_multiplicity(trie) for trie in tries]), np.zeros(length, dtype=np.int64)
+                ),
             ),
             # the prompt's last token predicts the first token of every response
             predictors=torch.from_numpy(parents[targets.nodes]),
@@ -230,16 +284,31 @@ class Row:
 
     def pin_memory(self) -> Row:
         """Return this row in page-locked memory, so that its copy to a GPU need not wait."""
-        layout = RowLayout(
-            self.layout.position_ids.pin_memory(),
-            self.layout.subtree_end.pin_memory(),
-            self.layout.num_tokens,
-        )
-        return self._map_tensors(lambda tensor: tensor.pin_memory(), layout)
+        return self._map_tensors(lambda tensor: tensor.pin_memory(), self.layout.pin_memory())
 
     def _map_tensors(self, change: Any, layout: RowLayout) -> Row:
         changed = {name: change(value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
         return dataclasses.replace(self, layout=layout, **changed)
+
+
+def stack_inputs(rows: Sequence[Row]) -> dict[str, Any]:
+    """The keyword arguments that run several rows as one batch: ``model(**stack_inputs(rows))``.
+
+    Row ``b`` of the output belongs to ``rows[b]``, whose indices (``predictors``, ``response_paths``) hold in it as
+    they are; what lies behind ``rows[b].layout.length`` is padding. One longer row does the same work in one
+    kernel call; a batch of rows is for whoever wants a fixed row length.
+
+    Args:
+        rows: At least one, all on the same device; shorter rows are padded to the longest.
+    """
+    layout = RowLayout.stack([row.layout for row in rows])
+    input_ids = [torch.nn.functional.pad(row.input_ids, (0, layout.length - row.layout.length)) for row in rows]
+    return {
+        "input_ids": torch.cat(input_ids),
+        "position_ids": layout.position_ids,
+        "attention_mask": layout,
+        "use_cache": False,
+    }
 
 
 @dataclass(frozen=True)
@@ -261,6 +330,11 @@ def _padded(values: NDArray[np.int64], canvas: NDArray[np.int64]) -> Tensor:
     """Write ``values`` over the beginning of ``canvas``; what remains of it is the padding. ``[1, S]``."""
     canvas[: values.size] = values
     return torch.from_numpy(canvas)[None]
+
+
+def _multiplicity(trie: Trie) -> NDArray[np.int64]:
+    """How many of a trie's sequences contain each token, ``[N]``."""
+    return np.bincount(np.concatenate(trie.paths), minlength=len(trie)).astype(np.int64)
 
 
 def _numbered_edges(groups: Sequence[Group]) -> Tensor:

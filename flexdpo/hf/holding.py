@@ -1,0 +1,210 @@
+"""Carries a row's layout from the model call to the attention mask, for the duration of one forward.
+
+The layout arrives as the model's ``attention_mask``. A forward pre-hook takes it out, holds it and leaves a 2-D mask of
+the real tokens; the mask function of :mod:`flexdpo.hf.interface` finds it here. A checkpoint that reruns the whole
+model passes the layout again; one that reruns a layer passes the mask itself. So nothing depends on what was held
+before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from flexdpo.errors import FlexdpoError, UnsupportedModelError
+from flexdpo.hf.rules import require_exact
+from flexdpo.layout.row import RowLayout
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from flexdpo.attention.row_mask import Impl
+
+ATTN_IMPLEMENTATION = "flexdpo"
+
+
+@dataclass(eq=False)
+class Held:
+    """The layout of one forward in progress.
+
+    Attributes:
+        module: The model that took the layout.
+        layout: The batch of rows being run; ``None`` while another prepared model runs without one in between.
+        impl: The kernel that was asked for.
+        attention_calls: How often our attention function ran under a mask of this layout.
+    """
+
+    module: nn.Module
+    layout: RowLayout | None
+    impl: Impl
+    attention_calls: int = 0
+
+
+@dataclass(eq=False)
+class _Forwards:
+    """The packed forwards in progress, innermost last."""
+
+    held: list[Held] = field(default_factory=list)
+
+
+_forwards = _Forwards()
+
+
+def held_forward() -> Held | None:
+    """Return the packed forward in progress, or ``None`` when a model runs without a layout."""
+    held = _forwards.held[-1] if _forwards.held else None
+    return None if held is None or held.layout is None else held
+
+
+def install_layout_hooks(module: nn.Module, impl: Impl) -> None:
+    """Let ``module`` take a :class:`~flexdpo.layout.row.RowLayout` as its ``attention_mask``. Safe to call again."""
+    already = hasattr(module, "_flexdpo_impl")
+    module._flexdpo_impl = impl  # type: ignore[assignment]
+    if not already:
+        module.register_forward_pre_hook(_take_layout, with_kwargs=True)
+        module.register_forward_hook(_release_layout, with_kwargs=True, always_call=True)
+
+
+def _take_layout(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    layout = kwargs.get("attention_mask")
+    if not isinstance(layout, RowLayout):
+        if any(isinstance(arg, RowLayout) for arg in args):
+            raise FlexdpoError("pass a row by name, model(**row.inputs()); its layout came as a positional argument")
+        _run_without_layout(module)
+        return None
+    if not getattr(module, "_flexdpo_checked", False):
+        _check_once(module)
+    _require_single_owner(module)
+    _require_match(layout, args, kwargs)
+    _require_known_inputs(kwargs)
+    kwargs = dict(kwargs, attention_mask=_two_dimensional_mask(module, layout, kwargs))
+    if kwargs.get("position_ids") is None:
+        kwargs["position_ids"] = layout.position_ids
+    impl: Impl = module._flexdpo_impl  # type: ignore[assignment]
+    _forget_interrupted(module)
+    _forwards.held.append(Held(module, layout, impl))
+    return args, kwargs
+
+
+def _run_without_layout(module: nn.Module) -> None:
+    """Keep a held layout from a model that runs without one: its own backbone inherits it, nobody else does."""
+    if not _forwards.held:
+        return
+    _forget_interrupted(module)
+    if _forwards.held and not any(part is module for part in _forwards.held[-1].module.modules()):
+        _forwards.held.append(Held(module, None, "auto"))
+
+
+def _forget_interrupted(module: nn.Module) -> None:
+    """Drop what an interrupted forward of the same module left behind: Ctrl-C skips the hook that releases it."""
+    for number, held in enumerate(_forwards.held):
+        if held.module is module:
+            del _forwards.held[number:]
+            return
+
+
+@torch.compiler.disable
+def _check_once(module: Any) -> None:
+    """Apply the static rule to a model that was loaded with our attention but never prepared."""
+    require_exact(module)
+    module._flexdpo_checked = True
+
+
+def _release_layout(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:  # noqa: ARG001
+    if not _forwards.held or _forwards.held[-1].module is not module:
+        return
+    held = _forwards.held.pop()
+    # output is None when the forward raised; its own error says more
+    if held.layout is not None and held.attention_calls == 0 and output is not None:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} never called flexdpo's attention on a packed row, so its result mixes responses; "
+            f"load it with attn_implementation={ATTN_IMPLEMENTATION!r} and call flexdpo.prepare_model(model), "
+            "or train this model without flexdpo"
+        )
+
+
+def _require_single_owner(module: nn.Module) -> None:
+    if getattr(module, "_is_replica", False):
+        raise UnsupportedModelError(
+            "nn.DataParallel runs replicas in threads that would share one layout; start one process per GPU with "
+            "torchrun or accelerate launch"
+        )
+
+
+def _require_match(layout: RowLayout, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    candidates = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1])
+    tokens = next((tensor for tensor in candidates if tensor is not None), None)
+    if tokens is None:
+        raise FlexdpoError("a packed row's layout came without input_ids; call model(**row.inputs())")
+    if tuple(tokens.shape[:2]) != (layout.batch_size, layout.length):
+        raise FlexdpoError(
+            f"the layout is for {layout.batch_size} rows of {layout.length} tokens, but the inputs are "
+            f"{list(tokens.shape[:2])}; pass the layout that belongs to these input_ids"
+        )
+    if tokens.device != layout.device:
+        raise FlexdpoError(
+            f"the layout is on {layout.device} and the inputs on {tokens.device}; move the row with row.to(device)"
+        )
+    positions = kwargs.get("position_ids")
+    if positions is not None and positions.shape[-2:] != layout.position_ids.shape:
+        raise FlexdpoError(
+            f"position_ids have the shape {list(positions.shape)}, but the layout is for {layout.batch_size} rows of "
+            f"{layout.length} tokens; leave position_ids out, or pass those of the same row"
+        )
+
+
+def _require_known_inputs(kwargs: dict[str, Any]) -> None:
+    if kwargs.get("labels") is not None:
+        raise FlexdpoError(
+            "labels= would be compared with the token before each in the row, which may belong to another response; "
+            "leave them out and use flexdpo.response_logps(model, row)"
+        )
+    for name, value in kwargs.items():
+        if isinstance(value, torch.Tensor) and name not in _TEXT_INPUTS:
+            raise FlexdpoError(
+                f"a packed row came with {name}=, which flexdpo does not know how to share between responses; "
+                "packed rows hold text only, so leave it out or train without flexdpo"
+            )
+
+
+# fmt: off
+_TEXT_INPUTS = frozenset(
+    (
+        "input_ids", "inputs_embeds", "position_ids", "cache_position", "token_type_ids", "mm_token_type_ids",
+        "logits_to_keep", "num_items_in_batch",
+    )
+)
+# fmt: on
+
+
+def _two_dimensional_mask(module: Any, layout: RowLayout, kwargs: dict[str, Any]) -> Tensor:
+    """What a model sees as its ordinary ``attention_mask``, ``[B, S]`` int64.
+
+    A mixture-of-experts model weighs the router's choice at each token by this mask in its auxiliary loss, and in
+    nothing else. There a shared token counts as often as the ordinary run repeats it, so that the loss is the same.
+    """
+    wants_router = kwargs.get("output_router_logits")
+    if wants_router is None:
+        wants_router = getattr(module.config, "output_router_logits", False)
+    if not wants_router:
+        return _real_tokens(layout)
+    if layout.multiplicity is None:
+        raise FlexdpoError(
+            "output_router_logits=True needs the layout's multiplicity to weigh shared tokens in the auxiliary loss; "
+            "build the row with Row.from_groups, or switch output_router_logits off"
+        )
+    return layout.multiplicity
+
+
+def _real_tokens(layout: RowLayout) -> Tensor:
+    """Return a 2-D attention mask, 1 at the tokens of the row and 0 at its padding, ``[B, S]`` int64.
+
+    Computed from the vectors, not from ``num_tokens``, whose every new value would compile a compiled model again.
+    """
+    index = torch.arange(layout.length, device=layout.device)
+    # a padding token stands at position 0 and nothing descends from it; a root always has descendants
+    return ((layout.position_ids > 0) | (layout.subtree_end > index + 1)).long()

@@ -1,0 +1,295 @@
+"""The parity probe: does a model give on a packed row what it gives one sequence at a time?
+
+It runs the model three ways: packed, unpacked with the model's own stock attention, and packed under a mask that is
+wrong on purpose. The last one gives the scale: a model passes when its packed run is far nearer to the unpacked run
+than the wrong one is. Compared are the logits of every token and the gradient that arrives at every token's embedding,
+so that both the forward and the backward of every layer take part.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from flexdpo.errors import FlexdpoError, UnsupportedModelError
+from flexdpo.hf.holding import ATTN_IMPLEMENTATION
+from flexdpo.hf.rules import backbone_of, refusal_reason, unwrap_model
+from flexdpo.hf.support import prepare_model
+from flexdpo.layout.groups import Group
+from flexdpo.layout.row import Row, RowLayout
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Verdict = Literal["exact", "wrong", "refused", "inconclusive"]
+
+# exact models stay below 1e-5 of the error under a wrong mask, wrong ones above 0.2
+_ACCEPTED_SHARE = 0.01
+# half precision rounds away more of a small model's attention than that
+_ACCEPTED_SHARE_HALF = 0.1
+_SPECIAL_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """What the probe measured.
+
+    Errors are the largest difference to the unpacked run, relative to the largest entry there.
+
+    Attributes:
+        verdict: ``"exact"``; ``"wrong"``: the results differ; ``"refused"``: a check stopped the model; or
+            ``"inconclusive"``: not even a wrong mask made a difference, so nothing was shown.
+        reason: Why it is not exact; empty where it is.
+        value_error: Of the logits, packed against unpacked.
+        gradient_error: Of the gradients at the embeddings, packed against unpacked.
+        wrong_value_error: Of the logits under the wrong mask.
+        wrong_gradient_error: Of the gradients under the wrong mask.
+        tokens: Longest sequence of the probe, prompt and response, in tokens.
+        window: Largest window or chunk of the model's attention, in tokens; 0 where it has none. A window that is not
+            shorter than that was not put to the test.
+        seconds: Wall time.
+    """
+
+    verdict: Verdict
+    reason: str = ""
+    value_error: float = float("nan")
+    gradient_error: float = float("nan")
+    wrong_value_error: float = float("nan")
+    wrong_gradient_error: float = float("nan")
+    tokens: int = 0
+    window: int = 0
+    seconds: float = 0.0
+
+    @property
+    def exact(self) -> bool:
+        """Whether packed rows give the ordinary result."""
+        return self.verdict == "exact"
+
+
+def parity_probe(model: nn.Module, *, max_tokens: int = 2048, seed: int = 0) -> ParityReport:
+    """Run a model packed, unpacked with its own stock attention and packed under a wrong mask, and compare.
+
+    The model is prepared for packed rows if it was not; its weights, gradients and training mode stay as they are.
+
+    Args:
+        model: A ``PreTrainedModel``, or a ``PeftModel`` around one, on any device. In half precision the comparison is
+            blunter; a float32 or float64 model gives the sharper answer.
+        max_tokens: Longest sequence, prompt and response, in tokens. It is a little longer than the model's largest
+            window where this and the model's position limit allow.
+        seed: Chooses the random tokens.
+
+    Returns:
+        The measured errors and the verdict; a model that is refused gets a report too, not an error.
+
+    Raises:
+        FlexdpoError: if ``model`` is not a Hugging Face model.
+    """
+    started = time.perf_counter()
+    base = unwrap_model(model)
+    reason = refusal_reason(backbone_of(base))
+    if reason is None:
+        try:
+            report = _compare(model, max_tokens, seed)
+        except UnsupportedModelError as error:
+            reason = str(error)
+    if reason is not None:
+        report = ParityReport("refused", reason)
+    return replace(report, seconds=time.perf_counter() - started)
+
+
+class _Outcome(NamedTuple):
+    """Logits ``[L, V]`` and embedding gradients ``[L, H]`` of every token of every sequence, in order."""
+
+    logits: Tensor
+    gradients: Tensor
+
+
+def _compare(model: nn.Module, max_tokens: int, seed: int) -> ParityReport:
+    base = unwrap_model(model)
+    window = _largest_window(base)
+    row = _probe_row(base, _document_length(base, window, max_tokens), seed).to(base.device)
+    with _evaluating(model), torch.enable_grad():
+        with _stock_attention(base):
+            want = _unpacked(model, row)
+        prepare_model(model, impl=getattr(base, "_flexdpo_impl", "auto"))
+        packed = _packed(model, row, row.layout)
+        wrong = _packed(model, row, _leaking(row.layout))
+    value_error, gradient_error = _errors(packed, want)
+    wrong_value_error, wrong_gradient_error = _errors(wrong, want)
+    half = want.logits.dtype in (torch.float16, torch.bfloat16)
+    share = _ACCEPTED_SHARE_HALF if half else _ACCEPTED_SHARE
+    exact = value_error < share * wrong_value_error and gradient_error < share * wrong_gradient_error
+    # what rounding alone may do, so that a mask without effect is not taken for proof
+    noise = 100 * torch.finfo(want.logits.dtype).eps if not half else 0.0
+    verdict: Verdict = "exact" if exact else "wrong"
+    reason = "" if exact else "its packed run differs from its unpacked run"
+    if not min(wrong_value_error, wrong_gradient_error) > noise:
+        verdict, reason = "inconclusive", "not even a wrong mask changes the result, so its weights show nothing"
+    return ParityReport(
+        verdict,
+        reason,
+        value_error,
+        gradient_error,
+        wrong_value_error,
+        wrong_gradient_error,
+        max(sequence.size for group in row.groups for sequence in group.sequences),
+        window,
+    )
+
+
+# --- what is run -----------------------------------------------------------------------------------------------------
+
+
+def _largest_window(base: Any) -> int:
+    config = backbone_of(base).config
+    sizes = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    return max((size for size in sizes if isinstance(size, int)), default=0)
+
+
+def _document_length(base: Any, window: int, max_tokens: int) -> int:
+    """Tokens of a prompt with one response: more than the window, within what the model and the caller allow."""
+    limit = getattr(backbone_of(base).config, "max_position_embeddings", None) or max_tokens
+    return max(min(window + 24, limit, max_tokens), 24)
+
+
+def _probe_row(base: Any, length: int, seed: int) -> Row:
+    """Two documents of two and three responses and some padding; two responses begin alike."""
+    generator = np.random.default_rng(seed)
+    vocabulary = int(base.get_input_embeddings().weight.shape[0])
+    # special tokens come first and, for images and the like, last
+    low = _SPECIAL_TOKENS if vocabulary > 4 * _SPECIAL_TOKENS else 0
+    high = vocabulary - low
+
+    def tokens(count: int) -> list[int]:
+        drawn: list[int] = generator.integers(low, high, count).tolist()
+        return drawn
+
+    response = length // 3
+    prompt = length - response
+    beginning = tokens(response // 2)
+    groups = [
+        Group.from_lists(tokens(prompt), [tokens(response), tokens(response - 2)]),
+        Group.from_lists(
+            tokens(prompt - 3), [beginning + tokens(response // 3), tokens(response), beginning + tokens(2)], [(0, 1)]
+        ),
+    ]
+    return Row.from_groups(groups, pad_to_multiple_of=16)
+
+
+def _leaking(layout: RowLayout) -> RowLayout:
+    """Let every token see all that stand before it in the row: responses and documents mix."""
+    ends = torch.full_like(layout.subtree_end, layout.length)
+    return RowLayout(layout.position_ids, ends, layout.num_tokens, layout.multiplicity)
+
+
+def _paths(row: Row) -> list[Tensor]:
+    """Row indices of every token of every sequence of a row, prompt included."""
+    paths: list[Tensor] = []
+    for group, (start, _) in zip(row.groups, row.documents, strict=True):
+        prompt = np.arange(start, start + group.prompt_ids.size)
+        responses = row.response_paths[len(paths) : len(paths) + len(group.response_ids)]
+        paths += [torch.from_numpy(np.concatenate([prompt, path])) for path in responses]
+    return paths
+
+
+# --- how it is run ---------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextlib.contextmanager
+def _stock_attention(base: Any) -> Iterator[None]:
+    """Give the backbone the attention that transformers would choose for it."""
+    backbone: Any = backbone_of(base)
+    before = backbone.config._attn_implementation
+    stock = backbone.get_correct_attn_implementation(None) if before == ATTN_IMPLEMENTATION else before
+    if stock == "sdpa" and getattr(backbone.config, "attn_logit_softcapping", None) is not None:
+        stock = "eager"  # some versions choose SDPA and leave the softcap out
+    try:
+        if stock != before:
+            backbone.set_attn_implementation(stock)
+        yield
+    finally:
+        if stock != before:
+            backbone.set_attn_implementation(before)
+
+
+@contextlib.contextmanager
+def _embeddings_captured(base: Any) -> Iterator[list[Tensor]]:
+    """Collect what the embedding puts out, cut off from its weights: what arrives there passed through every layer."""
+    captured: list[Tensor] = []
+
+    def capture(module: nn.Module, args: Any, output: Tensor) -> Tensor:  # noqa: ARG001
+        leaf = output.detach().requires_grad_()
+        captured.append(leaf)
+        # some models scale what they get in place, which a leaf does not allow
+        return leaf.clone()
+
+    handle = base.get_input_embeddings().register_forward_hook(capture)
+    try:
+        yield captured
+    finally:
+        handle.remove()
+
+
+def _scores(logits: Tensor, seed: int) -> Tensor:
+    """Weigh every logit at random: the gradient then says on what each of them depends."""
+    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(seed)).to(logits)
+    return (weights * logits).sum() / logits.shape[-1]
+
+
+def _unpacked(model: Any, row: Row) -> _Outcome:
+    logits, gradients = [], []
+    sequences = [sequence for group in row.groups for sequence in group.sequences]
+    for number, sequence in enumerate(sequences):
+        with _embeddings_captured(unwrap_model(model)) as captured:
+            ids = torch.from_numpy(sequence)[None].to(row.input_ids.device)
+            logits.append(model(input_ids=ids, use_cache=False).logits[0])
+        gradients.append(torch.autograd.grad(_scores(logits[-1], number), _only(captured))[0][0])
+    return _Outcome(torch.cat(logits).detach(), _summed(gradients, _paths(row), row))
+
+
+def _packed(model: Any, row: Row, layout: RowLayout) -> _Outcome:
+    with _embeddings_captured(unwrap_model(model)) as captured:
+        all_logits = model(**{**row.inputs(), "attention_mask": layout}).logits[0]
+    logits = [all_logits[path] for path in _paths(row)]
+    score = torch.stack([_scores(each, number) for number, each in enumerate(logits)]).sum()
+    gradient = torch.autograd.grad(score, _only(captured))[0][0]
+    return _Outcome(torch.cat(logits).detach(), gradient[: row.num_tokens])
+
+
+def _only(captured: list[Tensor]) -> Tensor:
+    if len(captured) != 1:
+        raise FlexdpoError(
+            f"the model used its input embedding {len(captured)} times in one forward; the parity probe needs once"
+        )
+    return captured[0]
+
+
+def _summed(gradients: list[Tensor], paths: list[Tensor], row: Row) -> Tensor:
+    """Add the gradients of all copies of a token, ``[S, H]``."""
+    total = gradients[0].new_zeros(row.num_tokens, gradients[0].shape[-1])
+    for gradient, path in zip(gradients, paths, strict=True):
+        total.index_add_(0, path.to(total.device), gradient)
+    return total
+
+
+def _errors(got: _Outcome, want: _Outcome) -> tuple[float, float]:
+    pairs = ((got.logits, want.logits), (got.gradients, want.gradients))
+    values, gradients = (float((g - w).abs().max().double() / w.abs().max().double()) for g, w in pairs)
+    return values, gradients

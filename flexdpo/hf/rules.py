@@ -1,0 +1,96 @@
+"""The static rule: which models can be exact on shared, packed rows, judged by class and config alone.
+
+Whatever the rule cannot see is closed at run time, by :mod:`flexdpo.hf.holding` and :mod:`flexdpo.hf.interface`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedModel
+
+from flexdpo.errors import FlexdpoError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_EXACT_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+# what mixes tokens other than by attention over the whole row, and how it does so
+_MIXING = {
+    "linear_attention": "carry a state from token to token in row order",
+    "conv": "convolve neighbours in row order",
+    "hybrid": "carry a state from token to token in row order",
+    "hybrid_sliding": "carry a state from token to token in row order",
+    "indexed_attention": "choose keys with an index of their own, by row order",
+    "compressed_sparse_attention": "compress neighbouring keys in row order",
+    "heavily_compressed_attention": "compress neighbouring keys in row order",
+    "minimax_m3_sparse": "choose blocks of neighbouring keys in row order",
+}
+# Gemma 3 and 4 say True or "all" for text that looks ahead; "vision" concerns images only
+_BOTH_WAYS = (True, "all")
+
+
+def refusal_reason(backbone: PreTrainedModel) -> str | None:
+    """Say why a backbone cannot be exact, by its class and config alone; ``None`` where nothing speaks against it."""
+    if not type(backbone)._can_set_attn_implementation():
+        return "its attention does not go through transformers' attention interface"
+    return _mixing_reason(backbone) or _position_reason(backbone)
+
+
+def _mixing_reason(backbone: PreTrainedModel) -> str | None:
+    """Say how a backbone mixes tokens other than by causal attention."""
+    config = backbone.config
+    other = sorted(set(getattr(config, "layer_types", None) or ()) - _EXACT_LAYER_TYPES)
+    if other:
+        return f"its layers of type {', '.join(other)} {_MIXING.get(other[0], 'may mix tokens in row order')}"
+    if getattr(backbone, "_is_stateful", False):
+        return "it carries a recurrent state from token to token in row order"
+    both_ways = getattr(config, "use_bidirectional_attention", None) in _BOTH_WAYS
+    if both_ways or getattr(config, "is_causal", True) is False:
+        return "its attention also looks ahead, and a shared prompt must not see its responses"
+    return None
+
+
+def _position_reason(backbone: PreTrainedModel) -> str | None:
+    """Say why a backbone's positions would not be the logical ones."""
+    if "position_ids" not in inspect.signature(backbone.forward).parameters:
+        return "its backbone takes no position_ids, so positions would count row indices"
+    if any(hasattr(module, "create_position_ids_from_input_ids") for module in backbone.modules()):
+        return "its positions start at padding_idx + 1 and are made from input_ids"
+    return None
+
+
+def require_exact(model: PreTrainedModel) -> None:
+    """Raise ``UnsupportedModelError`` with the reason and a way out where the static rule refuses ``model``."""
+    reason = refusal_reason(backbone_of(model))
+    if reason is not None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} (model_type {model.config.model_type!r}) cannot be exact on shared, packed rows: "
+            f"{reason}. Train it without flexdpo, or choose another model ('flexdpo check MODEL' tells beforehand)."
+        )
+
+
+def unwrap_model(model: nn.Module) -> PreTrainedModel:
+    """Return the ``PreTrainedModel`` inside a PEFT model, or the model itself."""
+    if isinstance(model, torch.nn.DataParallel):
+        raise UnsupportedModelError(
+            "nn.DataParallel runs replicas in threads that would share one layout; start one process per GPU with "
+            "torchrun or accelerate launch"
+        )
+    wrapper: Any = model
+    inner = wrapper.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(inner, PreTrainedModel):
+        raise FlexdpoError(
+            f"expected a transformers PreTrainedModel or a PeftModel around one, got {type(inner).__name__}; "
+            "prepare the model before it is wrapped or compiled"
+        )
+    return inner
+
+
+def backbone_of(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the decoder below the language-model head, which is what decides whether a model can be exact."""
+    decoder = model.get_decoder()
+    # some classes call their vocabulary projection "decoder"
+    return decoder if isinstance(decoder, PreTrainedModel) else model.base_model

@@ -1,0 +1,144 @@
+"""A small model of the same kind as a given one, from its config alone: every mechanism kept, every size cut."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+_LAYERS = 4
+_VOCABULARY = 256
+_WINDOW = 8
+# more parameters than this in a cut model mean that some size was not found
+_MOST_PARAMETERS = 100_000_000
+# sizes that stand on their own, with what they are cut to
+# fmt: off
+_CAPS = {
+    "intermediate_size": 128, "ffn_dim": 128, "n_inner": 128, "ffn_hidden_size": 128, "decoder_ffn_dim": 128,
+    "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64, "intermediate_size_mlp": 128,
+    "moe_shared_expert_intermediate_size": 64, "expert_ffn_hidden_size": 64, "shared_intermediate_size": 64,
+    "max_position_embeddings": 4096, "sliding_window": _WINDOW, "attention_chunk_size": _WINDOW,
+    "vocab_size_per_layer_input": _VOCABULARY, "hidden_size_per_layer_input": 16,
+}
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers")
+# fmt: on
+
+
+def small_model(config: Any, *, seed: int = 0, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Build a small causal LM of the same kind as ``config`` describes, with random weights, in float64.
+
+    Layers, vocabulary, widths, experts, windows and chunks are cut; heads keep their size and, where more than four
+    share a key, their grouping. The weights are drawn so that attention matters: with the usual small ones the
+    attention of a small model does next to nothing, and no test of it means anything.
+
+    Args:
+        config: A transformers config; it is not changed.
+        seed: Chooses the weights.
+        trust_remote_code: Whether to run model code that comes with the config.
+
+    Raises:
+        ValueError: if the cut model would still be large; and whatever the model class says about the cut config.
+    """
+    cut = shrunk_config(config)
+    with torch.device("meta"):
+        outline = AutoModelForCausalLM.from_config(cut, trust_remote_code=trust_remote_code)
+    parameters = sum(parameter.numel() for parameter in outline.parameters())
+    if parameters > _MOST_PARAMETERS:
+        raise ValueError(f"a small {type(outline).__name__} would still have {parameters:,} parameters")
+    torch.manual_seed(seed)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        cut, dtype=torch.float64, trust_remote_code=trust_remote_code
+    )
+    if type(model)._can_set_experts_implementation():
+        # grouped matrix products exist for float32 and below only
+        model.set_experts_implementation("eager")
+    draw_weights(model, seed)
+    return model.eval()
+
+
+@torch.no_grad()
+def draw_weights(model: nn.Module, seed: int = 0) -> None:
+    """Draw matrices with standard deviation ``1/sqrt(fan_in)``, embeddings with 0.7, and add 0.1 noise to vectors."""
+    generator = torch.Generator().manual_seed(seed)
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+        if id(parameter) in embeddings:
+            parameter.copy_(0.7 * noise)
+        elif parameter.ndim >= 2:
+            parameter.copy_(noise * parameter.shape[-1] ** -0.5)
+        else:
+            parameter.add_(0.1 * noise)
+
+
+def shrunk_config(config: Any) -> Any:
+    """Return a copy of a config with every size cut to a few."""
+    cut = copy.deepcopy(config)
+    text = cut.get_text_config(decoder=True)
+    _cut_layers(text)
+    _cut_heads(text)
+    for name, size in _CAPS.items():
+        _cap(text, name, size)
+    for name in _EXPERTS:
+        _cap(text, name, 8)
+    for name in ("n_group", "topk_group"):
+        _cap(text, name, 1)
+    for other in (getattr(cut, name, None) for name in getattr(cut, "sub_configs", {})):
+        if other is not None and other is not text:
+            # images and sounds take no part in a packed row
+            for name in (*_LAYER_COUNTS, "encoder_layers", "num_blocks"):
+                _cap(other, name, 1)
+    for each in {id(c): c for c in (cut, text)}.values():
+        _cap(each, "vocab_size", _VOCABULARY)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            # a pad token's embedding gets no gradient, so it is one that no probe draws
+            _cap(each, name, _VOCABULARY - 1)
+    return cut
+
+
+def _cap(config: Any, name: str, size: int) -> None:
+    value = getattr(config, name, None)
+    if isinstance(value, int) and not isinstance(value, bool) and value > size:
+        setattr(config, name, size)
+
+
+def _cut_layers(config: Any) -> None:
+    """Keep a few layers, of every type that the model has."""
+    types = list(getattr(config, "layer_types", None) or ())
+    count = _layer_count(config)
+    if count is None:
+        return
+    kept = sorted(range(count), key=lambda i: (i != types.index(types[i]) if types else 0, i))[:_LAYERS]
+    kept.sort()
+    # whatever has one entry per layer loses the same entries
+    for name, value in list(vars(config).items()):
+        if isinstance(value, list | tuple) and len(value) == count:
+            setattr(config, name, [value[i] for i in kept])
+    for name in _LAYER_COUNTS:
+        if isinstance(getattr(config, name, None), int):
+            setattr(config, name, len(kept))
+
+
+def _layer_count(config: Any) -> int | None:
+    counts = (getattr(config, name, None) for name in _LAYER_COUNTS)
+    return next((count for count in counts if isinstance(count, int)), None)
+
+
+def _cut_heads(config: Any) -> None:
+    """Keep four query heads of their own size, and their number per key head as far as four allow."""
+    heads = getattr(config, "num_attention_heads", None)
+    hidden = getattr(config, "hidden_size", None)
+    if not isinstance(heads, int) or not isinstance(hidden, int) or heads <= 4:
+        return
+    key_heads = getattr(config, "num_key_value_heads", None)
+    config.hidden_size = hidden // heads * 4
+    config.num_attention_heads = 4
+    if isinstance(key_heads, int):
+        config.num_key_value_heads = max(1, 4 * key_heads // heads)

@@ -1,0 +1,102 @@
+"""Tiny models of every causal-LM architecture of transformers, and what is known about each."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from packaging.version import Version
+from torch import nn
+
+_FOLDER = Path(__file__).parent / "zoo"
+# older versions do not know every layer type and setting of the configurations
+_WRITTEN_FOR = Version("5.23")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One line of the zoo: ``verdict`` is exact, wrong or raises, as measured on packed rows without any check."""
+
+    model_type: str
+    class_name: str
+    config_class: str
+    config: dict[str, Any]
+    verdict: str
+    cause: str
+
+    @property
+    def available(self) -> bool:
+        """Whether the installed transformers has it."""
+        return hasattr(transformers, self.class_name) and hasattr(transformers, self.config_class)
+
+
+@cache
+def zoo() -> dict[str, Architecture]:
+    configs = json.loads((_FOLDER / "tiny_configs.json").read_text())
+    with (_FOLDER / "results.csv").open() as file:
+        lines = {line["model_type"]: line for line in csv.DictReader(file)}
+    return {
+        name: Architecture(
+            name,
+            entry["architecture"],
+            entry["config_class"],
+            entry["config"],
+            lines[name]["verdict"],
+            lines[name]["cause"],
+        )
+        for name, entry in configs.items()
+    }
+
+
+def build_or_skip(name: str, **kwargs: Any) -> Any:
+    """Build a model, or skip the test where an older transformers does not have it as it is in the zoo."""
+    architecture, version = zoo()[name], transformers.__version__
+    if not architecture.available:
+        pytest.skip(f"transformers {version} has no {architecture.class_name} with {architecture.config_class}")
+    if name == "blt":
+        kwargs["encoder_hash_byte_group_vocab"] = 512  # half a million by default
+    try:
+        return build_model(name, **kwargs)
+    except Exception as error:
+        if Version(version) >= _WRITTEN_FOR:
+            raise
+        pytest.skip(f"transformers {version} does not take the configuration of {name}: {error!r:.120}")
+
+
+def build_model(name: str, *, dtype: torch.dtype = torch.float64, seed: int = 0, **overrides: Any) -> Any:
+    """Build a tiny model with its stock attention and weights that make attention matter, in evaluation mode."""
+    architecture = zoo()[name]
+    config = getattr(transformers, architecture.config_class)(**{**architecture.config, **overrides})
+    torch.manual_seed(seed)
+    model_class = getattr(transformers, architecture.class_name)
+    # grouped matrix products exist for float32 and below only
+    experts = {"experts_implementation": "eager"} if model_class._can_set_experts_implementation() else {}
+    # SDPA would leave a softcap out where transformers still chooses it for such a model
+    attention = {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
+    model = model_class._from_config(config, dtype=dtype, **experts, **attention)
+    # some models keep a router in float32
+    model.to(dtype)
+    draw_weights(model, seed)
+    return model.eval()
+
+
+@torch.no_grad()
+def draw_weights(model: nn.Module, seed: int = 0) -> None:
+    """Redraw the weights: with the usual small ones, the attention of a tiny model does next to nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32).to(parameter.dtype)
+        if id(parameter) in embeddings:
+            parameter.copy_(0.7 * noise)
+        elif parameter.ndim >= 2:
+            parameter.copy_(noise * parameter.shape[-1] ** -0.5)
+        else:
+            parameter.add_(0.1 * noise)

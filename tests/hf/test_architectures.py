@@ -1,0 +1,174 @@
+"""Every causal-LM architecture of transformers: packed rows give the ordinary result, or the model is refused.
+
+A spread of twelve runs by default; ``pytest -m zoo`` runs them all.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from flexdpo import UnsupportedModelError, parity_probe, prepare_model
+from flexdpo.hf import holding, support
+from tests.hf.architectures import build_model, build_or_skip, zoo
+from tests.hf.equivalence import (
+    Float64,
+    Run,
+    example_row,
+    gradient_error,
+    leaking_layout,
+    logit_error,
+    packed_run,
+    unpacked_run,
+)
+
+# a learned position table, ALiBi-free multi-query attention, softcap, sinks, chunks, MLA, mixtures of experts, parallel
+# blocks, several mask kinds, encoders' decoders and multimodal wrappers
+SPREAD = {
+    "bert-generation",
+    "cohere2",
+    "deepseek_v3",
+    "gemma2",
+    "gemma4_unified",
+    "got_ocr2",
+    "gpt2",
+    "gpt_oss",
+    "llama4",
+    "mixtral",
+    "modernbert-decoder",
+    "phi3",
+}
+# its attention adds a dense mask of its own
+NOT_UNDER_A_BLOCK_MASK = {"doge"}
+# accepted by the static rule, stopped at the first packed forward
+STOPPED_AT_RUN_TIME = {"blt", "git", "doge"}
+TOLERANCE = 1e-9
+
+
+def _marked(names: list[str]) -> list[Any]:
+    return [pytest.param(name, marks=() if name in SPREAD else pytest.mark.zoo) for name in names]
+
+
+EXACT = sorted(n for n, a in zoo().items() if a.verdict == "exact" and n not in NOT_UNDER_A_BLOCK_MASK)
+# their tiny configurations are incomplete, or need a package for images
+UNBUILDABLE = {"gemma3n", "gemma4_unified_assistant", "reformer", "zamba"}
+OTHERS = sorted(set(zoo()) - set(EXACT) - UNBUILDABLE)
+BUILDABLE = sorted([*EXACT, *OTHERS])
+# transformers keeps a table of attention classes for them, where our name is not
+TABLE_OF_ITS_OWN = {"falcon", "git", "gpt_neo", "gptj"}
+# nor do the two that want four audio codes per token get as far as their mask
+NEVER_READ_THEIR_MASK = {"cpmant", "rwkv", "xlstm", "musicgen", "musicgen_melody"}
+
+
+def test_the_spread_is_in_the_zoo() -> None:
+    assert set(EXACT) >= SPREAD
+    assert len(EXACT) == 108
+
+
+@pytest.mark.parametrize("name", _marked(EXACT))
+def test_packed_equals_unpacked(name: str) -> None:
+    """Logits and all gradients against one sequence at a time with the stock attention; a wrong mask must show."""
+    model, row = build_or_skip(name), example_row()
+    with Float64():
+        want = unpacked_run(model, row)
+        prepare_model(model)
+        got = packed_run(model, row)
+        leaking = packed_run(model, row, attention_mask=leaking_layout(row))
+    assert logit_error(got, want) < TOLERANCE
+    assert gradient_error(got, want) < TOLERANCE
+    assert logit_error(leaking, want) > 1e-3
+    assert gradient_error(leaking, want) > 1e-3
+
+
+@pytest.mark.parametrize("name", _marked(EXACT))
+def test_loading_by_name_is_enough(name: str) -> None:
+    """A model that was loaded with the name alone takes a row at once, and without one is the stock model."""
+    stock, row = build_or_skip(name), example_row()
+    loaded = type(stock)._from_config(stock.config, attn_implementation="flexdpo", dtype=torch.float64)
+    loaded.load_state_dict(stock.state_dict())
+    if type(stock)._can_set_experts_implementation():
+        loaded.set_experts_implementation("eager")
+    loaded.to(torch.float64).eval()
+    with Float64(), torch.no_grad():
+        want = [stock(input_ids=torch.from_numpy(s)[None], use_cache=False).logits for s in row.groups[0].sequences]
+        got = [loaded(input_ids=torch.from_numpy(s)[None], use_cache=False).logits for s in row.groups[0].sequences]
+        for g, w in zip(got, want, strict=True):
+            torch.testing.assert_close(g, w, rtol=0, atol=TOLERANCE * float(w.abs().max()))
+        packed = loaded(**row.inputs()).logits[0, : len(row.groups[0].prompt_ids)]
+    # the row begins with the first prompt
+    wanted = want[0][0, : len(row.groups[0].prompt_ids)]
+    torch.testing.assert_close(packed, wanted, rtol=0, atol=TOLERANCE * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.zoo) for n in OTHERS])
+def test_what_is_not_exact_is_refused(name: str) -> None:
+    """Prepared or only loaded by name: a model that would be wrong never returns from a packed forward."""
+    stock, row = build_or_skip(name), example_row()
+    if name in STOPPED_AT_RUN_TIME:
+        prepare_model(stock)
+        with pytest.raises(UnsupportedModelError, match=r"train (it|this model) without flexdpo"):
+            stock(**row.inputs())
+    else:
+        with pytest.raises(UnsupportedModelError, match=r"cannot be exact .*: (its|it) .* Train it without flexdpo"):
+            prepare_model(stock)
+    if name in TABLE_OF_ITS_OWN:
+        with pytest.raises(KeyError, match="flexdpo"):
+            type(stock)._from_config(stock.config, attn_implementation="flexdpo")
+        return
+    loaded = type(stock)._from_config(stock.config, attn_implementation="flexdpo", dtype=torch.float64)
+    with pytest.raises(UnsupportedModelError, match="without flexdpo"):
+        loaded(**row.inputs())
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", sorted(set(BUILDABLE) - NEVER_READ_THEIR_MASK))
+def test_the_stock_model_never_runs_a_row(name: str) -> None:
+    """A row that reaches a stock model that nobody prepared stops where the model first reads its mask."""
+    model, row = build_or_skip(name), example_row()
+    with pytest.raises((ValueError, AttributeError), match=r"flexdpo\.prepare_model"):
+        model(**row.inputs())
+
+
+@pytest.mark.parametrize("name", ["git", "blt", "doge"])
+def test_the_run_time_checks_close_what_the_rule_accepts(name: str) -> None:
+    model = build_or_skip(name)
+    assert support.refusal_reason(support.backbone_of(model)) is None
+    with pytest.raises(UnsupportedModelError, match="mask"):
+        prepare_model(model)(**example_row().inputs())
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in SPREAD else pytest.mark.zoo) for n in BUILDABLE])
+def test_the_probe_makes_no_mistake(name: str) -> None:
+    report = parity_probe(build_or_skip(name, dtype=torch.float32))
+    assert report.verdict == ("exact" if name in EXACT else "refused"), report
+    assert report.seconds < 10
+    if report.exact:
+        assert report.value_error < 1e-4 * report.wrong_value_error
+        assert report.gradient_error < 1e-4 * report.wrong_gradient_error
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_probe_needs_no_rule(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the static rule switched off, the probe still calls no wrong model exact."""
+    for module in (support, holding):
+        monkeypatch.setattr(module, "require_exact", lambda model: None)
+    monkeypatch.setattr("flexdpo.hf.probe.refusal_reason", lambda backbone: None)
+    try:
+        report = parity_probe(build_or_skip(name, dtype=torch.float32))
+    except (TypeError, RuntimeError, ValueError, KeyError, AttributeError, IndexError):
+        return  # it cannot even be run with position_ids
+    assert not report.exact, report
+
+
+def test_a_wrong_gradient_shows() -> None:
+    """The comparison itself: one entry of one gradient that is off fails it."""
+    model, row = build_model("llama"), example_row()
+    want = unpacked_run(model, row)
+    name = "model.layers.0.self_attn.k_proj.weight"
+    off = want.gradients[name].clone()
+    off[0, 0] += 1e-3 * float(off.abs().max())
+    got = Run(want.logits, {**want.gradients, name: off})
+    assert gradient_error(got, want) == pytest.approx(1e-3, rel=1e-6)

@@ -1,0 +1,244 @@
+"""What cannot be exact stops with one clear error: models, inputs and layouts that do not fit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from flexdpo import FlexdpoError, RowLayout, UnsupportedModelError, prepare_model
+from flexdpo.hf.interface import mask_kind_of
+from flexdpo.layout.row import stack_inputs
+from tests.hf.architectures import build_model, build_or_skip
+from tests.hf.equivalence import example_row, logit_error, packed_run
+
+
+@pytest.fixture
+def model() -> Any:
+    return prepare_model(build_model("mistral"))
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("falcon", "does not go through transformers' attention interface"),
+        ("bart", "takes no position_ids"),
+        ("roberta", r"start at padding_idx \+ 1"),
+        ("mamba", "layers of type linear_attention carry a state"),
+        ("lfm2", "layers of type conv convolve neighbours"),
+        ("xlstm", "carries a recurrent state"),
+        ("deepseek_v32", "layers of type indexed_attention choose keys"),
+        ("deepseek_v4", "compressed_sparse_attention, heavily_compressed_attention compress neighbouring keys"),
+        ("minimax_m3_vl_text", "minimax_m3_sparse choose blocks"),
+    ],
+)
+def test_a_refusal_says_why_and_the_way_out(name: str, reason: str) -> None:
+    stock = build_or_skip(name)
+    with pytest.raises(
+        UnsupportedModelError, match=rf"\(model_type '.*'\) cannot be exact .*{reason}.*\. Train it without"
+    ):
+        prepare_model(stock)
+    assert stock.config._attn_implementation != "flexdpo"
+
+
+def test_attention_that_looks_ahead() -> None:
+    encoder = build_model("bert", is_decoder=False)
+    with pytest.raises(UnsupportedModelError, match="also looks ahead"):
+        prepare_model(encoder)(**example_row().inputs())
+
+
+def test_a_mask_function_that_looks_ahead() -> None:
+    with pytest.raises(UnsupportedModelError, match="also looks ahead"):
+        mask_kind_of(lambda batch, head, q_idx, kv_idx: kv_idx <= q_idx + 4)
+
+
+def test_image_tokens() -> None:
+    from transformers.masking_utils import blockwise_overlay, causal_mask_function, or_masks
+
+    text, image = torch.full((1, 8), -1), torch.tensor([[-1, 0, 0, -1, -1, -1, -1, -1]])
+    assert mask_kind_of(or_masks(causal_mask_function, blockwise_overlay(text))).name == "causal"
+    with pytest.raises(UnsupportedModelError, match="image or audio tokens"):
+        mask_kind_of(or_masks(causal_mask_function, blockwise_overlay(image)))
+
+
+def test_a_mask_function_of_its_own() -> None:
+    """A distance is honoured; a table of tokens is not, since positions stand for several tokens at once."""
+    assert mask_kind_of(lambda batch, head, q_idx, kv_idx: (kv_idx <= q_idx) & (q_idx - kv_idx < 7)).name == "other"
+    table, reach = torch.ones(1, 9, dtype=torch.bool), torch.tensor(7)
+    assert mask_kind_of(lambda batch, head, q_idx, kv_idx: (kv_idx <= q_idx) & (q_idx - kv_idx < reach)).size == 0
+    with pytest.raises(UnsupportedModelError, match="depends on which token stands where"):
+        mask_kind_of(lambda batch, head, q_idx, kv_idx: (kv_idx <= q_idx) & table[batch, kv_idx])
+
+
+def test_not_a_model_of_transformers() -> None:
+    with pytest.raises(FlexdpoError, match=r"expected a transformers PreTrainedModel .*, got Linear"):
+        prepare_model(torch.nn.Linear(2, 2))
+
+
+def test_data_parallel(model: Any) -> None:
+    with pytest.raises(UnsupportedModelError, match="torchrun or accelerate launch"):
+        prepare_model(torch.nn.DataParallel(build_model("mistral")))
+    # what nn.DataParallel makes of a prepared model on each of its devices
+    replica = model._replicate_for_data_parallel()
+    with pytest.raises(UnsupportedModelError, match="torchrun or accelerate launch"):
+        replica(**example_row().inputs())
+
+
+def test_unknown_kernel() -> None:
+    with pytest.raises(FlexdpoError, match=r"impl must be one of .*, got 'flx'; did you mean 'flex'\?"):
+        prepare_model(build_model("mistral"), impl="flx")  # type: ignore[arg-type]
+
+
+def test_attention_dropout() -> None:
+    dropping = prepare_model(build_model("mistral", attention_dropout=0.1)).train()
+    with pytest.raises(FlexdpoError, match=r"attention dropout 0\.1, .* set attention_dropout=0"):
+        dropping(**example_row().inputs())
+
+
+def test_attention_switched_back_after_preparation(model: Any) -> None:
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(UnsupportedModelError, match=r"never called flexdpo's attention.*prepare_model"):
+        model(**example_row().inputs())
+    # and nothing of it stays behind
+    model.set_attn_implementation("flexdpo")
+    model(**example_row().inputs())
+
+
+def test_unprepared_model() -> None:
+    with pytest.raises(FlexdpoError, match=r"not prepared for it .* call flexdpo\.prepare_model\(model\)"):
+        build_model("mistral")(**example_row().inputs())
+
+
+# --- inputs and layouts ----------------------------------------------------------------------------------------------
+
+
+def test_layout_of_another_length(model: Any) -> None:
+    row, other = example_row(), example_row(prompt=40)
+    with pytest.raises(FlexdpoError, match=r"layout is for 1 rows of \d+ tokens, but the inputs are \[1, \d+\]"):
+        model(**{**row.inputs(), "attention_mask": other.layout, "position_ids": None})
+
+
+def test_layout_of_another_batch(model: Any) -> None:
+    row = example_row()
+    batch = stack_inputs([row, row])
+    with pytest.raises(FlexdpoError, match=r"layout is for 1 rows of \d+ tokens, but the inputs are \[2, \d+\]"):
+        model(**{**batch, "attention_mask": row.layout})
+
+
+def test_positions_of_another_row(model: Any) -> None:
+    row, other = example_row(), example_row(prompt=40)
+    with pytest.raises(FlexdpoError, match="position_ids have the shape"):
+        model(**{**row.inputs(), "position_ids": other.position_ids})
+
+
+def test_layout_on_another_device(model: Any) -> None:
+    row = example_row()
+    inputs = {**row.inputs(), "attention_mask": row.layout.to("meta"), "position_ids": None}
+    with pytest.raises(FlexdpoError, match=r"layout is on meta and the inputs on cpu; move the row with row\.to"):
+        model(**inputs)
+
+
+def test_layout_without_tokens(model: Any) -> None:
+    with pytest.raises(FlexdpoError, match="came without input_ids"):
+        model(attention_mask=example_row().layout)
+
+
+def test_layout_by_position(model: Any) -> None:
+    row = example_row()
+    with pytest.raises(FlexdpoError, match="pass a row by name"):
+        model(row.input_ids, row.layout)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"labels": torch.zeros(1, 96, dtype=torch.int64)}, r"labels= .* use flexdpo\.response_logps"),
+        ({"pixel_values": torch.zeros(1, 3, 8, 8)}, "pixel_values=.* packed rows hold text only"),
+        ({"my_bias": 3}, r"MistralAttention passes my_bias= to its attention.* train this model without"),
+        ({"indices": (1, 2)}, "passes indices= to its attention"),
+        ({"is_causal": False}, "looks ahead"),
+    ],
+)
+def test_unknown_arguments(model: Any, extra: dict[str, Any], message: str) -> None:
+    with pytest.raises(FlexdpoError, match=message):
+        model(**{**example_row().inputs(), **extra})
+
+
+def test_a_cache_with_tokens(model: Any) -> None:
+    row = example_row()
+    with torch.no_grad():
+        cache = model(input_ids=row.input_ids[:, :4], use_cache=True).past_key_values
+    with pytest.raises(FlexdpoError, match="cannot be combined with a cache or with extra tokens"):
+        model(**{**row.inputs(), "past_key_values": cache})
+
+
+def test_a_stale_mask(model: Any) -> None:
+    """A BlockMask kept from an earlier row is not taken for this one's."""
+    row, other = example_row(), example_row(seed=2)
+    packed_run(model, row)
+    (kept,) = {id(mask): mask for mask in row.layout.memo.values() if hasattr(mask, "block_mask")}.values()
+    layer = model.model.layers[1]
+    hook = layer.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, {**kwargs, "attention_mask": kept.block_mask}), with_kwargs=True
+    )
+    with pytest.raises(UnsupportedModelError, match="mask that is not the packed row's own"):
+        model(**other.inputs())
+    hook.remove()
+    # the row that failed left nothing behind
+    want = packed_run(model, row)
+    assert logit_error(packed_run(model, row), want) == 0
+
+
+def test_a_failed_forward_leaves_nothing_behind(model: Any) -> None:
+    row = example_row()
+    want = model(input_ids=row.input_ids[:, :9], use_cache=False).logits
+    layer = model.model.layers[1]
+
+    def fail(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    hook = layer.register_forward_pre_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        model(**row.inputs())
+    hook.remove()
+    torch.testing.assert_close(model(input_ids=row.input_ids[:, :9], use_cache=False).logits, want)
+
+
+def test_layouts_that_do_not_stack() -> None:
+    with pytest.raises(FlexdpoError, match="at least one layout"):
+        RowLayout.stack([])
+    layout = example_row().layout
+    with pytest.raises(FlexdpoError, match=r"layouts are on cpu, meta"):
+        RowLayout.stack([layout, layout.to("meta")])
+
+
+def test_prompt_tuning() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    inner = prepare_model(build_model("mistral", dtype=torch.float32))
+    wrapped = peft.get_peft_model(inner, config)
+    with pytest.raises(UnsupportedModelError, match="puts extra tokens before every sequence"):
+        prepare_model(wrapped)
+    with pytest.raises(FlexdpoError, match=r"computed with a packed row's layout \(cat\)"):
+        wrapped(**example_row().inputs())
+
+
+def test_an_interrupted_forward_does_not_reach_another_model(model: Any) -> None:
+    """Ctrl-C skips the hook that lets go of the layout; a row-sized plain forward elsewhere must not inherit it."""
+    row, other = example_row(), prepare_model(build_model("mistral"))
+    with torch.no_grad():
+        want = other(input_ids=row.input_ids, use_cache=False).logits
+
+        def interrupt(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        hook = model.model.layers[1].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(**row.inputs())
+        hook.remove()
+        torch.testing.assert_close(other(input_ids=row.input_ids, use_cache=False).logits, want)
+        torch.testing.assert_close(model(input_ids=row.input_ids, use_cache=False).logits, want)
