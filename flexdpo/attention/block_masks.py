@@ -6,12 +6,13 @@ largest and smallest ``subtree_end`` of its keys, and the ranges of logical posi
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
 from flexdpo.attention.mask_mods import CAUSAL, MaskKind, mask_mod_for
+from flexdpo.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,12 +22,28 @@ if TYPE_CHECKING:
 DEFAULT_BLOCK_SIZE = 128
 
 
+class RowBlockMask(BlockMask):
+    """The BlockMask of packed rows, which a model must hand to its attention as it is.
+
+    A model that computes its own scores would add its mask to them; that stops with the reason.
+    """
+
+    def _refuse(self, *_: object) -> NoReturn:
+        raise UnsupportedModelError(
+            "the model computes with its attention mask itself instead of handing it to its attention function, so "
+            "packed rows cannot be exact in it; train it without flexdpo"
+        )
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
+    __and__ = __rand__ = __or__ = __ror__ = __invert__ = __neg__ = _refuse
+
+
 def build_block_mask(layout: RowLayout, kind: MaskKind = CAUSAL, *, block_size: int = DEFAULT_BLOCK_SIZE) -> BlockMask:
     """Build the BlockMask of one mask kind on a batch of packed rows, on the layout's device, without synchronising.
 
     The causal mask equals ``create_block_mask`` tile by tile. With a window or chunks, tiles are judged by the ranges
     of their positions: none that holds an allowed pair is missing and every full tile is full, but a tile may count as
-    partial though its ``mask_mod`` allows nothing in it. An unknown mask function makes every visible tile partial.
+    partial though its ``mask_mod`` allows nothing in it. An unknown mask function makes every tile in reach partial.
 
     Shapes: ``B`` rows, ``S`` tokens, ``N = ceil(S / block_size)`` tiles per side.
 
@@ -39,17 +56,22 @@ def build_block_mask(layout: RowLayout, kind: MaskKind = CAUSAL, *, block_size: 
         A BlockMask with ``[B, 1, N, N]`` indices and the kind's ``mask_mod``; time and memory are ``O(B (S + N N))``.
     """
     non_empty, full = classify_tiles(layout, kind, block_size)
-    partial_count, partial_indices = _ordered(non_empty & ~full)
-    full_count, full_indices = _ordered(full)
-    return BlockMask.from_kv_blocks(
-        kv_num_blocks=partial_count,
-        kv_indices=partial_indices,
-        full_kv_num_blocks=full_count,
-        full_kv_indices=full_indices,
+    partial = non_empty & ~full
+    (kv_count, kv_indices), (full_kv_count, full_kv_indices) = _ordered(partial), _ordered(full)
+    # left to itself, torch would find the queries of each key tile by sorting again
+    block_mask: BlockMask = RowBlockMask.from_kv_blocks(
+        kv_num_blocks=kv_count,
+        kv_indices=kv_indices,
+        full_kv_num_blocks=full_kv_count,
+        full_kv_indices=full_kv_indices,
         BLOCK_SIZE=block_size,
         mask_mod=mask_mod_for(layout, kind),
         seq_lengths=(layout.length, layout.length),
+        compute_q_blocks=False,
     )
+    block_mask.q_num_blocks, block_mask.q_indices = _ordered(partial.transpose(1, 2))
+    block_mask.full_q_num_blocks, block_mask.full_q_indices = _ordered(full.transpose(1, 2))
+    return block_mask
 
 
 class Tiles(NamedTuple):
@@ -76,9 +98,9 @@ def classify_tiles(layout: RowLayout, kind: MaskKind, block_size: int) -> Tiles:
     full = full & (first_query + block_size <= layout.length)
     if kind.name == "causal":
         return Tiles(non_empty, full)
-    if kind.name == "other":
-        return Tiles(non_empty, torch.zeros_like(full))
     near, all_near = _reach(_ranges(layout.position_ids, block_size), kind)
+    if kind.name == "other":
+        return Tiles(non_empty & near if kind.size else non_empty, torch.zeros_like(full))
     return Tiles(non_empty & near, full & all_near)
 
 
@@ -102,7 +124,7 @@ def _reach(positions: _Range, kind: MaskKind) -> tuple[Tensor, Tensor]:
     """Whether some pair, and whether every pair, of a tile's query and key positions is near enough."""
     query_low, query_high = positions.low[:, :, None], positions.high[:, :, None]
     key_low, key_high = positions.low[:, None, :], positions.high[:, None, :]
-    if kind.name == "sliding":
+    if kind.name != "chunked":
         return query_low - key_high < kind.size, query_high - key_low < kind.size
     first_query, last_query = query_low // kind.size, query_high // kind.size
     first_key, last_key = key_low // kind.size, key_high // kind.size
@@ -112,7 +134,11 @@ def _reach(positions: _Range, kind: MaskKind) -> tuple[Tensor, Tensor]:
 
 def _ordered(tiles: Tensor) -> tuple[Tensor, Tensor]:
     """Per row of tiles: how many are set, and their columns first, both ascending. ``[B, 1, N]``, ``[B, 1, N, N]``."""
-    tiles = tiles[:, None].to(torch.int8)
-    count = tiles.sum(dim=-1, dtype=torch.int32)
-    indices = torch.argsort(tiles, dim=-1, descending=True, stable=True).to(torch.int32)
-    return count, indices.contiguous()
+    batch, rows, columns = tiles.shape
+    rank = tiles.cumsum(dim=-1, dtype=torch.int32)
+    count = rank[..., -1].contiguous()
+    column = torch.arange(columns, device=tiles.device, dtype=torch.int32).expand_as(tiles)
+    # set columns come first, each at its rank; the others follow, each at its rank among them
+    place = torch.where(tiles, rank - 1, count[..., None] + column - rank)
+    indices = torch.empty_like(place).scatter_(-1, place.long(), column)
+    return count[:, None], indices.view(batch, 1, rows, columns)

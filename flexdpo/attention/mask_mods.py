@@ -30,7 +30,8 @@ class MaskKind:
     Attributes:
         name: ``"causal"``, ``"sliding"`` (attends to ``size`` tokens, itself included), ``"chunked"`` (attends within
             chunks of ``size`` positions) or ``"other"`` (only known as a function of two positions).
-        size: Window or chunk in tokens; 0 where the name needs none.
+        size: Window or chunk in tokens; 0 where the name needs none. For ``"other"``, where not 0, no token sees one
+            that stands this many logical positions or more before it.
         function: The model's own mask function for ``"other"``, evaluated at logical positions.
     """
 

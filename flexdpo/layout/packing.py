@@ -1,21 +1,31 @@
-"""Which groups share a row: the fewest rows that a token budget allows, and nothing dropped."""
+"""Which groups share a row, and how long rows are: the fewest rows that a token budget allows, and nothing dropped."""
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from flexdpo.errors import FlexdpoError
 from flexdpo.layout.row import Row
 from flexdpo.layout.trie import Trie
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
+
+    from numpy.typing import NDArray
 
     from flexdpo.layout.groups import Group
 
 
 def pack_groups(
-    groups: Sequence[Group], max_tokens_per_row: int | None = None, *, pad_to_multiple_of: int = 1
+    groups: Sequence[Group],
+    max_tokens_per_row: int | None = None,
+    *,
+    pad_to_multiple_of: int = 1,
+    buckets: Buckets | None = None,
 ) -> list[Row]:
     """Lay groups out in as few rows as the budget allows.
 
@@ -25,6 +35,7 @@ def pack_groups(
         groups: The groups of one optimizer step (or of one forward pass).
         max_tokens_per_row: Longest row, padding included, in tokens; ``None`` puts all groups in one row.
         pad_to_multiple_of: Every row is padded to a multiple of this many tokens.
+        buckets: Every row is padded to one of these lengths instead, as far as the budget leaves room for it.
 
     Returns:
         The rows; inside a row the groups keep the order in which they came.
@@ -33,22 +44,48 @@ def pack_groups(
         FlexdpoError: if a single group is longer than the budget.
     """
     tries = [Trie.from_sequences(group.sequences) for group in groups]
+    multiple = pad_to_multiple_of if buckets is None else buckets.multiple
     lengths = [len(trie) for trie in tries]
+    bins = _bins(groups, lengths, max_tokens_per_row, multiple)
+    rows = []
+    for members in bins:
+        target = multiple
+        if buckets is not None:
+            target = buckets.length_for(sum(lengths[i] for i in members), most=max_tokens_per_row)
+        rows.append(
+            Row.from_tries([groups[i] for i in members], [tries[i] for i in members], pad_to_multiple_of=target)
+        )
+    return rows
+
+
+def _bins(
+    groups: Sequence[Group], lengths: Sequence[int], max_tokens_per_row: int | None, multiple: int
+) -> list[list[int]]:
     if max_tokens_per_row is None:
-        bins = [list(range(len(groups)))] if groups else []
-    else:
-        budget = max_tokens_per_row // pad_to_multiple_of * pad_to_multiple_of
-        for group, length in zip(groups, lengths, strict=True):
-            if length > budget:
-                raise FlexdpoError(
-                    f"{group.name} has {length} distinct tokens but max_tokens_per_row={max_tokens_per_row} leaves "
-                    f"room for {budget}; raise max_tokens_per_row or lower max_length"
-                )
-        bins = best_fit_decreasing(lengths, budget)
-    return [
-        Row.from_tries([groups[i] for i in members], [tries[i] for i in members], pad_to_multiple_of=pad_to_multiple_of)
-        for members in bins
-    ]
+        return [list(range(len(groups)))] if groups else []
+    budget = max_tokens_per_row // multiple * multiple
+    for group, length in zip(groups, lengths, strict=True):
+        if length > budget:
+            raise FlexdpoError(
+                f"{group.name} has {length} distinct tokens but max_tokens_per_row={max_tokens_per_row} leaves "
+                f"room for {budget}; raise max_tokens_per_row or lower max_length"
+            )
+    return best_fit_decreasing(lengths, budget)
+
+
+def row_lengths(batches: Iterable[Sequence[Group]], max_tokens_per_row: int | None = None) -> list[int]:
+    """Lengths of the rows that :func:`pack_groups` makes of some batches, padding not counted; the rows are not made.
+
+    Args:
+        batches: Groups of one optimizer step each; a few hundred are enough for :func:`choose_buckets`.
+        max_tokens_per_row: As in :func:`pack_groups`.
+    """
+    found = []
+    for groups in batches:
+        lengths = [len(Trie.from_sequences(group.sequences)) for group in groups]
+        bins = _bins(groups, lengths, max_tokens_per_row, 1)
+        found += [sum(lengths[i] for i in members) for members in bins]
+    return found
 
 
 def best_fit_decreasing(lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -73,3 +110,110 @@ def best_fit_decreasing(lengths: Sequence[int], budget: int) -> list[list[int]]:
             bins.append([index])
             room.append(budget - lengths[index])
     return sorted(sorted(members) for members in bins)
+
+
+# --- row lengths -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """The few lengths that rows are padded to, so that few kernels are compiled.
+
+    Attributes:
+        lengths: Increasing multiples of ``multiple``.
+        multiple: A tile of FlexAttention, in tokens.
+        waste: Share of padding in all tokens run, on the rows these lengths were chosen for.
+    """
+
+    lengths: tuple[int, ...]
+    multiple: int
+    waste: float
+
+    def length_for(self, tokens: int, *, most: int | None = None) -> int:
+        """The length to pad a row of ``tokens`` to.
+
+        A row longer than all buckets is padded to a multiple of an eighth of the longest, so that even surprises come
+        in few lengths.
+
+        Args:
+            tokens: Of the row.
+            most: The token budget, which padding does not exceed.
+        """
+        index = bisect_left(self.lengths, tokens)
+        if index < len(self.lengths):
+            length = self.lengths[index]
+        else:
+            step = _rounded_up(-(-self.lengths[-1] // 8), self.multiple)
+            length = _rounded_up(tokens, step)
+        if most is not None and length > most:
+            return max(most // self.multiple * self.multiple, _rounded_up(tokens, self.multiple))
+        return length
+
+
+def choose_buckets(
+    lengths: Sequence[int], *, max_waste: float = 0.03, max_buckets: int = 16, multiple: int = 128
+) -> Buckets:
+    """Choose the fewest lengths to pad rows to that keep padding below a share of all tokens.
+
+    Rounding up to whole tiles is waste that no choice avoids; on short rows it alone may exceed ``max_waste``. Then,
+    and where ``max_buckets`` lengths are too few, the best choice of ``max_buckets`` lengths is returned, and its
+    ``waste`` says what it costs: one kernel for all lengths (``lengths="dynamic"``) is the way out.
+
+    Args:
+        lengths: Of a sample of rows, as :func:`row_lengths` gives them; the more often one occurs, the more it counts.
+        max_waste: Padding as a share of all tokens run.
+        max_buckets: Most lengths; each compiles kernels for about half a minute on a GPU.
+        multiple: Lengths are multiples of this many tokens.
+
+    Returns:
+        The lengths and their waste. The longest row fits into the last.
+
+    Raises:
+        FlexdpoError: if there are no lengths, or a bound is not positive.
+    """
+    if not lengths or min(lengths) < 1:
+        raise FlexdpoError(
+            "choose_buckets needs the lengths of some rows, each at least 1 token; got none or an empty row"
+        )
+    if max_waste <= 0 or max_buckets < 1 or multiple < 1:
+        raise FlexdpoError(
+            f"max_waste, max_buckets and multiple must be above 0, got {max_waste}, {max_buckets}, {multiple}"
+        )
+    rounded = np.asarray([_rounded_up(length, multiple) for length in lengths])
+    sizes, counts = np.unique(rounded, return_counts=True)
+    real = int(sum(lengths))
+    splits = _cheapest_splits(sizes, counts, min(max_buckets, len(sizes)))
+    wastes = [1 - real / total for total, _ in splits]
+    enough = [number for number, waste in enumerate(wastes) if waste <= max_waste]
+    number = enough[0] if enough else int(np.argmin(wastes))
+    return Buckets(tuple(int(sizes[last]) for last in splits[number][1]), multiple, wastes[number])
+
+
+def _cheapest_splits(sizes: NDArray[np.int64], counts: NDArray[np.int64], most: int) -> list[tuple[int, list[int]]]:
+    """For 1, 2, ... ``most`` buckets: the least tokens run in all, and the index of each bucket's size."""
+    before = np.concatenate(([0], np.cumsum(counts)))
+    # cost[k][j]: rows of the first j sizes in k + 1 buckets, the last of which is as long as size j - 1
+    cost = [np.concatenate(([0], sizes * before[1:]))]
+    came: list[NDArray[np.int64]] = [np.zeros(len(sizes) + 1, dtype=np.int64)]
+    for _ in range(1, most):
+        best, start = cost[-1].copy(), np.arange(len(sizes) + 1)
+        for j in range(1, len(sizes) + 1):
+            totals = cost[-1][:j] + sizes[j - 1] * (before[j] - before[:j])
+            start[j] = int(totals.argmin())
+            best[j] = totals[start[j]]
+        cost.append(best)
+        came.append(start)
+    return [(int(cost[k][-1]), _trace(came, k, len(sizes))) for k in range(most)]
+
+
+def _trace(came: list[NDArray[np.int64]], k: int, j: int) -> list[int]:
+    chosen = []
+    while j > 0:
+        chosen.append(j - 1)
+        j = int(came[k][j]) if k > 0 else 0
+        k -= 1
+    return chosen[::-1]
+
+
+def _rounded_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

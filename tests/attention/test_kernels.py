@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from flexdpo import FlexdpoError, Group, Row, RowLayout
-from flexdpo.attention.kernels import packed_attention, plan_chunks
+from flexdpo.attention.kernels import packed_attention
 from flexdpo.attention.mask_mods import CAUSAL, MaskKind
 from flexdpo.attention.oracle import dense_attention, dense_mask
 from flexdpo.attention.row_mask import resolve_impl, row_mask_for
@@ -70,17 +70,6 @@ def test_compiled_flex_attention_forward_on_a_cpu(rng, kind, dtype) -> None:
         plain = dense_attention(*(x.to(dtype) for x in inputs), mask)
     # at most the plain version's own rounding in this dtype, and a band for another order of summation
     assert (got.double() - exact).abs().max() <= 1.5 * (plain.double() - exact).abs().max() + 1e-6
-
-
-@pytest.mark.parametrize("chunk_queries", [1, 7, 64, 512])
-def test_chunks_cover_every_query_once_and_reach_every_key(rng, chunk_queries: int) -> None:
-    row = long_row(rng)
-    chunks = plan_chunks(row.subtree_end, chunk_queries)
-    assert [q for c in chunks for q in range(c.start, c.stop)] == list(range(row.layout.length))
-    assert all(c.stop - c.start <= chunk_queries for c in chunks)
-    mask = dense_mask(row_mask_for(row.layout, CAUSAL).block_mask.mask_mod, 1, row.layout.length)[0]
-    for chunk in chunks:
-        assert not mask[chunk.start : chunk.stop, : chunk.key_start].any()
 
 
 def test_rows_of_a_batch_are_attended_separately(rng) -> None:

@@ -1,0 +1,165 @@
+"""Compiled FlexAttention: one kernel for each thing that would otherwise compile it again.
+
+torch compiles a function anew when its inputs change in kind, gives up after eight times, and then runs FlexAttention's
+dense version without a word. Here every mask kind, gradient mode and length has a function of its own, so that none
+gets near the limit, the whole graph is asked for, so that giving up raises, and the number of kernels is bounded.
+
+Shapes: ``B`` rows, ``Hq`` query heads, ``Hkv`` key heads, ``S`` tokens, ``D`` and ``Dv`` head sizes.
+"""
+
+from __future__ import annotations
+
+from types import FunctionType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+
+from flexdpo.attention.score_mods import softcap_score_mod
+from flexdpo.errors import FlexdpoError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from flexdpo.attention.row_mask import RowMask
+
+
+class KernelKey(NamedTuple):
+    """What a compiled kernel is for; whatever else differs (dtype, heads) compiles it again, up to torch's limit.
+
+    Attributes:
+        mask: Name of the mask kind.
+        grad: Whether a backward follows.
+        length: Tokens of the row; 0 for every length.
+        scaling: Factor on the scores.
+        softcap: Bound of the scores.
+        sinks: Whether the log-sum-exp is needed.
+        options: Kernel options, sorted.
+    """
+
+    mask: str
+    grad: bool
+    length: int
+    scaling: float | None
+    softcap: float | None
+    sinks: bool
+    options: tuple[tuple[str, Any], ...]
+
+
+_kernels: dict[KernelKey, Callable[..., Any]] = {}
+
+
+def compiled_kernels() -> tuple[KernelKey, ...]:
+    """What kernels exist so far in this process."""
+    return tuple(_kernels)
+
+
+def run_flex(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    row_mask: RowMask,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Run FlexAttention; arguments and result as in :func:`flexdpo.attention.kernels.packed_attention`."""
+    if query.device.type == "cpu":
+        _require_cpu_forward(query, key, value, row_mask, sinks)
+    options = dict(row_mask.settings.kernel_options)
+    kwargs: dict[str, Any] = {
+        "block_mask": row_mask.block_mask,
+        "scale": scaling,
+        # a score_mod costs in every tile, so a model without softcap gets none
+        "score_mod": None if softcap is None else softcap_score_mod(softcap),
+        "enable_gqa": query.shape[1] != key.shape[1],
+        "kernel_options": options or None,
+    }
+    if torch.compiler.is_compiling():
+        # a compiled model compiles its attention along with the rest
+        attend: Callable[..., Any] = flex_attention
+    else:
+        attend = _kernel_for(kernel_key_of(query, key, value, row_mask, scaling, softcap, sinks is not None), row_mask)
+    if sinks is None:
+        output: Tensor = attend(query, key, value, **kwargs)
+        return output
+    # softmax over the scores and one sink: the usual output, scaled by the share of the mass that is not the sink's
+    output, aux = attend(query, key, value, return_aux=AuxRequest(lse=True), **kwargs)
+    share = torch.sigmoid(aux.lse - sinks.to(aux.lse.dtype)[None, :, None])
+    return (output * share[..., None]).to(query.dtype)
+
+
+def kernel_key_of(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    row_mask: RowMask,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: bool,
+) -> KernelKey:
+    """Which compiled kernel a call belongs to."""
+    settings = row_mask.settings
+    return KernelKey(
+        row_mask.kind.name,
+        torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)),
+        0 if settings.dynamic(query.device.type) else row_mask.layout.length,
+        scaling,
+        softcap,
+        sinks,
+        tuple(sorted(settings.kernel_options.items())),
+    )
+
+
+def _kernel_for(kernel_key: KernelKey, row_mask: RowMask) -> Callable[..., Any]:
+    if kernel_key not in _kernels:
+        most = row_mask.settings.max_kernels
+        if len(_kernels) >= most:
+            lengths = sorted({known.length for known in _kernels})
+            raise FlexdpoError(
+                f"a row of {row_mask.layout.length} tokens needs FlexAttention kernel number {len(_kernels) + 1}, and "
+                f"max_kernels={most} (lengths so far: {lengths}); pad rows to fewer lengths, compile one kernel for "
+                "all of them with lengths='dynamic', or raise max_kernels"
+            )
+        _kernels[kernel_key] = _compile(kernel_key)
+    return _kernels[kernel_key]
+
+
+def _compile(kernel_key: KernelKey) -> Callable[..., Any]:
+    def attend(*args: Any, **kwargs: Any) -> Any:
+        return flex_attention(*args, **kwargs)
+
+    # torch counts compilations by code object, so every kernel gets its own
+    name = f"attend_{kernel_key.mask}_{'grad' if kernel_key.grad else 'no_grad'}_{kernel_key.length or 'dynamic'}"
+    code = attend.__code__.replace(co_name=name)
+    own = FunctionType(code, attend.__globals__, name, attend.__defaults__, attend.__closure__)
+    # fullgraph: past its recompile limit FlexAttention would otherwise fall back to the dense version without a word
+    compiled = torch.compile(own, fullgraph=True, dynamic=kernel_key.length == 0)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return compiled(*args, **kwargs)
+        except FailOnRecompileLimitHit as error:
+            raise FlexdpoError(
+                f"FlexAttention for {name} was compiled {torch._dynamo.config.recompile_limit} times in this process, "
+                "for that many dtypes, head counts or mask functions; run fewer kinds of models in one process, or "
+                "raise torch._dynamo.config.recompile_limit"
+            ) from error
+
+    return run
+
+
+def _require_cpu_forward(query: Tensor, key: Tensor, value: Tensor, row_mask: RowMask, sinks: Tensor | None) -> None:
+    """FlexAttention on a CPU is a forward for float32 and below; say what is missing before torch does."""
+    way_out = "use impl='sdpa' (or 'auto') there"
+    if row_mask.settings.backend != "AUTO":
+        raise FlexdpoError(f"kernel_options BACKEND={row_mask.settings.backend!r} needs CUDA; leave it out on a CPU")
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
+        raise FlexdpoError(f"impl='flex' has no backward on a CPU; {way_out}, or run under torch.no_grad()")
+    if query.dtype == torch.float64:
+        raise FlexdpoError(f"impl='flex' has no float64 kernel on a CPU; {way_out}")
+    if sinks is not None:
+        raise FlexdpoError(f"impl='flex' cannot return the log-sum-exp that attention sinks need on a CPU; {way_out}")

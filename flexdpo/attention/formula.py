@@ -1,0 +1,47 @@
+"""Attention by the formula, for what no fused kernel does."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def softmax_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor,
+    *,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention by the formula, for what SDPA cannot do; the scores are held in memory.
+
+    Args:
+        query: ``[B, Hq, Q, D]``.
+        key: ``[B, Hkv, K, D]``.
+        value: ``[B, Hkv, K, Dv]``.
+        bias: Added to the scores, broadcastable to ``[B, Hq, Q, K]``.
+        scaling: Factor on the scores, ``D ** -0.5`` by default.
+        softcap: Scores become ``softcap * tanh(score / softcap)``.
+        sinks: One extra logit per query head that takes part in the softmax and carries no value, ``[Hq]``.
+
+    Returns:
+        ``[B, Hq, Q, Dv]`` in the dtype of ``value``; the softmax runs in float32 or better.
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = (scores + bias).to(torch.promote_types(scores.dtype, torch.float32))
+    if sinks is not None:
+        column = sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, column], dim=-1)
+    weights = scores.softmax(dim=-1)[..., : key.shape[2]]
+    return weights.to(value.dtype) @ value

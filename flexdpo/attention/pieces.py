@@ -1,0 +1,162 @@
+"""Cuts packed rows into runs of queries and finds the keys that each of them can see, for kernels without tiles.
+
+A dense kernel pays for every query times every key it is given. So a row is cut where that product is small: behind a
+prompt, between siblings, and within long runs, whose early queries see few keys. Keys that nothing in a piece can see
+are left out: other documents, and the dead siblings that stand between a prompt and a late response.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from flexdpo.attention.mask_mods import MaskKind
+    from flexdpo.layout.row import RowLayout
+
+    Ints = NDArray[np.int64]
+
+# longest piece: its scores of one head stay in a core's cache
+MAX_QUERIES = 512
+# most scores of a piece, so that memory grows with a row's length and not with its square
+MAX_SCORES = 1 << 22
+# reading keys and adding up their gradients costs about as much as this many queries more
+REREAD_QUERIES = 32
+# what starting one piece costs, in multiplications of scores; divided by heads times head size it is in scores
+START_COST = 1 << 21
+# places where a row may be cut: every so many tokens of an unbranched run, and not closer than this
+_GRID, _CLOSEST = 64, 16
+
+
+class Piece(NamedTuple):
+    """Queries ``[start, stop)`` of one row and the runs of keys some of them see; the last run ends at ``stop``."""
+
+    row: int
+    start: int
+    stop: int
+    key_runs: tuple[tuple[int, int], ...]
+
+    @property
+    def num_keys(self) -> int:
+        """Keys in all runs."""
+        return sum(stop - start for start, stop in self.key_runs)
+
+    @property
+    def num_scores(self) -> int:
+        """Queries times keys."""
+        return (self.stop - self.start) * self.num_keys
+
+
+def plan_pieces(layout: RowLayout, kind: MaskKind, *, width: int = 512, max_queries: int = MAX_QUERIES) -> list[Piece]:
+    """Cut a batch of rows into pieces, so that queries times keys and the number of pieces are small together.
+
+    Args:
+        layout: Positions and subtree ends; copied to the host.
+        kind: What the model wants besides causality; windows and chunks leave out keys that are too far away.
+        width: Query heads times head size: the wider, the less does starting a piece matter.
+        max_queries: Most queries in a piece.
+
+    Returns:
+        Pieces that cover every query once, in order. Time is linear in the tokens of the batch for documents of
+        bounded length.
+    """
+    ends, positions = layout.subtree_end.cpu().numpy(), layout.position_ids.cpu().numpy()
+    pieces = []
+    for row in range(layout.batch_size):
+        cuts = _cuts(ends[row], layout.num_tokens[row], max_queries)
+        chosen = _cheapest(cuts, _live_counts(ends[row], cuts, kind), START_COST // width, max_queries)
+        document = _document_starts(ends[row])
+        for start, stop in pairwise(chosen):
+            keys = _earlier_keys(ends[row], positions[row], document[start], start, stop, kind)
+            pieces.append(Piece(row, start, stop, _runs(keys, start, stop)))
+    return pieces
+
+
+def _cuts(ends: Ints, num_tokens: int, max_queries: int) -> list[int]:
+    """Where the row may be cut, both ends included: where branches and documents begin, and on a grid between."""
+    closest = max(1, min(_CLOSEST, max_queries // 2))
+    grid = min(_GRID, max_queries - closest + 1)
+    branches = np.flatnonzero(np.diff(ends[:num_tokens])) + 1
+    cuts, length = [0], ends.size
+    for place in (*branches.tolist(), num_tokens, length):
+        cuts.extend(range(cuts[-1] + grid, place - closest + 1, grid))
+        if place - cuts[-1] >= closest:
+            cuts.append(place)
+    if cuts[-1] < length and len(cuts) > 1 and length - cuts[-2] <= max_queries:
+        cuts.pop()
+    return cuts if cuts[-1] == length else [*cuts, length]
+
+
+def _live_counts(ends: Ints, cuts: list[int], kind: MaskKind) -> Ints:
+    """At each cut, how many earlier tokens the token behind it sees: those begun and not yet ended."""
+    ended = np.cumsum(np.bincount(ends, minlength=ends.size + 1))
+    live: Ints = np.asarray(cuts) - ended[cuts]
+    return np.minimum(live, kind.size) if kind.size else live
+
+
+def _cheapest(cuts: list[int], live: Ints, start_cost: int, max_queries: int) -> list[int]:
+    """The subset of ``cuts`` with the least cost in all, by dynamic programming over the last piece."""
+    earlier = live.tolist()
+    best, came_from = [0], [0]
+    for stop in range(1, len(cuts)):
+        cost, begin = min(
+            (best[start] + _cost(cuts[stop] - cuts[start], earlier[start]) + start_cost, start)
+            for start in _reachable(cuts, earlier, stop, max_queries)
+        )
+        best.append(cost)
+        came_from.append(begin)
+    chosen = [len(cuts) - 1]
+    while chosen[-1] > 0:
+        chosen.append(came_from[chosen[-1]])
+    return [cuts[index] for index in reversed(chosen)]
+
+
+def _cost(queries: int, earlier: int) -> int:
+    return (queries + REREAD_QUERIES) * (queries + earlier)
+
+
+def _reachable(cuts: list[int], earlier: list[int], stop: int, max_queries: int) -> range:
+    """From which cuts a piece may reach up to cut number ``stop``; always from the one before."""
+    start = stop - 1
+    while start > 0:
+        queries = cuts[stop] - cuts[start - 1]
+        if queries > max_queries or queries * (queries + earlier[start - 1]) > MAX_SCORES:
+            break
+        start -= 1
+    return range(start, stop)
+
+
+def _document_starts(ends: Ints) -> Ints:
+    """For each token, the first token of its document: nothing before that reaches beyond."""
+    index = np.arange(ends.size)
+    reach = np.concatenate(([0], np.maximum.accumulate(ends)[:-1]))
+    starts: Ints = np.maximum.accumulate(np.where(reach <= index, index, 0))
+    return starts
+
+
+def _earlier_keys(ends: Ints, positions: Ints, document: int, start: int, stop: int, kind: MaskKind) -> Ints:
+    """Tokens before ``start`` that some query of ``[start, stop)`` sees, as far as branches and distance tell."""
+    visible = ends[document:start] > start
+    if kind.size:
+        nearest_query = int(positions[start:stop].min())
+        oldest = nearest_query // kind.size * kind.size if kind.name == "chunked" else nearest_query - kind.size + 1
+        visible &= positions[document:start] >= oldest
+    found: Ints = np.flatnonzero(visible) + document
+    return found
+
+
+def _runs(earlier: Ints, start: int, stop: int) -> tuple[tuple[int, int], ...]:
+    """Neighbouring keys as ``(first, past the last)``, with the piece's own tokens at the end."""
+    if not earlier.size:
+        return ((start, stop),)
+    breaks = np.flatnonzero(np.diff(earlier) > 1) + 1
+    firsts = [int(earlier[0]), *earlier[breaks].tolist()]
+    lasts = [*earlier[breaks - 1].tolist(), int(earlier[-1])]
+    runs = [(first, last + 1) for first, last in zip(firsts, lasts, strict=True)]
+    if runs[-1][1] == start:
+        return (*runs[:-1], (runs[-1][0], stop))
+    return (*runs, (start, stop))

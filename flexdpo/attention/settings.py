@@ -1,0 +1,101 @@
+"""How FlexAttention is compiled: a process-wide setting, read when a row's mask is made."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from torch.nn.attention.flex_attention import FlexKernelOptions
+
+from flexdpo.errors import FlexdpoError, nearest
+
+Lengths = Literal["auto", "bucket", "dynamic"]
+BACKENDS = ("AUTO", "TRITON", "FLASH")
+# promises that hold for one causal document and not for a packed row: in a tile of several documents the first keys a
+# query meets may all be hidden from it, and its tiles are interrupted by dead siblings
+_BROKEN_PROMISES = ("ROWS_GUARANTEED_SAFE", "BLOCKS_ARE_CONTIGUOUS")
+
+
+@dataclass(frozen=True)
+class KernelSettings:
+    """How FlexAttention is compiled and checked.
+
+    Attributes:
+        lengths: ``"bucket"`` compiles one kernel per row length, which must then be few, multiples of 128
+            (:func:`flexdpo.layout.packing.choose_buckets`); whole tiles let the kernel skip its bounds checks.
+            ``"dynamic"`` compiles one kernel for all lengths. ``"auto"`` is ``"bucket"`` on CUDA, ``"dynamic"`` on a
+            CPU.
+        max_kernels: Most kernels a process compiles; one more raises instead of compiling for hours.
+        kernel_options: For ``torch.nn.attention.flex_attention``, for example ``{"BLOCK_M": 64, "BLOCK_N": 64}``
+            (queries and keys of a forward tile, which divide 128), ``{"bwd_BLOCK_M1": 32, "bwd_BLOCK_N1": 64,
+            "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 32}`` (of the backward tiles), ``{"num_stages": 2}`` where shared
+            memory is short, ``{"BACKEND": "FLASH"}`` for FlashAttention-4. See torch's ``FlexKernelOptions``. FLASH is
+            used only after its gradients were compared with dense attention at the shape and mask of the training.
+        self_test: On CUDA, compare every kernel's output and gradients with dense attention at its first row, and stop
+            where they are wrong. FLASH is always compared.
+    """
+
+    lengths: Lengths = "auto"
+    max_kernels: int = 32
+    kernel_options: Mapping[str, Any] = field(default_factory=dict)
+    self_test: bool = True
+
+    def __post_init__(self) -> None:
+        if self.lengths not in get_args(Lengths):
+            known = get_args(Lengths)
+            raise FlexdpoError(f"lengths must be one of {known}, got {self.lengths!r}{nearest(self.lengths, known)}")
+        if self.max_kernels < 1:
+            raise FlexdpoError(f"max_kernels must be at least 1, got {self.max_kernels}")
+        known_options = tuple(FlexKernelOptions.__annotations__)
+        for name, value in self.kernel_options.items():
+            plain = name.removeprefix("fwd_").removeprefix("bwd_")
+            if plain not in known_options:
+                raise FlexdpoError(f"kernel_options has no {name!r}{nearest(plain, known_options)}")
+            if plain in _BROKEN_PROMISES and value:
+                raise FlexdpoError(
+                    f"kernel_options {name}=True promises something that packed rows do not keep (a tile may hold "
+                    "several documents), so the result would be wrong or NaN; leave it out"
+                )
+            if plain == "BACKEND" and value not in BACKENDS:
+                raise FlexdpoError(f"kernel_options BACKEND must be one of {BACKENDS}, got {value!r}")
+        object.__setattr__(self, "kernel_options", dict(self.kernel_options))
+
+    @property
+    def backend(self) -> str:
+        """The backend that was asked for, ``"AUTO"`` by default."""
+        return str(self.kernel_options.get("BACKEND", "AUTO"))
+
+    def dynamic(self, device_type: str) -> bool:
+        """Whether one kernel serves all lengths on this kind of device."""
+        return self.lengths == "dynamic" or (self.lengths == "auto" and device_type == "cpu")
+
+
+@dataclass(eq=False)
+class _Current:
+    settings: KernelSettings = field(default_factory=KernelSettings)
+
+
+_current = _Current()
+
+
+def kernel_settings() -> KernelSettings:
+    """The settings in force."""
+    return _current.settings
+
+
+def use_kernel_settings(settings: KernelSettings) -> None:
+    """Put settings in force for the whole process, for the masks made from now on."""
+    _current.settings = settings
+
+
+@contextlib.contextmanager
+def kernel_settings_as(settings: KernelSettings) -> Iterator[None]:
+    """Put settings in force for the duration of a ``with`` block."""
+    before = _current.settings
+    _current.settings = settings
+    try:
+        yield
+    finally:
+        _current.settings = before

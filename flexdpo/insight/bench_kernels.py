@@ -1,0 +1,135 @@
+"""One attention layer alone: its forward and backward time, shared and not, and the time its mask takes."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from flexdpo.attention.kernels import packed_attention
+from flexdpo.attention.mask_mods import CAUSAL
+from flexdpo.attention.row_mask import row_mask_for
+from flexdpo.insight.bench_arms import pack_pairs
+from flexdpo.insight.bench_varlen import Documents, torch_varlen
+from flexdpo.layout.row import RowLayout
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+    from flexdpo.insight.bench_models import Shape
+    from flexdpo.layout.groups import Group
+    from flexdpo.layout.row import Row
+
+
+@dataclass(frozen=True)
+class KernelRow:
+    """Times of one attention layer on one row.
+
+    Attributes:
+        layout: ``"shared"`` or ``"packed"``.
+        kernel: ``"flexdpo"`` or ``"varlen_attn"``.
+        tokens: Tokens of the row.
+        forward_ms: Forward with gradients on.
+        backward_ms: Backward.
+        block_mask_ms: Making the BlockMask, once per step; ``None`` for a kernel without one.
+    """
+
+    layout: str
+    kernel: str
+    tokens: int
+    forward_ms: float
+    backward_ms: float
+    block_mask_ms: float | None
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def kernel_rows(
+    pairs: Sequence[Group],
+    shape: Shape,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    max_tokens_per_row: int | None,
+    pad_to_multiple_of: int,
+    repeats: int = 5,
+) -> list[KernelRow]:
+    """Time one layer on the first row of ``pairs``, shared and not; on CUDA against ``varlen_attn`` as well."""
+    found = []
+    for layout in ("packed", "shared"):
+        row = pack_pairs(pairs, layout == "shared", max_tokens_per_row, pad_to_multiple_of)[0].to(device)
+        heads = _heads(shape, row, device, dtype)
+        times = _layer_times(_own_layer(row), heads, device, repeats)
+        found.append(KernelRow(layout, "flexdpo", row.num_tokens, *times, _mask_time(row, device, repeats)))
+        if device.type == "cuda" and layout == "packed":
+            times = _layer_times(_varlen_layer(row), heads, device, repeats)
+            found.insert(0, KernelRow(layout, "varlen_attn", row.num_tokens, *times, None))
+    return found
+
+
+def _mask_time(row: Row, device: torch.device, repeats: int) -> float:
+    return _milliseconds(lambda: row_mask_for(_bare(row), CAUSAL), device, repeats)
+
+
+def _own_layer(row: Row) -> Callable[..., Tensor]:
+    row_mask = row_mask_for(row.layout, CAUSAL)
+    return lambda query, key, value: packed_attention(query, key, value, row_mask)
+
+
+def _varlen_layer(row: Row) -> Callable[..., Tensor]:
+    documents = Documents.of(row)
+
+    def layer(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+        return torch_varlen(query, key, value, documents, None).transpose(0, 1)[None]
+
+    return layer
+
+
+def _heads(shape: Shape, row: Row, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    length = row.input_ids.shape[1]
+    counts = (shape.heads, shape.key_heads, shape.key_heads)
+    # token by token in memory, as a projection leaves them
+    made = [torch.randn(1, length, heads, shape.head_dim, device=device, dtype=dtype) for heads in counts]
+    return [x.transpose(1, 2).requires_grad_() for x in made]
+
+
+def _bare(row: Row) -> RowLayout:
+    return RowLayout(row.layout.position_ids, row.layout.subtree_end, row.layout.num_tokens)
+
+
+def _layer_times(
+    layer: Callable[..., Tensor], heads: list[Tensor], device: torch.device, repeats: int
+) -> tuple[float, float]:
+    output = layer(*heads)
+    direction = torch.randn_like(output)
+
+    def backward() -> None:
+        torch.autograd.grad(output, heads, direction, retain_graph=True)
+
+    return _milliseconds(lambda: layer(*heads), device, repeats), _milliseconds(backward, device, repeats)
+
+
+def _milliseconds(run: Callable[[], Any], device: torch.device, repeats: int) -> float:
+    """Median time of a call, after one to warm up."""
+    run()
+    seconds = []
+    for _ in range(repeats):
+        _wait(device)
+        start = time.perf_counter()
+        run()
+        _wait(device)
+        seconds.append(time.perf_counter() - start)
+    return float(np.median(seconds)) * 1e3
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,121 @@
+"""Compiled attention must not compile again while data changes, and must never turn into its dense version."""
+
+import numpy as np
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from flexdpo import FlexdpoError, Group, pack_groups
+from flexdpo.attention import flex
+from flexdpo.attention.kernels import packed_attention
+from flexdpo.attention.mask_mods import CAUSAL, MaskKind
+from flexdpo.attention.oracle import dense_attention, dense_mask
+from flexdpo.attention.row_mask import row_mask_for
+from flexdpo.attention.settings import KernelSettings, kernel_settings_as
+from flexdpo.layout.packing import choose_buckets, row_lengths
+
+STEPS = 50
+
+
+@pytest.fixture(autouse=True)
+def fresh_kernels(monkeypatch):
+    monkeypatch.setattr(flex, "_kernels", {})
+    torch.compiler.reset()
+
+
+def compiled_graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+def batches(count: int) -> list[list[Group]]:
+    rng = np.random.default_rng(0)
+
+    def ids(most: int) -> list[int]:
+        return rng.integers(0, 9, rng.integers(1, most)).tolist()
+
+    return [[Group.from_lists(ids(150), [ids(40), ids(40)]) for _ in range(rng.integers(2, 5))] for _ in range(count)]
+
+
+def attend(row, kind: MaskKind) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(1, heads, row.layout.length, 16, generator=generator) for heads in (4, 2, 2)]
+    row_mask = row_mask_for(row.layout, kind, "flex")
+    with torch.no_grad():
+        got = packed_attention(*inputs, row_mask)
+    mask = dense_mask(row_mask.block_mask.mask_mod, 1, row.layout.length)
+    torch.testing.assert_close(got, dense_attention(*inputs, mask), rtol=1e-4, atol=1e-4)
+
+
+def test_buckets_compile_once_for_each_length() -> None:
+    data = batches(STEPS)
+    buckets = choose_buckets(row_lengths(data), max_waste=0.3, max_buckets=2)
+    rows = [pack_groups(groups, buckets=buckets)[0] for groups in data]
+    with kernel_settings_as(KernelSettings(lengths="bucket")):
+        for length in buckets.lengths:
+            attend(next(row for row in rows if row.layout.length == length), CAUSAL)
+        before = compiled_graphs()
+        assert before > 0
+        for row in rows:
+            attend(row, CAUSAL)
+    assert compiled_graphs() == before
+    assert {kernel.length for kernel in flex.compiled_kernels()} == set(buckets.lengths)
+    assert len(buckets.lengths) == 2
+
+
+def test_one_dynamic_kernel_serves_all_lengths_and_windows() -> None:
+    # without padding, nearly every row has a length of its own
+    rows = [pack_groups(groups)[0] for groups in batches(STEPS)]
+    assert len({row.layout.length for row in rows}) > STEPS // 2
+    with kernel_settings_as(KernelSettings(lengths="dynamic")):
+        # a row of a single tile and one of several are told apart once
+        for row in (min(rows, key=lambda row: row.layout.length), max(rows, key=lambda row: row.layout.length)):
+            attend(row, CAUSAL)
+            attend(row, MaskKind("sliding", 11))
+        before = compiled_graphs()
+        assert before > 0
+        for step, row in enumerate(rows):
+            attend(row, CAUSAL)
+            # a window that changes is a tensor in the kernel, not a constant
+            attend(row, MaskKind("sliding", 20 + step))
+    assert compiled_graphs() == before
+    assert len(flex.compiled_kernels()) == 2
+
+
+def test_one_kernel_more_than_allowed_raises() -> None:
+    rows = [pack_groups(groups, pad_to_multiple_of=128 * k)[0] for k, groups in enumerate(batches(2), start=3)]
+    with kernel_settings_as(KernelSettings(lengths="bucket", max_kernels=1)):
+        attend(rows[0], CAUSAL)
+        attend(rows[0], CAUSAL)
+        with pytest.raises(
+            FlexdpoError,
+            match=r"needs FlexAttention kernel number 2, and max_kernels=1 \(lengths so far: \[\d+\]\); pad rows to "
+            "fewer lengths, compile one kernel for all of them with lengths='dynamic', or raise max_kernels",
+        ):
+            attend(rows[1], CAUSAL)
+
+
+def test_the_recompile_limit_raises_instead_of_turning_dense() -> None:
+    row = pack_groups(batches(1)[0])[0]
+    row_mask = row_mask_for(row.layout, CAUSAL, "flex")
+    with torch._dynamo.config.patch(recompile_limit=1), torch.no_grad():
+        for number, dtype in enumerate((torch.float32, torch.bfloat16)):
+            inputs = [torch.randn(1, 2, row.layout.length, 16, dtype=dtype) for _ in range(3)]
+            if number == 0:
+                packed_attention(*inputs, row_mask)
+            else:
+                with pytest.raises(FlexdpoError, match=r"attend_causal_no_grad_dynamic was compiled 1 times"):
+                    packed_attention(*inputs, row_mask)
+
+
+@pytest.mark.parametrize("impl", ["sdpa", "flex"])
+def test_autocast_brings_wider_queries_and_keys_down_to_the_values(impl: str) -> None:
+    # as after rotary embeddings, which are computed in float32
+    row = pack_groups(batches(1)[0])[0]
+    query, key = (torch.randn(1, 2, row.layout.length, 16) for _ in range(2))
+    value = torch.randn(1, 2, row.layout.length, 16, dtype=torch.bfloat16)
+    row_mask = row_mask_for(row.layout, CAUSAL, impl)  # type: ignore[arg-type]
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        got = packed_attention(query, key, value, row_mask)
+    assert got.dtype == torch.bfloat16
+    mask = dense_mask(row_mask.block_mask.mask_mod, 1, row.layout.length)
+    torch.testing.assert_close(got.float(), dense_attention(query, key, value.float(), mask), rtol=0.05, atol=0.05)
