@@ -277,6 +277,7 @@ def _config(output: Path, seed: int, **settings: Any) -> DPOConfig:
         str(output),
         seed=seed,
         bf16=False,  # so small a model gains nothing by it
+        dataloader_pin_memory=torch.cuda.is_available(),
         report_to="none",
         save_strategy="no",
         lr_scheduler_type="linear",
