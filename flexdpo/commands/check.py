@@ -18,10 +18,10 @@ def run(argv: list[str]) -> int:
     """Run ``flexdpo check`` with the words after it; returns 0 for exact and 3 for refused."""
     parser = _Parser(
         prog="flexdpo check",
-        description="Say whether a model gives the ordinary result on shared, packed rows, and why not if it is refused. "
+        description="Say whether a model gives the ordinary result on shared, packed rows, and if not, why. "
         "Exit code 0: exact. 3: refused.",
     )
-    parser.add_argument("model", metavar="MODEL", help="a config.json, a folder saved with save_pretrained, or a hub name")
+    parser.add_argument("model", metavar="MODEL", help="a config.json, a saved folder, or a hub name")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--trust_remote_code", action="store_true", help="let a model from the hub run its own code")
     options = parser.parse_args(argv)

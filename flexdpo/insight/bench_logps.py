@@ -142,10 +142,11 @@ def _peak_resident_bytes() -> int:
         # getrusage would go on counting from the peak of the process that started this one
         status = Path("/proc/self/status").read_text(encoding="ascii")
         return int(status.split("VmHWM:")[1].split()[0]) * 1024
-    import resource
+    else:  # noqa: RET505 - mypy looks at one platform only
+        import resource
 
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _logps(way: Way, states: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

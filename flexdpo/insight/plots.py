@@ -118,10 +118,7 @@ def read_curves(metrics_jsonl: str | Path) -> dict[str, dict[str, Curve]]:
                     phase.setdefault(key, []).append(point)
     if not points:
         raise FlexdpoError(f"{path}: nothing to draw, no line carries any of {', '.join(wanted)}")
-    return {
-        phase: {key: _sorted_curve(pairs) for key, pairs in curves.items()}
-        for phase, curves in points.items()
-    }
+    return {phase: {key: _sorted_curve(pairs) for key, pairs in curves.items()} for phase, curves in points.items()}
 
 
 def draw_training_curves(metrics_jsonl: str | Path, path: str | Path) -> Path:

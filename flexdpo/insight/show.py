@@ -200,9 +200,7 @@ def render_row_text(row: Row, width: int = 120) -> str:
 def _subtree_end(row: Row) -> NDArray[np.int64]:
     shape = tuple(row.subtree_end.shape)
     if len(shape) != 2 or shape[0] != 1 or shape[1] == 0:
-        raise FlexdpoError(
-            f"subtree_end must be [1, S] with S >= 1, got {shape}; give one packed row at a time"
-        )
+        raise FlexdpoError(f"subtree_end must be [1, S] with S >= 1, got {shape}; give one packed row at a time")
     array: NDArray[np.int64] = row.subtree_end[0].cpu().numpy()
     return array
 
@@ -239,9 +237,7 @@ def _kind_colour(kind: int, num_responses: int) -> Any:
     return colormaps["turbo"](0.3 + 0.65 * response / (num_responses - 1))
 
 
-def _averaged_cells(
-    subtree_end: NDArray[np.int64], colours: NDArray[np.float32], step: int
-) -> NDArray[np.float32]:
+def _averaged_cells(subtree_end: NDArray[np.int64], colours: NDArray[np.float32], step: int) -> NDArray[np.float32]:
     """Average the picture over squares of ``step x step`` cells without ever holding all ``S x S`` cells."""
     length = subtree_end.size
     starts = np.arange(0, length, step)
@@ -263,9 +259,7 @@ def _draw_cells(axes: Any, row: Row, subtree_end: NDArray[np.int64], colours: ND
     else:
         image = _averaged_cells(subtree_end, colours, step)
     reach = len(image) * step
-    axes.imshow(
-        image, extent=(0, reach, reach, 0), aspect="auto", interpolation="nearest" if length <= 300 else None
-    )
+    axes.imshow(image, extent=(0, reach, reach, 0), aspect="auto", interpolation="nearest" if length <= 300 else None)
     if length <= 64:
         axes.hlines(np.arange(1, length), 0, length, color="white", linewidth=0.7)
         axes.vlines(np.arange(1, length), 0, length, color="white", linewidth=0.7)
@@ -287,15 +281,12 @@ def _draw_tiles(axes: Any, tiles: NDArray[np.int64], block_size: int) -> None:
 
     def boxes(kind: int) -> list[Any]:
         return [
-            Rectangle((j * block_size, i * block_size), block_size, block_size)
-            for i, j in np.argwhere(tiles == kind)
+            Rectangle((j * block_size, i * block_size), block_size, block_size) for i, j in np.argwhere(tiles == kind)
         ]
 
     axes.add_collection(PatchCollection(boxes(EMPTY), facecolor="#eceff3", edgecolor="white", linewidth=0.6))
     for kind in (PARTIAL, FULL):
-        axes.add_collection(
-            PatchCollection(boxes(kind), facecolor="none", edgecolor=_INK, linewidth=0.5, alpha=0.55)
-        )
+        axes.add_collection(PatchCollection(boxes(kind), facecolor="none", edgecolor=_INK, linewidth=0.5, alpha=0.55))
     i, j = np.nonzero(tiles == FULL)
     axes.plot((j + 0.5) * block_size, (i + 0.5) * block_size, "o", color="white", markersize=4,
               markeredgecolor=_INK, markeredgewidth=0.6)  # fmt: skip
@@ -349,8 +340,7 @@ def _draw_legend(axes: Any, tokens: TokenKinds, tiles: NDArray[np.int64] | None,
     from matplotlib.patches import Patch
 
     entries = [
-        Patch(color=_kind_colour(kind, tokens.num_responses), label=name)
-        for kind, name in _kind_names(tokens).items()
+        Patch(color=_kind_colour(kind, tokens.num_responses), label=name) for kind, name in _kind_names(tokens).items()
     ]
     legend = axes.legend(
         handles=entries if tiles is None else [*entries, *_tile_entries(tiles, block_size)],

@@ -31,9 +31,7 @@ def dpo_entries(**extra):
 def drawn_figure(monkeypatch, metrics, path):
     """Draw, and return the figure as it was handed to the writer."""
     drawn = []
-    monkeypatch.setattr(
-        plots, "save_figure", lambda figure, to: drawn.append(figure) or save_figure(figure, to)
-    )
+    monkeypatch.setattr(plots, "save_figure", lambda figure, to: drawn.append(figure) or save_figure(figure, to))
     draw_training_curves(metrics, path)
     return drawn[0]
 
@@ -77,9 +75,7 @@ def test_panels_are_loss_left_and_rewards_right(monkeypatch, tmp_path):
     assert loss.get_position().x1 < accuracy.get_position().x0
     points, line, evaluations = loss.get_lines()
     np.testing.assert_allclose(points.get_ydata(), [math.log(2) - step / 100 for step in range(1, 41)])
-    np.testing.assert_allclose(
-        line.get_ydata()[5:-5], points.get_ydata()[5:-5]
-    )  # a straight line stays straight
+    np.testing.assert_allclose(line.get_ydata()[5:-5], points.get_ydata()[5:-5])  # a straight line stays straight
     assert evaluations.get_xdata().tolist() == [20, 40]
     assert evaluations.get_ydata().tolist() == [0.6, 0.6]
     assert margin.get_lines()[0].get_ydata()[-1] == 0.8
@@ -153,7 +149,5 @@ def test_missing_folder_is_named(tmp_path):
 
 
 def test_unknown_ending_lists_the_known_ones(tmp_path):
-    with pytest.raises(
-        FlexdpoError, match=r"the ending '.pngg'; did you mean 'png'\?; use one of .*pdf, .*png"
-    ):
+    with pytest.raises(FlexdpoError, match=r"the ending '.pngg'; did you mean 'png'\?; use one of .*pdf, .*png"):
         save_figure(new_figure(1, 1, dpi=50), tmp_path / "curves.pngg")

@@ -50,9 +50,7 @@ def long_row(num_groups: int, *, pad_to_multiple_of: int = 1, seed: int = 0) -> 
     """Groups of a prompt of 20 to 400 tokens and two responses of 5 to 150 that share nothing."""
     rng = np.random.default_rng(seed)
     groups = [
-        Group.from_lists(
-            list(range(rng.integers(20, 400))), [[1_000 + k] * rng.integers(5, 150) for k in range(2)]
-        )
+        Group.from_lists(list(range(rng.integers(20, 400))), [[1_000 + k] * rng.integers(5, 150) for k in range(2)])
         for _ in range(num_groups)
     ]
     return Row.from_groups(groups, pad_to_multiple_of=pad_to_multiple_of)
@@ -83,9 +81,7 @@ def test_categories_equal_a_loop_over_the_definition():
 
 def test_categories_keep_branches_apart_and_show_each_its_ancestors():
     # written out by hand, so that a row with wrong subtree ends fails too
-    seen_by = {
-        q: np.flatnonzero(line != HIDDEN).tolist() for q, line in enumerate(mask_categories(depth_two_row()))
-    }
+    seen_by = {q: np.flatnonzero(line != HIDDEN).tolist() for q, line in enumerate(mask_categories(depth_two_row()))}
     assert seen_by[5] == [0, 1, 2, 3, 4, 5]
     assert seen_by[7] == [0, 1, 2, 3, 4, 6, 7]
     assert seen_by[8] == [0, 1, 2, 8]
@@ -238,9 +234,7 @@ def test_text_view_has_one_mark_per_visible_cell():
 
 
 def test_text_view_refuses_a_row_that_does_not_fit():
-    with pytest.raises(
-        FlexdpoError, match="16 tokens does not fit 15 characters; raise width or use draw_row_mask"
-    ):
+    with pytest.raises(FlexdpoError, match="16 tokens does not fit 15 characters; raise width or use draw_row_mask"):
         render_row_text(depth_two_row(), width=15)
 
 
