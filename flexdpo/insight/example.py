@@ -63,8 +63,8 @@ class Recipe:
         timing_rounds: Steps timed with sharing, and as many without, in alternation.
     """
 
-    warm_up_steps: int = 1500
-    warm_up_batch: int = 4
+    warm_up_steps: int = 3000
+    warm_up_batch: int = 2
     warm_up_learning_rate: float = 3e-3
     dpo_steps: int = 1400
     dpo_batch: int = 4
@@ -320,7 +320,7 @@ def _dpo_trainer(model: Any, task: BodyTask, output: Path, seed: int, recipe: Re
         per_device_eval_batch_size=recipe.dpo_batch,
         learning_rate=recipe.dpo_learning_rate,
         eval_strategy="steps",
-        eval_steps=0.3,  # of all steps: three points of the held-out curve between its ends
+        eval_steps=0.4,  # of all steps: two points of the held-out curve between its ends
     )
     trainer = DPOTrainer(
         model,

@@ -25,6 +25,7 @@ from flexdpo.insight.example import (
 from flexdpo.layout.groups import Group
 from flexdpo.objective.logps import response_logps
 from flexdpo.objective.objective import Objective
+from flexdpo.training.config import DPOConfig
 from flexdpo.training.example.stdlib import StandardLibrary, read_standard_library
 from flexdpo.training.step import PackedBatch, run_batch
 
@@ -183,9 +184,9 @@ def test_refuses_a_folder_that_holds_something(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_learns_the_task_from_the_prompts(tmp_path: Path, seed: int) -> None:
-    result = run_example(tmp_path / "out", seed=seed)
+def test_learns_the_task_from_the_prompts(tmp_path: Path) -> None:
+    # the seed that `flexdpo train` takes by default
+    result = run_example(tmp_path / "out", seed=DPOConfig("unused").seed)
     assert result.held_out_pairs >= 500
     assert result.accuracy >= 0.75
     assert result.after["rewards/margins"] > 0.5
