@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from flexdpo.errors import FlexdpoError, first_line
 from flexdpo.hf.holding import ATTN_IMPLEMENTATION
@@ -18,6 +19,7 @@ from flexdpo.training.data import require_special_tokens
 if TYPE_CHECKING:
     from torch import nn
 
+logger = logging.get_logger(__name__)
 REFERENCE_ADAPTER = "ref"
 
 
@@ -79,6 +81,17 @@ def require_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
         raise FlexdpoError(
             f"the tokenizer has {len(tokenizer)} tokens but the model embeds {rows}; use the model's own tokenizer, or "
             f"call model.resize_token_embeddings({len(tokenizer)})"
+        )
+
+
+def warn_of_router_loss(model: PreTrainedModel) -> None:
+    """Say that a mixture of experts is trained without its load-balancing loss, which TRL would add."""
+    config = model.config.get_text_config()
+    coefficient = getattr(config, "router_aux_loss_coef", 0.0)
+    if hasattr(config, "output_router_logits") and coefficient:
+        logger.warning(
+            f"{type(model).__name__} has router_aux_loss_coef={coefficient}; this trainer does not add the "
+            "load-balancing loss. In a loop of your own, model(**row.inputs(), output_router_logits=True).aux_loss is exact"
         )
 
 

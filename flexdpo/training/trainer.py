@@ -119,6 +119,7 @@ class DPOTrainer(Trainer):
             processing_class = models.load_tokenizer(name, trust_remote_code=args.trust_remote_code)
         require_special_tokens(processing_class)
         models.require_vocabulary(unwrap_model(model), processing_class)
+        models.warn_of_router_loss(unwrap_model(model))
 
         model = self._with_adapter(model, ref_model, peft_config)
         self.impl: Impl = args.attn_impl  # type: ignore[assignment]
