@@ -91,7 +91,7 @@ def warn_of_router_loss(model: PreTrainedModel) -> None:
     if hasattr(config, "output_router_logits") and coefficient:
         logger.warning(
             f"{type(model).__name__} has router_aux_loss_coef={coefficient}; this trainer does not add the "
-            "load-balancing loss. In a loop of your own, model(**row.inputs(), output_router_logits=True).aux_loss is exact"
+            "load-balancing loss; in your own loop, model(**row.inputs(), output_router_logits=True).aux_loss is it"
         )
 
 
