@@ -21,6 +21,9 @@ from transformers import (
 
 import flexdpo
 
+# the models here are so small that handing work to other threads takes longer than doing it
+torch.set_num_threads(1)
+
 VOCABULARY = 97
 _SHAPE = {
     "hidden_size": 64,
