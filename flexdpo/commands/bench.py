@@ -37,8 +37,8 @@ class BenchArguments:
     batches: int | None = field(
         default=None, metadata={"help": "Different batches of that many pairs; by default 2 on a CPU, 1 on CUDA."}
     )
-    rounds: int = field(default=12, metadata={"help": "Most measurements of each batch."})
-    seconds: float = field(default=30.0, metadata={"help": "Per profile: no round but three begins later."})
+    rounds: int = field(default=24, metadata={"help": "Most measurements of each batch."})
+    seconds: float = field(default=40.0, metadata={"help": "Per profile: no round but four begins later."})
     dtype: str | None = field(
         default=None, metadata={"help": "float32 or bfloat16; by default float32 on a CPU and bfloat16 on CUDA."}
     )

@@ -33,13 +33,13 @@ class Held:
         module: The model that took the layout.
         layout: The batch of rows being run; ``None`` while another prepared model runs without one in between.
         impl: The kernel that was asked for.
-        attention_calls: How often our attention function ran under a mask of this layout.
+        attention_ran: Whether our attention function ran under a mask of this layout.
     """
 
     module: nn.Module
     layout: RowLayout | None
     impl: Impl
-    attention_calls: int = 0
+    attention_ran: bool = False
 
 
 @dataclass(eq=False)
@@ -119,7 +119,7 @@ def _release_layout(module: nn.Module, args: Any, kwargs: Any, output: Any) -> N
         return
     held = _forwards.held.pop()
     # output is None when the forward raised; its own error says more
-    if held.layout is not None and held.attention_calls == 0 and output is not None:
+    if held.layout is not None and not held.attention_ran and output is not None:
         raise UnsupportedModelError(
             f"{type(module).__name__} never called flexdpo's attention on a packed row, so its result mixes responses; "
             f"load it with attn_implementation={ATTN_IMPLEMENTATION!r} and call flexdpo.prepare_model(model), "

@@ -208,7 +208,8 @@ def flexdpo_attention(
             **kwargs,
         )
     if held is not None:
-        held.attention_calls += 1
+        # a flag and not a count, which a compiled layer would be traced again for
+        held.attention_ran = True
     _refuse_unknown(module, dropout, kwargs)
     output = packed_attention(query, key, value, row_mask, scaling=scaling, softcap=softcap, sinks=s_aux)
     return output.transpose(1, 2).contiguous(), None

@@ -48,7 +48,7 @@ class BenchSettings:
         pairs: Pairs per step; by default 16 on a CPU and 8 on CUDA.
         batches: Different batches of that many pairs; by default 2 on a CPU and 1 on CUDA.
         rounds: Most measurements of each batch.
-        seconds: No round but the first three begins later than this, for each profile.
+        seconds: No round but the first four begins later than this, for each profile.
         dtype: ``"float32"`` or ``"bfloat16"``; by default float32 on a CPU and bfloat16 on CUDA.
         gradient_checkpointing: Run layers again in the backward pass; by default for ``llama-8b`` and ``llama-1b`` on
             CUDA.
@@ -65,8 +65,8 @@ class BenchSettings:
     baselines: tuple[str, ...] = ("padded", "packed")
     pairs: int | None = None
     batches: int | None = None
-    rounds: int = 12
-    seconds: float = 30.0
+    rounds: int = 24
+    seconds: float = 40.0
     dtype: str | None = None
     gradient_checkpointing: bool | None = None
     max_tokens_per_row: int | None = None

@@ -74,7 +74,7 @@ class Shape:
 SHAPES = {
     shape.name: shape
     for shape in (
-        Shape("tiny", 256, 768, 4, 4, 2, 64, 4096, True),
+        Shape("tiny", 256, 768, 4, 4, 2, 64, 2048, True),
         Shape("llama-160m", 768, 3072, 12, 12, 12, 64, 32000, False),
         Shape("llama-1b", 2048, 8192, 16, 32, 8, 64, 128256, True),
         Shape("llama-8b", 4096, 14336, 32, 32, 8, 128, 128256, False),

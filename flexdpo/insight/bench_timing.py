@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     from flexdpo.insight.bench_arms import Arm
 
 
+# enough for a median, whatever the time
+FEWEST_ROUNDS = 4
+SLOW_EVERY = 8
+
+
 class Seconds(NamedTuple):
     """Time of one step's phases."""
 
@@ -101,8 +106,8 @@ def measure(
         batches: How many batches each arm holds.
         device: Where everything runs.
         rounds: Most rounds.
-        seconds: No round but the first three begins after this long, warming up included.
-        slow: Names of arms that run in every third round only, being slow and far behind.
+        seconds: No round but the first four begins after this long, warming up included.
+        slow: Names of arms that run in every eighth round only, being far behind.
         progress: Called after every round.
 
     Returns:
@@ -116,13 +121,13 @@ def measure(
             run_step(arm, model, batch, device)
         times[arm.name].peak_bytes = _peak_of(arm, model, device)
     for number in range(rounds):
-        if number >= 3 and time.perf_counter() - began > seconds:
+        if number >= FEWEST_ROUNDS and time.perf_counter() - began > seconds:
             break
         # forwards and backwards, so that no arm always follows the same one
         order = list(arms) if number % 2 == 0 else list(arms)[::-1]
         for batch in range(batches):
             for arm in order:
-                out = arm.name in slow and number % 3 > 0
+                out = arm.name in slow and number % SLOW_EVERY > 0
                 times[arm.name].steps[batch].append(None if out else run_step(arm, model, batch, device))
         progress()
     return times

@@ -204,18 +204,18 @@ class Recorder:
 def test_arms_alternate_and_slow_ones_sit_out() -> None:
     log: list[str] = []
     times = measure(
-        [Recorder("a", log), Recorder("b", log)], torch.nn.Linear(1, 1), 2, CPU, rounds=4, seconds=9, slow=("a",)
+        [Recorder("a", log), Recorder("b", log)], torch.nn.Linear(1, 1), 2, CPU, rounds=9, seconds=9, slow=("a",)
     )
     # once each to warm up, then round by round, in both orders
-    assert log == ["a0", "b0", "a0", "b0", "a1", "b1", "b0", "b1", "b0", "b1", "b0", "a0", "b1", "a1"]
-    assert [step is None for step in times["a"].steps[0]] == [False, True, True, False]
+    assert log == ["a0", "b0", "a0", "b0", "a1", "b1", *["b0", "b1"] * 7, "a0", "b0", "a1", "b1"]
+    assert [step is None for step in times["a"].steps[0]] == [False, *[True] * 7, False]
     assert all(step is not None for step in times["b"].steps[1])
 
 
 def test_no_round_begins_after_the_time_is_up() -> None:
     log: list[str] = []
     measure([Recorder("a", log)], torch.nn.Linear(1, 1), 1, CPU, rounds=50, seconds=1e-9)
-    assert len(log) == 1 + 3
+    assert len(log) == 1 + 4
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
