@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from flexdpo.errors import FlexdpoError
+from flexdpo.errors import FlexdpoError, first_line
 from flexdpo.hf.probe import ParityReport, parity_probe
 from flexdpo.hf.rules import backbone_of, refusal_reason
 from flexdpo.hf.small import small_model
@@ -85,7 +85,7 @@ def check_model(name_or_path: str, *, trust_remote_code: bool = False) -> CheckR
         report = parity_probe(model)
     except Exception as error:
         # a model class may say anything about a config that was cut, or about one that was never complete
-        return CheckResult(**about, verdict="accepted", reason=f"no small model could be run ({_first_line(error)})")
+        return CheckResult(**about, verdict="accepted", reason=f"no small model could be run ({first_line(error)})")
     if report.verdict == "inconclusive":
         return CheckResult(**about, verdict="accepted", reason=report.reason, probed=probed, probe=report)
     verdict: Literal["exact", "refused"] = "exact" if report.exact else "refused"
@@ -109,7 +109,7 @@ def _load_config(name_or_path: str, trust_remote_code: bool) -> Any:
             str(path) if path.exists() else name_or_path, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError, KeyError) as error:
-        raise FlexdpoError(f"cannot load a config from {name_or_path!r}: {_first_line(error)}") from error
+        raise FlexdpoError(f"cannot load a config from {name_or_path!r}: {first_line(error)}") from error
 
 
 def _outline(config: Any, trust_remote_code: bool) -> Any:
@@ -121,7 +121,7 @@ def _outline(config: Any, trust_remote_code: bool) -> Any:
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:
         # model classes check their configs in ways of their own
-        reason = _first_line(error)
+        reason = first_line(error)
         if "Unrecognized configuration class" in reason:
             reason = "transformers has no causal language model of this kind"
         raise FlexdpoError(f"cannot build a {config.model_type!r} model: {reason}") from error
@@ -208,8 +208,3 @@ def _wrapped(label: str, text: str) -> list[str]:
     return textwrap.wrap(
         text, width=100, initial_indent=f"  {label:<10}", subsequent_indent=" " * 12, break_long_words=False
     )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
