@@ -33,8 +33,9 @@ from flexdpo.training.example.task import (
     longer_is_chosen,
     swap_prompts,
 )
+from flexdpo.training.metrics import MetricsFile
 from flexdpo.training.step import PackedBatch, run_batch
-from flexdpo.training.trainer import DPOTrainer, MetricsFile
+from flexdpo.training.trainer import DPOTrainer
 
 if TYPE_CHECKING:
     from flexdpo.layout.groups import Group

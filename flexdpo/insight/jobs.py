@@ -11,9 +11,10 @@ from flexdpo.insight.plots import draw_training_curves
 from flexdpo.insight.show import draw_row_mask
 from flexdpo.training.config import DPOConfig
 from flexdpo.training.data import load_preference_dataset
+from flexdpo.training.metrics import MetricsFile
 from flexdpo.training.models import load_model, load_tokenizer
 from flexdpo.training.step import PackingCollator
-from flexdpo.training.trainer import DPOTrainer, MetricsFile
+from flexdpo.training.trainer import DPOTrainer
 
 METRICS_FILE = "metrics.jsonl"
 CURVES_FILE = "training.png"

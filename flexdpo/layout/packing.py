@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from flexdpo.errors import FlexdpoError
+from flexdpo.errors import FlexdpoError, nearest
 from flexdpo.layout.row import Row
 from flexdpo.layout.trie import Trie
 
@@ -20,12 +20,19 @@ if TYPE_CHECKING:
     from flexdpo.layout.groups import Group
 
 
+SHARING = ("group", "step")
+# groups that begin alike share a trie only if they do so for a whole tile of attention: merging on less (a BOS token)
+# would tie the whole row together and cost more tiles than it saves tokens
+MIN_SHARED = 128
+
+
 def pack_groups(
     groups: Sequence[Group],
     max_tokens_per_row: int | None = None,
     *,
     pad_to_multiple_of: int = 1,
     buckets: Buckets | None = None,
+    sharing: str = "group",
 ) -> list[Row]:
     """Lay groups out in as few rows as the budget allows.
 
@@ -36,56 +43,129 @@ def pack_groups(
         max_tokens_per_row: Longest row, padding included, in tokens; ``None`` puts all groups in one row.
         pad_to_multiple_of: Every row is padded to a multiple of this many tokens.
         buckets: Every row is padded to one of these lengths instead, as far as the budget leaves room for it.
+        sharing: ``"group"`` shares tokens among the responses of a group; ``"step"`` also among groups whose prompts
+            have at least their first 128 tokens in common (a long system prompt, few-shot examples).
 
     Returns:
-        The rows; inside a row the groups keep the order in which they came.
+        The rows; inside a row the groups keep the order in which they came, relatives side by side.
 
     Raises:
-        FlexdpoError: if a single group is longer than the budget.
+        FlexdpoError: if a single group is longer than the budget, or ``sharing`` is unknown.
     """
-    tries = [Trie.from_sequences(group.sequences) for group in groups]
     multiple = pad_to_multiple_of if buckets is None else buckets.multiple
-    lengths = [len(trie) for trie in tries]
-    bins = _bins(groups, lengths, max_tokens_per_row, multiple)
+    budget = None if max_tokens_per_row is None else max_tokens_per_row // multiple * multiple
     rows = []
-    for members in bins:
+    for families in _planned(groups, budget, max_tokens_per_row, sharing):
         target = multiple
         if buckets is not None:
-            target = buckets.length_for(sum(lengths[i] for i in members), most=max_tokens_per_row)
+            target = buckets.length_for(sum(len(family.trie) for family in families), most=max_tokens_per_row)
         rows.append(
-            Row.from_tries([groups[i] for i in members], [tries[i] for i in members], pad_to_multiple_of=target)
+            Row.from_families(
+                [[groups[i] for i in family.members] for family in families],
+                [family.trie for family in families],
+                pad_to_multiple_of=target,
+            )
         )
     return rows
 
 
-def _bins(
-    groups: Sequence[Group], lengths: Sequence[int], max_tokens_per_row: int | None, multiple: int
-) -> list[list[int]]:
-    if max_tokens_per_row is None:
-        return [list(range(len(groups)))] if groups else []
-    budget = max_tokens_per_row // multiple * multiple
-    for group, length in zip(groups, lengths, strict=True):
-        if length > budget:
-            raise FlexdpoError(
-                f"{group.name} has {length} distinct tokens but max_tokens_per_row={max_tokens_per_row} leaves "
-                f"room for {budget}; raise max_tokens_per_row or lower max_length"
-            )
-    return best_fit_decreasing(lengths, budget)
-
-
-def row_lengths(batches: Iterable[Sequence[Group]], max_tokens_per_row: int | None = None) -> list[int]:
+def row_lengths(
+    batches: Iterable[Sequence[Group]], max_tokens_per_row: int | None = None, *, sharing: str = "group"
+) -> list[int]:
     """Lengths of the rows that :func:`pack_groups` makes of some batches, padding not counted; the rows are not made.
 
     Args:
         batches: Groups of one optimizer step each; a few hundred are enough for :func:`choose_buckets`.
         max_tokens_per_row: As in :func:`pack_groups`.
+        sharing: As in :func:`pack_groups`.
     """
-    found = []
-    for groups in batches:
-        lengths = [len(Trie.from_sequences(group.sequences)) for group in groups]
-        bins = _bins(groups, lengths, max_tokens_per_row, 1)
-        found += [sum(lengths[i] for i in members) for members in bins]
-    return found
+    return [
+        sum(len(family.trie) for family in families)
+        for groups in batches
+        for families in _planned(groups, max_tokens_per_row, max_tokens_per_row, sharing)
+    ]
+
+
+# --- which groups share a trie, and which tries a row ----------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Family:
+    """Groups, by index, that share one trie."""
+
+    members: list[int]
+    trie: Trie
+
+    @classmethod
+    def of(cls, members: list[int], groups: Sequence[Group]) -> _Family:
+        return cls(members, Trie.from_sequences([ids for i in members for ids in groups[i].sequences]))
+
+
+def _planned(
+    groups: Sequence[Group], budget: int | None, max_tokens_per_row: int | None, sharing: str
+) -> list[list[_Family]]:
+    """The families of each row."""
+    families = _families(groups, budget, max_tokens_per_row, sharing)
+    if budget is None:
+        return [families] if families else []
+    bins = best_fit_decreasing([len(family.trie) for family in families], budget)
+    return [[families[i] for i in members] for members in bins]
+
+
+def _families(
+    groups: Sequence[Group], budget: int | None, max_tokens_per_row: int | None, sharing: str
+) -> list[_Family]:
+    """Tries of the groups, or of groups with long common beginnings as far as these fit a row together."""
+    if sharing not in SHARING:
+        raise FlexdpoError(f"sharing must be one of {SHARING}, got {sharing!r}{nearest(sharing, SHARING)}")
+    families: list[_Family] = []
+    for members in _relatives(groups) if sharing == "step" else [[i] for i in range(len(groups))]:
+        whole = _Family.of(members, groups)
+        if budget is None or len(whole.trie) <= budget:
+            families.append(whole)
+        elif len(members) > 1:
+            families += _split(whole, groups, budget, max_tokens_per_row)
+        else:
+            _require_fit(groups[members[0]], len(whole.trie), budget, max_tokens_per_row)
+    return families
+
+
+def _relatives(groups: Sequence[Group]) -> list[list[int]]:
+    """Groups whose prompts have their first ``MIN_SHARED`` tokens in common, in order of appearance."""
+    found: dict[object, list[int]] = {}
+    for i, group in enumerate(groups):
+        long_enough = group.prompt_ids.size >= MIN_SHARED
+        found.setdefault(group.prompt_ids[:MIN_SHARED].tobytes() if long_enough else i, []).append(i)
+    return list(found.values())
+
+
+def _split(family: _Family, groups: Sequence[Group], budget: int, max_tokens_per_row: int | None) -> list[_Family]:
+    """Break a family that fits no row into as many as needed, nearest relatives together."""
+    paths = iter(family.trie.paths)
+    nodes = {i: np.unique(np.concatenate([next(paths) for _ in groups[i].response_ids])) for i in family.members}
+    parts: list[list[int]] = []
+    covered = np.zeros(len(family.trie), dtype=bool)
+    # depth-first order puts those side by side that part last
+    for i in sorted(family.members, key=lambda i: nodes[i].tolist()):
+        _require_fit(groups[i], nodes[i].size, budget, max_tokens_per_row)
+        grown = covered.copy()
+        grown[nodes[i]] = True
+        if parts and grown.sum() <= budget:
+            parts[-1].append(i)
+            covered = grown
+        else:
+            parts.append([i])
+            covered[:] = False
+            covered[nodes[i]] = True
+    return [_Family.of(sorted(part), groups) for part in parts]
+
+
+def _require_fit(group: Group, length: int, budget: int, max_tokens_per_row: int | None) -> None:
+    if length > budget:
+        raise FlexdpoError(
+            f"{group.name} has {length} distinct tokens but max_tokens_per_row={max_tokens_per_row} leaves "
+            f"room for {budget}; raise max_tokens_per_row or lower max_length"
+        )
 
 
 def best_fit_decreasing(lengths: Sequence[int], budget: int) -> list[list[int]]:

@@ -171,7 +171,7 @@ class Row:
         member_responses: Response index of each membership, ``[M]``.
         edges: Preferences as response indices ``(chosen, rejected)``, ``[E, 2]``.
         groups: The groups of this row, in row order; their responses are numbered through.
-        documents: ``(start, stop)`` of each group's tokens in the row.
+        documents: ``(start, stop)`` of each trie's tokens: one group's, or those of groups that begin alike.
         response_paths: For each response, the row index of each of its tokens, the prompt not included.
     """
 
@@ -203,7 +203,20 @@ class Row:
     @classmethod
     def from_tries(cls, groups: Sequence[Group], tries: Sequence[Trie], *, pad_to_multiple_of: int = 1) -> Row:
         """Build one row from groups and the tries of their sequences, as :meth:`from_groups` makes them."""
-        if not groups:
+        return cls.from_families([[group] for group in groups], tries, pad_to_multiple_of=pad_to_multiple_of)
+
+    @classmethod
+    def from_families(
+        cls, families: Sequence[Sequence[Group]], tries: Sequence[Trie], *, pad_to_multiple_of: int = 1
+    ) -> Row:
+        """Build one row from families of groups, each of which shares one trie.
+
+        Args:
+            families: Groups that stand in the same trie, at least one of one.
+            tries: For each family, the trie of its groups' sequences, one group after the other.
+            pad_to_multiple_of: The row is padded to a multiple of this many tokens. Padding sees only itself.
+        """
+        if not families:
             raise FlexdpoError("a row needs at least one group, got none")
         if pad_to_multiple_of < 1:
             raise FlexdpoError(f"pad_to_multiple_of must be at least 1, got {pad_to_multiple_of}")
@@ -211,10 +224,11 @@ class Row:
         starts = [0, *stops[:-1]]
         token_ids = np.concatenate([trie.token_ids for trie in tries])
         parents = np.concatenate([trie.parents + start for trie, start in zip(tries, starts, strict=True)])
+        groups = [group for family in families for group in family]
         paths = tuple(
-            path[group.prompt_ids.size :] + start
-            for group, trie, start in zip(groups, tries, starts, strict=True)
-            for path in trie.paths
+            path[size:] + start
+            for family, trie, start in zip(families, tries, starts, strict=True)
+            for size, path in zip(_prompt_sizes(family), trie.paths, strict=True)
         )
         targets = _Targets.of(paths)
         length = -(-stops[-1] // pad_to_multiple_of) * pad_to_multiple_of
@@ -330,6 +344,11 @@ def _padded(values: NDArray[np.int64], canvas: NDArray[np.int64]) -> Tensor:
     """Write ``values`` over the beginning of ``canvas``; what remains of it is the padding. ``[1, S]``."""
     canvas[: values.size] = values
     return torch.from_numpy(canvas)[None]
+
+
+def _prompt_sizes(family: Sequence[Group]) -> list[int]:
+    """The prompt's length of each of a family's sequences."""
+    return [group.prompt_ids.size for group in family for _ in group.response_ids]
 
 
 def _multiplicity(trie: Trie) -> NDArray[np.int64]:

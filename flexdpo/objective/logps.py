@@ -134,11 +134,11 @@ def member_values(targets: Tensor, row: Row) -> Tensor:
     return targets.to(wide)[row.member_targets]
 
 
-def require_finite(logps: ResponseLogps, row: Row, *, model: str = "the policy", where: str = "") -> None:
+def require_finite(sums: Tensor, row: Row, *, model: str = "the policy", where: str = "") -> None:
     """Refuse log-probabilities that are NaN or infinite; waits for the device once.
 
     Args:
-        logps: Of the row.
+        sums: Of the row's responses, ``[R]``.
         row: The row.
         model: Whose log-probabilities they are, for the message.
         where: For instance ``"step 12"``, for the message.
@@ -146,14 +146,14 @@ def require_finite(logps: ResponseLogps, row: Row, *, model: str = "the policy",
     Raises:
         FlexdpoError: naming the example, the response and the value.
     """
-    finite = torch.isfinite(logps.sums.detach())
+    finite = torch.isfinite(sums.detach())
     if bool(finite.all()):
         return
     first = int((~finite).nonzero()[0])
     group, k = next((group, k) for index, (group, k) in enumerate(row_responses(row)) if index == first)
     place = f"{where}, {group.name}" if where else group.name
     raise FlexdpoError(
-        f"{place}: the log-probability of response {k} under {model} is {float(logps.sums[first].detach())}; a lower "
+        f"{place}: the log-probability of response {k} under {model} is {float(sums[first].detach())}; a lower "
         "learning rate, max_grad_norm or bf16 in place of fp16 keeps the weights finite, and a model that starts out "
         "like this is damaged"
     )

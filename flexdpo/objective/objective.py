@@ -54,6 +54,8 @@ _REFERENCE_FREE = frozenset({"sft", "simpo", "orpo", "cpo"})
 # their rewards are a mean over tokens
 _PER_TOKEN = frozenset({"simpo", "orpo"})
 _COUPLING = frozenset({"aot", "aot_unpaired", "kto"})
+# divided by what a process's own batch holds: tokens, rankings
+_PER_BATCH = frozenset({"sft", "cpo", "plackett_luce"})
 # a pair's difference cancels the constant that an f-divergence leaves in each reward; nothing else does
 _TAKES_DIVERGENCE = frozenset({"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"})
 _SORTING = frozenset({"aot", "aot_unpaired"})
@@ -229,6 +231,12 @@ class Objective:
     def couples_batch(self) -> bool:
         """Whether a row's gradient depends on the batch's other rows, so that several rows take two passes."""
         return any(name in _COUPLING for name in self.loss_type)
+
+    @property
+    def is_mean_over_pairs(self) -> bool:
+        """Whether the loss of several processes is a mean over their pairs, whichever of them runs which pair."""
+        normalised_otherwise = self.needs_labels or self.rpo_alpha is not None
+        return not (self.couples_batch or normalised_otherwise or _PER_BATCH & set(self.loss_type))
 
     # --- the loss ----------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,11 +10,14 @@ import torch
 from transformers import TrainingArguments
 
 from flexdpo.attention.row_mask import resolve_impl
-from flexdpo.errors import FlexdpoError
+from flexdpo.attention.settings import KernelSettings
+from flexdpo.errors import FlexdpoError, nearest
+from flexdpo.layout.packing import SHARING
 from flexdpo.objective.divergences import F_DIVERGENCES
 from flexdpo.objective.objective import LOSS_TYPES, Objective
 
 TRUNCATION_MODES = ("keep_start",)
+_COMPILE_SETTINGS = {"torch_compile": False, "torch_compile_backend": None, "torch_compile_mode": None}
 _OBJECTIVE_SETTINGS = (
     "beta",
     "label_smoothing",
@@ -35,11 +39,19 @@ class DPOConfig(TrainingArguments):
     """Settings of :class:`~flexdpo.training.trainer.DPOTrainer`; a field that TRL has means what it means there.
 
     All fields of ``transformers.TrainingArguments`` are taken too. ``per_device_train_batch_size`` counts pairs.
-    Different from ``TrainingArguments``: ``learning_rate`` is 1e-6, ``logging_steps`` 10, and ``bf16`` is on by default
-    where the GPU has it.
+    Different from ``TrainingArguments``: ``learning_rate`` is 1e-6, ``logging_steps`` 10, ``bf16`` is on by default
+    where the GPU has it, and ``torch_compile`` compiles decoder layers one by one, never the whole model.
+
+    Attributes:
+        compile_layers: Whether ``torch_compile`` (or its backend or mode) was asked for; it is switched off after that,
+            so that transformers does not compile the model once more.
     """
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
+    _VALID_DICT_FIELDS = [  # noqa: RUF012
+        *TrainingArguments._VALID_DICT_FIELDS,
+        "model_init_kwargs",
+        "attn_kernel_options",
+    ]
 
     learning_rate: float = field(default=1e-6, metadata={"help": "Initial learning rate of the optimizer."})
     logging_steps: float = field(
@@ -144,11 +156,26 @@ class DPOConfig(TrainingArguments):
         },
     )
 
-    max_tokens_per_row: int | None = field(
+    max_tokens_per_row: int | str | None = field(
         default=None,
         metadata={
-            "help": "Longest packed row in tokens. The pairs of a batch are split into as many rows as this needs; "
-            "what is learned stays the same. By default a batch is one row."
+            "help": "Longest packed row in tokens, or 'auto' for the longest that fits into the free memory. The pairs "
+            "of a batch are split into as many rows as this needs; what is learned stays the same. By default a batch "
+            "is one row."
+        },
+    )
+    sharing: str = field(
+        default="group",
+        metadata={
+            "help": "What shares tokens: the responses of a 'group', or also groups of the same 'step' whose prompts "
+            "begin with the same 128 tokens or more (a long system prompt, few-shot examples)."
+        },
+    )
+    balance_processes: bool = field(
+        default=True,
+        metadata={
+            "help": "With several processes, deal the pairs of each step out so that all take about equally long. The "
+            "step keeps its pairs; losses that are no mean over pairs are left as they are."
         },
     )
     pad_to_multiple_of: int | None = field(
@@ -159,6 +186,26 @@ class DPOConfig(TrainingArguments):
         default="auto",
         metadata={"help": "Attention kernel: auto, flex (compiled FlexAttention) or sdpa (chunks of queries)."},
     )
+    attn_kernel_lengths: str = field(
+        default="auto",
+        metadata={
+            "help": "FlexAttention kernels: 'bucket' pads rows to a few lengths and compiles a kernel for each, "
+            "'dynamic' compiles one for all lengths, 'auto' takes buckets on a GPU where up to 4 waste under 3%."
+        },
+    )
+    attn_kernel_options: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "kernel_options of flex_attention as JSON, such as {\"BLOCK_M\": 64, \"BLOCK_N\": 64}; "
+            "{\"BACKEND\": \"FLASH\"} is FlashAttention-4, used only after its gradients passed a test."
+        },
+    )
+    attn_self_test: bool = field(
+        default=True,
+        metadata={"help": "On a GPU, compare each kernel's gradients with dense attention at its first row."},
+    )
+
+    compile_layers: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         loss_type: list[str] | str = self.loss_type
@@ -170,19 +217,63 @@ class DPOConfig(TrainingArguments):
                 f"truncation_mode={self.truncation_mode!r} is not supported: cutting on the left cuts every response's "
                 "copy of the prompt at another place, so nothing would be shared; use 'keep_start'"
             )
-        for name in ("max_length", "max_tokens_per_row", "pad_to_multiple_of", "precompute_ref_batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise FlexdpoError(f"{name} must be at least 1, got {value}; leave it out for no limit")
+        self._check_rows()
         if self.bf16 is None:
             self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not self.fp16
+        asked = {name: getattr(self, name) for name in _COMPILE_SETTINGS}
+        for name, nothing in _COMPILE_SETTINGS.items():
+            setattr(self, name, nothing)
         super().__post_init__()
+        self.compile_layers = asked.pop("torch_compile") or any(value is not None for value in asked.values())
+        for name, value in asked.items():
+            setattr(self, name, value)
 
     def objective(self) -> Objective:
         """The losses these settings ask for."""
         settings = {name: getattr(self, name) for name in _OBJECTIVE_SETTINGS}
         weights = None if self.loss_weights is None else tuple(self.loss_weights)
         return Objective(tuple(self.loss_type), weights, **settings)
+
+    def _check_rows(self) -> None:
+        budget = self.max_tokens_per_row
+        if isinstance(budget, str) and budget != "auto":
+            if not budget.isdecimal():
+                raise FlexdpoError(f"max_tokens_per_row must be a number of tokens or 'auto', got {budget!r}")
+            self.max_tokens_per_row = int(budget)
+        for name in ("max_length", "max_tokens_per_row", "pad_to_multiple_of", "precompute_ref_batch_size"):
+            value = getattr(self, name)
+            if value is not None and value != "auto" and value < 1:
+                raise FlexdpoError(f"{name} must be at least 1, got {value}; leave it out for no limit")
+        if self.sharing not in SHARING:
+            hint = nearest(self.sharing, SHARING)
+            raise FlexdpoError(f"sharing must be one of {SHARING}, got {self.sharing!r}{hint}")
+        if isinstance(self.attn_kernel_options, str):
+            try:
+                self.attn_kernel_options = json.loads(self.attn_kernel_options)
+            except json.JSONDecodeError as error:
+                raise FlexdpoError(
+                    f"attn_kernel_options must be JSON, got {self.attn_kernel_options!r} ({error.msg})"
+                ) from error
+        # what is unknown is refused here and not after the model was loaded
+        self.kernel_settings()
+
+    @property
+    def compile_options(self) -> dict[str, Any]:
+        """Arguments for :func:`~flexdpo.hf.compilation.compile_decoder_layers`."""
+        options = {"backend": self.torch_compile_backend, "mode": self.torch_compile_mode}
+        given = {name: value for name, value in options.items() if value is not None}
+        return {"dynamic": self.kernel_settings().dynamic(self.device.type), **given}
+
+    def kernel_settings(self) -> KernelSettings:
+        """How these settings compile FlexAttention."""
+        options: Any = self.attn_kernel_options or {}
+        if not isinstance(options, dict):
+            raise FlexdpoError(f"attn_kernel_options must be a JSON object, got {options!r}")
+        return KernelSettings(
+            lengths=self.attn_kernel_lengths,  # type: ignore[arg-type]
+            kernel_options=options,
+            self_test=self.attn_self_test,
+        )
 
     def _check_reference(self, objective: Objective) -> None:
         if self.precompute_ref_log_probs and self.sync_ref_model:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,10 +10,12 @@ import numpy as np
 from flexdpo.errors import FlexdpoError, nearest, quoted
 from flexdpo.layout.groups import Group
 from flexdpo.objective.unpaired import LabelledGroup
+from flexdpo.training.cache import map_settings, tokenizer_digest
 from flexdpo.training.dataset_rows import (
     ID_FORMS,
     LABELLED_FORM,
     LABELS_COLUMN,
+    NOTES,
     OWN_FORM,
     READERS,
     SKIP_REASONS,
@@ -22,6 +23,7 @@ from flexdpo.training.dataset_rows import (
     TOKENISED_COLUMNS,
     TRL_ID_FORM,
     Settings,
+    note_of,
     tokenize_batch,
     tokenizer_name,
 )
@@ -164,12 +166,10 @@ def tokenize_preferences(
 
     if not isinstance(dataset, Dataset):
         raise FlexdpoError(f"{name}: expected a datasets.Dataset, found {type(dataset).__name__}; pick one split")
-    _require_settings(max_length, truncation_mode, num_proc)
+    require_settings(max_length, truncation_mode, num_proc)
     if len(dataset) == 0:
         raise FlexdpoError(f"{name}: the dataset has no rows; give a dataset with at least one")
-    form = _form_of(dataset.column_names, name)
-    is_ids = form in ID_FORMS
-    settings = Settings(form, max_length, max(tokenizer.get_vocab().values()) if is_ids else None)
+    settings = settings_for(dataset.column_names, tokenizer, max_length, name)
     try:
         mapped = _map(dataset.with_format(None), tokenizer, settings, num_proc, name)
     except FlexdpoError as error:
@@ -178,7 +178,8 @@ def tokenize_preferences(
     return _account(mapped, name)
 
 
-def _require_settings(max_length: int | None, truncation_mode: str, num_proc: int | None) -> None:
+def require_settings(max_length: int | None, truncation_mode: str, num_proc: int | None) -> None:
+    """Refuse settings of :func:`tokenize_preferences` that have no meaning."""
     if truncation_mode == "keep_end":
         raise FlexdpoError(
             "truncation_mode='keep_end' cuts every response's copy of the prompt at another place, so that nothing "
@@ -193,6 +194,18 @@ def _require_settings(max_length: int | None, truncation_mode: str, num_proc: in
         raise FlexdpoError(f"max_length={max_length} has no room for a prompt and a response; use at least 2")
     if num_proc is not None and num_proc < 1:
         raise FlexdpoError(f"num_proc={num_proc}: use at least 1, or None for this process alone")
+
+
+def settings_for(
+    columns: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int | None, name: str
+) -> Settings:
+    """Find how rows with these columns are read.
+
+    Raises:
+        FlexdpoError: if no known set of columns is among them.
+    """
+    form = _form_of(columns, name)
+    return Settings(form, max_length, max(tokenizer.get_vocab().values()) if form in ID_FORMS else None)
 
 
 def _form_of(columns: Sequence[str], name: str) -> str:
@@ -243,15 +256,9 @@ def _map(
         remove_columns=[column for column in dataset.column_names if column not in kept],
         features=features,
         num_proc=num_proc,
-        # the cache lies beside the source, which may be a shared folder that nobody may write to
-        keep_in_memory=not _may_write_beside(dataset),
         desc=f"Tokenizing {name} dataset",
+        **map_settings(dataset, (tokenizer_digest(tokenizer), astuple(settings), kept), "tokenized"),
     )
-
-
-def _may_write_beside(dataset: Dataset) -> bool:
-    files = dataset.cache_files
-    return not files or os.access(os.path.dirname(files[0]["filename"]), os.W_OK)
 
 
 def _account(mapped: Dataset, name: str) -> TokenizedPreferences:
@@ -282,14 +289,9 @@ def _account(mapped: Dataset, name: str) -> TokenizedPreferences:
 
 def _notes(status: dict[str, Any]) -> list[str]:
     """Say what happened to used rows, with how often and where first."""
-    sentences = {
-        "_extracted": "prompt taken from the common beginning of chosen and rejected",
-        "_retokenised": "prompt end re-tokenised, because it renders or merges otherwise before a response,",
-        "_ties": "preferences between identical responses left out",
-    }
     notes = []
-    for column, sentence in sentences.items():
+    for column in NOTES:
         hits = np.flatnonzero(status[column])
         if hits.size:
-            notes.append(f"{sentence} in {hits.size} rows, first at row {status['row'][hits[0]]}")
+            notes.append(note_of(column, hits.size, int(status["row"][hits[0]])))
     return notes

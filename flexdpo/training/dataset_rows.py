@@ -64,6 +64,17 @@ class Draft:
 
 
 STATUS_COLUMNS = ("_skip", "_truncated", "_extracted", "_retokenised", "_ties", "_longest")
+# what happened to rows that are used all the same
+NOTES = {
+    "_extracted": "prompt taken from the common beginning of chosen and rejected",
+    "_retokenised": "prompt end re-tokenised, because it renders or merges otherwise before a response,",
+    "_ties": "preferences between identical responses left out",
+}
+
+
+def note_of(column: str, rows: int, first: int) -> str:
+    """Say what a status column counts, in how many rows, and where first."""
+    return f"{NOTES[column]} in {rows} rows, first at row {first}"
 
 
 def tokenize_batch(

@@ -34,6 +34,22 @@ def token_counts(dataset: Dataset, *, shared: bool) -> NDArray[np.int64]:
     return np.concatenate(counts) if counts else np.zeros(0, dtype=np.int64)
 
 
+def predicted_costs(dataset: Dataset, hidden_size: int) -> NDArray[np.float64]:
+    """What each example costs to run, in units of a short example's token, ``[N]`` float64.
+
+    The linear layers of a decoder take about ``24 * hidden_size**2`` operations per token forward, and attention
+    ``2 * hidden_size`` for each token before it, half of them on average.
+    """
+    tokens = token_counts(dataset, shared=True).astype(np.float64)
+    return tokens * (1 + tokens / (12 * hidden_size))
+
+
+def has_one_pair_each(dataset: Dataset) -> bool:
+    """Whether every example of a tokenised dataset holds exactly one preference."""
+    tables = dataset.with_format("arrow").iter(batch_size=8192)
+    return all((_lengths(table.column("edges")) == 1).all() for table in tables)
+
+
 def _lengths(column: Any) -> NDArray[np.int64]:
     array = column.combine_chunks() if hasattr(column, "combine_chunks") else column
     return np.asarray(array.value_lengths().to_numpy(zero_copy_only=False), dtype=np.int64)

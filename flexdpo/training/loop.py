@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,11 +12,11 @@ from flexdpo.attention.row_mask import Impl
 from flexdpo.errors import FlexdpoError
 from flexdpo.hf.support import prepare_model, unwrap_model
 from flexdpo.layout.groups import Group
-from flexdpo.objective.logps import require_finite, response_logps
+from flexdpo.objective.logps import response_logps
 from flexdpo.objective.objective import Objective
 from flexdpo.objective.unpaired import with_unrelated_responses
-from flexdpo.training import models
-from flexdpo.training.step import PackedBatch, Runner
+from flexdpo.training import distribution, models
+from flexdpo.training.step import PackedBatch, Runner, require_finite_loss
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -56,6 +56,7 @@ def make_train_step(
     loss_type: str | Sequence[str] = "sigmoid",
     max_tokens_per_row: int | None = None,
     pad_to_multiple_of: int | None = None,
+    sharing: str = "group",
     max_grad_norm: float | None = 1.0,
     accelerator: Accelerator | None = None,
     impl: Impl = "auto",
@@ -73,6 +74,7 @@ def make_train_step(
         loss_type: One loss or several (see :class:`~flexdpo.objective.objective.Objective`).
         max_tokens_per_row: Longest packed row in tokens; ``None`` puts a batch into one row.
         pad_to_multiple_of: By default 128 on a GPU, where tiles count, and 1 elsewhere.
+        sharing: ``"group"``, or ``"step"`` to share long common beginnings among the groups of a step too.
         max_grad_norm: Clip the gradient to this norm; ``None`` leaves it.
         accelerator: For mixed precision and several processes.
         impl: Attention kernel, see :func:`flexdpo.prepare_model`.
@@ -87,6 +89,9 @@ def make_train_step(
     inner = accelerator.unwrap_model(model) if accelerator is not None else model
     prepare_model(inner, impl=impl)
     models.disable_dropout(inner)
+    in_step = accelerator is not None and distribution.runs_in_step(accelerator)
+    if in_step and ref_model is None and objective.needs_reference and not models.is_peft_model(inner):
+        raise FlexdpoError("a sharded model cannot be copied as its own reference; give ref_model, sharded like it")
     reference = _reference(inner, ref_model, objective, impl)
     device = next(model.parameters()).device
     multiple = pad_to_multiple_of or (128 if device.type == "cuda" else 1)
@@ -96,10 +101,15 @@ def make_train_step(
         model.train()
         if objective.needs_unrelated_responses:
             groups = with_unrelated_responses(groups)
-        batch = PackedBatch.from_groups(groups, max_tokens_per_row=max_tokens_per_row, pad_to_multiple_of=multiple)
-        result = runner(batch.to(device))
-        if not torch.isfinite(result.loss):
-            _name_the_culprit(model, batch.to(device))
+        batch = PackedBatch.from_groups(
+            groups,
+            max_tokens_per_row=max_tokens_per_row,
+            pad_to_multiple_of=multiple,
+            sharing=sharing,
+            with_idle_row=in_step,
+        )
+        result = runner(batch.to(device, non_blocking=True))
+        require_finite_loss(result, batch)
         norm = _clip(model, max_grad_norm, accelerator)
         optimizer.step()
         optimizer.zero_grad()
@@ -131,11 +141,13 @@ def _reference(
 def _surroundings(model: nn.Module, accelerator: Accelerator | None) -> dict[str, Any]:
     if accelerator is None:
         return {"backward": torch.Tensor.backward}
+    in_step = distribution.runs_in_step(accelerator)
     return {
         "backward": accelerator.backward,
-        "no_sync": lambda: accelerator.no_sync(model),
+        "no_sync": lambda: distribution.held_gradients(accelerator, model),
         "autocast": accelerator.autocast,
         "average": lambda value: accelerator.reduce(value, reduction="mean"),
+        "agree": (lambda rows: distribution.largest(accelerator, rows)) if in_step else None,
     }
 
 
@@ -145,11 +157,3 @@ def _clip(model: nn.Module, max_grad_norm: float | None, accelerator: Accelerato
         norm = accelerator.clip_grad_norm_(model.parameters(), limit)
         return torch.as_tensor(norm)
     return torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
-
-
-def _name_the_culprit(model: nn.Module, batch: PackedBatch) -> NoReturn:
-    with torch.no_grad():
-        for row in batch.rows:
-            require_finite(response_logps(model, row), row)
-    names = ", ".join(group.name for row in batch.rows for group in row.groups)
-    raise FlexdpoError(f"the loss is not finite though every log-probability of the policy is, in {names}")

@@ -14,13 +14,40 @@ from transformers.utils import logging
 
 from flexdpo.errors import FlexdpoError, first_line
 from flexdpo.hf.holding import ATTN_IMPLEMENTATION
+from flexdpo.hf.rules import unwrap_model
 from flexdpo.training.data import require_special_tokens
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from flexdpo.training.config import DPOConfig
+
 logger = logging.get_logger(__name__)
 REFERENCE_ADAPTER = "ref"
+
+
+def load_parts(
+    model: Any, tokenizer: PreTrainedTokenizerBase | None, args: DPOConfig
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """The policy and its tokenizer: loaded where they are names, and checked against each other.
+
+    Raises:
+        FlexdpoError: if one cannot be loaded, or they do not belong together.
+    """
+    if isinstance(model, str):
+        tokenizer = tokenizer or load_tokenizer(model, trust_remote_code=args.trust_remote_code)
+        init_kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+        model = load_model(model, trust_remote_code=args.trust_remote_code, **init_kwargs)
+    base = unwrap_model(model)
+    if tokenizer is None:
+        name = base.config._name_or_path
+        if not name:
+            raise FlexdpoError("the model was made in memory, so give its tokenizer as processing_class=")
+        tokenizer = load_tokenizer(name, trust_remote_code=args.trust_remote_code)
+    require_special_tokens(tokenizer)
+    require_vocabulary(base, tokenizer)
+    warn_of_router_loss(base)
+    return model, tokenizer
 
 
 def load_model(name_or_path: str, *, trust_remote_code: bool = False, **init_kwargs: Any) -> PreTrainedModel:
@@ -95,15 +122,24 @@ def warn_of_router_loss(model: PreTrainedModel) -> None:
         )
 
 
+def position_limit(model: PreTrainedModel) -> int | None:
+    """Most positions a learned position table of the model has, or ``None`` where it has no such table."""
+    tables = [
+        module.num_embeddings
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Embedding) and name.rsplit(".", 1)[-1] in _POSITION_TABLES
+    ]
+    return min(tables, default=None)
+
+
 def require_positions(model: PreTrainedModel, longest: int) -> None:
     """Refuse sequences that reach beyond a learned position table, which could only be an index error later."""
-    for name, module in model.named_modules():
-        is_table = isinstance(module, torch.nn.Embedding) and name.rsplit(".", 1)[-1] in _POSITION_TABLES
-        if is_table and longest > module.num_embeddings:
-            raise FlexdpoError(
-                f"the longest example has {longest} tokens but the model has {module.num_embeddings} positions; set "
-                f"max_length to at most {module.num_embeddings}"
-            )
+    limit = position_limit(model)
+    if limit is not None and longest > limit:
+        raise FlexdpoError(
+            f"the longest example has {longest} tokens but the model has {limit} positions; set max_length to at most "
+            f"{limit}"
+        )
 
 
 _POSITION_TABLES = frozenset({"wpe", "embed_positions", "position_embeddings", "positions_embed"})

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import DistributedType
-from huggingface_hub.constants import HF_HOME
 
 from flexdpo.objective.reference import precompute_reference
 from flexdpo.objective.reference_cache import ReferenceCache, ReferenceIdentity
+from flexdpo.training.cache import cache_folder
 from flexdpo.training.data import group_from_row
 from flexdpo.training.step import REFERENCE_COLUMN, REFERENCE_PAIR_COLUMN
 
@@ -28,7 +27,7 @@ def cache_root(config: DPOConfig) -> Path:
     """Where reference values are kept: the setting, ``FLEXDPO_CACHE``, or a folder beside the hub's cache."""
     if config.precompute_ref_cache_dir is not None:
         return Path(config.precompute_ref_cache_dir)
-    return Path(os.environ.get("FLEXDPO_CACHE", Path(HF_HOME) / "flexdpo")) / "reference_logps"
+    return cache_folder("reference_logps")
 
 
 # all processes gather a sharded weight together, so all must ask for it equally often
@@ -45,6 +44,7 @@ class Precompute:
         run: Log-probabilities of a row under the reference.
         model: Fingerprint of the reference's weights, adapter included.
         tokenizer: Fingerprint of the tokenizer.
+        max_tokens_per_row: Longest row.
     """
 
     config: DPOConfig
@@ -52,6 +52,7 @@ class Precompute:
     run: Callable[[Row], ResponseLogps]
     model: str
     tokenizer: str
+    max_tokens_per_row: int | None
 
     def add_columns(self, dataset: Any, name: str) -> Any:
         """Return ``dataset`` with its reference values; one that has them, and ``None``, comes back as it is."""
@@ -64,7 +65,7 @@ class Precompute:
             cache,
             groups,
             self.run,
-            max_tokens_per_row=config.max_tokens_per_row,
+            max_tokens_per_row=self.max_tokens_per_row,
             families_per_row=config.precompute_ref_batch_size or config.per_device_train_batch_size,
             pad_to_multiple_of=config.row_multiple,
             with_beginnings=config.ld_alpha is not None,

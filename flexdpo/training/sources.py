@@ -12,14 +12,14 @@ import lzma
 import os
 import warnings
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import IO, TYPE_CHECKING, Any, Literal, cast, overload
 
 from flexdpo.errors import FlexdpoError, first_line, found, nearest, quoted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
 
 _READER_OF_SUFFIX = {
     ".jsonl": "json",
@@ -37,15 +37,31 @@ _OPENER_OF_SUFFIX: dict[str, Callable[..., Any]] = {
 }
 
 
-def load_preference_dataset(name_or_path: str, *, split: str = "train", config_name: str | None = None) -> Dataset:
+@overload
+def load_preference_dataset(
+    name_or_path: str, *, split: str = "train", config_name: str | None = None, streaming: Literal[False] = False
+) -> Dataset: ...
+
+
+@overload
+def load_preference_dataset(
+    name_or_path: str, *, split: str = "train", config_name: str | None = None, streaming: Literal[True]
+) -> IterableDataset: ...
+
+
+def load_preference_dataset(
+    name_or_path: str, *, split: str = "train", config_name: str | None = None, streaming: bool = False
+) -> Dataset | IterableDataset:
     """Load one split of a dataset from a file, a folder or the Hugging Face hub.
 
     Args:
         name_or_path: A JSONL, JSON, Parquet, CSV or TSV file (JSON and CSV also as .gz, .bz2 or .xz), a folder
             written by ``save_to_disk``, a folder of data files, or a name on the hub. What exists on disk comes first.
         split: Which split; a single file, and a folder with one saved dataset, have the one split ``"train"``. Files
-            and hub names also take slices such as ``"train[:10%]"``.
+            and hub names also take slices such as ``"train[:10%]"``, unless they are streamed.
         config_name: Which configuration of a hub dataset or of a folder of data files.
+        streaming: Read the rows as they are needed, without a copy in the cache; a fault in the data then shows only
+            when its row is reached.
 
     Returns:
         The split, with its columns as stored; cells of a CSV file are text as written, so ``NA`` stays ``"NA"``.
@@ -56,14 +72,14 @@ def load_preference_dataset(name_or_path: str, *, split: str = "train", config_n
     """
     path = Path(name_or_path).expanduser()
     if path.is_dir():
-        dataset = _load_folder(path, split, config_name)
+        dataset = _load_folder(path, split, config_name, streaming)
     elif path.exists():
-        dataset = _load_file(path, split, config_name)
+        dataset = _load_file(path, split, config_name, streaming)
     elif _looks_local(name_or_path):
         raise FlexdpoError(f"{name_or_path}: no such file or folder{_neighbour(path)}")
     else:
-        dataset = _load_from_hub(name_or_path, split, config_name)
-    if len(dataset) == 0:
+        dataset = _load_from_hub(name_or_path, split, config_name, streaming)
+    if not streaming and len(cast("Dataset", dataset)) == 0:
         raise FlexdpoError(f"{name_or_path}: there are no rows; give a dataset with at least one")
     return dataset
 
@@ -98,7 +114,7 @@ def _reader_for(path: Path) -> str | None:
     return None if packed and reader == "parquet" else reader
 
 
-def _load_file(path: Path, split: str, config_name: str | None) -> Dataset:
+def _load_file(path: Path, split: str, config_name: str | None, streaming: bool) -> Dataset | IterableDataset:
     reader = _reader_for(path)
     if reader is None:
         raise FlexdpoError(
@@ -109,10 +125,11 @@ def _load_file(path: Path, split: str, config_name: str | None) -> Dataset:
     if path.stat().st_size == 0:
         raise FlexdpoError(f"{path}: the file is empty")
     options = _csv_options([path]) if reader == "csv" else {}
-    return _load(str(path), [path], reader, split=split, data_files={"train": str(path)}, **options)
+    files = {"train": str(path)}
+    return _load(str(path), [path], reader, split=split, streaming=streaming, data_files=files, **options)
 
 
-def _load_folder(path: Path, split: str, config_name: str | None) -> Dataset:
+def _load_folder(path: Path, split: str, config_name: str | None, streaming: bool) -> Dataset | IterableDataset:
     from datasets import DatasetDict, load_from_disk
 
     if not any((path / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
@@ -129,6 +146,7 @@ def _load_folder(path: Path, split: str, config_name: str | None) -> Dataset:
             str(path.resolve()),
             name=config_name,
             split=split,
+            streaming=streaming,
             **(_csv_options(files) if only_csv else {}),
         )
     try:
@@ -140,14 +158,18 @@ def _load_folder(path: Path, split: str, config_name: str | None) -> Dataset:
     if isinstance(saved, DatasetDict):
         if split not in saved:
             raise FlexdpoError(f"{path}: no split {split!r}; found {quoted(saved)}")
-        return saved[split]
+        return _as_stream(saved[split]) if streaming else saved[split]
     known = dict.fromkeys(["train", *([str(saved.split)] if saved.split else [])])
     if split not in known:
         raise FlexdpoError(f"{path}: no split {split!r}; the folder holds a single one, {quoted(known)}")
-    return saved
+    return _as_stream(saved) if streaming else saved
 
 
-def _load_from_hub(name: str, split: str, config_name: str | None) -> Dataset:
+def _as_stream(saved: Dataset) -> IterableDataset:
+    return saved.to_iterable_dataset()
+
+
+def _load_from_hub(name: str, split: str, config_name: str | None, streaming: bool) -> Dataset | IterableDataset:
     from datasets import config
 
     unreachable = _why_hub_is_unreachable(name)
@@ -156,7 +178,7 @@ def _load_from_hub(name: str, split: str, config_name: str | None) -> Dataset:
             # only the local cache can help now; the library would retry the network for half a minute first
             stack.callback(setattr, config, "HF_HUB_OFFLINE", config.HF_HUB_OFFLINE)
             config.HF_HUB_OFFLINE = True
-        return _load(name, [], name, note=unreachable, name=config_name, split=split)
+        return _load(name, [], name, note=unreachable, name=config_name, split=split, streaming=streaming)
 
 
 def _why_hub_is_unreachable(name: str) -> str:
@@ -173,13 +195,16 @@ def _why_hub_is_unreachable(name: str) -> str:
     return ""
 
 
-def _load(shown: str, files: Sequence[Path], source: str, *, note: str = "", **options: Any) -> Dataset:
+def _load(
+    shown: str, files: Sequence[Path], source: str, *, streaming: bool, note: str = "", **options: Any
+) -> Dataset | IterableDataset:
     """Call ``datasets.load_dataset`` and turn what it raises about the data into one clear error.
 
     Args:
         shown: How errors call the source.
         files: The local files it reads; empty for the hub.
         source: What the library calls its path: a reader, a folder or a hub name.
+        streaming: Open it only.
         note: What is already known to be wrong, in place of the library's own words.
         options: Passed on.
     """
@@ -187,9 +212,11 @@ def _load(shown: str, files: Sequence[Path], source: str, *, note: str = "", **o
     from datasets.exceptions import DatasetsError
 
     try:
-        with _silent_json_reader(), warnings.catch_warnings():
+        with silent_json_reader(), warnings.catch_warnings():
             # a CSV file whose rows have more cells than its header would be read with its columns shifted
             warnings.filterwarnings("error", message="Length of header or names")
+            if streaming:
+                return cast("IterableDataset", load_dataset(source, streaming=True, **options))
             dataset = cast("Dataset", load_dataset(source, **options))
             if any(_READER_OF_SUFFIX[_split_suffixes(file)[0]] == "json" for file in files):
                 # the JSON reader lets bytes through that are not UTF-8, and only a look at the cell trips over them
@@ -215,7 +242,7 @@ def _why_not_loaded(shown: str, files: Sequence[Path], error: Exception, note: s
 
 
 @contextlib.contextmanager
-def _silent_json_reader() -> Iterator[None]:
+def silent_json_reader() -> Iterator[None]:
     """Keep the reader from logging a fault that the caller reports with its line number."""
     logger = logging.getLogger("datasets.packaged_modules.json.json")
     was_disabled, logger.disabled = logger.disabled, True

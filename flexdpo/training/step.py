@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flexdpo.errors import FlexdpoError
+from flexdpo.layout.groups import Group
 from flexdpo.layout.packing import pack_groups
-from flexdpo.objective.logps import ResponseLogps, response_logps
+from flexdpo.layout.row import Row
+from flexdpo.objective.logps import ResponseLogps, require_finite, response_logps
 from flexdpo.objective.objective import BatchTotals, Objective, Reference, ReferenceLogps, surrogate_loss
 from flexdpo.objective.unpaired import with_unrelated_responses
 from flexdpo.training.data import group_from_row
@@ -22,8 +24,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from flexdpo.layout.groups import Group
-    from flexdpo.layout.row import Row
+    from flexdpo.layout.packing import Buckets
 
 ReferenceFn = Callable[["Row"], ResponseLogps]
 REFERENCE_COLUMN = "ref_response_logps"
@@ -39,12 +40,14 @@ class PackedBatch:
         totals: Denominators of the losses over the whole batch.
         reference: Precomputed reference log-probabilities for each row, or ``None``.
         pair_examples: For each row, which example of the batch each of its pairs belongs to.
+        idle_row: The smallest row there is, for processes that run out of rows before the others do.
     """
 
     rows: list[Row]
     totals: BatchTotals
     reference: list[ReferenceLogps] | None = None
     pair_examples: list[list[int]] | None = None
+    idle_row: Row | None = None
 
     @classmethod
     def from_groups(
@@ -53,8 +56,11 @@ class PackedBatch:
         *,
         max_tokens_per_row: int | None = None,
         pad_to_multiple_of: int = 1,
+        buckets: Buckets | None = None,
+        sharing: str = "group",
         reference: Sequence[Sequence[float]] | None = None,
         reference_pairs: Sequence[Sequence[Sequence[float]]] | None = None,
+        with_idle_row: bool = False,
     ) -> PackedBatch:
         """Pack groups, and bring their precomputed reference log-probabilities into row order.
 
@@ -62,17 +68,23 @@ class PackedBatch:
             groups: The examples of the batch.
             max_tokens_per_row: Longest row; ``None`` puts all groups into one.
             pad_to_multiple_of: Rows are padded to a multiple of this many tokens.
+            buckets: Rows are padded to these lengths instead.
+            sharing: ``"group"`` or ``"step"``, see :func:`flexdpo.pack_groups`.
             reference: For each group, one value per response.
             reference_pairs: For each group, chosen and rejected value per preference; only under ``ld_alpha``.
+            with_idle_row: Make :attr:`idle_row`, for processes that must run equal numbers of forward passes.
         """
-        rows = pack_groups(groups, max_tokens_per_row, pad_to_multiple_of=pad_to_multiple_of)
+        rows = pack_groups(
+            groups, max_tokens_per_row, pad_to_multiple_of=pad_to_multiple_of, buckets=buckets, sharing=sharing
+        )
         number_of = {id(group): number for number, group in enumerate(groups)}
         members = [[number_of[id(group)] for group in row.groups] for row in rows]
         values = None
         if reference is not None:
             values = [_reference_of(row, m, reference, reference_pairs) for row, m in zip(rows, members, strict=True)]
         pair_examples = [[number for number in m for _ in groups[number].edges] for m in members]
-        return cls(rows, BatchTotals.of(groups), values, pair_examples)
+        idle = _idle_row(pad_to_multiple_of if buckets is None else buckets.lengths[0]) if with_idle_row else None
+        return cls(rows, BatchTotals.of(groups), values, pair_examples, idle)
 
     @property
     def tokens_run(self) -> int:
@@ -96,7 +108,13 @@ class PackedBatch:
         reference = self.reference and [
             ReferenceLogps(change(sums), None if pairs is None else change(pairs)) for sums, pairs in self.reference
         ]
-        return replace(self, rows=[change(row) for row in self.rows], reference=reference)
+        idle = None if self.idle_row is None else change(self.idle_row)
+        return replace(self, rows=[change(row) for row in self.rows], reference=reference, idle_row=idle)
+
+
+def _idle_row(pad_to_multiple_of: int) -> Row:
+    # token 0 is in every vocabulary
+    return Row.from_groups([Group.from_lists([0], [[0]], edges=())], pad_to_multiple_of=pad_to_multiple_of)
 
 
 def _reference_of(
@@ -125,11 +143,17 @@ class PackingCollator:
         max_tokens_per_row: Longest row in tokens, padding included; ``None`` puts a batch into one row.
         pad_to_multiple_of: Rows are padded to a multiple of this many tokens; 128 is a tile of FlexAttention.
         unrelated_responses: Run other rows' responses behind every prompt too, as the ``kto`` loss needs.
+        buckets: Rows are padded to these few lengths instead, as :func:`~flexdpo.layout.packing.choose_buckets` gives.
+        sharing: ``"group"`` or ``"step"``, see :func:`flexdpo.pack_groups`.
+        with_idle_row: For processes that must run equal numbers of forward passes.
     """
 
     max_tokens_per_row: int | None = None
     pad_to_multiple_of: int = 1
     unrelated_responses: bool = False
+    buckets: Buckets | None = None
+    sharing: str = "group"
+    with_idle_row: bool = False
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return ``{"example_rows": [B] int64, "batch": PackedBatch}``; the first names the dataset rows."""
@@ -140,6 +164,9 @@ class PackingCollator:
             groups,
             max_tokens_per_row=self.max_tokens_per_row,
             pad_to_multiple_of=self.pad_to_multiple_of,
+            buckets=self.buckets,
+            sharing=self.sharing,
+            with_idle_row=self.with_idle_row,
             reference=_column(examples, REFERENCE_COLUMN),
             reference_pairs=_column(examples, REFERENCE_PAIR_COLUMN),
         )
@@ -157,10 +184,14 @@ class BatchLoss:
     Attributes:
         loss: Detached scalar, the unpacked batch's loss.
         metrics: Values of all rows by name, one per pair or response.
+        policy_sums: For each row, the policy's log-probability of every response, ``[R]``, detached.
+        reference_sums: The same under the reference, where it was run.
     """
 
     loss: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
+    policy_sums: list[Tensor] = field(default_factory=list)
+    reference_sums: list[Tensor] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -177,6 +208,8 @@ class Runner:
         no_sync: Entered around every pass but the last, to keep gradient synchronisation for the end.
         autocast: Entered around the forward passes.
         average: Mean of a scalar over all processes, for losses that compare with a mean over the whole batch.
+        agree: The largest of the numbers that all processes give. Sharded models need it, since all processes gather
+            each weight together and so must run equal numbers of passes; losses that couple a batch need it too.
     """
 
     model: nn.Module
@@ -186,14 +219,18 @@ class Runner:
     no_sync: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
     autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
     average: Callable[[Tensor], Tensor] | None = None
+    agree: Callable[[int], int] | None = None
 
     def __call__(self, batch: PackedBatch) -> BatchLoss:
         """Run a batch that is on the model's device."""
-        if self.objective.couples_batch and len(batch.rows) > 1:
-            return self._in_two_passes(batch)
-        losses, metrics = [], []
+        passes = len(batch.rows)
+        if self.agree is not None and batch.idle_row is not None:
+            passes = self.agree(passes)
+        if self.objective.couples_batch and passes > 1:
+            return self._in_two_passes(batch, passes)
+        losses, metrics, policy_sums, reference_sums = [], [], [], []
         for number, row in enumerate(batch.rows):
-            with self._sync(number, batch):
+            with self._sync(number, passes):
                 reference = self._reference(batch, number)
                 policy = self._policy(row)
                 result = self.objective.row_loss(policy, reference, row, batch.totals, average=self.average)
@@ -201,21 +238,49 @@ class Runner:
                     self.backward(result.loss)
             losses.append(result.loss.detach())
             metrics.append(result.metrics)
-        return BatchLoss(
-            torch.stack(losses).sum(), {name: torch.cat([m[name] for m in metrics]) for name in metrics[0]}
-        )
+            policy_sums += _sums(policy)
+            reference_sums += _sums(reference)
+        for number in range(len(batch.rows), passes):
+            with self._sync(number, passes):
+                self._idle_reference(batch)
+                self._idle_policy(batch)
+        merged = {name: torch.cat([m[name] for m in metrics]) for name in metrics[0]}
+        return BatchLoss(torch.stack(losses).sum(), merged, policy_sums, reference_sums)
 
-    def _in_two_passes(self, batch: PackedBatch) -> BatchLoss:
+    def _in_two_passes(self, batch: PackedBatch, passes: int) -> BatchLoss:
         """Where a row's gradient depends on the others: all values first, then every row again with its gradient."""
+        idle = range(len(batch.rows), passes)
+        # the reference's passes all come first, so that processes gather the same weights at the same time
         references = [self._reference(batch, number) for number in range(len(batch.rows))]
+        for _ in idle:
+            self._idle_reference(batch)
         with torch.no_grad():
             first = [self._policy(row) for row in batch.rows]
+            for _ in idle:
+                self._idle_policy(batch)
         found = self.objective.target_gradients(first, references, batch.rows, batch.totals, average=self.average)
         if self.backward is not None:
             for number, (row, gradient) in enumerate(zip(batch.rows, found.targets, strict=True)):
-                with self._sync(number, batch):
+                with self._sync(number, passes):
                     self.backward(surrogate_loss(self._policy(row), gradient))
-        return BatchLoss(found.loss, found.metrics)
+            for number in idle:
+                with self._sync(number, passes):
+                    self._idle_policy(batch)
+        sums = [values for logps in first for values in _sums(logps)]
+        return BatchLoss(found.loss, found.metrics, sums, [values for logps in references for values in _sums(logps)])
+
+    def _idle_reference(self, batch: PackedBatch) -> None:
+        """Take part in the others' reference pass."""
+        if batch.idle_row is not None and batch.reference is None:
+            self._run_reference(batch.idle_row)
+
+    def _idle_policy(self, batch: PackedBatch) -> None:
+        """Take part in the others' pass without adding anything to the gradient."""
+        if batch.idle_row is None:
+            return
+        targets = self._policy(batch.idle_row).targets
+        if self.backward is not None and torch.is_grad_enabled():
+            self.backward(targets.sum() * 0.0)
 
     def _policy(self, row: Row) -> ResponseLogps:
         with self.autocast():
@@ -230,12 +295,46 @@ class Runner:
             raise FlexdpoError(
                 f"loss_type {', '.join(self.objective.loss_type)} needs a reference model or precomputed values"
             )
-        with torch.no_grad(), self.autocast():
-            return self.reference(batch.rows[number])
+        return self._run_reference(batch.rows[number])
 
-    def _sync(self, number: int, batch: PackedBatch) -> AbstractContextManager[Any]:
-        last = number == len(batch.rows) - 1
+    def _run_reference(self, row: Row) -> ResponseLogps | None:
+        if not self.objective.needs_reference or self.reference is None:
+            return None
+        with torch.no_grad(), self.autocast():
+            return self.reference(row)
+
+    def _sync(self, number: int, passes: int) -> AbstractContextManager[Any]:
+        last = number == passes - 1
         return contextlib.nullcontext() if last or self.backward is None else self.no_sync()
+
+
+def _sums(logps: Reference) -> list[Tensor]:
+    return [logps.sums.detach()] if isinstance(logps, ResponseLogps) else []
+
+
+def require_finite_loss(result: BatchLoss, batch: PackedBatch, *, where: str = "", examples: str = "") -> None:
+    """Stop at a loss that is not finite, naming the example that made it so; waits for the device once.
+
+    Args:
+        result: Of the batch.
+        batch: The batch.
+        where: For instance ``"step 12"``.
+        examples: Names the batch's examples, for a loss that no log-probability explains.
+
+    Raises:
+        FlexdpoError: naming the place, the example and the response.
+    """
+    if bool(torch.isfinite(result.loss)):
+        return
+    for sums, row in zip(result.policy_sums, batch.rows, strict=True):
+        require_finite(sums, row, where=where)
+    for sums, row in zip(result.reference_sums, batch.rows, strict=False):
+        require_finite(sums, row, model="the reference", where=where)
+    names = examples or "the groups " + ", ".join(group.name for row in batch.rows for group in row.groups)
+    raise FlexdpoError(
+        f"{where}{': ' if where else ''}the loss is not finite though every log-probability is, in the batch of "
+        f"{names}; a smaller beta or a lower learning rate keeps it finite"
+    )
 
 
 def run_batch(model: nn.Module, batch: PackedBatch, objective: Objective, **settings: Any) -> BatchLoss:

@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-import json
-from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import logging
 
 from flexdpo.attention.row_mask import Impl
+from flexdpo.attention.settings import kernel_settings_as
 from flexdpo.errors import FlexdpoError
+from flexdpo.hf.compilation import compile_decoder_layers
 from flexdpo.hf.support import prepare_model, unwrap_model
-from flexdpo.objective.logps import require_finite, response_logps
+from flexdpo.objective.logps import response_logps
 from flexdpo.objective.reference_cache import model_fingerprint, tokenizer_fingerprint
 from flexdpo.objective.reference_sync import mix_into_reference
-from flexdpo.training import models
+from flexdpo.training import distribution, models
 from flexdpo.training.checkpoints import data_digest, last_checkpoint, require_same_run, run_record, write_record
 from flexdpo.training.config import DPOConfig
-from flexdpo.training.data import LABELS_COLUMN, TOKENISED_COLUMNS, require_special_tokens, tokenize_preferences
-from flexdpo.training.lengths import require_room, token_counts
+from flexdpo.training.data import LABELS_COLUMN, TOKENISED_COLUMNS, tokenize_preferences
+from flexdpo.training.lengths import has_one_pair_each, predicted_costs, require_room, token_counts
+from flexdpo.training.metrics import MeanMetrics
 from flexdpo.training.precompute import Precompute
 from flexdpo.training.regroup import regroup_by_prompt
+from flexdpo.training.row_plan import RowPlan
+from flexdpo.training.sampling import balance
 from flexdpo.training.step import (
     REFERENCE_COLUMN,
     REFERENCE_PAIR_COLUMN,
@@ -34,6 +36,7 @@ from flexdpo.training.step import (
     PackedBatch,
     PackingCollator,
     Runner,
+    require_finite_loss,
 )
 
 if TYPE_CHECKING:
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
 
     from datasets import Dataset
     from torch import Tensor, nn
+    from torch.utils.data import DataLoader
     from transformers import PreTrainedTokenizerBase
     from transformers.trainer_utils import EvalLoopOutput
 
@@ -95,10 +99,8 @@ class DPOTrainer(Trainer):
         if ref_model is not None and ref_model is model:
             raise FlexdpoError("model and ref_model are the same object; leave ref_model out to get a frozen copy")
         self.objective = args.objective()
-        self._sums: dict[str, dict[str, list[Tensor]]] = {
-            "train": defaultdict(list),
-            "eval": defaultdict(list),
-        }
+        self.impl: Impl = args.attn_impl  # type: ignore[assignment]
+        self._metrics = {"train": MeanMetrics(), "eval": MeanMetrics()}
         # this process's, in training
         self.tokens = {"run": 0, "unshared": 0}
         self._record: dict[str, Any] | None = None
@@ -106,55 +108,42 @@ class DPOTrainer(Trainer):
 
         # adapters draw their first weights from this seed
         set_seed(args.seed)
-        if isinstance(model, str):
-            processing_class = processing_class or models.load_tokenizer(
-                model, trust_remote_code=args.trust_remote_code
-            )
-            init_kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
-            model = models.load_model(model, trust_remote_code=args.trust_remote_code, **init_kwargs)
-        if processing_class is None:
-            name = unwrap_model(model).config._name_or_path
-            if not name:
-                raise FlexdpoError("the model was made in memory, so give its tokenizer as processing_class=")
-            processing_class = models.load_tokenizer(name, trust_remote_code=args.trust_remote_code)
-        require_special_tokens(processing_class)
-        models.require_vocabulary(unwrap_model(model), processing_class)
-        models.warn_of_router_loss(unwrap_model(model))
-
+        model, processing_class = models.load_parts(model, processing_class, args)
         model = self._with_adapter(model, ref_model, peft_config)
-        self.impl: Impl = args.attn_impl  # type: ignore[assignment]
         prepare_model(model, impl=self.impl)
         reference = self._reference_for(model, ref_model, args)
-        if args.disable_dropout:
-            for part in (model, reference):
-                if part is not None:
-                    models.disable_dropout(part)
-        self._tokenizer_settings: dict[str, Any] = {
-            "max_length": args.max_length,
-            "truncation_mode": args.truncation_mode,
-            "num_proc": args.dataset_num_proc,
-        }
-        self._row_limit = (args.max_tokens_per_row, args.row_multiple)
-        self._main_process_first, self._regroup = args.main_process_first, args.regroup_prompts
+        for part in (model, reference):
+            if part is not None and args.disable_dropout:
+                models.disable_dropout(part)
+            if part is not None and args.compile_layers:
+                compile_decoder_layers(part, **args.compile_options)
         precompute = args.precompute_ref_log_probs and self.objective.needs_reference
+        # taken before the weights are moved, wrapped or sharded
         fingerprint = self._fingerprint(model, reference) if precompute else ""
+
+        self._start_settings = args
+        train_data = self._tokenised(train_dataset, processing_class, "train", model)
+        eval_data = self._tokenised_all(eval_dataset, processing_class, model)
+        self.row_plan = self._plan_rows(train_data, eval_data, model, reference is not None)
+        collator = PackingCollator(
+            unrelated_responses=self.objective.needs_unrelated_responses, **self.row_plan.collation
+        )
         super().__init__(
             model=model,
             args=args,
-            data_collator=PackingCollator(
-                args.max_tokens_per_row, args.row_multiple, self.objective.needs_unrelated_responses
-            ),
-            train_dataset=self._tokenised(train_dataset, processing_class, "train", model),
-            eval_dataset=self._tokenised_all(eval_dataset, processing_class, model),
+            data_collator=collator,
+            train_dataset=train_data,
+            eval_dataset=eval_data,
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
         )
         # the loss is a mean over pairs, scaled for accumulation like any other
         self.model_accepts_loss_kwargs = False
-        if reference is not None:
-            reference = self.accelerator.prepare_model(reference, evaluation_mode=True)
-        self.ref_model = reference
+        distribution.require_supported(self.accelerator)
+        self._in_step = distribution.runs_in_step(self.accelerator)
+        self.data_collator: Any = replace(collator, with_idle_row=self._in_step)
+        self.ref_model = None if reference is None else distribution.place_reference(reference, self.accelerator)
         if precompute:
             self._precompute(fingerprint)
         if args.sync_ref_model:
@@ -180,8 +169,17 @@ class DPOTrainer(Trainer):
             ref_model.requires_grad_(False)
             evaluated: nn.Module = ref_model.eval()
             return evaluated
-        if models.is_peft_model(model) or args.precompute_ref_log_probs:
-            # the adapter is switched off, or the policy itself is the reference before its first step
+        sharded = bool(args.fsdp or args.deepspeed)
+        if models.is_peft_model(model):
+            if sharded and args.precompute_ref_log_probs:
+                raise FlexdpoError(
+                    "precompute_ref_log_probs with an adapter would run the whole model in every process before it is "
+                    "sharded; leave it out, an adapter's reference takes no memory"
+                )
+            # the adapter is switched off
+            return None
+        if args.precompute_ref_log_probs and not sharded:
+            # the policy itself is the reference before its first step
             return None
         return models.frozen_copy(model)
 
@@ -223,24 +221,50 @@ class DPOTrainer(Trainer):
     ) -> Dataset | None:
         if dataset is None:
             return None
+        args = self._start_settings
         # one process fills the cache that the others read
-        with self._main_process_first(desc=f"tokenising {name}"):
-            tokenised = tokenize_preferences(dataset, tokenizer, name=name, **self._tokenizer_settings)
-            data = regroup_by_prompt(tokenised.dataset) if self._regroup else tokenised.dataset
+        with args.main_process_first(desc=f"tokenising {name}"):
+            tokenised = tokenize_preferences(
+                dataset,
+                tokenizer,
+                name=name,
+                max_length=args.max_length,
+                truncation_mode=args.truncation_mode,
+                num_proc=args.dataset_num_proc,
+            )
+            data = regroup_by_prompt(tokenised.dataset) if args.regroup_prompts else tokenised.dataset
         report = tokenised.report
         # what was left out is said at a level that transformers shows by default
         (logger.warning if report.skipped or report.notes else logger.info)(report.summary())
         self.data_reports[name] = report
         models.require_positions(unwrap_model(model), report.longest)
-        max_tokens_per_row, multiple = self._row_limit
-        if max_tokens_per_row is not None:
-            require_room(data, max_tokens_per_row, multiple)
+        budget = args.max_tokens_per_row
+        if isinstance(budget, int):
+            require_room(data, budget, args.row_multiple)
         return data
 
     def _tokenised_all(self, dataset: Any, tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> Any:
         if isinstance(dataset, dict):
             return {name: self._tokenised(part, tokenizer, name, model) for name, part in dataset.items()}
         return self._tokenised(dataset, tokenizer, "eval", model)
+
+    def _plan_rows(self, train_data: Any, eval_data: Any, model: nn.Module, reference: bool) -> RowPlan:
+        args = self._start_settings
+        datasets = [train_data, *(eval_data.values() if isinstance(eval_data, dict) else [eval_data])]
+        sized = [data for data in datasets if hasattr(data, "num_rows")]
+        longest = 0
+        if args.max_tokens_per_row == "auto":
+            longest = max((int(token_counts(data, shared=True).max()) for data in sized), default=0)
+        plan = RowPlan.of(
+            args,
+            unwrap_model(model),
+            reference=reference,
+            longest=longest,
+            shards=args.world_size if args.fsdp or args.deepspeed else 1,
+        )
+        return plan.with_buckets(
+            sized[0] if sized else None, args, unrelated_responses=self.objective.needs_unrelated_responses
+        )
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = [*TOKENISED_COLUMNS, LABELS_COLUMN, REFERENCE_COLUMN, REFERENCE_PAIR_COLUMN]
@@ -253,6 +277,16 @@ class DPOTrainer(Trainer):
             dataset = dataset.add_column(name, token_counts(dataset, shared=False))
         return super()._get_train_sampler(dataset)
 
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """As ``Trainer``'s, with each step's pairs dealt out to the processes by what they cost."""
+        loader: DataLoader[Any] = super().get_train_dataloader()
+        args = self.args
+        wanted = args.balance_processes and args.world_size > 1 and self.objective.is_mean_over_pairs
+        if wanted and hasattr(self.train_dataset, "num_rows") and has_one_pair_each(self.train_dataset):
+            hidden = unwrap_model(self.model).config.get_text_config().hidden_size
+            balance(loader, predicted_costs(self.train_dataset, hidden), args.world_size)
+        return loader
+
     def _precompute(self, fingerprint: str) -> None:
         was_training = self.model.training
         self.model.eval()
@@ -262,12 +296,14 @@ class DPOTrainer(Trainer):
                 return self.reference_logps(row)
 
         tokenizer = tokenizer_fingerprint(self.processing_class)
-        work = Precompute(self.args, self.accelerator, run, fingerprint, tokenizer)
-        self.train_dataset = work.add_columns(self.train_dataset, "train")
-        if isinstance(self.eval_dataset, dict):
-            self.eval_dataset = {name: work.add_columns(part, name) for name, part in self.eval_dataset.items()}
-        else:
-            self.eval_dataset = work.add_columns(self.eval_dataset, "eval")
+        work = Precompute(self.args, self.accelerator, run, fingerprint, tokenizer, self.row_plan.max_tokens_per_row)
+        # rows of a whole dataset come in all lengths
+        with kernel_settings_as(replace(self.row_plan.kernels, lengths="dynamic")):
+            self.train_dataset = work.add_columns(self.train_dataset, "train")
+            if isinstance(self.eval_dataset, dict):
+                self.eval_dataset = {name: work.add_columns(part, name) for name, part in self.eval_dataset.items()}
+            else:
+                self.eval_dataset = work.add_columns(self.eval_dataset, "eval")
         self.model.train(was_training)
         self.ref_model = None
 
@@ -283,21 +319,37 @@ class DPOTrainer(Trainer):
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
-        batch = self._prepare_inputs(inputs)["batch"].to(self.args.device)
+        batch = self._on_device(inputs)
         scale = 1.0 / self.current_gradient_accumulation_steps
+        options = distribution.backward_options(self.accelerator)
 
         def backward(loss: Tensor) -> None:
-            self.accelerator.backward(loss * scale)
+            self.accelerator.backward(loss * scale, **options)
 
-        runner = replace(self._runner(model), backward=backward, no_sync=lambda: self.accelerator.no_sync(model))
-        result = runner(batch)
-        if not torch.isfinite(result.loss):
-            self._explain_loss(runner, batch, inputs)
+        runner = replace(
+            self._runner(model),
+            backward=backward,
+            no_sync=lambda: distribution.held_gradients(self.accelerator, model),
+        )
+        with kernel_settings_as(self.row_plan.kernels):
+            result = runner(batch)
+        rows = ", ".join(str(row) for row in inputs["example_rows"].tolist())
+        require_finite_loss(
+            result,
+            batch,
+            where=f"step {self.state.global_step + 1}",
+            examples=f"the dataset's rows {rows} (counted from 0)",
+        )
         self.tokens["run"] += batch.tokens_run
         self.tokens["unshared"] += batch.tokens_unshared
-        self._remember("train", result)
+        self._metrics["train"].add(result.metrics)
         step_loss: Tensor = (result.loss * scale).to(torch.float32)
         return step_loss
+
+    def _on_device(self, inputs: dict[str, Any]) -> PackedBatch:
+        batch: PackedBatch = self._prepare_inputs(inputs)["batch"]
+        # the copies need not wait for each other: the data loader pinned their memory
+        return batch.to(self.args.device, non_blocking=True)
 
     def compute_loss(
         self,
@@ -309,8 +361,8 @@ class DPOTrainer(Trainer):
         """Compute the loss of a batch without a backward pass."""
         if return_outputs:
             raise FlexdpoError("a packed batch has no outputs per example; use return_outputs=False")
-        batch = inputs["batch"].to(self.args.device)
-        return self._runner(model)(batch).loss
+        with kernel_settings_as(self.row_plan.kernels):
+            return self._runner(model)(self._on_device(inputs)).loss
 
     def _runner(self, model: nn.Module) -> Runner:
         return Runner(
@@ -319,6 +371,7 @@ class DPOTrainer(Trainer):
             reference=self.reference_logps,
             autocast=self.compute_loss_context_manager,
             average=lambda value: self.accelerator.reduce(value, reduction="mean"),
+            agree=(lambda rows: distribution.largest(self.accelerator, rows)) if self._in_step else None,
         )
 
     def prediction_step(
@@ -329,26 +382,11 @@ class DPOTrainer(Trainer):
         ignore_keys: list[str] | None = None,  # noqa: ARG002
     ) -> tuple[Tensor, None, None]:
         """Compute the loss and the metrics of an evaluation batch."""
-        batch = self._prepare_inputs(inputs)["batch"].to(self.args.device)
-        with torch.no_grad():
-            result = self._runner(model)(batch)
-        self._remember("eval", result, self._distinct_pairs(batch))
+        batch = self._on_device(inputs)
+        with torch.no_grad(), kernel_settings_as(self.row_plan.kernels):
+            result: BatchLoss = self._runner(model)(batch)
+        self._metrics["eval"].add(result.metrics, self._distinct_pairs(batch))
         return result.loss.to(torch.float32), None, None
-
-    def _explain_loss(self, runner: Runner, batch: PackedBatch, inputs: dict[str, Any]) -> NoReturn:
-        """Stop at a loss that is not finite, naming the step and the example that made it so."""
-        step = f"step {self.state.global_step + 1}"
-        with torch.no_grad():
-            for row in batch.rows:
-                with self.compute_loss_context_manager():
-                    require_finite(response_logps(runner.model, row), row, where=step)
-                if self.objective.needs_reference and batch.reference is None:
-                    require_finite(self.reference_logps(row), row, model="the reference", where=step)
-        rows = ", ".join(str(row) for row in inputs["example_rows"].tolist())
-        raise FlexdpoError(
-            f"{step}: the loss is not finite though every log-probability is, in the batch of the dataset's rows "
-            f"{rows} (counted from 0); a smaller beta or a lower learning rate keeps it finite"
-        )
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
         """Floating-point operations of a training step on the tokens that really run (6 per token and parameter)."""
@@ -393,12 +431,6 @@ class DPOTrainer(Trainer):
 
     # --- metrics -----------------------------------------------------------------------------------------------------
 
-    def _remember(self, mode: str, result: BatchLoss, kept: Tensor | None = None) -> None:
-        for name, values in result.metrics.items():
-            counted = values if kept is None else values[kept]
-            if len(counted):
-                self._sums[mode][name].append(torch.stack([counted.sum(), counted.new_tensor(len(counted))]))
-
     def _distinct_pairs(self, batch: PackedBatch) -> Tensor | None:
         """Which pairs of an evaluation batch count: all but the repeats that fill up the last batch of some ranks."""
         state = self.accelerator.gradient_state
@@ -409,22 +441,10 @@ class DPOTrainer(Trainer):
         examples = [example for row in batch.pair_examples or [] for example in row]
         return torch.tensor([example < distinct for example in examples], dtype=torch.bool, device=self.args.device)
 
-    def _collect(self, mode: str) -> dict[str, float]:
-        """Means over all pairs since the last call, on all processes."""
-        # a rank without a single pair still takes part, so the names come from all of them
-        names = sorted({name for part in gather_object([sorted(self._sums[mode])]) for name in part})
-        if not names:
-            return {}
-        nothing = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        totals = torch.stack([sum(self._sums[mode][name], nothing) for name in names])
-        self._sums[mode].clear()
-        totals = self.accelerator.reduce(totals, reduction="sum")
-        return {name: (total / count).item() for name, (total, count) in zip(names, totals, strict=True)}
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the training metrics added to the lines that carry a training loss."""
         if "loss" in logs:
-            logs.update(self._collect("train"))
+            logs.update(self._metrics["train"].collect(self.accelerator))
             tokens = torch.tensor(list(self.tokens.values()), device=self.args.device)
             run, unshared = self.accelerator.reduce(tokens, reduction="sum").tolist()
             logs.update({"tokens/run": run, "tokens/unshared": unshared})
@@ -432,10 +452,10 @@ class DPOTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Evaluate as ``Trainer`` does, with the preference metrics added."""
-        self._sums["eval"].clear()
+        self._metrics["eval"].clear()
         output: EvalLoopOutput = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._collect("eval").items()}
-        output.metrics.update(metrics)
+        found = self._metrics["eval"].collect(self.accelerator)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
         return output
 
     def evaluate(
@@ -460,24 +480,3 @@ class _SyncReference(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:  # noqa: ARG002
         if state.global_step % args.ref_model_sync_steps == 0:
             mix_into_reference(self.reference, model, args.ref_model_mixup_alpha)
-
-
-class MetricsFile(TrainerCallback):
-    """Appends every logged line to a JSONL file, one object per line.
-
-    Args:
-        path: The file; an existing one is continued.
-        extra: Fields added to every line.
-    """
-
-    def __init__(self, path: Path | str, **extra: Any) -> None:
-        self.path = Path(path)
-        self.extra = extra
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:  # noqa: ARG002
-        """Write one line, on the main process only."""
-        if logs is None or not state.is_world_process_zero:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, **self.extra, **logs}) + "\n")

@@ -17,7 +17,7 @@ from transformers import MambaConfig, MambaForCausalLM, MixtralConfig, MixtralFo
 from flexdpo import DPOConfig, DPOTrainer, FlexdpoError, UnsupportedModelError
 from flexdpo.objective.objective import LOSS_TYPES
 from flexdpo.training.lengths import token_counts
-from flexdpo.training.trainer import MetricsFile
+from flexdpo.training.metrics import MetricsFile
 
 
 def settings(folder: Path, **changes: Any) -> DPOConfig:

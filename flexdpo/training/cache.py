@@ -1,0 +1,76 @@
+"""Where prepared data is kept between runs, and under which name: another source or setting is another file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub.constants import HF_HOME
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+
+def cache_folder(name: str) -> Path:
+    """A folder under ``FLEXDPO_CACHE``, or else beside the hub's cache; it need not exist yet."""
+    return Path(os.environ.get("FLEXDPO_CACHE", Path(HF_HOME) / "flexdpo")) / name
+
+
+def map_settings(dataset: Dataset, parts: tuple[object, ...], folder: str) -> dict[str, Any]:
+    """Tell ``Dataset.map`` where its result is kept, so that the same work in another process finds it.
+
+    By itself ``datasets`` keeps the result beside the source's own files, under a name that depends on the pickled
+    function, and forgets what was made of a dataset in memory at the end of the process.
+
+    Args:
+        dataset: The source; its fingerprint stands for its content.
+        parts: All else that decides the result, as plain values.
+        folder: Name of our own folder for what cannot lie beside its source, which may be in memory, or a shared folder
+            that nobody may write to.
+
+    Returns:
+        Keyword arguments of ``Dataset.map``.
+    """
+    from datasets import is_caching_enabled
+
+    fingerprint = hashlib.blake2b(repr((dataset._fingerprint, parts)).encode(), digest_size=8).hexdigest()
+    if not is_caching_enabled():
+        return {"new_fingerprint": fingerprint}
+    beside = [Path(file["filename"]).parent for file in dataset.cache_files[:1]]
+    for place in (*beside, cache_folder(folder)):
+        if _may_write(place):
+            return {"new_fingerprint": fingerprint, "cache_file_name": str(place / f"cache-{fingerprint}.arrow")}
+    return {"new_fingerprint": fingerprint, "keep_in_memory": True}
+
+
+def _may_write(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """All that decides what a tokenizer makes of a text, in a few letters, the same in every process.
+
+    What a call with ``padding=`` or ``truncation=`` leaves behind in it has no say.
+    """
+    about: dict[str, Any] = {
+        "class": f"{type(tokenizer).__module__}.{type(tokenizer).__qualname__}",
+        "special": {name: str(value) for name, value in tokenizer.special_tokens_map.items()},
+        "chat_template": tokenizer.chat_template,
+        "split_special_tokens": getattr(tokenizer, "split_special_tokens", None),
+    }
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        about["backend"] = {**json.loads(backend.to_str()), "padding": None, "truncation": None}
+    else:
+        from datasets.fingerprint import Hasher
+
+        about["pickled"] = Hasher.hash(tokenizer)
+    return hashlib.blake2b(json.dumps(about, sort_keys=True, default=repr).encode(), digest_size=16).hexdigest()

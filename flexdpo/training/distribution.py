@@ -1,0 +1,109 @@
+"""Several processes: sharded references, gradients held back until the last row, and equal numbers of passes."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import DistributedType
+
+from flexdpo.errors import FlexdpoError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from accelerate import Accelerator
+    from torch import nn
+
+# all processes gather a sharded weight together, and DeepSpeed reduces gradients in every backward pass
+_IN_STEP = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
+def runs_in_step(accelerator: Accelerator) -> bool:
+    """Whether all processes must run equal numbers of passes."""
+    return accelerator.distributed_type in _IN_STEP and accelerator.num_processes > 1
+
+
+def largest(accelerator: Accelerator, value: int) -> int:
+    """The largest of the numbers that all processes give."""
+    number = torch.tensor(value, device=accelerator.device)
+    torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
+    return int(number)
+
+
+@contextlib.contextmanager
+def held_gradients(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
+    """Add to the gradients of this process alone, as for every row but a step's last.
+
+    Inside a step that holds them back as a whole (gradient accumulation), there is nothing left to do. DeepSpeed takes
+    its optimizer step in the backward pass, so it must be told too.
+    """
+    if not accelerator.sync_gradients:
+        yield
+        return
+    accelerator.gradient_state._set_sync_gradients(False)
+    try:
+        with accelerator.no_sync(model):
+            yield
+    finally:
+        accelerator.gradient_state._set_sync_gradients(True)
+
+
+def backward_options(accelerator: Accelerator) -> dict[str, Any]:
+    """What ``accelerator.backward`` must be told by a caller that scales for accumulation itself."""
+    return {"scale_wrt_gas": False} if accelerator.distributed_type == DistributedType.DEEPSPEED else {}
+
+
+def require_supported(accelerator: Accelerator) -> None:
+    """Refuse FSDP of the first version, whose flat parameters have no head that could be used directly.
+
+    Raises:
+        FlexdpoError: naming the setting.
+    """
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise FlexdpoError("FSDP version 1 is not supported; set fsdp_config={'version': 2} (FSDP2)")
+
+
+def place_reference(reference: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """Put a frozen reference model where the policy will be: on the device, sharded under FSDP2 and DeepSpeed."""
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return _fully_sharded(reference, accelerator)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return _deepspeed_engine(reference, accelerator)
+    placed: nn.Module = accelerator.prepare_model(reference, evaluation_mode=True)
+    return placed
+
+
+def _fully_sharded(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    plugin = accelerator.state.fsdp_plugin
+    mesh = getattr(accelerator, "torch_device_mesh", None)
+    options = {
+        "reshard_after_forward": plugin.reshard_after_forward,
+        "offload_policy": plugin.cpu_offload,
+        "mp_policy": plugin.mixed_precision_policy or MixedPrecisionPolicy(),
+        "mesh": mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)] if mesh is not None else None,
+    }
+    # layer by layer, so that only one layer's weights are ever whole
+    layers = set(getattr(model, "_no_split_modules", None) or ())
+    for module in [part for part in model.modules() if type(part).__name__ in layers]:
+        fully_shard(module, **options)
+    fully_shard(model, **options)
+    return model.eval()
+
+
+def _deepspeed_engine(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+    import deepspeed
+
+    config = copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config)
+    # an engine that only looks: ZeRO-3 shards its weights like the policy's, the lower stages have nothing to shard
+    for training_only in ("optimizer", "scheduler"):
+        config.pop(training_only, None)
+    config["zero_optimization"].pop("offload_optimizer", None)
+    if config["zero_optimization"]["stage"] != 3:
+        config["zero_optimization"] = {"stage": 0}
+    engine: nn.Module = deepspeed.initialize(model=model, config=config)[0]
+    return engine.eval()

@@ -1,0 +1,453 @@
+"""How much memory training takes, predicted from a model's shape, and the longest row that fits.
+
+Everything but the activations is arithmetic. Activations are counted tensor by tensor: what autograd keeps of a
+decoder layer for its backward pass, in bytes per token. Attention keeps nothing that grows with the square of a row,
+and logits exist a chunk at a time, so memory is linear in the tokens of the longest row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from flexdpo.errors import FlexdpoError, first_line, found
+from flexdpo.objective.linear_logps import targets_per_chunk
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from transformers import TrainingArguments
+
+# tokens to a side of a tile of FlexAttention
+TILE = 128
+# what is left free: the allocator's fragments, other processes on the device, and what the count does not see
+MARGIN = 0.12
+# a row longer than this gains nothing: kernels are long since busy, and tile tables grow with its square
+LONGEST_ROW = 1 << 18
+# bytes of optimizer state per trained parameter, beside those kept in the parameter's own dtype
+_STATE_BYTES = {"adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2, "lion_8bit": 1, "paged_lion_8bit": 1}
+# states per trained parameter in the parameter's own dtype; what is not named here is taken for AdamW, which has two
+_STATES = {
+    "sgd": 0,
+    "adafactor": 0,
+    "adagrad": 1,
+    "rmsprop": 1,
+    "lion_32bit": 1,
+    "paged_lion_32bit": 1,
+    **dict.fromkeys(_STATE_BYTES, 0),
+}
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """The numbers of a causal LM that its memory depends on.
+
+    Attributes:
+        name: What messages call it.
+        parameters: All parameters; tied ones once.
+        hidden: Hidden size.
+        intermediate: Width of the feed-forward layers that a token passes; all its experts together.
+        layers: Decoder layers.
+        heads: Query heads.
+        key_heads: Key heads.
+        head_dim: Head size.
+        vocabulary: Words.
+        gated: Whether the feed-forward layers multiply a gate in (``SwiGLU``), or are two plain matrices.
+        layer_norm: Whether norms are torch's fused ``LayerNorm``; otherwise ``RMSNorm`` written out in Python.
+        head_norms: Whether queries and keys are normalised head by head.
+    """
+
+    name: str
+    parameters: int
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    key_heads: int
+    head_dim: int
+    vocabulary: int
+    gated: bool = True
+    layer_norm: bool = False
+    head_norms: bool = False
+
+    @classmethod
+    def of(cls, model_or_config: Any) -> ModelSize:
+        """Read the numbers off a model, a transformers config, or another ``ModelSize``.
+
+        From a config the model is made without memory (on torch's ``meta`` device), so that parameters are counted and
+        not estimated.
+
+        Raises:
+            FlexdpoError: if it is none of these, or no causal LM can be made of the config.
+        """
+        if isinstance(model_or_config, cls):
+            return model_or_config
+        model = model_or_config if isinstance(model_or_config, torch.nn.Module) else _without_memory(model_or_config)
+        inner: Any = model
+        while not hasattr(inner, "config") and hasattr(inner, "module"):
+            inner = inner.module
+        config = inner.config.get_text_config()
+        heads = int(config.num_attention_heads)
+        names = [name for name, _ in inner.named_modules()]
+        return cls(
+            name=str(getattr(config, "_name_or_path", "") or config.model_type),
+            parameters=sum(parameter.numel() for parameter in inner.parameters()),
+            hidden=int(config.hidden_size),
+            intermediate=_intermediate(config),
+            layers=int(config.num_hidden_layers),
+            heads=heads,
+            key_heads=int(getattr(config, "num_key_value_heads", None) or heads),
+            head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
+            vocabulary=int(config.vocab_size),
+            gated=any(name.endswith(("gate_proj", "gate_up_proj", "experts")) for name in names),
+            layer_norm=any(isinstance(module, torch.nn.LayerNorm) for module in inner.modules()),
+            head_norms=any(name.endswith(("q_norm", "q_layernorm")) for name in names),
+        )
+
+
+def _without_memory(config: Any) -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+    if not isinstance(config, PreTrainedConfig):
+        raise FlexdpoError(f"expected a model, a transformers config or a ModelSize, got {found(config)}")
+    try:
+        with torch.device("meta"):
+            model: torch.nn.Module = AutoModelForCausalLM.from_config(config)
+    except (ValueError, TypeError, KeyError) as error:
+        raise FlexdpoError(f"no causal LM can be made of a {type(config).__name__}: {first_line(error)}") from error
+    return model
+
+
+def _intermediate(config: Any) -> int:
+    """Width of the feed-forward layers that one token passes."""
+    experts = getattr(config, "num_experts_per_tok", None)
+    if experts:
+        width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+        return int(experts) * int(width) + int(getattr(config, "shared_expert_intermediate_size", None) or 0)
+    for name in ("intermediate_size", "n_inner", "ffn_dim"):
+        if getattr(config, name, None):
+            return int(getattr(config, name))
+    return 4 * int(config.hidden_size)
+
+
+@dataclass(frozen=True)
+class TrainingSetup:
+    """How a model is trained, as far as memory depends on it.
+
+    Attributes:
+        weight_bytes: Bytes of a weight, of its gradient and of each optimizer state: 4 for float32, 2 for bfloat16.
+        compute_bytes: Bytes of an activation; below ``weight_bytes`` under mixed precision (``bf16=True`` on float32
+            weights).
+        gradient_checkpointing: Whether layers run again in the backward pass instead of keeping their activations.
+        reference: Whether a frozen copy of the weights is kept as the reference: not with an adapter, nor with
+            precomputed reference log-probabilities.
+        trainable: Parameters that get gradients; ``None`` for all.
+        optimizer: As ``TrainingArguments.optim`` names it.
+        shards: Processes that share weights, gradients and optimizer states (FSDP, ZeRO-3).
+        device_type: ``"cuda"`` or ``"cpu"``, which decides how many logits exist at a time.
+    """
+
+    weight_bytes: int = 4
+    compute_bytes: int = 4
+    gradient_checkpointing: bool = False
+    reference: bool = True
+    trainable: int | None = None
+    optimizer: str = "adamw_torch"
+    shards: int = 1
+    device_type: str = "cpu"
+
+    @classmethod
+    def from_arguments(
+        cls, args: TrainingArguments, model: torch.nn.Module | None = None, *, reference: bool = True, shards: int = 1
+    ) -> TrainingSetup:
+        """The setup of a training run.
+
+        Args:
+            args: The run's settings.
+            model: Its weights tell dtype and which of them are trained; without one, float32 and all.
+            reference: Whether a frozen copy of the weights is kept.
+            shards: See the attribute.
+        """
+        trained = None if model is None else [p for p in model.parameters() if p.requires_grad]
+        # an adapter is trained in float32 beside frozen weights in half precision; the many decide
+        weight_bytes = 4 if model is None else max(model.parameters(), key=lambda p: p.numel()).element_size()
+        half = bool(args.bf16 or args.fp16)
+        return cls(
+            weight_bytes=weight_bytes,
+            compute_bytes=min(2, weight_bytes) if half else weight_bytes,
+            gradient_checkpointing=bool(args.gradient_checkpointing),
+            reference=reference,
+            trainable=None if trained is None else sum(p.numel() for p in trained),
+            optimizer=str(getattr(args.optim, "value", args.optim)),
+            shards=shards,
+            device_type=args.device.type,
+        )
+
+
+@dataclass(frozen=True)
+class MemoryPrediction:
+    """Predicted bytes of one process at the peak of a training step.
+
+    Attributes:
+        weights: The policy's.
+        gradients: Of the trained weights.
+        optimizer: States of the optimizer.
+        reference: The frozen copy.
+        activations: What autograd keeps of all tokens of the longest row.
+        working: What exists for a while on top: a chunk of logits, or the gradients inside a layer; copies of weights
+            in the dtype of mixed precision.
+        tokens: Of the longest row, for which the last two hold.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    reference: int
+    activations: int
+    working: int
+    tokens: int
+
+    @property
+    def fixed(self) -> int:
+        """What does not depend on the row."""
+        return self.weights + self.gradients + self.optimizer + self.reference
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.fixed + self.activations + self.working
+
+
+def predict_memory(
+    model_or_config: Any, tokens: int, setup: TrainingSetup | None = None, *, targets: int | None = None
+) -> MemoryPrediction:
+    """Predict the memory of a training step whose longest row has ``tokens`` tokens, padding included.
+
+    Args:
+        model_or_config: See :meth:`ModelSize.of`.
+        tokens: Of the longest row; rows of a step run one after another.
+        setup: How it is trained; by default float32 with AdamW and a frozen reference.
+        targets: Response tokens of that row; by default all of them.
+    """
+    size, setup = ModelSize.of(model_or_config), setup or TrainingSetup()
+    trainable = size.parameters if setup.trainable is None else setup.trainable
+    weights = size.parameters * setup.weight_bytes
+    targets = tokens if targets is None else targets
+    kept, working = _row_bytes(size, setup, tokens, targets)
+    return MemoryPrediction(
+        weights=weights // setup.shards,
+        gradients=trainable * setup.weight_bytes // setup.shards,
+        optimizer=trainable * _optimizer_bytes(setup) // setup.shards,
+        reference=weights // setup.shards if setup.reference else 0,
+        activations=kept,
+        working=working,
+        tokens=tokens,
+    )
+
+
+def predict_padded_memory(model_or_config: Any, tokens: int, setup: TrainingSetup | None = None) -> MemoryPrediction:
+    """The same for an ordinary step on a padded batch of ``tokens`` tokens, with logits at all of them.
+
+    The logits and their gradient exist whole, and half-precision logits a third time as log-probabilities.
+    """
+    size, setup = ModelSize.of(model_or_config), setup or TrainingSetup()
+    packed = predict_memory(size, tokens, setup, targets=0)
+    logits = tokens * size.vocabulary * setup.compute_bytes
+    kept = logits * (2 if setup.compute_bytes < 4 else 1)
+    layer = _working_bytes(size, setup) * tokens
+    return MemoryPrediction(
+        packed.weights,
+        packed.gradients,
+        packed.optimizer,
+        packed.reference,
+        packed.activations + kept,
+        max(logits, layer) + _gathered_bytes(size, setup),
+        tokens,
+    )
+
+
+def _optimizer_bytes(setup: TrainingSetup) -> int:
+    """Bytes of optimizer state per trained parameter."""
+    return _STATES.get(setup.optimizer, 2) * setup.weight_bytes + _STATE_BYTES.get(setup.optimizer, 0)
+
+
+def _row_bytes(size: ModelSize, setup: TrainingSetup, tokens: int, targets: int) -> tuple[int, int]:
+    """What is kept for the backward pass of a row, and what exists on top of it for a while."""
+    layer = kept_bytes_per_layer(size, setup)
+    stream = setup.weight_bytes * size.hidden
+    final = _norm_bytes(size.hidden, size, setup) * tokens + 4 * size.hidden * targets
+    if setup.gradient_checkpointing:
+        kept = size.layers * stream * tokens + final
+        passing = (layer + _working_bytes(size, setup)) * tokens
+    else:
+        kept = size.layers * layer * tokens + final
+        passing = _working_bytes(size, setup) * tokens
+    # six tables with a number for every pair of tiles, and layout vectors
+    masks = 24 * (-(-tokens // TILE)) ** 2 + 64 * tokens
+    return kept + masks, max(passing, _head_bytes(size, setup, targets)) + _gathered_bytes(size, setup)
+
+
+def kept_bytes_per_layer(size: ModelSize, setup: TrainingSetup) -> int:
+    """What autograd keeps of one decoder layer for its backward pass, in bytes per token.
+
+    Two norms; queries, keys and values behind their rotation, the attention's output twice (for its own backward and,
+    transposed, for the matrix behind it) and the normaliser of each head; of a gated feed-forward layer the gate before
+    and behind its activation, the other branch and the product, of a plain one what stands before and behind the
+    activation. Inputs that several matrices share count once.
+    """
+    width, compute = size.heads * size.head_dim, setup.compute_bytes
+    attention = compute * (3 * width + 2 * size.key_heads * size.head_dim) + 4 * size.heads
+    if size.head_norms:
+        attention += (4 + setup.weight_bytes) * (width + size.key_heads * size.head_dim)
+    feed_forward = compute * size.intermediate * (4 if size.gated else _PLAIN_FEED_FORWARD)
+    return 2 * _norm_bytes(size.hidden, size, setup) + attention + feed_forward
+
+
+# GPT-2's activation is written out in Python and keeps its input, half of it, the tanh, one plus that, and the product
+_PLAIN_FEED_FORWARD = 5
+
+
+def _norm_bytes(width: int, size: ModelSize, setup: TrainingSetup) -> int:
+    """Bytes per token of a norm: its input, what it multiplies with its weight, and its output for the next matrix."""
+    if size.layer_norm:
+        return width * (setup.weight_bytes + setup.compute_bytes)
+    # RMSNorm computes in float32
+    return width * (4 + setup.weight_bytes + setup.compute_bytes)
+
+
+def _working_bytes(size: ModelSize, setup: TrainingSetup) -> int:
+    """Bytes per token of the gradients that exist together inside a layer's backward pass."""
+    return setup.compute_bytes * 4 * size.intermediate + (8 + 2 * setup.weight_bytes) * size.hidden
+
+
+def _head_bytes(size: ModelSize, setup: TrainingSetup, targets: int) -> int:
+    """A chunk of logits in float32, its gradient, and the gradients of the head's weight and of the hidden states."""
+    if not targets:
+        return 0
+    chunk = min(targets, targets_per_chunk(size.vocabulary, torch.device(setup.device_type))) * size.vocabulary
+    half = setup.compute_bytes < 4
+    # half matrices are multiplied into float32, whose slope is a second copy of the chunk in half precision
+    logits = chunk * (4 + (2 if half else 0))
+    weight = size.vocabulary * size.hidden * (4 + (4 if half else 0))
+    return logits + weight + 8 * targets * size.hidden
+
+
+def _gathered_bytes(size: ModelSize, setup: TrainingSetup) -> int:
+    """Weights in the dtype of mixed precision, and those of two layers gathered from all shards."""
+    cast = size.parameters * setup.compute_bytes if setup.compute_bytes < setup.weight_bytes else 0
+    gathered = 2 * size.parameters * setup.compute_bytes // max(size.layers, 1) if setup.shards > 1 else 0
+    return cast // setup.shards + gathered
+
+
+# --- what fits -------------------------------------------------------------------------------------------------------
+
+
+def free_memory(device: torch.device | str) -> int:
+    """Bytes that a process can still allocate on a device.
+
+    On CUDA what the driver calls free and what torch's allocator holds unused; elsewhere what the system calls
+    available, and no more than what is left of the container's limit.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(free) + int(unused)
+    import psutil
+
+    available = int(psutil.virtual_memory().available)
+    limit = _left_of_container()
+    return available if limit is None else min(available, limit)
+
+
+def _left_of_container(root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """What is left of a Linux container's memory limit; ``None`` where there is none."""
+    for most, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            limit, taken = (root / most).read_text(encoding="ascii").strip(), (root / used).read_text(encoding="ascii")
+        except OSError:
+            continue
+        # the old interface writes an absurdly large number for "no limit"
+        if limit != "max" and int(limit) < 1 << 60:
+            return max(0, int(limit) - int(taken))
+    return None
+
+
+def auto_row_budget(
+    model_or_config: Any,
+    setup: TrainingSetup | None = None,
+    *,
+    device: torch.device | str,
+    free: int | None = None,
+    resident: Collection[str] = (),
+    margin: float = MARGIN,
+    multiple: int | None = None,
+    longest: int = 0,
+) -> int:
+    """The largest ``max_tokens_per_row`` whose step fits into a device's free memory.
+
+    Args:
+        model_or_config: See :meth:`ModelSize.of`.
+        setup: How it is trained; see :meth:`TrainingSetup.from_arguments`.
+        device: Where it will run.
+        free: Bytes that can be used; by default :func:`free_memory` of the device now.
+        resident: Which parts are in memory already, and so no longer part of what is free: names of the fields of
+            :class:`MemoryPrediction`, for instance ``("weights", "reference")`` once the models have been moved.
+        margin: Share of the free memory that is left alone.
+        multiple: The budget is a multiple of this many tokens; by default 128 on CUDA and 1 elsewhere.
+        longest: Distinct tokens of the longest example, which must fit.
+
+    Returns:
+        Tokens, at most 262,144.
+
+    Raises:
+        FlexdpoError: if not even ``longest`` tokens, or one ``multiple``, fit; the message says what takes the memory.
+    """
+    device = torch.device(device)
+    setup = setup or TrainingSetup(device_type=device.type)
+    size = ModelSize.of(model_or_config)
+    unit = multiple or (TILE if device.type == "cuda" else 1)
+    free = free_memory(device) if free is None else free
+    usable = int(free * (1 - margin))
+
+    def needed(tokens: int) -> int:
+        predicted = predict_memory(size, tokens, setup)
+        return predicted.total - sum(getattr(predicted, part) for part in resident)
+
+    low, high = 0, max(1, LONGEST_ROW // unit)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if needed(middle * unit) <= usable else (low, middle - 1)
+    if low * unit < max(longest, unit):
+        raise FlexdpoError(_no_room(size, setup, max(longest, unit), free, usable, needed(max(longest, unit))))
+    return low * unit
+
+
+def _no_room(size: ModelSize, setup: TrainingSetup, tokens: int, free: int, usable: int, needed: int) -> str:
+    predicted = predict_memory(size, tokens, setup)
+    parts = ", ".join(
+        f"{name} {gigabytes(getattr(predicted, name))}"
+        for name in ("weights", "gradients", "optimizer", "reference", "activations", "working")
+    )
+    ways = ["lower max_length"]
+    if not setup.gradient_checkpointing:
+        ways.append("set gradient_checkpointing=True")
+    if setup.reference:
+        ways.append("set precompute_ref_log_probs=True, which keeps no reference in memory")
+    if setup.trainable is None or setup.trainable == size.parameters:
+        ways.append("train an adapter (peft_config)")
+    return (
+        f"no row fits: {tokens} tokens of {size.name} need about {gigabytes(needed)} more ({parts}), and "
+        f"{gigabytes(usable)} of {gigabytes(free)} free memory can be used; {', or '.join(ways)}"
+    )
+
+
+def gigabytes(count: float) -> str:
+    """Bytes for people, ``"3.25 GB"`` or ``"410 MB"``, in powers of ten."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

@@ -1,0 +1,123 @@
+"""How a run lays its rows out: how long they may be, what they are padded to, and what shares a trie."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from transformers.utils import logging
+
+from flexdpo.layout.packing import Buckets, choose_buckets, row_lengths
+from flexdpo.objective.unpaired import with_unrelated_responses
+from flexdpo.training.data import group_from_row
+from flexdpo.training.memory import TrainingSetup, auto_row_budget
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from datasets import Dataset
+    from torch import nn
+
+    from flexdpo.attention.settings import KernelSettings
+    from flexdpo.layout.groups import Group
+    from flexdpo.training.config import DPOConfig
+
+logger = logging.get_logger(__name__)
+# padding as a share of all tokens run, above which one kernel for all lengths is the better bargain
+MAX_WASTE = 0.03
+# each length compiles kernels of its own, for about half a minute on a GPU; unasked, a run takes no more than these
+FEW_LENGTHS = 4
+_SAMPLED_EXAMPLES = 2048
+_SAMPLED_BATCHES = 256
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """How rows are made.
+
+    Attributes:
+        max_tokens_per_row: Longest row, padding included; ``None`` puts a batch into one row.
+        pad_to_multiple_of: Rows are padded to a multiple of this many tokens.
+        sharing: ``"group"`` or ``"step"``, see :func:`flexdpo.pack_groups`.
+        buckets: The few lengths that rows are padded to; ``None`` for multiples of ``pad_to_multiple_of``.
+        kernels: How FlexAttention is compiled for them.
+    """
+
+    max_tokens_per_row: int | None
+    pad_to_multiple_of: int
+    sharing: str
+    kernels: KernelSettings
+    buckets: Buckets | None = None
+
+    @property
+    def collation(self) -> dict[str, Any]:
+        """The layout's part of the arguments of :class:`~flexdpo.training.step.PackingCollator`."""
+        names = ("max_tokens_per_row", "pad_to_multiple_of", "sharing", "buckets")
+        return {name: getattr(self, name) for name in names}
+
+    @classmethod
+    def of(cls, args: DPOConfig, model: nn.Module, *, reference: bool, longest: int, shards: int) -> RowPlan:
+        """The plan of a run before its data are known.
+
+        Args:
+            args: Settings; ``max_tokens_per_row="auto"`` asks how much memory is free.
+            model: The policy, where it was loaded.
+            reference: Whether a copy of the weights is kept as the reference.
+            longest: Distinct tokens of the longest example, 0 where nobody knows.
+            shards: Processes that share the weights.
+        """
+        budget: Any = args.max_tokens_per_row
+        if budget == "auto":
+            setup = TrainingSetup.from_arguments(args, model, reference=reference, shards=shards)
+            here = next(model.parameters()).device.type == args.device.type
+            resident = ("weights", "reference") if reference else ("weights",)
+            budget = auto_row_budget(
+                model,
+                setup,
+                device=args.device,
+                resident=resident if here else (),
+                multiple=args.row_multiple,
+                longest=longest,
+            )
+            logger.warning(f"max_tokens_per_row='auto': rows of up to {budget} tokens fit into the free memory")
+        return cls(budget, args.row_multiple, args.sharing, args.kernel_settings())
+
+    def with_buckets(self, dataset: Dataset | None, args: DPOConfig, *, unrelated_responses: bool = False) -> RowPlan:
+        """The plan with row lengths chosen from a sample of the data, where kernels are compiled by length.
+
+        Args:
+            dataset: Tokenised; without one (streaming) a single kernel serves all lengths.
+            args: Settings.
+            unrelated_responses: As in the collator.
+        """
+        if self.kernels.dynamic(args.device.type):
+            return self
+        asked = self.kernels.lengths == "bucket"
+        one_kernel = dataclasses.replace(self, kernels=dataclasses.replace(self.kernels, lengths="dynamic"))
+        if dataset is None:
+            return one_kernel
+        batches = _sampled_batches(dataset, args)
+        if unrelated_responses:
+            batches = [with_unrelated_responses(batch) for batch in batches if len(batch) > 1] or batches
+        lengths = row_lengths(batches, self.max_tokens_per_row, sharing=self.sharing)
+        buckets = choose_buckets(lengths, max_waste=MAX_WASTE, **({} if asked else {"max_buckets": FEW_LENGTHS}))
+        if buckets.waste > MAX_WASTE:
+            if not asked:
+                return one_kernel
+            logger.warning(
+                f"attn_kernel_lengths='bucket': {len(buckets.lengths)} row lengths leave {buckets.waste:.1%} padding; "
+                "'dynamic' compiles one kernel for all lengths, and a max_tokens_per_row makes rows more alike"
+            )
+        return dataclasses.replace(self, buckets=buckets)
+
+
+def _sampled_batches(dataset: Dataset, args: DPOConfig) -> list[Sequence[Group]]:
+    """Batches of random examples, the same ones in every process."""
+    size = args.per_device_train_batch_size
+    count = min(len(dataset), max(size, min(_SAMPLED_EXAMPLES, _SAMPLED_BATCHES * size)))
+    order = np.random.default_rng(args.seed).permutation(len(dataset))[:count]
+    groups = [group_from_row(row) for row in dataset.select(np.sort(order))]
+    groups = [groups[i] for i in np.random.default_rng(args.seed).permutation(count)]
+    return [groups[start : start + size] for start in range(0, count, size)]

@@ -1,0 +1,360 @@
+"""Preferences from a stream: read, tokenised and shuffled through bounded buffers, never held as a whole."""
+
+from __future__ import annotations
+
+from itertools import count, cycle, islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from flexdpo.errors import FlexdpoError, first_line
+from flexdpo.training.data import TOKENISED_COLUMNS, DataReport, require_settings, settings_for
+from flexdpo.training.dataset_rows import (
+    LABELLED_FORM,
+    LABELS_COLUMN,
+    NOTES,
+    OWN_FORM,
+    SKIP_REASONS,
+    note_of,
+    tokenize_batch,
+)
+from flexdpo.training.sources import silent_json_reader
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from datasets import Dataset
+    from datasets import IterableDataset as Stream
+    from numpy.typing import NDArray
+    from transformers import PreTrainedTokenizerBase
+
+    from flexdpo.training.config import DPOConfig
+
+_ROWS_AT_ONCE = 64
+
+
+class StreamedPreferences(IterableDataset[dict[str, Any]]):
+    """Tokenised rows of a stream, as :func:`~flexdpo.training.data.tokenize_preferences` makes them, in bounded memory.
+
+    Every process and every worker of a ``DataLoader`` reads the whole stream and takes its share of whole batches, so
+    the pairs of each batch do not depend on how many there are: batch ``k`` of one process without workers is batch
+    ``k`` of all. The rows that are passed over cost their tokenisation. The order is a function of the source, ``seed``
+    and the epoch, so a run that skips the batches it has seen goes on exactly where it stopped.
+
+    A training stream has no end: after the last row it begins again with the next epoch, and a batch may reach across
+    the border. A stream for evaluation ends; where the last batch does not fill all processes, the first rows are
+    repeated with their number ``row`` turned into ``-1 - row``, so that nobody counts them twice.
+
+    Args:
+        source: A ``datasets.IterableDataset``, not split by process. One that was shuffled is shuffled anew each epoch.
+        tokenizer: Tokenizes the rows.
+        max_length: Most tokens of prompt + response; ``None`` for no limit.
+        truncation_mode: ``"keep_start"``, the only one.
+        name: How errors and the report call this stream.
+        endless: Begin again after the last row.
+        batch_size: Rows of a batch of one process.
+        num_processes: Processes that share the stream.
+        shuffle_buffer: Shuffle through a buffer of this many tokenised rows; 0 keeps the order of the source.
+        seed: Of the buffer.
+        max_positions: Refuse an example with more tokens, as a model with learned positions must.
+
+    Attributes:
+        report: What became of the rows read so far in the first pass, over all workers; used and skipped always add up.
+
+    Raises:
+        FlexdpoError: for settings, columns or a source that cannot be used; while iterating, for a row of the wrong
+            type or length (with its number) and a source that breaks off.
+    """
+
+    def __init__(
+        self,
+        source: Stream,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_length: int | None,
+        truncation_mode: str = "keep_start",
+        name: str = "train",
+        endless: bool = True,
+        batch_size: int = 1,
+        num_processes: int = 1,
+        shuffle_buffer: int = 0,
+        seed: int = 0,
+        max_positions: int | None = None,
+    ) -> None:
+        require_settings(max_length, truncation_mode, None)
+        _require_whole(source, name)
+        if shuffle_buffer < 0:
+            raise FlexdpoError(f"shuffle_buffer={shuffle_buffer}: use 0 to keep the order, or a number of rows")
+        self.source = source.with_format(None)
+        self.tokenizer = tokenizer
+        self.name, self.endless = name, endless
+        self.batch_size, self.num_processes = batch_size, num_processes
+        self.shuffle_buffer, self.seed = shuffle_buffer, seed
+        self.max_positions = max_positions
+        self.epoch = 0
+        self.columns = self._find_columns()
+        self.settings = settings_for(self.columns, tokenizer, max_length, name)
+        self._counts = _Counts()
+
+    @property
+    def report(self) -> DataReport:
+        """The account of the rows read so far in the first pass."""
+        return self._counts.as_report(self.name)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the next iteration's first pass; the passes after it count on from there."""
+        self.epoch = epoch
+
+    def sample(self, rows: int) -> Dataset:
+        """The first usable rows of the source as a tokenised dataset, to look at before training or to compare by."""
+        from datasets import Dataset
+
+        found = list(islice(self._usable(0, _Counts()), rows))
+        if not found:
+            raise self._nothing_usable()
+        return Dataset.from_list(found)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        rows = self._endless() if self.endless else self._once()
+        worker = get_worker_info()
+        if worker is None or worker.num_workers == 1:
+            yield from rows
+            return
+        size = self.batch_size * self.num_processes
+        for number, row in enumerate(rows):
+            # the loader takes one batch from each worker in turn
+            if number // size % worker.num_workers == worker.id:
+                yield row
+
+    # --- passes over the source --------------------------------------------------------------------------------------
+
+    def _endless(self) -> Iterator[dict[str, Any]]:
+        for number in count():
+            empty = True
+            for row in self._pass(number):
+                empty = False
+                yield row
+            if empty:
+                raise self._nothing_usable()
+
+    def _once(self) -> Iterator[dict[str, Any]]:
+        size = self.batch_size * self.num_processes
+        first: list[dict[str, Any]] = []
+        total = 0
+        for row in self._pass(0):
+            total += 1
+            if len(first) < size:
+                first.append(row)
+            yield row
+        if not total:
+            raise self._nothing_usable()
+        if self.num_processes > 1:
+            for row in islice(cycle(first), -total % size):
+                yield {**row, "row": -1 - row["row"]}
+
+    def _pass(self, number: int) -> Iterator[dict[str, Any]]:
+        """One pass over the source, in the order of its epoch."""
+        epoch = self.epoch + number
+        worker = get_worker_info()
+        # every worker reads every row, so one of them counts for all; a later pass meets the same rows again
+        counts = self._counts if number == 0 and (worker is None or worker.id == 0) else _Counts()
+        rows = self._usable(epoch, counts)
+        return _shuffled(rows, self.shuffle_buffer, (self.seed, epoch)) if self.shuffle_buffer else rows
+
+    def _usable(self, epoch: int, counts: _Counts) -> Iterator[dict[str, Any]]:
+        """Tokenised rows in the order of the source; the others are counted."""
+        counts.clear()
+        self.source.set_epoch(epoch)
+        kept = [c for c in self.columns if c not in TOKENISED_COLUMNS] if self.settings.form == OWN_FORM else []
+        labels = [LABELS_COLUMN] if self.settings.form == LABELLED_FORM else []
+        start = 0
+        for batch in self._read():
+            rows = len(next(iter(batch.values())))
+            for column in self.columns:
+                # a file without a value anywhere in this part of it has no such column here
+                batch.setdefault(column, [None] * rows)
+            tokenised = self._tokenize(batch, range(start, start + rows))
+            start += rows
+            counts.add(tokenised)
+            columns = {column: tokenised[column] for column in (*TOKENISED_COLUMNS, *labels)}
+            columns |= {column: batch[column] for column in kept}
+            for number, skip in enumerate(tokenised["_skip"]):
+                if not skip:
+                    self._require_usable(tokenised, number, kept)
+                    yield {column: values[number] for column, values in columns.items()}
+
+    def _read(self) -> Iterator[dict[str, list[Any]]]:
+        start = 0
+        # iterated by batches, because a stream shares itself out among a loader's workers by files otherwise
+        batches = iter(self.source.iter(batch_size=_ROWS_AT_ONCE))
+        while True:
+            try:
+                with silent_json_reader():
+                    batch = next(batches, None)
+            except FlexdpoError:
+                raise
+            except Exception as error:  # formats, file systems and functions mapped over a stream may raise anything
+                raise FlexdpoError(
+                    f"{self.name}: the stream broke off in its rows {start} to {start + _ROWS_AT_ONCE - 1} (counted "
+                    f"from 0): {type(error).__name__}: {first_line(error)}"
+                ) from error
+            if batch is None:
+                return
+            start += len(next(iter(batch.values())))
+            yield batch
+
+    def _find_columns(self) -> list[str]:
+        if self.source.column_names is not None:
+            return list(self.source.column_names)
+        first = next(self._read(), None)
+        if first is None:
+            raise FlexdpoError(f"{self.name}: the stream has no rows; give one with at least one")
+        return list(first)
+
+    def _tokenize(self, batch: dict[str, list[Any]], indices: range) -> dict[str, list[Any]]:
+        try:
+            return tokenize_batch(batch, list(indices), tokenizer=self.tokenizer, settings=self.settings)
+        except FlexdpoError as error:
+            raise FlexdpoError(f"{self.name}: {error}") from error
+
+    def _require_usable(self, tokenised: dict[str, list[Any]], number: int, kept: list[str]) -> None:
+        """What a dataset that is there as a whole is asked before training."""
+        place = f"{self.name}: row {tokenised['row'][number]} (counted from 0)"
+        longest = tokenised["_longest"][number]
+        if self.max_positions is not None and longest > self.max_positions:
+            raise FlexdpoError(
+                f"{place} has {longest} tokens but the model has {self.max_positions} positions; set max_length to at "
+                f"most {self.max_positions}"
+            )
+        if kept and tokenised["_truncated"][number]:
+            raise FlexdpoError(
+                f"{place} is longer than max_length={self.settings.max_length}, and column {kept[0]!r} belongs to the "
+                "uncut responses; raise max_length or drop the column"
+            )
+
+    def _nothing_usable(self) -> FlexdpoError:
+        report = self.report
+        reasons = "; ".join(
+            f"{number} skipped ({reason}, first at row {report.first_skipped[reason]})"
+            for reason, number in report.skipped.items()
+        )
+        return FlexdpoError(f"{self.name}: none of the {report.rows} rows can be used: {reasons or 'there are none'}")
+
+
+def _require_whole(source: Any, name: str) -> None:
+    from datasets import IterableDataset as Stream
+
+    if not isinstance(source, Stream):
+        raise FlexdpoError(
+            f"{name}: expected a datasets.IterableDataset, found {type(source).__name__}; pick one split, or wrap a "
+            "Python generator with IterableDataset.from_generator"
+        )
+    if getattr(source, "_distributed", None) is not None:
+        raise FlexdpoError(
+            f"{name}: the stream was already split by process; give the whole stream to every process, batches are "
+            "shared out here"
+        )
+
+
+def _shuffled(rows: Iterator[dict[str, Any]], size: int, seed: tuple[int, int]) -> Iterator[dict[str, Any]]:
+    """Fill a buffer, then hand out a random one of its rows for every row that comes."""
+    generator = np.random.default_rng(seed)
+    buffer: list[dict[str, Any]] = list(islice(rows, size))
+    for row in rows:
+        place = int(generator.integers(size))
+        buffer[place], out = row, buffer[place]
+        yield out
+    for place in generator.permutation(len(buffer)):
+        yield buffer[place]
+
+
+class _Counts:
+    """Counters in memory that a loader's worker processes share with the one that reports."""
+
+    _NUMBERS = ("rows", "used", "truncated", "longest")
+
+    def __init__(self) -> None:
+        fields = [*self._NUMBERS, *SKIP_REASONS, *NOTES]
+        self._place = {name: number for number, name in enumerate(fields)}
+        # how often, and the row where first
+        self._values = torch.zeros(len(fields), 2, dtype=torch.int64).share_memory_()
+
+    def clear(self) -> None:
+        self._values.zero_()
+
+    def add(self, tokenised: dict[str, list[Any]]) -> None:
+        """Count a batch of :func:`~flexdpo.training.dataset_rows.tokenize_batch`."""
+        values = self._values.numpy().copy()
+        for number, skip in enumerate(tokenised["_skip"]):
+            values[self._place["rows"], 0] += 1
+            row = tokenised["row"][number]
+            if skip:
+                self._count(values, SKIP_REASONS[skip - 1], row)
+                continue
+            values[self._place["used"], 0] += 1
+            values[self._place["truncated"], 0] += tokenised["_truncated"][number]
+            longest = self._place["longest"], 0
+            values[longest] = max(values[longest], tokenised["_longest"][number])
+            for column in NOTES:
+                if tokenised[column][number]:
+                    self._count(values, column, row)
+        # in one go, so that whoever looks meanwhile finds sums that fit
+        self._values.copy_(torch.from_numpy(values))
+
+    def _count(self, values: NDArray[np.int64], name: str, row: int) -> None:
+        entry = values[self._place[name]]
+        if entry[0] == 0:
+            entry[1] = row
+        entry[0] += 1
+
+    def as_report(self, name: str) -> DataReport:
+        values = {field: self._values[place].tolist() for field, place in self._place.items()}
+        rows, used, truncated, longest = (values[field][0] for field in self._NUMBERS)
+        skipped = {reason: values[reason] for reason in SKIP_REASONS if values[reason][0]}
+        notes = tuple(note_of(column, *values[column]) for column in NOTES if values[column][0])
+        return DataReport(
+            name,
+            rows,
+            used,
+            {reason: number for reason, (number, _) in skipped.items()},
+            {reason: first for reason, (_, first) in skipped.items()},
+            truncated,
+            longest,
+            notes,
+        )
+
+
+def settle_config(config: DPOConfig) -> None:
+    """Refuse settings that need the whole dataset, and have each process read the stream for itself.
+
+    accelerate would otherwise read a stream in the first process and send it around, which it can do with tensors and
+    not with packed rows.
+
+    Raises:
+        FlexdpoError: naming the setting and what to do instead.
+    """
+    if config.max_steps <= 0:
+        raise FlexdpoError("a stream has no length, so say how long to train: set max_steps")
+    if config.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
+        raise FlexdpoError(
+            f"train_sampling_strategy={config.train_sampling_strategy!r} looks at the whole dataset, and a stream is "
+            "read once; leave it out, or load the dataset without streaming"
+        )
+    for name in ("precompute_ref_log_probs", "regroup_prompts"):
+        if getattr(config, name):
+            raise FlexdpoError(
+                f"{name} looks at the whole dataset, and a stream is read once; leave it out, or load the dataset "
+                "without streaming"
+            )
+    for name in ("eval_strategy", "save_strategy", "logging_strategy"):
+        if getattr(config, name) == "epoch":
+            raise FlexdpoError(f"{name}='epoch' has no meaning for a stream, which has no end; use 'steps'")
+    accelerator: Any = config.accelerator_config
+    for name in ("dispatch_batches", "split_batches"):
+        if getattr(accelerator, name):
+            raise FlexdpoError(
+                f"accelerator_config {name}=True sends tensors around, and a batch of packed rows is none; leave it out"
+            )
+    accelerator.dispatch_batches = False
