@@ -100,10 +100,13 @@ def _deepspeed_engine(model: nn.Module, accelerator: Accelerator) -> nn.Module:
 
     config = copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config)
     # an engine that only looks: ZeRO-3 shards its weights like the policy's, the lower stages have nothing to shard
-    for training_only in ("optimizer", "scheduler"):
+    for training_only in ("optimizer", "scheduler", "train_batch_size", "gradient_accumulation_steps"):
         config.pop(training_only, None)
+    config["train_micro_batch_size_per_gpu"] = 1
     config["zero_optimization"].pop("offload_optimizer", None)
     if config["zero_optimization"]["stage"] != 3:
         config["zero_optimization"] = {"stage": 0}
     engine: nn.Module = deepspeed.initialize(model=model, config=config)[0]
-    return engine.eval()
+    # its eval() returns nothing
+    engine.eval()
+    return engine

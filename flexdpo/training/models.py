@@ -222,9 +222,21 @@ def _switched(model: Any) -> Any:
 
 def frozen_copy(model: nn.Module) -> nn.Module:
     """A reference model: the policy as it is now, without gradients and in evaluation mode."""
-    reference = copy.deepcopy(model)
+    with _whole_weights(model):
+        reference = copy.deepcopy(model)
     reference.requires_grad_(False)
     return reference.eval()
+
+
+def _whole_weights(model: nn.Module) -> AbstractContextManager[Any]:
+    """Where ZeRO-3 has spread a model over the processes while loading it, bring it together for a moment."""
+    parameters = list(model.parameters())
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return contextlib.nullcontext()
+    import deepspeed
+
+    gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(parameters)
+    return gathered
 
 
 def model_name(model: str | nn.Module) -> str:

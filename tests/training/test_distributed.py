@@ -24,12 +24,49 @@ from flexdpo.training.models import load_model, load_tokenizer
 torch.set_num_threads(1)
 settings = json.loads(sys.argv[1])
 data, model, output = settings.pop("data"), settings.pop("model"), settings.pop("output")
-args = DPOConfig(output, max_steps=6, use_cpu=True, learning_rate=1e-3, report_to="none", disable_tqdm=True,
-                 logging_steps=1, save_strategy="no", per_device_eval_batch_size=3, **settings)
-trainer = DPOTrainer(load_model(model), None, args, train_dataset=Dataset.from_json(data),
+
+class FullySharded(DPOTrainer):
+    # accelerate asks for FSDP on accelerators only and falls back to DDP on a CPU, though FSDP2 runs there
+    def create_accelerator_and_postprocess(self):
+        from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        state._shared_state["distributed_type"] = DistributedType.FSDP
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False,
+            state_dict_type="FULL_STATE_DICT")
+        self.is_fsdp_enabled = True
+        assert self.accelerator.is_fsdp2
+
+Trainer = FullySharded if settings.pop("fsdp2", False) else DPOTrainer
+if "deepspeed" in settings:
+    settings["use_cpu"] = False
+fixed = {"max_steps": 6, "use_cpu": True, "learning_rate": 1e-3, "report_to": "none", "disable_tqdm": True,
+         "logging_steps": 1, "save_strategy": "no", "per_device_eval_batch_size": 3}
+args = DPOConfig(output, **fixed | settings)
+if args.deepspeed:
+    # on a machine without an accelerator, accelerate takes each DeepSpeed process for the only one
+    from accelerate import PartialState
+    rank, state = int(os.environ["RANK"]), PartialState._shared_state
+    state.update(num_processes=int(os.environ["WORLD_SIZE"]), process_index=rank, local_process_index=rank)
+    args.distributed_state.__dict__.update(state)
+    args.hf_deepspeed_config.mismatches.clear()
+trainer = Trainer(load_model(model), None, args, train_dataset=Dataset.from_json(data),
                      eval_dataset=Dataset.from_json(data).select(range(18)), processing_class=load_tokenizer(model))
+rows = []
+collate = trainer.data_collator
+def counting(examples):
+    found = collate(examples)
+    rows.append((len(found["batch"].rows), sorted(found["example_rows"].tolist())))
+    return found
+trainer.data_collator = counting
 trainer.train()
 trainer.evaluate()
+with open(f"{output}.rows.{trainer.args.process_index}.json", "w") as file:
+    json.dump(rows, file)
+if Trainer is FullySharded:
+    from torch.distributed.fsdp import FSDPModule
+    assert isinstance(trainer.model_wrapped, FSDPModule)
 if trainer.is_world_process_zero():
     with open(output + ".json", "w") as file:
         json.dump(trainer.state.log_history, file)
@@ -45,7 +82,11 @@ def run(processes: int, **settings: object) -> list[dict[str, float]]:
     workers = []
     for rank in range(processes):
         environment = dict(os.environ, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes))
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(processes)}
+        if "deepspeed" in settings:
+            environment |= {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo"}
+        else:
+            environment |= {"ACCELERATE_USE_CPU": "true"}
         if processes == 1:
             environment = {k: v for k, v in environment.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
         command = [sys.executable, "-c", SCRIPT, json.dumps(settings)]
@@ -76,9 +117,50 @@ def one_process(tmp_path, saved_model):
     return common, run(1, output=str(tmp_path / "one"), per_device_train_batch_size=8, **common)
 
 
+WAYS = {
+    "DDP": {"ddp_backend": "gloo"},
+    "FSDP2": {"ddp_backend": "gloo", "fsdp2": True},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("processes", [2, 4])
-def test_ddp_gives_the_curve_of_one_process(tmp_path, one_process, processes: int) -> None:
+def test_several_processes_give_the_curve_of_one(tmp_path, one_process, processes: int, way: str) -> None:
     common, want = one_process
-    size = 8 // processes
-    got = run(processes, output=str(tmp_path / "ddp"), per_device_train_batch_size=size, ddp_backend="gloo", **common)
+    output = tmp_path / "several"
+    got = run(processes, output=str(output), per_device_train_batch_size=8 // processes, **WAYS[way], **common)
+    assert_same_curve(got, want)
+    ranks = [json.loads(Path(f"{output}.rows.{rank}.json").read_text()) for rank in range(processes)]
+    # nothing made the ranks' batches alike
+    assert len({tuple(count for count, _ in rank) for rank in ranks}) > 1
+
+
+@pytest.mark.parametrize("changes", [{"gradient_accumulation_steps": 2}, {"loss_type": ["aot"], "beta": 0.5}], ids=str)
+def test_fsdp2_with_accumulation_and_with_losses_that_couple_a_batch(tmp_path, one_process, changes) -> None:
+    """Against DDP on the same two processes, where each rank's batch is coupled by itself."""
+    common, _ = one_process
+    both = [
+        run(2, output=str(tmp_path / way), per_device_train_batch_size=4, **WAYS[way], **common, **changes)
+        for way in ("DDP", "FSDP2")
+    ]
+    assert_same_curve(both[1], both[0])
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_gives_the_curve_of_one_process(tmp_path, one_process, stage: int, accumulation: int) -> None:
+    pytest.importorskip("deepspeed", reason="DeepSpeed is no dependency of the tests; install it to run this one")
+    common, want = one_process
+    if accumulation > 1:
+        common = common | {"gradient_accumulation_steps": accumulation}
+        want = run(1, output=str(tmp_path / "accumulated"), per_device_train_batch_size=8, **common)
+    config = {
+        "zero_optimization": {"stage": stage},
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": 8 * accumulation,
+        "gradient_clipping": "auto",
+        "zero_allow_untested_optimizer": True,
+    }
+    got = run(2, output=str(tmp_path / "zero"), per_device_train_batch_size=4, deepspeed=config, **common)
     assert_same_curve(got, want)
