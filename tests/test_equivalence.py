@@ -11,11 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flexdpo import Group, Row, RowLayout, prepare_model
+from flexdpo import Group, Row, RowLayout, pack_groups, prepare_model
+from flexdpo.layout.packing import MIN_SHARED
 from flexdpo.objective.logps import response_logps
 from flexdpo.objective.objective import BatchTotals, Objective
 from flexdpo.training.step import PackedBatch, run_batch
-from tests.conftest import CONFIGS, TOLERANCE, build_model, odd_groups
+from tests.conftest import CONFIGS, TOLERANCE, build_model, odd_groups, random_ids
 
 OBJECTIVE = Objective(("sigmoid", "sft"), (1.0, 0.3), beta=0.2, label_smoothing=0.1)
 
@@ -116,6 +117,33 @@ def test_packed_equals_unpacked(case, layout: str) -> None:
     got = packed(model, reference, rows, groups)
     assert len(got.gradients) == len(list(model.parameters()))
     assert relative_error(got, want) < TOLERANCE[name]
+
+
+def with_a_system_prompt(rng: np.random.Generator) -> list[Group]:
+    """The odd groups, two of them and a stranger behind the same long beginning; one prompt begins another."""
+    beginning = random_ids(rng, MIN_SHARED + 3)
+    pair, deep, short, triple = odd_groups(rng)
+
+    def behind(group: Group) -> Group:
+        return dataclasses.replace(group, prompt_ids=np.concatenate([beginning, group.prompt_ids]))
+
+    whole = Group.from_lists(beginning, [pair.prompt_ids[:4].tolist(), random_ids(rng, 3)], name="prompt alone")
+    return [behind(pair), short, behind(deep), triple, whole]
+
+
+@pytest.mark.parametrize("budget", [None, 200])
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_sharing_across_the_groups_of_a_step_equals_unpacked(rng, name: str, budget: int | None) -> None:
+    groups = with_a_system_prompt(rng)
+    model, reference = (prepare_model(build_model(name, "flexdpo", seed=seed)) for seed in (0, 1))
+    want = unpacked(build_model(name), build_model(name, seed=1), groups)
+    rows = pack_groups(groups, budget, sharing="step")
+    assert any(len(row.documents) < len(row.groups) for row in rows)
+    assert (len(rows) > 1) is (budget is not None)
+    assert relative_error(packed(model, reference, rows, groups), want) < TOLERANCE[name]
+    if budget is None:
+        bug = packed(model, reference, [leaking_mask(row) for row in rows], groups)
+        assert relative_error(bug, want) > 1e-3
 
 
 # --- seeded bugs: each has been made by somebody, and each must fail the check above ---------------------------------

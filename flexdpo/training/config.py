@@ -196,8 +196,8 @@ class DPOConfig(TrainingArguments):
     attn_kernel_options: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "kernel_options of flex_attention as JSON, such as {\"BLOCK_M\": 64, \"BLOCK_N\": 64}; "
-            "{\"BACKEND\": \"FLASH\"} is FlashAttention-4, used only after its gradients passed a test."
+            "help": 'kernel_options of flex_attention as JSON, such as {"BLOCK_M": 64, "BLOCK_N": 64}; '
+            '{"BACKEND": "FLASH"} is FlashAttention-4, used only after its gradients passed a test.'
         },
     )
     attn_self_test: bool = field(

@@ -79,6 +79,10 @@ WAYS: list[dict[str, Any]] = [
     {"precompute_ref_log_probs": True},
     {"gradient_checkpointing": True},
     {"pad_to_multiple_of": 128},
+    {"sharing": "step"},
+    {"max_tokens_per_row": "auto"},
+    {"attn_kernel_lengths": "bucket"},
+    {"torch_compile": True, "torch_compile_backend": "aot_eager"},
 ]
 
 
