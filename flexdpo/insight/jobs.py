@@ -69,7 +69,9 @@ def run_job(job: Job, config: DPOConfig) -> str:
         peft_config=job.peft_config,
         callbacks=[MetricsFile(metrics_file)],
     )
-    before = trainer.evaluate() if eval_data is not None else {}
+    # a model that is sharded when training begins cannot be evaluated before it
+    sharded = bool(config.fsdp or config.deepspeed)
+    before = trainer.evaluate() if eval_data is not None and not sharded else {}
     trainer.train(resume_from_checkpoint=_checkpoint(config))
     after = trainer.evaluate() if eval_data is not None else {}
     trainer.save_model()
@@ -118,12 +120,14 @@ def draw_example_mask(trainer: DPOTrainer, path: Path, groups: int = 3) -> None:
 
 def summary_table(trainer: DPOTrainer, before: dict[str, float], after: dict[str, float], output: Path) -> str:
     """What the run came to, in a few aligned lines."""
-    tokens = trainer.tokens
+    tokens = trainer.total_tokens()
     rows: list[tuple[str, str]] = []
     for name, label in (("rewards/accuracies", "reward accuracy"), ("rewards/margins", "reward margin")):
         key = f"eval_{name}"
-        if key in after:
+        if key in before:
             rows.append((f"held-out {label}, before and after", f"{before[key]:.3f}  {after[key]:.3f}"))
+        elif key in after:
+            rows.append((f"held-out {label}, after", f"{after[key]:.3f}"))
     rows += [
         ("tokens run in training", f"{tokens['run']:,}"),
         ("tokens the ordinary way", f"{tokens['unshared']:,}"),

@@ -5,14 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from flexdpo.errors import FlexdpoError
+from flexdpo.errors import FlexdpoError, first_line
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from datasets import Dataset
 
     from flexdpo.training.config import DPOConfig
@@ -49,6 +53,12 @@ def run_record(config: DPOConfig, data_digest: str) -> dict[str, Any]:
     return {"data": data_digest, "settings": json.loads(json.dumps(settings, default=str))}
 
 
+def tokens_of(folder: Path) -> dict[str, int]:
+    """How many tokens all processes had run when a checkpoint of this run was made, as :func:`write_record` stored."""
+    stored = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8")).get("tokens", {})
+    return {name: int(count) for name, count in stored.items()}
+
+
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     """Store a record in a checkpoint folder, last of all files: a folder without one was not written to its end."""
     unfinished = folder / f"{RECORD_FILE}.tmp"
@@ -57,6 +67,35 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(folder / RECORD_FILE)
+
+
+@contextmanager
+def writing_checkpoint(folder: Path, *, is_writer: bool) -> Iterator[None]:
+    """Hold a checkpoint folder for incomplete until its record is written, and say plainly when it cannot be written.
+
+    Args:
+        folder: Is about to be written; a complete checkpoint of an earlier run may stand there.
+        is_writer: Whether this process is the one that writes the record.
+
+    Raises:
+        FlexdpoError: where the disk is full or refuses to be written to; the message names the checkpoint that is left.
+    """
+    if is_writer:
+        (folder / RECORD_FILE).unlink(missing_ok=True)
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # torch reports a failed write as a RuntimeError like many others
+        if isinstance(error, RuntimeError) and not any(name in str(error) for name in _TORCH_WRITERS):
+            raise
+        try:
+            left = f"{last_checkpoint(folder.parent)} is complete: make room and go on with resume_from_checkpoint=True"
+        except FlexdpoError:
+            left = "there is no complete one yet: make room and start the run again"
+        raise FlexdpoError(f"the checkpoint {folder} cannot be written ({first_line(error)}); {left}") from error
+
+
+_TORCH_WRITERS = ("PytorchStreamWriter", "inline_container", "unexpected pos", "iostream error")
 
 
 def last_checkpoint(output_dir: Path) -> Path:

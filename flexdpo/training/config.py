@@ -218,6 +218,8 @@ class DPOConfig(TrainingArguments):
                 "copy of the prompt at another place, so nothing would be shared; use 'keep_start'"
             )
         self._check_rows()
+        # as a YAML file or the command line gives it
+        self.fsdp: Any = {"true": True, "false": None}.get(str(self.fsdp).lower(), self.fsdp)
         if self.bf16 is None:
             self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not self.fp16
         asked = {name: getattr(self, name) for name in _COMPILE_SETTINGS}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from flexdpo.errors import FlexdpoError, found, quoted
+from flexdpo.errors import FlexdpoError, first_line, found, quoted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -234,13 +234,33 @@ def _template_kwargs(values: Mapping[str, Any], place: str) -> dict[str, Any]:
     if isinstance(tools, str):
         try:
             tools = json.loads(tools)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise FlexdpoError(f"{place}, column 'tools': not valid JSON ({error})") from error
     more = values.get("chat_template_kwargs") or {}
     for column, value, kind in (("tools", tools, list), ("chat_template_kwargs", more, dict)):
         if value is not None and not isinstance(value, kind):
             raise FlexdpoError(f"{place}, column {column!r}: expected a {kind.__name__}, found {found(value)}")
+    for name in more:
+        if not isinstance(name, str) or name in _NOT_FOR_THE_TEMPLATE:
+            raise FlexdpoError(
+                f"{place}, column 'chat_template_kwargs': {name!r} is no variable of a chat template; leave it out"
+            )
     return {"tools": tools, **more}
+
+
+# arguments of apply_chat_template that decide what comes back, which is not the data's to say
+_NOT_FOR_THE_TEMPLATE = (
+    "conversation",
+    "continue_final_message",
+    "tokenize",
+    "padding",
+    "truncation",
+    "max_length",
+    "return_tensors",
+    "return_dict",
+    "return_assistant_tokens_mask",
+    "tokenizer_kwargs",
+)
 
 
 def _read_pair_ids(row: int, values: Mapping[str, Any], settings: Settings) -> Draft:
@@ -252,9 +272,10 @@ def _read_pair_ids(row: int, values: Mapping[str, Any], settings: Settings) -> D
 
 def _read_own(row: int, values: Mapping[str, Any], settings: Settings) -> Draft:
     # a dataset that went through here before keeps the row numbers of its source
-    draft = Draft(values["row"] if isinstance(values.get("row"), int) else row)
+    own = values.get("row")
+    draft = Draft(own if isinstance(own, int) and 0 <= own < 2**63 else row)
     draft.prompt_ids = _token_ids(values["prompt_ids"], draft.place, "prompt_ids", settings.largest_id)
-    responses, edges = values["response_ids"] or [], values["edges"] or []
+    responses, edges = (_as_lists(values[column]) or [] for column in ("response_ids", "edges"))
     for column, value in (("response_ids", responses), ("edges", edges)):
         if not isinstance(value, list):
             raise FlexdpoError(f"{draft.place}, column {column!r}: expected a list of lists, found {found(value)}")
@@ -263,7 +284,7 @@ def _read_own(row: int, values: Mapping[str, Any], settings: Settings) -> Draft:
         draft.skip = _EMPTY_RESPONSE
         return draft
     for edge in edges:
-        known = isinstance(edge, list) and len(edge) == 2 and all(end in range(len(responses)) for end in edge)
+        known = isinstance(edge, list) and len(edge) == 2 and all(_is_index(end, len(responses)) for end in edge)
         if not known or edge[0] == edge[1]:
             raise FlexdpoError(
                 f"{draft.place}, column 'edges': {edge} must name two different responses among 0 to "
@@ -271,6 +292,15 @@ def _read_own(row: int, values: Mapping[str, Any], settings: Settings) -> Draft:
             )
     draft.edges = edges
     return draft
+
+
+def _as_lists(value: Any) -> Any:
+    """Arrays, of which a stream may be made, as lists."""
+    return value.tolist() if isinstance(value, np.ndarray) else value
+
+
+def _is_index(value: object, size: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < size
 
 
 def _token_ids(value: Any, place: str, column: str, largest_id: int | None) -> list[int]:
@@ -288,7 +318,7 @@ def _token_ids(value: Any, place: str, column: str, largest_id: int | None) -> l
             f"{place}, column {column!r}: token ids reach from {ids.min()} to {ids.max()}, the tokenizer's from 0 to "
             f"{largest_id}; was the dataset tokenised with another tokenizer?"
         )
-    return cast("list[int]", value)
+    return value if isinstance(value, list) else cast("list[int]", ids.tolist())
 
 
 OWN_FORM = "prompt_ids response_ids edges"
@@ -322,14 +352,43 @@ def _tokenize_text(drafts: Sequence[Draft], tokenizer: PreTrainedTokenizerBase) 
         texts.append(draft.prompt)
         for response in draft.responses:
             texts.append(draft.prompt + (response if response.endswith(eos) else response + eos))
-    _hand_out(iter(tokenizer(text=texts)["input_ids"]), drafts)
+    _hand_out(iter(_encode(tokenizer, texts, drafts)), drafts)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], drafts: Sequence[Draft]) -> list[list[int]]:
+    """Tokenise the texts of some rows in one go; look for the culprit only after a failure."""
+    try:
+        return cast("list[list[int]]", tokenizer(text=texts)["input_ids"])
+    except Exception:  # each tokenizer has errors of its own
+        each = len(texts) // len(drafts)
+        for number, draft in enumerate(drafts):
+            for text in texts[number * each : (number + 1) * each]:
+                try:
+                    tokenizer(text=[text])
+                except Exception as error:
+                    raise FlexdpoError(
+                        f"{draft.place}: the tokenizer cannot read its text: {_why(error, text)}"
+                    ) from error
+        raise
+
+
+def _why(error: Exception, text: str) -> str:
+    """Say what is wrong with a text, or what the tokenizer says."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as fault:
+        return (
+            f"{text[fault.start]!r} is half of a surrogate pair and no character; repair the text with "
+            "text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')"
+        )
+    return first_line(error)
 
 
 def _tokenize_chats(drafts: Sequence[Draft], tokenizer: PreTrainedTokenizerBase) -> None:
     """Tokenise rows of messages with the chat template; rows that call it alike go together."""
     alike: dict[str, list[Draft]] = {}
     for draft in drafts:
-        alike.setdefault(json.dumps(draft.template_kwargs, sort_keys=True, default=repr), []).append(draft)
+        alike.setdefault(repr(draft.template_kwargs), []).append(draft)
     if drafts:
         _require_chat_template(tokenizer)
     for members in alike.values():
@@ -376,8 +435,18 @@ def _render(
             try:
                 token_ids(messages)
             except Exception as error:
-                raise FlexdpoError(f"{place}: the chat template cannot render its messages: {error}") from error
+                why = _why(error, _text_of(messages))
+                raise FlexdpoError(f"{place}: the chat template cannot render its messages: {why}") from error
         raise
+
+
+def _text_of(value: Any) -> str:
+    """All text in messages, for a look at its characters."""
+    if isinstance(value, dict):
+        return "".join(_text_of(part) for pair in value.items() for part in pair)
+    if isinstance(value, list):
+        return "".join(map(_text_of, value))
+    return value if isinstance(value, str) else ""
 
 
 def _hand_out(token_ids: Iterator[list[int]], drafts: Sequence[Draft]) -> None:

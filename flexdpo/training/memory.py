@@ -90,6 +90,8 @@ class ModelSize:
         while not hasattr(inner, "config") and hasattr(inner, "module"):
             inner = inner.module
         config = inner.config.get_text_config()
+        if not getattr(config, "num_attention_heads", None):
+            raise FlexdpoError(f"{config.model_type} has no attention heads, so it is no model that can be trained here")
         heads = int(config.num_attention_heads)
         names = [name for name, _ in inner.named_modules()]
         return cls(
@@ -418,7 +420,7 @@ def auto_row_budget(
 
     def needed(tokens: int) -> int:
         predicted = predict_memory(size, tokens, setup)
-        return predicted.total - sum(getattr(predicted, part) for part in resident)
+        return predicted.total - sum(int(getattr(predicted, part)) for part in resident)
 
     low, high = 0, max(1, LONGEST_ROW // unit)
     while low < high:

@@ -20,7 +20,15 @@ from flexdpo.objective.logps import response_logps
 from flexdpo.objective.reference_cache import model_fingerprint, tokenizer_fingerprint
 from flexdpo.objective.reference_sync import mix_into_reference
 from flexdpo.training import distribution, models
-from flexdpo.training.checkpoints import data_digest, last_checkpoint, require_same_run, run_record, write_record
+from flexdpo.training.checkpoints import (
+    data_digest,
+    last_checkpoint,
+    require_same_run,
+    run_record,
+    tokens_of,
+    write_record,
+    writing_checkpoint,
+)
 from flexdpo.training.config import DPOConfig
 from flexdpo.training.data import LABELS_COLUMN, TOKENISED_COLUMNS, tokenize_preferences
 from flexdpo.training.lengths import has_one_pair_each, predicted_costs, require_room, token_counts
@@ -38,6 +46,7 @@ from flexdpo.training.step import (
     Runner,
     require_finite_loss,
 )
+from flexdpo.training.workers import plain_worker_errors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -405,7 +414,24 @@ class DPOTrainer(Trainer):
             resume_from_checkpoint = str(last_checkpoint(Path(str(self.args.output_dir))))
         if resume_from_checkpoint:
             require_same_run(Path(resume_from_checkpoint), self._run_record())
-        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+            # what the run had counted goes on in one process; the log adds them up
+            if self.args.process_index == 0:
+                self.tokens |= tokens_of(Path(resume_from_checkpoint))
+        with plain_worker_errors(self.args.dataloader_num_workers):
+            return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save as ``Trainer`` does; under FSDP the finished model is saved whole, however its checkpoints are."""
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is None or _internal_call:
+            super().save_model(output_dir, _internal_call)
+            return
+        kept = plugin.state_dict_type
+        plugin.set_state_dict_type("FULL_STATE_DICT")
+        try:
+            super().save_model(output_dir, _internal_call)
+        finally:
+            plugin.set_state_dict_type(kept)
 
     def _run_record(self) -> dict[str, Any]:
         if self._record is None:
@@ -414,14 +440,18 @@ class DPOTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save as ``Trainer`` does, mark the checkpoint as complete, and only then let older ones go."""
+        output_dir = self._get_output_dir(trial=trial)
+        folder = Path(output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        tokens = self.total_tokens()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
+        with writing_checkpoint(folder, is_writer=self.args.should_save):
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.args.save_total_limit = limit
+            if self.args.should_save:
+                write_record(folder, {**self._run_record(), "tokens": tokens})
         if self.args.should_save:
-            output_dir = self._get_output_dir(trial=trial)
-            write_record(Path(output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}", self._run_record())
             rotate_checkpoints(
                 output_dir=output_dir,
                 save_total_limit=limit,
@@ -445,15 +475,20 @@ class DPOTrainer(Trainer):
         """Log, with the training metrics added to the lines that carry a training loss."""
         if "loss" in logs:
             logs.update(self._metrics["train"].collect(self.accelerator))
-            tokens = torch.tensor(list(self.tokens.values()), device=self.args.device)
-            run, unshared = self.accelerator.reduce(tokens, reduction="sum").tolist()
-            logs.update({"tokens/run": run, "tokens/unshared": unshared})
+            logs.update({f"tokens/{name}": count for name, count in self.total_tokens().items()})
         super().log(logs, start_time)
+
+    def total_tokens(self) -> dict[str, int]:
+        """Tokens of the run so far, over all processes, each of which must call this."""
+        counts = torch.tensor(list(self.tokens.values()), device=self.args.device)
+        totals = self.accelerator.reduce(counts, reduction="sum").tolist()
+        return dict(zip(self.tokens, map(int, totals), strict=True))
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Evaluate as ``Trainer`` does, with the preference metrics added."""
         self._metrics["eval"].clear()
-        output: EvalLoopOutput = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        with plain_worker_errors(self.args.dataloader_num_workers):
+            output: EvalLoopOutput = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         found = self._metrics["eval"].collect(self.accelerator)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
         return output

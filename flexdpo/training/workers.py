@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import traceback
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from flexdpo.errors import FlexdpoError
+from flexdpo.errors import FlexdpoError, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,13 +30,33 @@ def plain_worker_errors(num_workers: int) -> Iterator[None]:
         text = str(error)
         if not text.startswith("Caught ") or _MARK not in text:
             raise
+        traceback.clear_frames(error.__traceback__)
         # torch passes a worker's error on as its traceback, which ends with the message
         raise FlexdpoError(text.rsplit(_MARK, 1)[1].strip()) from error
-    except RuntimeError as error:
-        # torch's words for a worker that a signal ended, and for one that is gone without a word
-        if not str(error).startswith("DataLoader worker (pid"):
+    except (RuntimeError, OSError, EOFError) as error:
+        died = False
+        for _ in range(10):
+            try:
+                died = _tells_of_a_death(error)
+                if died:
+                    # else the loader lives on in them, and torch would report the death again at any child's end
+                    traceback.clear_frames(error.__traceback__)
+                break
+            except RuntimeError:
+                # torch raises from a signal handler too, which may come as late as this
+                continue
+        if not died:
             raise
         raise FlexdpoError(
-            f"a data loader worker died ({str(error).splitlines()[0]}), most often because memory ran out; use fewer "
-            f"than dataloader_num_workers={num_workers} (0 needs no worker) and go on with resume_from_checkpoint"
+            f"a data loader worker died ({first_line(error)}), most often because memory ran out; use fewer than "
+            f"dataloader_num_workers={num_workers} (0 needs no worker) and go on with resume_from_checkpoint"
         ) from error
+
+
+def _tells_of_a_death(error: BaseException) -> bool:
+    """Whether torch says that a worker is gone, or a batch could not be fetched from one because it is."""
+    if isinstance(error, RuntimeError):
+        return str(error).startswith("DataLoader worker (pid")
+    frames = [frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    # files are read in the workers, so only the connection to one can fail here
+    return "torch.utils.data.dataloader" in frames and "torch.multiprocessing.reductions" in frames

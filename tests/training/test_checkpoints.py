@@ -46,6 +46,8 @@ def test_a_continued_run_ends_where_the_uninterrupted_one_does(tmp_path, trainer
     second.train(resume_from_checkpoint=True)
     for name, weight in whole.model.state_dict().items():
         assert torch.equal(second.model.state_dict()[name], weight), name
+    # what was run before the interruption is still counted
+    assert second.tokens == whole.tokens
 
 
 class _StopAt(TrainerCallback):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.conftest import preference_rows
 
@@ -28,16 +31,19 @@ data, model, output = settings.pop("data"), settings.pop("model"), settings.pop(
 class FullySharded(DPOTrainer):
     # accelerate asks for FSDP on accelerators only and falls back to DDP on a CPU, though FSDP2 runs there
     def create_accelerator_and_postprocess(self):
+        from accelerate import PartialState
         from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
         super().create_accelerator_and_postprocess()
         state = self.accelerator.state
-        state._shared_state["distributed_type"] = DistributedType.FSDP
+        for shared in (state._shared_state, PartialState._shared_state):
+            shared["distributed_type"] = DistributedType.FSDP
         state.fsdp_plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False,
-            state_dict_type="FULL_STATE_DICT")
+            state_dict_type="SHARDED_STATE_DICT")
         self.is_fsdp_enabled = True
         assert self.accelerator.is_fsdp2
 
+resume = settings.pop("resume", None)
 Trainer = FullySharded if settings.pop("fsdp2", False) else DPOTrainer
 if "deepspeed" in settings:
     settings["use_cpu"] = False
@@ -60,13 +66,14 @@ def counting(examples):
     rows.append((len(found["batch"].rows), sorted(found["example_rows"].tolist())))
     return found
 trainer.data_collator = counting
-trainer.train()
+trainer.train(resume_from_checkpoint=resume)
 trainer.evaluate()
 with open(f"{output}.rows.{trainer.args.process_index}.json", "w") as file:
     json.dump(rows, file)
 if Trainer is FullySharded:
     from torch.distributed.fsdp import FSDPModule
-    assert isinstance(trainer.model_wrapped, FSDPModule)
+    assert isinstance(trainer.model_wrapped, FSDPModule) and trainer.accelerator.is_fsdp2
+trainer.save_model(output + "-final")
 if trainer.is_world_process_zero():
     with open(output + ".json", "w") as file:
         json.dump(trainer.state.log_history, file)
@@ -131,6 +138,10 @@ def test_several_processes_give_the_curve_of_one(tmp_path, one_process, processe
     got = run(processes, output=str(output), per_device_train_batch_size=8 // processes, **WAYS[way], **common)
     assert_same_curve(got, want)
     ranks = [json.loads(Path(f"{output}.rows.{rank}.json").read_text()) for rank in range(processes)]
+    saved = [load_file(Path(f"{name}-final") / "model.safetensors") for name in (output, tmp_path / "one")]
+    assert saved[0].keys() == saved[1].keys()
+    for name, weight in saved[1].items():
+        torch.testing.assert_close(saved[0][name], weight, rtol=1e-3, atol=1e-4, msg=name)
     # nothing made the ranks' batches alike
     assert len({tuple(count for count, _ in rank) for rank in ranks}) > 1
 
@@ -144,6 +155,20 @@ def test_fsdp2_with_accumulation_and_with_losses_that_couple_a_batch(tmp_path, o
         for way in ("DDP", "FSDP2")
     ]
     assert_same_curve(both[1], both[0])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_run_of_two_processes_continues_from_its_checkpoint(tmp_path, one_process, way: str) -> None:
+    common, want = one_process
+    common = common | WAYS[way] | {"per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 2}
+    output = str(tmp_path / "parts")
+    # the schedule is that of the whole run
+    run(2, output=output, **common, max_steps=6)
+    for newer in ("checkpoint-4", "checkpoint-6"):
+        shutil.rmtree(Path(output) / newer)
+    got = run(2, output=output, **common, max_steps=6, resume=True)
+    assert [line["step"] for line in got if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert_same_curve(got, want)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -164,3 +189,41 @@ def test_deepspeed_gives_the_curve_of_one_process(tmp_path, one_process, stage: 
     }
     got = run(2, output=str(tmp_path / "zero"), per_device_train_batch_size=4, deepspeed=config, **common)
     assert_same_curve(got, want)
+
+
+def test_the_command_line_runs_in_several_processes(tmp_path, saved_model) -> None:
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in preference_rows(20)))
+    config = tmp_path / "run.yaml"
+    settings = {"model_name_or_path": str(saved_model("llama")), "dataset_name": str(data), "max_steps": 2}
+    settings |= {"output_dir": str(tmp_path / "out"), "use_cpu": True, "ddp_backend": "gloo", "report_to": "none"}
+    # accelerate has no FSDP on a CPU; the settings are read all the same
+    settings |= {"fsdp": True, "fsdp_config": {"version": 2}, "eval_dataset_name": str(data)}
+    config.write_text(json.dumps(settings))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "flexdpo", "train", "--config", str(config)]
+    environment = dict(os.environ, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    environment |= {"ACCELERATE_USE_CPU": "true"}
+    workers = [
+        subprocess.Popen(
+            command,
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    texts = []
+    for worker in workers:
+        text, errors = worker.communicate(timeout=300)
+        assert worker.returncode == 0, errors[-4000:]
+        texts.append(text)
+    # one table, of the tokens of both
+    assert "tokens run in training" in texts[0]
+    assert "tokens run in training" not in texts[1]
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert any(line.get("eval_rewards/margins") for line in lines)
+    assert (tmp_path / "out" / "model.safetensors").exists()
