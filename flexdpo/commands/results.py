@@ -1,0 +1,39 @@
+"""``flexdpo results``: the committed measurements as tables in README."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from typing import NoReturn
+
+from flexdpo.errors import FlexdpoError
+from flexdpo.insight.results_page import load_results, render_page, update_page
+
+
+class _Parser(ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise FlexdpoError(f"{message}; see flexdpo results --help")
+
+
+def run(argv: list[str]) -> int:
+    """Run ``flexdpo results`` with the words after it; returns 1 where ``--check`` finds README out of date."""
+    parser = _Parser(
+        prog="flexdpo results",
+        description="Write every result file of flexdpo bench in a folder as a table between two marker comments in "
+        "README, next to the figures that the paper published.",
+    )
+    parser.add_argument(
+        "folder", metavar="FOLDER", nargs="?", default="notebooks/results", help="result files (%(default)s)"
+    )
+    parser.add_argument("--readme", metavar="FILE", default="README.md", help="the file to write into (%(default)s)")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit code 1 if the file does not say what the results say"
+    )
+    options = parser.parse_args(argv)
+    results = load_results(options.folder)
+    current = update_page(options.readme, render_page(results), check=options.check)
+    if options.check and not current:
+        print(f"{options.readme} is out of date; run flexdpo results {options.folder} --readme {options.readme}")
+        return 1
+    tables = f"{len(results)} table" + ("s" if len(results) != 1 else "")
+    print(f"{options.readme}: {tables} from {options.folder}, {'already there' if current else 'written'}")
+    return 0
