@@ -8,57 +8,30 @@ without gradients over all rows, then :meth:`Objective.target_gradients`, then a
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 
-from flexdpo.errors import FlexdpoError, nearest
+from flexdpo.errors import FlexdpoError
 from flexdpo.objective import listwise, losses, unpaired
-from flexdpo.objective.divergences import F_DIVERGENCES, divergence_scores
 from flexdpo.objective.logps import ResponseLogps, pair_sums, response_weights, sum_targets
+from flexdpo.objective.loss_types import (
+    COUPLING,
+    LABELLED_LOSSES,
+    PAIR_LOSSES,
+    PER_BATCH,
+    PER_TOKEN,
+    REFERENCE_FREE,
+    check_objective,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from flexdpo.layout.groups import Group
     from flexdpo.layout.row import Row
-
-PairLoss = Callable[[losses.Pairs, "Objective"], "Tensor"]
-
-_PAIR_LOSSES: Mapping[str, PairLoss] = {
-    "sigmoid": lambda pairs, o: losses.sigmoid_loss(pairs, o.beta, o.label_smoothing),
-    "hinge": lambda pairs, o: losses.hinge_loss(pairs, o.beta),
-    "ipo": lambda pairs, o: losses.ipo_loss(pairs, o.beta),
-    "exo_pair": lambda pairs, o: losses.exo_pair_loss(pairs, o.beta, o.label_smoothing),
-    "nca_pair": lambda pairs, o: losses.nca_pair_loss(pairs, o.beta),
-    "robust": lambda pairs, o: losses.robust_loss(pairs, o.beta, o.label_smoothing),
-    "bco_pair": lambda pairs, o: losses.bco_pair_loss(pairs, o.beta),
-    "sppo_hard": lambda pairs, o: losses.sppo_hard_loss(pairs, o.beta),
-    "aot": lambda pairs, o: losses.aot_loss(pairs, o.beta, o.label_smoothing),
-    "aot_unpaired": lambda pairs, o: losses.aot_unpaired_loss(pairs, o.beta, o.label_smoothing),
-    "apo_zero": lambda pairs, o: losses.apo_zero_loss(pairs, o.beta),
-    "apo_down": lambda pairs, o: losses.apo_down_loss(pairs, o.beta),
-    "discopop": lambda pairs, o: losses.discopop_loss(pairs, o.beta, o.discopop_tau),
-    "sigmoid_norm": lambda pairs, o: losses.sigmoid_norm_loss(pairs, o.beta),
-    "simpo": lambda pairs, o: losses.simpo_loss(pairs, o.beta, o.simpo_gamma, o.label_smoothing),
-    "orpo": lambda pairs, o: losses.orpo_loss(pairs, o.beta),
-    "cpo": lambda pairs, o: losses.cpo_loss(pairs, o.beta, o.label_smoothing),
-}
-_LABELLED_LOSSES = ("kto", "apo_zero_unpaired")
-LOSS_TYPES = (*_PAIR_LOSSES, "sft", *_LABELLED_LOSSES, "plackett_luce")
-
-_REFERENCE_FREE = frozenset({"sft", "simpo", "orpo", "cpo"})
-# their rewards are a mean over tokens
-_PER_TOKEN = frozenset({"simpo", "orpo"})
-_COUPLING = frozenset({"aot", "aot_unpaired", "kto"})
-# divided by what a process's own batch holds: tokens, rankings
-_PER_BATCH = frozenset({"sft", "cpo", "plackett_luce"})
-# a pair's difference cancels the constant that an f-divergence leaves in each reward; nothing else does
-_TAKES_DIVERGENCE = frozenset({"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"})
-_SORTING = frozenset({"aot", "aot_unpaired"})
 
 
 @dataclass(frozen=True)
@@ -195,27 +168,24 @@ class Objective:
     undesirable_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_names(self.loss_type)
-        _check_weights(self.loss_type, self.loss_weights)
-        _check_numbers(self)
-        _check_combinations(self)
+        check_objective(self)
 
     # --- what the losses need ----------------------------------------------------------------------------------------
 
     @property
     def needs_reference(self) -> bool:
         """Whether any of the losses compares with a reference model."""
-        return any(name not in _REFERENCE_FREE for name in self.loss_type)
+        return any(name not in REFERENCE_FREE for name in self.loss_type)
 
     @property
     def needs_pairs(self) -> bool:
         """Whether any of the losses compares responses with each other."""
-        return self.rpo_alpha is not None or any(name in _PAIR_LOSSES for name in self.loss_type)
+        return self.rpo_alpha is not None or any(name in PAIR_LOSSES for name in self.loss_type)
 
     @property
     def needs_labels(self) -> bool:
         """Whether any of the losses learns from responses labelled one by one."""
-        return any(name in _LABELLED_LOSSES for name in self.loss_type)
+        return any(name in LABELLED_LOSSES for name in self.loss_type)
 
     @property
     def needs_unrelated_responses(self) -> bool:
@@ -230,13 +200,13 @@ class Objective:
     @property
     def couples_batch(self) -> bool:
         """Whether a row's gradient depends on the batch's other rows, so that several rows take two passes."""
-        return any(name in _COUPLING for name in self.loss_type)
+        return any(name in COUPLING for name in self.loss_type)
 
     @property
     def is_mean_over_pairs(self) -> bool:
         """Whether the loss of several processes is a mean over their pairs, whichever of them runs which pair."""
         normalised_otherwise = self.needs_labels or self.rpo_alpha is not None
-        return not (self.couples_batch or normalised_otherwise or _PER_BATCH & set(self.loss_type))
+        return not (self.couples_batch or normalised_otherwise or PER_BATCH & set(self.loss_type))
 
     # --- the loss ----------------------------------------------------------------------------------------------------
 
@@ -285,8 +255,8 @@ class Objective:
         terms = []
         loss_weights = self.loss_weights or (1.0,) * len(self.loss_type)
         for name, weight in zip(self.loss_type, loss_weights, strict=True):
-            if name in _PAIR_LOSSES:
-                term = _weighted_sum(_PAIR_LOSSES[name](pairs, self), weights) / totals.pairs
+            if name in PAIR_LOSSES:
+                term = _weighted_sum(PAIR_LOSSES[name](pairs, self), weights) / totals.pairs
                 if name == "cpo" and self.cpo_alpha:
                     term = term + self.cpo_alpha * _supervised(policy, rows, totals)
             elif name == "sft":
@@ -461,7 +431,7 @@ class Objective:
         """Implicit rewards of chosen and rejected responses, ``[E]`` each; ``None`` where nothing defines them."""
         if with_reference:
             return self.beta * pairs.chosen_logratios.detach(), self.beta * pairs.rejected_logratios.detach()
-        if any(name in _PER_TOKEN for name in self.loss_type):
+        if any(name in PER_TOKEN for name in self.loss_type):
             return self.beta * pairs.chosen_means.detach(), self.beta * pairs.rejected_means.detach()
         if "cpo" in self.loss_type:
             return self.beta * pairs.chosen_logps.detach(), self.beta * pairs.rejected_logps.detach()
@@ -504,77 +474,3 @@ def _supervised_index(row: Row) -> Tensor:
         index += [first + k for k in supervised_responses(group)]
         first += len(group.response_ids)
     return torch.tensor(index, dtype=torch.int64, device=row.edges.device)
-
-
-# --- the checks of the settings --------------------------------------------------------------------------------------
-
-
-def _check_names(names: tuple[str, ...]) -> None:
-    if not names:
-        raise FlexdpoError(f"loss_type is empty; choose from {', '.join(LOSS_TYPES)}")
-    for name in names:
-        if name not in LOSS_TYPES:
-            raise FlexdpoError(f"unknown loss_type {name!r}{nearest(name, LOSS_TYPES)}; known: {', '.join(LOSS_TYPES)}")
-
-
-def _check_weights(names: tuple[str, ...], weights: tuple[float, ...] | None) -> None:
-    if weights is None:
-        return
-    if len(weights) != len(names):
-        raise FlexdpoError(
-            f"loss_weights has {len(weights)} values for {len(names)} losses ({', '.join(names)}); give one weight for "
-            "each"
-        )
-    for name, weight in zip(names, weights, strict=True):
-        if not math.isfinite(weight):
-            raise FlexdpoError(f"loss_weights gives {name} the weight {weight}; it must be a finite number")
-
-
-def _check_numbers(objective: Objective) -> None:
-    if not objective.beta > 0:
-        raise FlexdpoError(f"beta must be positive, got {objective.beta}")
-    if not 0 <= objective.label_smoothing < 0.5:
-        raise FlexdpoError(f"label_smoothing must be in [0, 0.5), got {objective.label_smoothing}")
-    if objective.ld_alpha is not None and not 0 <= objective.ld_alpha <= 1:
-        raise FlexdpoError(f"ld_alpha must be in [0, 1], got {objective.ld_alpha}")
-    if not objective.discopop_tau > 0:
-        raise FlexdpoError(f"discopop_tau must be positive, got {objective.discopop_tau}")
-    # an unknown divergence names the known ones
-    divergence_scores(torch.zeros(1), objective.f_divergence_type, objective.f_alpha_divergence_coef)
-
-
-def _check_combinations(objective: Objective) -> None:
-    names = set(objective.loss_type)
-    if "exo_pair" in names and objective.label_smoothing == 0:
-        raise FlexdpoError(
-            "loss_type 'exo_pair' takes the logarithm of label_smoothing; set it above 0, for instance 1e-3"
-        )
-    _refuse(
-        names - _TAKES_DIVERGENCE,
-        objective.f_divergence_type != F_DIVERGENCES[0],
-        f"f_divergence_type={objective.f_divergence_type!r}",
-        "it uses rewards one by one, and an f-divergence fixes them only up to a constant",
-    )
-    _refuse(
-        names - _PAIR_LOSSES.keys() - {"sft"},
-        objective.use_weighting,
-        "use_weighting",
-        "the weights are those of pairs",
-    )
-    _refuse(
-        names & _SORTING,
-        objective.use_weighting,
-        "use_weighting",
-        "it sorts the batch, so its values belong to no pair",
-    )
-    _refuse(
-        names - (_PAIR_LOSSES.keys() - _REFERENCE_FREE) - {"sft"},
-        objective.ld_alpha is not None,
-        "ld_alpha",
-        "it does not compare a response with one other under a reference",
-    )
-
-
-def _refuse(names: set[str], asked: bool, setting: str, reason: str) -> None:
-    if asked and names:
-        raise FlexdpoError(f"{setting} cannot be combined with loss_type {', '.join(sorted(names))}: {reason}")

@@ -14,7 +14,8 @@ from flexdpo.attention.settings import KernelSettings
 from flexdpo.errors import FlexdpoError, nearest
 from flexdpo.layout.packing import SHARING
 from flexdpo.objective.divergences import F_DIVERGENCES
-from flexdpo.objective.objective import LOSS_TYPES, Objective
+from flexdpo.objective.loss_types import LOSS_TYPES
+from flexdpo.objective.objective import Objective
 
 TRUNCATION_MODES = ("keep_start",)
 _COMPILE_SETTINGS = {"torch_compile": False, "torch_compile_backend": None, "torch_compile_mode": None}

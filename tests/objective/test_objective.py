@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from flexdpo import FlexdpoError, Group, Row, response_logps
 from flexdpo.objective.logps import ResponseLogps, require_finite
-from flexdpo.objective.objective import LOSS_TYPES, BatchTotals, Objective, ReferenceLogps, surrogate_loss
+from flexdpo.objective.loss_types import LOSS_TYPES
+from flexdpo.objective.objective import BatchTotals, Objective, ReferenceLogps, surrogate_loss
 from flexdpo.objective.unpaired import LabelledGroup, with_unrelated_responses
 from tests.objective import padded
 

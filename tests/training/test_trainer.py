@@ -15,7 +15,7 @@ from datasets import Dataset
 from transformers import MambaConfig, MambaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from flexdpo import DPOConfig, DPOTrainer, FlexdpoError, UnsupportedModelError
-from flexdpo.objective.objective import LOSS_TYPES
+from flexdpo.objective.loss_types import LOSS_TYPES
 from flexdpo.training.lengths import token_counts
 from flexdpo.training.metrics import MetricsFile
 

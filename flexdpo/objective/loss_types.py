@@ -1,0 +1,138 @@
+"""The losses by name, what they have in common, and which settings go with which."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from flexdpo.errors import FlexdpoError, nearest
+from flexdpo.objective import losses
+from flexdpo.objective.divergences import F_DIVERGENCES, divergence_scores
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from flexdpo.objective.objective import Objective
+
+PairLoss = Callable[[losses.Pairs, "Objective"], "Tensor"]
+
+PAIR_LOSSES: Mapping[str, PairLoss] = {
+    "sigmoid": lambda pairs, o: losses.sigmoid_loss(pairs, o.beta, o.label_smoothing),
+    "hinge": lambda pairs, o: losses.hinge_loss(pairs, o.beta),
+    "ipo": lambda pairs, o: losses.ipo_loss(pairs, o.beta),
+    "exo_pair": lambda pairs, o: losses.exo_pair_loss(pairs, o.beta, o.label_smoothing),
+    "nca_pair": lambda pairs, o: losses.nca_pair_loss(pairs, o.beta),
+    "robust": lambda pairs, o: losses.robust_loss(pairs, o.beta, o.label_smoothing),
+    "bco_pair": lambda pairs, o: losses.bco_pair_loss(pairs, o.beta),
+    "sppo_hard": lambda pairs, o: losses.sppo_hard_loss(pairs, o.beta),
+    "aot": lambda pairs, o: losses.aot_loss(pairs, o.beta, o.label_smoothing),
+    "aot_unpaired": lambda pairs, o: losses.aot_unpaired_loss(pairs, o.beta, o.label_smoothing),
+    "apo_zero": lambda pairs, o: losses.apo_zero_loss(pairs, o.beta),
+    "apo_down": lambda pairs, o: losses.apo_down_loss(pairs, o.beta),
+    "discopop": lambda pairs, o: losses.discopop_loss(pairs, o.beta, o.discopop_tau),
+    "sigmoid_norm": lambda pairs, o: losses.sigmoid_norm_loss(pairs, o.beta),
+    "simpo": lambda pairs, o: losses.simpo_loss(pairs, o.beta, o.simpo_gamma, o.label_smoothing),
+    "orpo": lambda pairs, o: losses.orpo_loss(pairs, o.beta),
+    "cpo": lambda pairs, o: losses.cpo_loss(pairs, o.beta, o.label_smoothing),
+}
+LABELLED_LOSSES = ("kto", "apo_zero_unpaired")
+LOSS_TYPES = (*PAIR_LOSSES, "sft", *LABELLED_LOSSES, "plackett_luce")
+
+REFERENCE_FREE = frozenset({"sft", "simpo", "orpo", "cpo"})
+# their rewards are a mean over tokens
+PER_TOKEN = frozenset({"simpo", "orpo"})
+COUPLING = frozenset({"aot", "aot_unpaired", "kto"})
+# divided by what a process's own batch holds: tokens, rankings
+PER_BATCH = frozenset({"sft", "cpo", "plackett_luce"})
+# a pair's difference cancels the constant that an f-divergence leaves in each reward; nothing else does
+_TAKES_DIVERGENCE = frozenset({"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"})
+_SORTING = frozenset({"aot", "aot_unpaired"})
+
+
+# --- the checks of the settings --------------------------------------------------------------------------------------
+
+
+def check_objective(objective: Objective) -> None:
+    """Refuse losses, weights, numbers and combinations that have no meaning.
+
+    Raises:
+        FlexdpoError: naming the setting, its value and what it may be.
+    """
+    _check_names(objective.loss_type)
+    _check_weights(objective.loss_type, objective.loss_weights)
+    _check_numbers(objective)
+    _check_combinations(objective)
+
+
+def _check_names(names: tuple[str, ...]) -> None:
+    if not names:
+        raise FlexdpoError(f"loss_type is empty; choose from {', '.join(LOSS_TYPES)}")
+    for name in names:
+        if name not in LOSS_TYPES:
+            raise FlexdpoError(f"unknown loss_type {name!r}{nearest(name, LOSS_TYPES)}; known: {', '.join(LOSS_TYPES)}")
+
+
+def _check_weights(names: tuple[str, ...], weights: tuple[float, ...] | None) -> None:
+    if weights is None:
+        return
+    if len(weights) != len(names):
+        raise FlexdpoError(
+            f"loss_weights has {len(weights)} values for {len(names)} losses ({', '.join(names)}); give one weight for "
+            "each"
+        )
+    for name, weight in zip(names, weights, strict=True):
+        if not math.isfinite(weight):
+            raise FlexdpoError(f"loss_weights gives {name} the weight {weight}; it must be a finite number")
+
+
+def _check_numbers(objective: Objective) -> None:
+    if not objective.beta > 0:
+        raise FlexdpoError(f"beta must be positive, got {objective.beta}")
+    if not 0 <= objective.label_smoothing < 0.5:
+        raise FlexdpoError(f"label_smoothing must be in [0, 0.5), got {objective.label_smoothing}")
+    if objective.ld_alpha is not None and not 0 <= objective.ld_alpha <= 1:
+        raise FlexdpoError(f"ld_alpha must be in [0, 1], got {objective.ld_alpha}")
+    if not objective.discopop_tau > 0:
+        raise FlexdpoError(f"discopop_tau must be positive, got {objective.discopop_tau}")
+    # an unknown divergence names the known ones
+    divergence_scores(torch.zeros(1), objective.f_divergence_type, objective.f_alpha_divergence_coef)
+
+
+def _check_combinations(objective: Objective) -> None:
+    names = set(objective.loss_type)
+    if "exo_pair" in names and objective.label_smoothing == 0:
+        raise FlexdpoError(
+            "loss_type 'exo_pair' takes the logarithm of label_smoothing; set it above 0, for instance 1e-3"
+        )
+    _refuse(
+        names - _TAKES_DIVERGENCE,
+        objective.f_divergence_type != F_DIVERGENCES[0],
+        f"f_divergence_type={objective.f_divergence_type!r}",
+        "it uses rewards one by one, and an f-divergence fixes them only up to a constant",
+    )
+    _refuse(
+        names - PAIR_LOSSES.keys() - {"sft"},
+        objective.use_weighting,
+        "use_weighting",
+        "the weights are those of pairs",
+    )
+    _refuse(
+        names & _SORTING,
+        objective.use_weighting,
+        "use_weighting",
+        "it sorts the batch, so its values belong to no pair",
+    )
+    _refuse(
+        names - (PAIR_LOSSES.keys() - REFERENCE_FREE) - {"sft"},
+        objective.ld_alpha is not None,
+        "ld_alpha",
+        "it does not compare a response with one other under a reference",
+    )
+
+
+def _refuse(names: set[str], asked: bool, setting: str, reason: str) -> None:
+    if asked and names:
+        raise FlexdpoError(f"{setting} cannot be combined with loss_type {', '.join(sorted(names))}: {reason}")
