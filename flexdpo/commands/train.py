@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from flexdpo.commands.options import OptionParser, field_names
 from flexdpo.errors import FlexdpoError
+from flexdpo.insight.dry_run import dry_run
 from flexdpo.insight.example import run_example
 from flexdpo.insight.jobs import Job, run_job
 from flexdpo.training.config import DPOConfig
@@ -55,6 +56,10 @@ class DataArguments:
     )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Write into output_dir though it is not empty."}
+    )
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "Tokenise, pack, predict tokens, memory and gain, and stop before any weight is loaded."},
     )
 
 
@@ -103,7 +108,13 @@ def run(argv: list[str]) -> int:
         )
         print(result.table())
         return 0
-    print(run_job(_job(model, data), _named_output(config, model)))
+    job = _job(model, data)
+    if data.dry_run:
+        print(dry_run(job, config).table())
+        return 0
+    table = run_job(job, _named_output(config, model))
+    if config.process_index == 0:
+        print(table)
     return 0
 
 

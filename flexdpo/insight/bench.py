@@ -20,6 +20,7 @@ from flexdpo.insight.bench_profiles import find_profiles
 from flexdpo.insight.bench_timing import Times, measure, paired_ratio
 from flexdpo.insight.bench_trl import TrlArm
 from flexdpo.insight.bench_varlen import VarlenArm
+from flexdpo.insight.estimate_costs import StepSeconds, find_machine, padded_load, row_load, step_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -192,6 +193,7 @@ def _run_profile(
     )
     model.zero_grad(set_to_none=True)
     figures = {arm.name: _arm_figures(arm, times[arm.name], settings, shape) for arm in arms}
+    predicted = {arm.name: _predicted_seconds(arm, settings, shape) for arm in arms}
     kernels = kernel_rows(
         batches[0],
         shape,
@@ -203,7 +205,7 @@ def _run_profile(
     return {
         "arms": figures,
         "speedups": {
-            arm.name: {phase: _speedup(arm.name, times, figures, phase) for phase in PHASES}
+            arm.name: {phase: _speedup(arm.name, times, figures, predicted, phase) for phase in PHASES}
             for arm in arms
             if arm.name != "shared"
         },
@@ -252,15 +254,38 @@ def _arm_figures(arm: Arm, times: Times, settings: BenchSettings, shape: Shape) 
     }
 
 
-def _speedup(name: str, times: dict[str, Times], figures: dict[str, dict[str, Any]], phase: str) -> dict[str, float]:
+def _predicted_seconds(arm: Arm, settings: BenchSettings, shape: Shape) -> StepSeconds:
+    """What the predictor of ``flexdpo estimate`` says of an arm's batches, before they are run."""
+    machine = find_machine(settings.device)
+    if isinstance(arm, PackedArm):
+        loads = [row_load(row, shape, machine) for rows in arm.rows for row in rows]
+    else:
+        # padded arms differ in the positions that they compute logits at
+        loads = [
+            padded_load(batch)._replace(targets=arm.work(number).targets)
+            for number, batch in enumerate(arm.batches)  # type: ignore[attr-defined]
+        ]
+    return step_seconds(loads, shape, machine, checkpointing=settings.checkpointing)
+
+
+def _speedup(
+    name: str,
+    times: dict[str, Times],
+    figures: dict[str, dict[str, Any]],
+    predicted: dict[str, StepSeconds],
+    phase: str,
+) -> dict[str, float]:
     ratio = paired_ratio(times[name], times["shared"], phase)
     ideal = figures[name]["flops"][phase] / figures["shared"]["flops"][phase]
-    return {**ratio._asdict(), "ideal": ideal, "efficiency": ratio.median / ideal}
+    expected = getattr(predicted[name], phase) / getattr(predicted["shared"], phase)
+    return {**ratio._asdict(), "ideal": ideal, "efficiency": ratio.median / ideal, "predicted": expected}
 
 
 def profile_table(name: str, figures: dict[str, Any]) -> str:
     """The figures of one profile, in aligned lines."""
-    lines = [f"{name:<14}  pairs/s  tokens  policy s  reference s    +MB  speed-up (quartiles)  ideal  efficiency"]
+    lines = [
+        f"{name:<14}  pairs/s  tokens  policy s  reference s    +MB  speed-up (quartiles)  ideal  efficiency  predicted"
+    ]
     for arm, values in figures["arms"].items():
         seconds = values["seconds"]
         peak = values["peak_bytes"]
@@ -271,7 +296,7 @@ def profile_table(name: str, figures: dict[str, Any]) -> str:
         if arm in figures["speedups"]:
             speed = figures["speedups"][arm]["total"]
             quartiles = f"{speed['median']:5.2f} ({speed['low']:.2f} to {speed['high']:.2f})"
-            line += f"  {quartiles:<20}  {speed['ideal']:5.2f}  {speed['efficiency']:10.3f}"
+            line += f"  {quartiles:<20}  {speed['ideal']:5.2f}  {speed['efficiency']:10.3f}  {speed['predicted']:9.2f}"
         lines.append(line)
     for row in figures["kernels"]:
         mask = "" if row["block_mask_ms"] is None else f", its BlockMask {row['block_mask_ms']:.2f} ms"

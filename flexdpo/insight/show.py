@@ -30,7 +30,7 @@ LEGEND_RESPONSES = 8
 
 _KIND_COLOURS = {PADDING: "#9ca3af", PROMPT: "#3f6fa8", SHARED: "#7a4fa3"}
 _RESPONSE_COLOURS = ("#2e9e6b", "#e07b39", "#d4b02a", "#c2477f", "#47b5c4", "#8a6d3b")
-_INK = "#1f2937"
+INK = "#1f2937"
 
 
 class TokenKinds(NamedTuple):
@@ -155,17 +155,29 @@ def row_mask_figure(row: Row, *, title: str | None = None, block_size: int = 128
     Raises:
         FlexdpoError: if the row is not one row of at least one token or ``block_size`` is not positive.
     """
+    figure = new_figure(7.5, 7.5, dpi=160)
+    box = figure.add_gridspec(1, 1, left=0.1, right=0.985, bottom=0.065, top=0.95)
+    draw_mask_panel(figure, box[0], row, block_size=block_size)
+    figure.text(0.1, 0.966, row_title(row) if title is None else title, fontsize=11, color=INK)
+    return figure
+
+
+def draw_mask_panel(figure: Figure, place: Any, row: Row, *, block_size: int = 128) -> None:
+    """Draw the mask of a row, with its strips and its legend, into a square part of a figure.
+
+    Args:
+        figure: Where to draw.
+        place: A ``SubplotSpec``; equal extents both ways keep the mask square.
+        row: The packed row.
+        block_size: Tokens to a side of a tile.
+    """
     subtree_end = _subtree_end(row)
     tokens = token_kinds(row)
-    colours = _token_colours(tokens)
+    colours = token_colours(tokens)
     tiles = tile_kinds(subtree_end, block_size) if subtree_end.size >= 2 * block_size else None
-
-    figure = new_figure(7.5, 7.5, dpi=160)
-    # equal extents both ways keep the mask square
-    grid = figure.add_gridspec(
-        3, 3, width_ratios=(1, 0.024, 0.075), height_ratios=(0.075, 0.024, 1),
-        left=0.1, right=0.985, bottom=0.065, top=0.95, wspace=0.02, hspace=0.02,
-    )  # fmt: skip
+    grid = place.subgridspec(
+        3, 3, width_ratios=(1, 0.024, 0.075), height_ratios=(0.075, 0.024, 1), wspace=0.02, hspace=0.02
+    )
     axes = figure.add_subplot(grid[2, 0])
     _draw_cells(axes, row, subtree_end, colours)
     if tiles is not None:
@@ -176,9 +188,9 @@ def row_mask_figure(row: Row, *, title: str | None = None, block_size: int = 128
     _draw_strip(figure.add_subplot(grid[2, 1], sharey=axes), row, colours, along="query")
     _draw_positions(figure.add_subplot(grid[0, 0], sharex=axes), row, along="key")
     _draw_positions(figure.add_subplot(grid[2, 2], sharey=axes), row, along="query")
-    figure.text(0.985, 0.95, "logical\nposition", fontsize=7.5, color=_INK, ha="right", va="top")
-    figure.text(0.1, 0.966, _default_title(row) if title is None else title, fontsize=11, color=_INK)
-    return figure
+    corner = figure.add_subplot(grid[0, 2])
+    corner.text(1, 1, "logical\nposition", fontsize=7.5, color=INK, ha="right", va="top")
+    corner.set_axis_off()
 
 
 def render_row_text(row: Row, width: int = 120) -> str:
@@ -213,20 +225,21 @@ def _visible_queries(subtree_end: NDArray[np.int64], start: int, count: int) -> 
     return visible
 
 
-def _token_colours(tokens: TokenKinds) -> NDArray[np.float32]:
+def token_colours(tokens: TokenKinds) -> NDArray[np.float32]:
     """Give every token its colour, ``[S, 3]`` in 0 to 1; every second document is paler."""
     from matplotlib.colors import to_rgb
 
     palette = np.ones((FIRST_RESPONSE + tokens.num_responses, 3))
     for kind in range(PADDING, len(palette)):
-        palette[kind] = to_rgb(_kind_colour(kind, tokens.num_responses))
+        palette[kind] = to_rgb(kind_colour(kind, tokens.num_responses))
     colours = palette[tokens.kinds]
     odd = (tokens.documents >= 0) & (tokens.documents % 2 == 1)
     colours[odd] += 0.38 * (1 - colours[odd])
     return colours.astype(np.float32)
 
 
-def _kind_colour(kind: int, num_responses: int) -> Any:
+def kind_colour(kind: int, num_responses: int) -> Any:
+    """The colour of a kind of token, among ``num_responses`` responses."""
     if kind < FIRST_RESPONSE:
         return _KIND_COLOURS[kind]
     response = kind - FIRST_RESPONSE
@@ -261,13 +274,14 @@ def _draw_cells(axes: Any, row: Row, subtree_end: NDArray[np.int64], colours: ND
     reach = len(image) * step
     axes.imshow(image, extent=(0, reach, reach, 0), aspect="auto", interpolation="nearest" if length <= 300 else None)
     if length <= 64:
-        axes.hlines(np.arange(1, length), 0, length, color="white", linewidth=0.7)
-        axes.vlines(np.arange(1, length), 0, length, color="white", linewidth=0.7)
+        # below the marks of the tiles
+        axes.hlines(np.arange(1, length), 0, length, color="white", linewidth=0.7, zorder=0.5)
+        axes.vlines(np.arange(1, length), 0, length, color="white", linewidth=0.7, zorder=0.5)
     axes.set_xlim(0, length)
     axes.set_ylim(length, 0)
-    axes.set_xlabel("key token (index in the row)", fontsize=9, color=_INK)
-    axes.set_ylabel("query token (index in the row)", fontsize=9, color=_INK)
-    axes.tick_params(labelsize=8, colors=_INK, length=3)
+    axes.set_xlabel("key token (index in the row)", fontsize=9, color=INK)
+    axes.set_ylabel("query token (index in the row)", fontsize=9, color=INK)
+    axes.tick_params(labelsize=8, colors=INK, length=3)
     for spine in axes.spines.values():
         spine.set(color="#9ca3af", linewidth=0.8)
 
@@ -286,16 +300,16 @@ def _draw_tiles(axes: Any, tiles: NDArray[np.int64], block_size: int) -> None:
 
     axes.add_collection(PatchCollection(boxes(EMPTY), facecolor="#eceff3", edgecolor="white", linewidth=0.6))
     for kind in (PARTIAL, FULL):
-        axes.add_collection(PatchCollection(boxes(kind), facecolor="none", edgecolor=_INK, linewidth=0.5, alpha=0.55))
+        axes.add_collection(PatchCollection(boxes(kind), facecolor="none", edgecolor=INK, linewidth=0.5, alpha=0.55))
     i, j = np.nonzero(tiles == FULL)
     axes.plot((j + 0.5) * block_size, (i + 0.5) * block_size, "o", color="white", markersize=4,
-              markeredgecolor=_INK, markeredgewidth=0.6)  # fmt: skip
+              markeredgecolor=INK, markeredgewidth=0.6)  # fmt: skip
 
 
 def _draw_documents(axes: Any, row: Row) -> None:
     """Frame every document, inside which all that a query may see lies."""
     for start, end in row.documents:
-        axes.plot([start, end, end, start, start], [start, start, end, end, start], color=_INK, linewidth=0.8)
+        axes.plot([start, end, end, start, start], [start, start, end, end, start], color=INK, linewidth=0.8)
 
 
 def _draw_strip(axes: Any, row: Row, colours: NDArray[np.float32], along: str) -> None:
@@ -308,7 +322,7 @@ def _draw_strip(axes: Any, row: Row, colours: NDArray[np.float32], along: str) -
     if length <= 48:
         for index, position in enumerate(row.position_ids[0].tolist()):
             x, y = (index + 0.5, 0.5) if along == "key" else (0.5, index + 0.5)
-            ink = "white" if colours[index].mean() < 0.6 else _INK
+            ink = "white" if colours[index].mean() < 0.6 else INK
             axes.text(x, y, str(position), ha="center", va="center_baseline", fontsize=6.5, color=ink)
     axes.tick_params(bottom=False, left=False, labelbottom=False, labelleft=False)
     axes.spines[:].set_visible(False)
@@ -323,7 +337,7 @@ def _draw_positions(axes: Any, row: Row, along: str) -> None:
         positions, edges, orientation="vertical" if along == "key" else "horizontal",
         fill=True, facecolor="#d5dae1", edgecolor="none",
     )  # fmt: skip
-    axes.tick_params(bottom=False, left=False, labelbottom=False, labelleft=False, labelsize=7, colors=_INK)
+    axes.tick_params(bottom=False, left=False, labelbottom=False, labelleft=False, labelsize=7, colors=INK)
     axes.spines[:].set_visible(False)
     if along == "key":
         axes.set_ylim(0, highest * 1.05)
@@ -340,7 +354,7 @@ def _draw_legend(axes: Any, tokens: TokenKinds, tiles: NDArray[np.int64] | None,
     from matplotlib.patches import Patch
 
     entries = [
-        Patch(color=_kind_colour(kind, tokens.num_responses), label=name) for kind, name in _kind_names(tokens).items()
+        Patch(color=kind_colour(kind, tokens.num_responses), label=name) for kind, name in kind_names(tokens).items()
     ]
     legend = axes.legend(
         handles=entries if tiles is None else [*entries, *_tile_entries(tiles, block_size)],
@@ -358,8 +372,8 @@ def _tile_entries(tiles: NDArray[np.int64], block_size: int) -> list[Any]:
     empty, partial, full = (f"{(tiles == kind).sum():,}" for kind in (EMPTY, PARTIAL, FULL))
     entries: list[Any] = [
         Patch(facecolor="#eceff3", edgecolor="#cbd2da"),
-        Patch(facecolor="none", edgecolor=_INK, linewidth=0.6),
-        Line2D([], [], marker="o", linestyle="", color="white", markeredgecolor=_INK),
+        Patch(facecolor="none", edgecolor=INK, linewidth=0.6),
+        Line2D([], [], marker="o", linestyle="", color="white", markeredgecolor=INK),
     ]
     if len(tiles) > TILES_MARKED_SINGLY:
         entries = [Line2D([], [], linestyle="") for _ in entries]
@@ -369,7 +383,7 @@ def _tile_entries(tiles: NDArray[np.int64], block_size: int) -> list[Any]:
     return entries
 
 
-def _kind_names(tokens: TokenKinds) -> dict[int, str]:
+def kind_names(tokens: TokenKinds) -> dict[int, str]:
     """Name the kinds that the row has, in the order of the legend; of many responses the two outermost."""
     present = set(tokens.kinds.tolist())
     last = tokens.num_responses - 1
@@ -382,7 +396,8 @@ def _kind_names(tokens: TokenKinds) -> dict[int, str]:
     return {kind: name for kind, name in names.items() if kind in present}
 
 
-def _default_title(row: Row) -> str:
+def row_title(row: Row) -> str:
+    """What a row holds, in numbers."""
     number, padding = len(row.documents), row.subtree_end.shape[-1] - row.num_tokens
     documents = f"{number} document" + ("s" if number != 1 else "")
     tokens = f"{row.num_tokens:,} tokens run instead of {row.unshared_tokens:,}"

@@ -191,7 +191,7 @@ class DPOConfig(TrainingArguments):
         default="auto",
         metadata={
             "help": "FlexAttention kernels: 'bucket' pads rows to a few lengths and compiles a kernel for each, "
-            "'dynamic' compiles one for all lengths, 'auto' takes buckets on a GPU where up to 4 waste under 3%."
+            "'dynamic' compiles one for all lengths, 'auto' takes buckets on a GPU where up to 4 waste under 3%%."
         },
     )
     attn_kernel_options: dict[str, Any] | str | None = field(

@@ -1,11 +1,14 @@
 """Pictures of a packed row say what the mask's definition says."""
 
+import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from flexdpo.attention.oracle import ancestor_mask
 from flexdpo.errors import FlexdpoError
 from flexdpo.insight import show
 from flexdpo.insight.show import (
@@ -24,8 +27,14 @@ from flexdpo.insight.show import (
     tile_kinds,
     token_kinds,
 )
+from flexdpo.insight.show_overview import draw_overview, first_row, overview_figure, picture_block_size
+from flexdpo.insight.show_packing import batch_layouts, draw_packing
+from flexdpo.insight.show_sources import example_groups, read_lengths
+from flexdpo.insight.show_text import overview_text
+from flexdpo.insight.show_trie import draw_trie, trie_runs
 from flexdpo.layout.groups import Group
 from flexdpo.layout.row import Row
+from flexdpo.training.example.task import BodyPair
 
 # row:      0  1  2 | 3  4   5     6  7    8 | 9  10   11   12 13 | 14 15
 # token:   p0 p1 p2 | s  s   r0   r1 r1   r2 | p0 p1   r0   r1 r1 | padding
@@ -118,7 +127,7 @@ def test_one_hidden_cell_makes_a_full_tile_partial():
 def test_every_second_document_is_paler_and_padding_is_not():
     from matplotlib.colors import to_rgb
 
-    colours = show._token_colours(token_kinds(depth_two_row()))
+    colours = show.token_colours(token_kinds(depth_two_row()))
     np.testing.assert_allclose(colours[0], to_rgb(show._KIND_COLOURS[PROMPT]), atol=1e-6)
     np.testing.assert_allclose(colours[15], to_rgb(show._KIND_COLOURS[PADDING]), atol=1e-6)
     assert (colours[9] > colours[0]).all()
@@ -126,7 +135,7 @@ def test_every_second_document_is_paler_and_padding_is_not():
 
 def test_picture_of_a_long_row_is_the_average_of_the_picture_of_its_cells():
     row = long_row(2)
-    colours = show._token_colours(token_kinds(row))
+    colours = show.token_colours(token_kinds(row))
     length, step = len(colours), 9
     assert length % step != 0  # the last square is a smaller one
     exact = np.where(dense_mask(row)[:, :, None], colours[None], 1.0)
@@ -152,7 +161,7 @@ def test_every_visible_cell_has_its_key_tokens_colour_in_the_file(tmp_path):
     row = depth_two_row()
     pixels = read_png(draw_row_mask(row, tmp_path / "mask.png"))
     figure = row_mask_figure(row)
-    colours = show._token_colours(token_kinds(row))
+    colours = show.token_colours(token_kinds(row))
     # every kind and both tints differ, or the comparison below says nothing
     assert len(np.unique(colours, axis=0)) == 9
     for query in range(16):
@@ -209,7 +218,7 @@ def test_legend_counts_the_tiles():
 
 def test_many_responses_get_colours_of_their_own():
     row = Row.from_groups([Group.from_lists([1, 2], [[10 + k] for k in range(20)], edges=[])])
-    colours = show._token_colours(token_kinds(row))
+    colours = show.token_colours(token_kinds(row))
     assert len(np.unique(colours[2:], axis=0)) == 20
     assert legend_labels(row_mask_figure(row)) == ["prompt", "response 0", "... to response 19"]
 
@@ -248,3 +257,183 @@ def test_more_than_one_row_is_refused(tmp_path):
 def test_block_size_must_be_positive(tmp_path):
     with pytest.raises(FlexdpoError, match="block_size must be at least 1 token, got 0"):
         draw_row_mask(depth_two_row(), tmp_path / "mask.png", block_size=0)
+
+
+# --- tries, batches and the whole picture ----------------------------------------------------------------------------
+
+DEPTH_TWO_LENGTHS = [{"prompt": 11, "responses": [[4, [5, 3]], 6]}, {"prompt": 8, "responses": [5, 4]}]
+
+
+def write_lengths(folder, value):
+    path = folder / "lengths.json"
+    path.write_text(value if isinstance(value, str) else json.dumps(value))
+    return path
+
+
+def parents_of(row: Row) -> torch.Tensor:
+    """Each token's parent, from the groups' own sequences and not from the row's layout."""
+    parents, place = [], 0
+    for group in row.groups:
+        seen: dict[tuple[int, ...], int] = {}
+        for ids in group.sequences:
+            for depth in range(1, len(ids) + 1):
+                seen.setdefault(tuple(ids[:depth].tolist()), -1)
+        # depth first, siblings in order of appearance
+        order = sorted(
+            seen, key=lambda prefix: [list(seen).index(prefix[:depth]) for depth in range(1, len(prefix) + 1)]
+        )
+        index = {prefix: place + number for number, prefix in enumerate(order)}
+        parents += [index.get(prefix[:-1], -1) for prefix in order]
+        place += len(order)
+    return torch.tensor(parents)
+
+
+def test_lengths_make_a_trie_of_depth_two(tmp_path):
+    groups = read_lengths(write_lengths(tmp_path, DEPTH_TWO_LENGTHS))
+    assert [len(ids) for ids in groups[0].response_ids] == [9, 7, 6]
+    assert groups[0].edges == ((0, 1), (0, 2))
+    assert groups[0].response_ids[0][:4].tolist() == groups[0].response_ids[1][:4].tolist()
+    row = Row.from_groups(groups)
+    assert (row.num_tokens, row.unshared_tokens) == (11 + 4 + 5 + 3 + 6 + 17, 80)
+
+
+def test_the_drawn_mask_of_a_trie_of_depth_two_is_the_dense_mask(tmp_path):
+    groups = read_lengths(write_lengths(tmp_path, DEPTH_TWO_LENGTHS))
+    row = first_row(groups)
+    dense = ancestor_mask(parents_of(row)).numpy()
+    # wrong subtree ends would make both wrong alike, so the definition walks up the groups' own sequences
+    np.testing.assert_array_equal(mask_categories(row) != HIDDEN, dense)
+    figure = overview_figure(groups, view="mask", block_size=64)
+    path = draw_overview(groups, tmp_path / "mask.png", view="mask", block_size=64)
+    pixels = read_png(path)
+    for query in range(len(dense)):
+        # the legend stands in the upper right
+        for key in range(query + 1):
+            drawn = not np.allclose(pixel_at(figure, pixels, query, key), 1, atol=2 / 255)
+            assert drawn == dense[query, key], f"query {query}, key {key}"
+
+
+def test_runs_of_a_trie_of_depth_two(tmp_path):
+    row = first_row(read_lengths(write_lengths(tmp_path, DEPTH_TWO_LENGTHS)))
+    runs = trie_runs(row)
+    names = {PROMPT: "prompt", SHARED: "shared", **{FIRST_RESPONSE + k: k for k in range(3)}}
+    assert [(run.start, run.stop, run.position, names[run.kind], run.document, run.parent) for run in runs] == [
+        (0, 11, 0, "prompt", 0, -1),
+        (11, 15, 11, "shared", 0, 0),
+        (15, 20, 15, 0, 0, 1),
+        (20, 23, 15, 1, 0, 1),
+        (23, 29, 11, 2, 0, 0),
+        (29, 37, 0, "prompt", 1, -1),
+        (37, 42, 8, 0, 1, 5),
+        (42, 46, 8, 1, 1, 5),
+    ]
+    leaves = [run.lane for run in runs if run.kind >= FIRST_RESPONSE]
+    assert leaves == pytest.approx([0, 1, 2, 3.6, 4.6])
+    assert runs[1].lane == pytest.approx(0.5)  # between its two responses
+    assert runs[5].lane == pytest.approx(4.1)
+
+
+@pytest.mark.parametrize("row", [depth_two_row(), long_row(3, pad_to_multiple_of=128)], ids=["small", "padded"])
+def test_runs_cover_every_real_token_once(row):
+    runs = trie_runs(row)
+    assert [token for run in runs for token in range(run.start, run.stop)] == list(range(row.num_tokens))
+    positions = row.position_ids[0].tolist()
+    for run in runs:
+        assert positions[run.start : run.stop] == list(range(run.position, run.position + len(run)))
+        above = runs[run.parent] if run.parent >= 0 else None
+        assert run.position == (0 if above is None else above.position + len(above))
+
+
+def test_layouts_of_a_batch_hold_its_tokens(tmp_path):
+    groups = read_lengths(write_lengths(tmp_path, DEPTH_TWO_LENGTHS))
+    padded, packed, shared = batch_layouts(groups, 60)
+    assert [len(lane) for lane in padded.lanes] == [20] * 5
+    assert (padded.slots, padded.num_tokens) == (100, 80)
+    assert packed.slots == packed.num_tokens == 80
+    assert max(len(lane) for lane in packed.lanes) <= 60
+    assert (shared.slots, len(shared.lanes)) == (46, 1)
+    kinds = shared.lanes[0].tokens.kinds
+    np.testing.assert_array_equal(kinds, token_kinds(first_row(groups)).kinds)
+    assert padded.title() == "padded: 5 sequences, 100 tokens run, 20% of them padding"
+    assert shared.title() == "packed and shared: 1 row, 46 tokens run"
+
+
+def test_groups_that_do_not_fit_the_rows_are_refused(tmp_path):
+    groups = read_lengths(write_lengths(tmp_path, DEPTH_TWO_LENGTHS))
+    with pytest.raises(FlexdpoError, match="group 0 has 29 distinct tokens but max_tokens_per_row=20"):
+        draw_overview(groups, tmp_path / "x.png", max_tokens_per_row=20)
+
+
+@pytest.mark.parametrize("view", ["all", "trie", "mask", "packing"])
+def test_views_are_1200_pixels_wide(view, tmp_path):
+    groups = list(long_row(3).groups)
+    height, width, _ = read_png(draw_overview(groups, tmp_path / "view.png", view=view)).shape
+    assert width == 1200
+    assert height > 150
+
+
+def test_trie_and_packing_have_pictures_of_their_own(tmp_path):
+    row = long_row(3)
+    for path in (draw_trie(row, tmp_path / "trie.png"), draw_packing(row.groups, tmp_path / "packing.png")):
+        assert read_png(path).shape[1] == 1200
+
+
+@pytest.mark.parametrize(("length", "size"), [(2048, 128), (1024, 128), (800, 64), (46, 4), (10, 2)])
+def test_tiles_of_short_rows_are_drawn_smaller(length, size):
+    assert picture_block_size(length) == size
+
+
+def test_the_terminal_shows_tries_mask_and_batch(tmp_path):
+    groups = read_lengths(write_lengths(tmp_path, DEPTH_TWO_LENGTHS))
+    text = overview_text(first_row(groups), batch_layouts(groups), width=60)
+    assert "document 0: prompt, 11 tokens (row 0 to 10, from position 0)" in text
+    assert "   │  └─ response 1, 3 tokens (row 20 to 22, from position 15)" in text
+    assert "███████████▚▚▚▚     111\n" in text
+    assert "████████00000·······\n" in text  # padded to the longest
+    narrow = overview_text(first_row(groups), batch_layouts(groups), width=40, block_size=8)
+    assert "tiles of 8 x 8: █ " in narrow
+    assert "(a character is 2 tokens)" in narrow
+
+
+def test_the_example_has_a_trie_of_depth_two(monkeypatch):
+    pairs = [
+        BodyPair(f"module:function{n}", "module", "other", (1, 2, 3, n), (10, 11, 12, 13, 14, 2), (20, 21, 22, 23, 2))
+        for n in range(6)
+    ]
+    monkeypatch.setattr("flexdpo.training.example.stdlib.read_standard_library", lambda progress=False: None)
+    monkeypatch.setattr("flexdpo.training.example.task.build_task", lambda library, seed: SimpleNamespace(train=pairs))
+    groups = example_groups(3)
+    assert [len(group.response_ids) for group in groups] == [3, 2, 2]
+    assert [ids.tolist() for ids in groups[0].response_ids] == [
+        [10, 11, 12, 13, 14, 2],
+        [10, 11, 12, 23, 2],
+        [20, 21, 22, 23, 2],
+    ]
+    kinds = [run.kind for run in trie_runs(first_row(groups[:1]))]
+    assert kinds == [PROMPT, SHARED, FIRST_RESPONSE, FIRST_RESPONSE + 1, FIRST_RESPONSE + 2]
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        ("[{", r"lengths.json, line 1: not valid JSON"),
+        ("[]", r"expected a list of groups such as .* found list \(\[\]\)"),
+        ([3], r"group 0 \(counted from 0\): expected a list of groups"),
+        ([{"prompt": 3}], r"group 0 .*found dict"),
+        ([{"prompt": 3, "responses": 4}], "group 0, 'responses': expected a list of lengths, found int"),
+        ([{"prompt": 3, "responses": [[4, 5]]}], r"'responses': expected a length or \[length, \[branches\]\]"),
+        ([{"prompt": 0, "responses": [4]}], "'prompt': expected a number of tokens from 1 to 200,000, found int"),
+        ([{"prompt": 3, "responses": [4]}, {"prompt": True, "responses": [4]}], "group 1, 'prompt': .*found bool"),
+    ],
+    ids=str,
+)
+def test_lengths_that_make_no_sense_are_refused(tmp_path, content, match):
+    with pytest.raises(FlexdpoError, match=match):
+        read_lengths(write_lengths(tmp_path, content))
+
+
+def test_missing_lengths_and_unknown_views_are_refused(tmp_path):
+    with pytest.raises(FlexdpoError, match=r"--lengths .*missing.json: No such file"):
+        read_lengths(tmp_path / "missing.json")
+    with pytest.raises(FlexdpoError, match="--view 'tree' is unknown; did you mean 'trie'"):
+        overview_figure(list(depth_two_row().groups), view="tree")

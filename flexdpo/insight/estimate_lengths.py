@@ -1,0 +1,350 @@
+"""Counts the tokens of a tokenised dataset, with and without sharing, from its Arrow columns.
+
+No trie is built. The distinct tokens of some sequences are those of all of them less, once the sequences are sorted,
+what each has in common with the one before it; sorting is over responses of one prompt, and the comparison runs over
+a whole batch of rows at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from flexdpo.layout.packing import MIN_SHARED
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from numpy.typing import NDArray
+
+    Ints = NDArray[np.int64]
+
+# bounds memory: a batch of rows is held as flat arrays, several times
+ROWS_PER_BATCH = 1024
+_DIGEST = 8
+
+
+@dataclass(frozen=True, eq=False)
+class RowTokens:
+    """Sizes of the rows of a dataset, one number each.
+
+    Shapes: ``N`` rows, ``R`` responses of all rows.
+
+    Attributes:
+        prompts: Tokens of each prompt, ``[N]`` int64.
+        responses: Number of responses of each row, ``[N]`` int64.
+        edges: Number of preferences of each row, ``[N]`` int64.
+        response_tokens: Tokens of each response, row by row, ``[R]`` int64.
+        targets: Distinct response tokens of each row: a beginning that responses share counts once, ``[N]`` int64.
+        longest: Tokens of each row's prompt with its longest response, ``[N]`` int64.
+        prompt_keys: A number for each prompt, equal for equal prompts only (up to chance of 2**-64), ``[N]`` uint64.
+        prefix_keys: The same for the first 128 tokens of prompts, ``[N]`` uint64; meaningless where
+            ``prompts < 128``.
+        with_first: Tokens that each prompt has in common with the first row's, ``[N]`` int64.
+    """
+
+    prompts: Ints
+    responses: Ints
+    edges: Ints
+    response_tokens: Ints
+    targets: Ints
+    longest: Ints
+    prompt_keys: NDArray[np.uint64]
+    prefix_keys: NDArray[np.uint64]
+    with_first: Ints
+
+    def __len__(self) -> int:
+        return int(self.prompts.size)
+
+    @property
+    def unshared(self) -> Ints:
+        """Tokens of each row with its prompt once for each response, ``[N]``."""
+        return self.prompts * self.responses + self._sums(self.response_tokens)
+
+    @property
+    def distinct(self) -> Ints:
+        """Tokens of each row's trie, ``[N]``."""
+        return self.prompts + self.targets
+
+    def _sums(self, values: Ints) -> Ints:
+        return np.add.reduceat(values, np.concatenate(([0], self.responses.cumsum()[:-1])))
+
+
+def count_rows(dataset: Dataset, rows_per_batch: int = ROWS_PER_BATCH) -> RowTokens:
+    """Count the tokens of every row of a tokenised dataset.
+
+    Args:
+        dataset: With the columns ``prompt_ids``, ``response_ids`` and ``edges``, at least one row.
+        rows_per_batch: Rows held at a time.
+    """
+    parts: list[RowTokens] = []
+    first: NDArray[np.int32] | None = None
+    for batch in batches(dataset, rows_per_batch):
+        first = batch.prompt_ids[: batch.prompts[0]] if first is None else first
+        parts.append(_count(batch, first))
+    return RowTokens(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in vars(parts[0])})
+
+
+@dataclass(frozen=True, eq=False)
+class TokenBatch:
+    """Some rows as flat arrays.
+
+    Attributes:
+        prompt_ids: Token ids of all prompts, one after the other.
+        prompts: Tokens of each prompt.
+        response_ids: Token ids of all responses, one after the other.
+        response_tokens: Tokens of each response.
+        responses: Responses of each row.
+        edges: Preferences of each row.
+    """
+
+    prompt_ids: NDArray[np.int32]
+    prompts: Ints
+    response_ids: NDArray[np.int32]
+    response_tokens: Ints
+    responses: Ints
+    edges: Ints
+
+
+def batches(dataset: Dataset, rows_per_batch: int = ROWS_PER_BATCH) -> Iterator[TokenBatch]:
+    """The rows of a tokenised dataset, some at a time."""
+    columns = dataset.select_columns(["prompt_ids", "response_ids", "edges"]).with_format("arrow")
+    for table in columns.iter(batch_size=rows_per_batch):
+        prompts = table.column("prompt_ids").combine_chunks()
+        rows = table.column("response_ids").combine_chunks()
+        responses = rows.flatten()
+        yield TokenBatch(
+            _values(prompts),
+            _lengths(prompts),
+            _values(responses),
+            _lengths(responses),
+            _lengths(rows),
+            _lengths(table.column("edges").combine_chunks()),
+        )
+
+
+def _values(array: Any) -> NDArray[np.int32]:
+    # flatten() minds the offsets of a slice, which .values does not
+    return np.asarray(array.flatten().to_numpy(zero_copy_only=False), dtype=np.int32)
+
+
+def _lengths(array: Any) -> Ints:
+    return np.asarray(array.value_lengths().to_numpy(zero_copy_only=False), dtype=np.int64)
+
+
+def _count(batch: TokenBatch, first: NDArray[np.int32]) -> RowTokens:
+    rows = np.repeat(np.arange(len(batch.responses)), batch.responses)
+    longest = np.zeros(len(batch.responses), dtype=np.int64)
+    np.maximum.at(longest, rows, batch.response_tokens)
+    starts = _starts(batch.prompts)
+    whole, beginning = _keys(batch.prompt_ids, starts, batch.prompts)
+    return RowTokens(
+        prompts=batch.prompts,
+        responses=batch.responses,
+        edges=batch.edges,
+        response_tokens=batch.response_tokens,
+        targets=distinct_tokens(batch.response_ids, _starts(batch.response_tokens), batch.response_tokens, rows),
+        longest=batch.prompts + longest,
+        prompt_keys=whole,
+        prefix_keys=beginning,
+        with_first=_common_with(first, batch.prompt_ids, starts, batch.prompts),
+    )
+
+
+def _common_with(one: NDArray[np.int32], ids: NDArray[np.int32], starts: Ints, lengths: Ints) -> Ints:
+    """Tokens that each sequence has in common with ``one``."""
+    both = np.concatenate((one, ids))
+    return common_lengths(both, np.zeros_like(starts), starts + one.size, np.minimum(lengths, one.size))
+
+
+def _starts(lengths: Ints) -> Ints:
+    return np.concatenate(([0], lengths.cumsum()[:-1])) if lengths.size else lengths
+
+
+def _keys(ids: NDArray[np.int32], starts: Ints, lengths: Ints) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """Digests of each prompt and of its first 128 tokens; equal prefixes of different prompts have equal digests."""
+    raw = memoryview(ids.tobytes())
+    whole, beginning = bytearray(), bytearray()
+    for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
+        head = blake2b(raw[4 * start : 4 * (start + min(length, MIN_SHARED))], digest_size=_DIGEST)
+        beginning += head.digest()
+        head.update(raw[4 * (start + min(length, MIN_SHARED)) : 4 * (start + length)])
+        whole += head.digest()
+    return np.frombuffer(bytes(whole), np.uint64), np.frombuffer(bytes(beginning), np.uint64)
+
+
+def distinct_tokens(ids: NDArray[np.int32], starts: Ints, lengths: Ints, rows: Ints) -> Ints:
+    """Count the nodes of the trie of each row's sequences.
+
+    Shapes: ``R`` sequences of ``N`` rows.
+
+    Args:
+        ids: Token ids, in which sequence ``r`` stands at ``starts[r] : starts[r] + lengths[r]``.
+        starts: ``[R]`` int64.
+        lengths: ``[R]`` int64.
+        rows: Which row each sequence belongs to, 0 to ``N - 1``, ascending, ``[R]`` int64.
+
+    Returns:
+        ``[N]`` int64.
+    """
+    if not rows.size:
+        return np.zeros(0, dtype=np.int64)
+    counts = np.bincount(rows)
+    totals = np.bincount(rows, weights=lengths).astype(np.int64)
+    order = _sorted_within_rows(ids, starts, lengths, rows, counts)
+    starts, lengths = starts[order], lengths[order]
+    # only neighbours of the same row are compared
+    second = np.flatnonzero(rows[1:] == rows[:-1]) + 1
+    common = common_lengths(ids, starts[second - 1], starts[second], np.minimum(lengths[second - 1], lengths[second]))
+    np.subtract.at(totals, rows[second], common)
+    return totals
+
+
+def _sorted_within_rows(ids: NDArray[np.int32], starts: Ints, lengths: Ints, rows: Ints, counts: Ints) -> Ints:
+    """An order of the sequences in which those of a row are sorted; of two it does not matter which comes first."""
+    order = np.arange(rows.size)
+    many = np.flatnonzero(counts > 2)
+    if not many.size:
+        return order
+    first = np.searchsorted(rows, many)
+    # big-endian bytes sort as the numbers do
+    raw = memoryview(ids.astype(">i4").tobytes())
+    for begin, count in zip(first.tolist(), counts[many].tolist(), strict=True):
+        members = range(begin, begin + count)
+        order[begin : begin + count] = sorted(
+            members, key=lambda r: bytes(raw[4 * int(starts[r]) : 4 * int(starts[r] + lengths[r])])
+        )
+    return order
+
+
+def common_lengths(ids: NDArray[np.int32], first: Ints, second: Ints, limit: Ints) -> Ints:
+    """How many tokens two sequences each have in common at their beginnings.
+
+    Args:
+        ids: Token ids.
+        first: Where one sequence of each couple begins, ``[C]`` int64.
+        second: Where the other begins, ``[C]`` int64.
+        limit: The shorter one's tokens, ``[C]`` int64.
+
+    Returns:
+        ``[C]`` int64.
+    """
+    result = limit.copy()
+    alive = np.flatnonzero(limit > 0)
+    depth, step = 0, 8
+    # couples that differ early are done early; those that agree are looked at in ever longer stretches
+    while alive.size:
+        span = np.minimum(limit[alive] - depth, step)
+        offset = np.arange(int(span.sum())) - np.repeat(_starts(span), span)
+        left = ids[np.repeat(first[alive] + depth, span) + offset]
+        right = ids[np.repeat(second[alive] + depth, span) + offset]
+        agreed = np.minimum.reduceat(np.where(left == right, step, offset), _starts(span))
+        differs = agreed < span
+        result[alive[differs]] = depth + agreed[differs]
+        depth += step
+        alive = alive[~differs]
+        alive = alive[limit[alive] > depth]
+        step *= 4
+    return result
+
+
+# --- rows that begin alike -------------------------------------------------------------------------------------------
+
+
+def classes_of(keys: NDArray[np.uint64]) -> tuple[Ints, Ints]:
+    """Number the distinct keys in order of value; the number of each key, and how often each number occurs."""
+    _, numbers, counts = np.unique(keys, return_inverse=True, return_counts=True)
+    return numbers.reshape(-1).astype(np.int64), counts.astype(np.int64)
+
+
+def regrouped_tokens(dataset: Dataset, counted: RowTokens, rows_per_batch: int = ROWS_PER_BATCH) -> int:
+    """Distinct tokens of a dataset once rows with the same prompt are one group each, without further sharing.
+
+    Args:
+        dataset: The dataset.
+        counted: Its rows as :func:`count_rows` counted them.
+        rows_per_batch: Rows held at a time.
+    """
+    numbers, counts = classes_of(counted.prompt_keys)
+    repeated = counts[numbers] > 1
+    total = int(counted.distinct[~repeated].sum())
+    if not repeated.any():
+        return total
+    members = np.flatnonzero(repeated)
+    # rows with the same prompt side by side; one prompt's rows never end up in two parts
+    members = members[np.argsort(numbers[members], kind="stable")]
+    of_members = numbers[members]
+    firsts = np.concatenate(([0], np.flatnonzero(np.diff(of_members)) + 1))
+    total += int(counted.prompts[members[firsts]].sum())
+    for begin, end in _whole_classes(firsts, members.size, rows_per_batch):
+        part = members[begin:end]
+        held = next(batches(dataset.select(part.tolist()), part.size))
+        rows = np.repeat(numbers[part], held.responses)
+        _, rows = np.unique(rows, return_inverse=True)
+        total += int(
+            distinct_tokens(held.response_ids, _starts(held.response_tokens), held.response_tokens, rows).sum()
+        )
+    return total
+
+
+def _whole_classes(firsts: Ints, end: int, size: int) -> Iterator[tuple[int, int]]:
+    """Cut sorted members into parts of about ``size``, only where a class begins."""
+    begin = 0
+    for first in [*firsts[1:].tolist(), end]:
+        if first - begin >= size or first == end:
+            yield begin, first
+            begin = first
+
+
+@dataclass(frozen=True)
+class SharedPrefixes:
+    """Which rows begin alike for at least 128 tokens, so that training can share more than their own prompts.
+
+    Attributes:
+        common_to_all: Tokens that all prompts begin with.
+        classes: Distinct beginnings that at least two rows have.
+        rows: Rows with such a beginning.
+        largest_rows: Rows with the most frequent one.
+        largest_tokens: Tokens that all of those have in common, 128 or more; 0 where there is none.
+    """
+
+    common_to_all: int
+    classes: int
+    rows: int
+    largest_rows: int
+    largest_tokens: int
+
+
+def shared_prefixes(dataset: Dataset, counted: RowTokens, rows_per_batch: int = ROWS_PER_BATCH) -> SharedPrefixes:
+    """Find beginnings of prompts that several rows have in common.
+
+    Args:
+        dataset: The dataset.
+        counted: Its rows as :func:`count_rows` counted them.
+        rows_per_batch: Rows held at a time.
+    """
+    common_to_all = int(counted.with_first.min())
+    long_enough = np.flatnonzero(counted.prompts >= MIN_SHARED)
+    numbers, counts = classes_of(counted.prefix_keys[long_enough])
+    shared = counts > 1
+    if not shared.any():
+        return SharedPrefixes(common_to_all, 0, 0, 0, 0)
+    largest = int(counts.argmax())
+    members = long_enough[numbers == largest]
+    tokens = _common_to_rows(dataset.select(members.tolist()), rows_per_batch)
+    return SharedPrefixes(common_to_all, int(shared.sum()), int(counts[shared].sum()), int(counts[largest]), tokens)
+
+
+def _common_to_rows(dataset: Dataset, rows_per_batch: int) -> int:
+    first: NDArray[np.int32] | None = None
+    common = 0
+    for batch in batches(dataset, rows_per_batch):
+        if first is None:
+            first = batch.prompt_ids[: batch.prompts[0]]
+            common = first.size
+        found = _common_with(first, batch.prompt_ids, _starts(batch.prompts), batch.prompts)
+        common = min(common, int(found.min()))
+    return common

@@ -1,0 +1,218 @@
+"""Predicted memory against what autograd keeps and what a process takes, and the row budget that follows from it."""
+
+import ctypes
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, TrainingArguments
+
+from flexdpo import Group, Row, prepare_model, response_logps
+from flexdpo.errors import FlexdpoError
+from flexdpo.insight.bench_models import SHAPES
+from flexdpo.training import memory
+from flexdpo.training.memory import (
+    ModelSize,
+    TrainingSetup,
+    auto_row_budget,
+    free_memory,
+    kept_bytes_per_layer,
+    predict_memory,
+    predict_padded_memory,
+)
+from tests.conftest import CONFIGS, build_model
+
+GIGABYTE = 10**9
+
+
+def row_of(third: int) -> Row:
+    return Row.from_groups([Group.from_lists([5] * third, [[7] * third, [8] * third])])
+
+
+def kept_by_autograd(model: torch.nn.Module, row: Row) -> int:
+    """Bytes of all distinct storages that autograd saves in a forward pass, weights not counted."""
+    kept, sizes = [], {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)  # alive, so that no address is used twice
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        response_logps(model, row).sums.sum()
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    return sum(size for address, size in sizes.items() if address not in weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_activations_per_token_are_what_autograd_keeps(name, checkpointing, dtype) -> None:
+    model = build_model(name).to(dtype)
+    prepare_model(model)
+    model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    short, long = row_of(20), row_of(80)
+    slope = (kept_by_autograd(model, long) - kept_by_autograd(model, short)) / (long.num_tokens - short.num_tokens)
+    setup = TrainingSetup(dtype.itemsize, dtype.itemsize, gradient_checkpointing=checkpointing)
+    predicted = [
+        predict_memory(model, row.num_tokens, setup, targets=int(row.labels.numel())).activations
+        for row in (short, long)
+    ]
+    per_token = (predicted[1] - predicted[0]) / (long.num_tokens - short.num_tokens)
+    # never below what is kept; with checkpoints little is kept, and layout vectors weigh more
+    assert slope <= per_token <= slope * (1.1 if not checkpointing else 1.5)
+
+
+def _status(name: str) -> int:
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found.group(1)) * 1024
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_peak_of_a_real_step_is_predicted() -> None:
+    shape = SHAPES["tiny"]
+    model = shape.build(torch.device("cpu"), torch.float32)
+    prepare_model(model)
+
+    def step(third: int) -> None:
+        response_logps(model, row_of(third)).sums.sum().backward()
+        model.zero_grad(set_to_none=True)
+
+    def peak(third: int) -> int:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _status("VmRSS")
+        step(third)
+        return _status("VmHWM") - before
+
+    step(50)
+    measured = peak(900)
+    predicted = predict_memory(model, 2700, TrainingSetup(reference=False), targets=1800)
+    assert predicted.total - predicted.weights - predicted.optimizer == pytest.approx(measured, rel=0.3)
+
+
+def test_the_sum_by_hand() -> None:
+    config = LlamaConfig(
+        hidden_size=8, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=4, vocab_size=10, tie_word_embeddings=False,
+    )  # fmt: skip
+    layer = 8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16 + 2 * 8
+    parameters = 3 * layer + 2 * 10 * 8 + 8
+    size = ModelSize.of(config)
+    assert size.parameters == parameters
+    predicted = predict_memory(size, 128, TrainingSetup(weight_bytes=2, compute_bytes=2))
+    assert predicted.weights == predicted.gradients == predicted.reference == 2 * parameters
+    assert predicted.optimizer == 2 * 2 * parameters
+    assert predicted.fixed == 2 * parameters * 5
+    # two norms of 4 + 2 + 2 bytes; queries and the output twice, keys and values; two normalisers; four wide ones
+    assert kept_bytes_per_layer(size, TrainingSetup(2, 2)) == 2 * 8 * 8 + 2 * (3 * 8 + 2 * 4) + 4 * 2 + 2 * 4 * 16
+
+
+def test_what_changes_memory_changes_the_prediction() -> None:
+    def total(tokens: int = 8192, **changed: object) -> int:
+        settings = {"weight_bytes": 2, "compute_bytes": 2, "device_type": "cuda"} | changed
+        return predict_memory(SHAPES["llama-8b"].config(), tokens, TrainingSetup(**settings)).total
+
+    whole = total()
+    weights = 2 * 8_030_261_248
+    assert total(reference=False) == whole - weights
+    assert total(optimizer="sgd") == whole - 2 * weights
+    assert total(optimizer="paged_adamw_8bit") == whole - weights
+    assert total(trainable=10**6) < whole - 2.9 * weights
+    assert total(gradient_checkpointing=True) < whole - 20 * GIGABYTE
+    assert total(shards=8) < whole - 4 * weights
+    assert total(weight_bytes=4) > whole + 5 * weights
+    assert total(tokens=16384) > whole + 20 * GIGABYTE
+
+
+def test_a_padded_step_holds_all_logits() -> None:
+    config = SHAPES["llama-160m"].config()
+    more = predict_padded_memory(config, 4096).total - predict_memory(config, 4096, targets=400).total
+    # logits and their gradient, less a chunk of them
+    assert more == pytest.approx(2 * 4096 * 32000 * 4, rel=0.3)
+
+
+def test_a_model_that_is_trained_in_part_says_so(tmp_path) -> None:
+    args = TrainingArguments(str(tmp_path), bf16=False, use_cpu=True, gradient_checkpointing=True)
+    model = build_model("llama").float()
+    everything = TrainingSetup.from_arguments(args, model)
+    assert everything.trainable == ModelSize.of(model).parameters
+    assert everything.gradient_checkpointing
+    assert "adamw" in everything.optimizer
+    assert (everything.weight_bytes, everything.device_type) == (4, "cpu")
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    setup = TrainingSetup.from_arguments(args, adapted, reference=False)
+    assert setup.trainable == 2 * (64 * 2 + 2 * 64)
+    assert predict_memory(adapted, 100, setup).gradients == 4 * setup.trainable
+
+
+# --- the budget ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_budget_is_the_largest_that_fits(device) -> None:
+    size = ModelSize.of(SHAPES["llama-1b"].config())
+    setup = TrainingSetup(2, 2, device_type=device)
+    unit = 128 if device == "cuda" else 1
+    budget = auto_row_budget(size, setup, device=device, free=30 * GIGABYTE, margin=0.1)
+    assert budget % unit == 0
+    assert predict_memory(size, budget, setup).total <= 27 * GIGABYTE
+    assert predict_memory(size, budget + unit, setup).total > 27 * GIGABYTE
+
+
+def test_what_is_in_memory_already_is_not_counted_again() -> None:
+    size, setup = ModelSize.of(SHAPES["llama-1b"].config()), TrainingSetup(2, 2)
+    before = auto_row_budget(size, setup, device="cpu", free=30 * GIGABYTE, margin=0)
+    resident = 2 * predict_memory(size, 1, setup).weights
+    after = auto_row_budget(
+        size, setup, device="cpu", free=30 * GIGABYTE - resident, margin=0, resident=("weights", "reference")
+    )
+    assert after == before
+
+
+def test_a_budget_has_an_end() -> None:
+    model = build_model("llama")
+    assert auto_row_budget(model, device="cpu", free=10**15) == memory.LONGEST_ROW
+
+
+def test_too_little_memory_is_refused_with_ways_out() -> None:
+    config = SHAPES["llama-8b"].config()
+    with pytest.raises(
+        FlexdpoError, match=r"no row fits: 1 tokens of llama need about 163.* GB more \(weights 32.12 GB"
+    ):
+        auto_row_budget(config, device="cpu", free=20 * GIGABYTE)
+    with pytest.raises(FlexdpoError, match="set gradient_checkpointing=True, or set precompute_ref_log_probs=True"):
+        auto_row_budget(config, device="cpu", free=20 * GIGABYTE)
+    tiny = SHAPES["tiny"].config()
+    with pytest.raises(FlexdpoError, match=r"no row fits: 50000 tokens .* lower max_length"):
+        auto_row_budget(tiny, device="cpu", free=GIGABYTE, longest=50_000)
+
+
+def test_free_memory_is_what_the_system_has_left() -> None:
+    free = free_memory("cpu")
+    assert 0 < free < 1 << 60
+    if sys.platform == "linux":
+        total = int(re.search(r"MemTotal:\s+(\d+) kB", Path("/proc/meminfo").read_text()).group(1)) * 1024
+        assert free <= total
+
+
+def test_a_container_has_less(tmp_path) -> None:
+    assert memory._left_of_container(tmp_path) is None
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("5\n")
+    assert memory._left_of_container(tmp_path) is None
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert memory._left_of_container(tmp_path) == 995
+
+
+def test_only_models_and_configs_have_a_size() -> None:
+    with pytest.raises(
+        FlexdpoError, match=r"expected a model, a transformers config or a ModelSize, got str \('llama'"
+    ):
+        ModelSize.of("llama")
