@@ -58,6 +58,19 @@ def test_a_job_runs_saves_and_generates(tmp_path, capsys, saved_model, data_file
     torch.testing.assert_close(again.generate(**prompt, max_new_tokens=5, do_sample=False), written)
 
 
+def test_a_streamed_job_learns_what_a_loaded_one_does(tmp_path, capsys, saved_model, data_file) -> None:
+    losses = []
+    for way in ("false", "true"):
+        output = tmp_path / way
+        more = ["--dataset_streaming", way, "--train_sampling_strategy", "sequential"]
+        assert train(saved_model("llama"), data_file, output, "--eval_dataset_name", str(data_file), *more) == 0
+        lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+        losses.append([line["loss"] for line in lines if "loss" in line])
+        assert (output / "mask.png").exists()
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert "rows used" in capsys.readouterr().out
+
+
 def test_an_adapter_is_saved_small(tmp_path, saved_model, data_file) -> None:
     output = tmp_path / "out"
     assert train(saved_model("llama"), data_file, output, "--use_peft", "--lora_r", "4") == 0

@@ -54,6 +54,10 @@ class DataArguments:
     eval_dataset_name: str | None = field(
         default=None, metadata={"help": "Another file, folder or hub name to evaluate on, before and after."}
     )
+    dataset_streaming: bool = field(
+        default=False,
+        metadata={"help": "Read the datasets as they are needed instead of loading them; set max_steps."},
+    )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Write into output_dir though it is not empty."}
     )
@@ -126,6 +130,7 @@ def _job(model: ModelArguments, data: DataArguments) -> Job:
         train_split=data.dataset_train_split,
         test_split=data.dataset_test_split,
         eval_dataset_name=data.eval_dataset_name,
+        streaming=data.dataset_streaming,
         overwrite_output_dir=data.overwrite_output_dir,
         load_kwargs=_load_kwargs(model),
         peft_config=_lora(model) if model.use_peft else None,

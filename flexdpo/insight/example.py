@@ -86,11 +86,13 @@ class StepTimes:
         shared: Median seconds with sharing.
         unshared: Median seconds without.
         loss_gap: Largest difference between the two losses, which are equal but for rounding.
+        laying_out: Median seconds to make a batch's packed rows of its examples, before a step.
     """
 
     shared: float
     unshared: float
     loss_gap: float
+    laying_out: float
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,7 @@ class ExampleResult:
                 _line("Cost of a DPO step", "ordinary", "shared"),
                 _line("tokens, whole training", f"{self.tokens_unshared:,}", f"{self.tokens_run:,}"),
                 _line("milliseconds per step", f"{1e3 * times.unshared:.1f}", f"{1e3 * times.shared:.1f}"),
+                _line("milliseconds to lay a batch out before", "", f"{1e3 * times.laying_out:.1f}"),
                 f"{self.tokens_unshared / self.tokens_run:.2f} times fewer tokens, "
                 f"{times.unshared / times.shared:.2f} times faster steps, losses equal to {times.loss_gap:.0e}",
                 "",
@@ -397,11 +400,13 @@ def measure_step_times(trainer: DPOTrainer, rounds: int) -> StepTimes:
     # a learning rate of zero does all the work of a step and changes nothing
     optimizer = torch.optim.AdamW(trainer.model.parameters(), lr=0.0)
     seconds: dict[str, list[float]] = {"shared": [], "unshared": []}
-    gaps = []
+    gaps, laying_out = [], []
     untimed = 2  # first calls allocate and compile
     for turn in trange(rounds + untimed, desc="Timing steps, shared and unshared"):
         examples = [data[(turn * size + i) % len(data)] for i in range(size)]
+        start = time.perf_counter()
         shared = trainer.data_collator(examples)["batch"]
+        laying_out.append(time.perf_counter() - start)
         batches = {"shared": shared, "unshared": unshared_batch(shared, trainer.args.row_multiple)}
         losses = {}
         for kind in sorted(batches, reverse=bool(turn % 2)):
@@ -409,7 +414,7 @@ def measure_step_times(trainer: DPOTrainer, rounds: int) -> StepTimes:
             if turn >= untimed:
                 seconds[kind].append(taken)
         gaps.append(abs(losses["shared"] - losses["unshared"]))
-    return StepTimes(median(seconds["shared"]), median(seconds["unshared"]), max(gaps))
+    return StepTimes(median(seconds["shared"]), median(seconds["unshared"]), max(gaps), median(laying_out[untimed:]))
 
 
 def _timed_step(trainer: DPOTrainer, optimizer: torch.optim.Optimizer, batch: PackedBatch) -> tuple[float, float]:

@@ -14,6 +14,7 @@ from flexdpo.training.data import load_preference_dataset
 from flexdpo.training.metrics import MetricsFile
 from flexdpo.training.models import load_model, load_tokenizer
 from flexdpo.training.step import PackingCollator
+from flexdpo.training.streaming import StreamedPreferences
 from flexdpo.training.trainer import DPOTrainer
 
 METRICS_FILE = "metrics.jsonl"
@@ -32,6 +33,7 @@ class Job:
         train_split: Split to train on.
         test_split: Split of the same dataset to evaluate on.
         eval_dataset_name: Another dataset to evaluate on.
+        streaming: Read datasets as they are needed.
         overwrite_output_dir: Write into a folder that is not empty.
         load_kwargs: For ``AutoModelForCausalLM.from_pretrained``.
         peft_config: A ``peft.PeftConfig`` to train an adapter.
@@ -43,6 +45,7 @@ class Job:
     train_split: str = "train"
     test_split: str | None = None
     eval_dataset_name: str | None = None
+    streaming: bool = False
     overwrite_output_dir: bool = False
     load_kwargs: dict[str, Any] = field(default_factory=dict)
     peft_config: Any = None
@@ -51,7 +54,9 @@ class Job:
 def run_job(job: Job, config: DPOConfig) -> str:
     """Train, save model, tokenizer, metrics and pictures to ``config.output_dir``, and return the final table."""
     output = require_output_dir(config, overwrite=job.overwrite_output_dir)
-    train_data = load_preference_dataset(job.dataset_name, split=job.train_split, config_name=job.dataset_config)
+    train_data = load_preference_dataset(
+        job.dataset_name, split=job.train_split, config_name=job.dataset_config, streaming=job.streaming
+    )
     eval_data = _eval_data(job)
     tokenizer = load_tokenizer(job.model_name_or_path, trust_remote_code=config.trust_remote_code)
     init_kwargs = config.model_init_kwargs if isinstance(config.model_init_kwargs, dict) else {}
@@ -99,9 +104,11 @@ def require_output_dir(config: DPOConfig, *, overwrite: bool) -> Path:
 def _eval_data(job: Job) -> Any:
     if job.eval_dataset_name is not None:
         split = job.test_split or "train"
-        return load_preference_dataset(job.eval_dataset_name, split=split)
+        return load_preference_dataset(job.eval_dataset_name, split=split, streaming=job.streaming)
     if job.test_split is not None:
-        return load_preference_dataset(job.dataset_name, split=job.test_split, config_name=job.dataset_config)
+        return load_preference_dataset(
+            job.dataset_name, split=job.test_split, config_name=job.dataset_config, streaming=job.streaming
+        )
     return None
 
 
@@ -113,6 +120,8 @@ def _checkpoint(config: DPOConfig) -> str | bool | None:
 def draw_example_mask(trainer: DPOTrainer, path: Path, groups: int = 3) -> None:
     """Draw the mask of one row: the first few groups of the training data."""
     data = trainer.train_dataset
+    if isinstance(data, StreamedPreferences):
+        data = data.sample(groups)
     collate = PackingCollator(pad_to_multiple_of=trainer.args.row_multiple)
     batch = collate([data[i] for i in range(min(groups, len(data)))])["batch"]
     draw_row_mask(batch.rows[0], path)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from flexdpo.errors import FlexdpoError, first_line
@@ -30,6 +31,7 @@ RECORDED_SETTINGS = (
     "data_seed",
     "train_sampling_strategy",
     "dataloader_drop_last",
+    "stream_shuffle_buffer",
     "loss_type",
     "loss_weights",
     "beta",
@@ -57,6 +59,11 @@ def tokens_of(folder: Path) -> dict[str, int]:
     """How many tokens all processes had run when a checkpoint of this run was made, as :func:`write_record` stored."""
     stored = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8")).get("tokens", {})
     return {name: int(count) for name, count in stored.items()}
+
+
+def steps_of(folder: Path) -> int:
+    """Optimizer steps that a run had taken when a checkpoint was made."""
+    return int(json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"])
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:

@@ -127,6 +127,12 @@ class DPOConfig(TrainingArguments):
         default="keep_start",
         metadata={"help": "How to cut: keep_start keeps the beginning, so that prompts stay equal."},
     )
+    stream_shuffle_buffer: int = field(
+        default=0,
+        metadata={
+            "help": "Shuffle a streamed dataset through a buffer of this many rows; 0 takes it in its own order."
+        },
+    )
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise the dataset."})
 
     model_init_kwargs: dict[str, Any] | str | None = field(
@@ -191,7 +197,7 @@ class DPOConfig(TrainingArguments):
         default="auto",
         metadata={
             "help": "FlexAttention kernels: 'bucket' pads rows to a few lengths and compiles a kernel for each, "
-            "'dynamic' compiles one for all lengths, 'auto' takes buckets on a GPU where up to 4 waste under 3%%."
+            "'dynamic' compiles one for all lengths, 'auto' takes buckets on a GPU where up to 4 waste under 3 percent."
         },
     )
     attn_kernel_options: dict[str, Any] | str | None = field(

@@ -270,10 +270,7 @@ def _account(mapped: Dataset, name: str) -> TokenizedPreferences:
     skipped = {reason: count for reason, count in skipped.items() if count}
     first = {reason: int(rows[np.argmax(skip == SKIP_REASONS.index(reason) + 1)]) for reason in skipped}
     if not kept.size:
-        counts = "; ".join(
-            f"{count} skipped ({reason}, first at row {first[reason]})" for reason, count in skipped.items()
-        )
-        raise FlexdpoError(f"{name}: none of the {len(rows)} rows can be used: {counts}")
+        raise none_usable(name, len(rows), skipped, first)
     truncated, longest = int(status["_truncated"][kept].sum()), int(status["_longest"][kept].max())
     dataset = mapped.remove_columns(list(STATUS_COLUMNS))
     notes = _notes({column: values[kept] for column, values in status.items()})
@@ -285,6 +282,12 @@ def _account(mapped: Dataset, name: str) -> TokenizedPreferences:
         dataset = dataset.select(kept)
     report = DataReport(name, len(rows), len(kept), skipped, first, truncated, longest, tuple(notes))
     return TokenizedPreferences(dataset, report)
+
+
+def none_usable(name: str, rows: int, skipped: Mapping[str, int], first: Mapping[str, int]) -> FlexdpoError:
+    """The error for a dataset without a row to train on, with the reasons."""
+    counts = "; ".join(f"{count} skipped ({reason}, first at row {first[reason]})" for reason, count in skipped.items())
+    return FlexdpoError(f"{name}: none of the {rows} rows can be used: {counts or 'there are none'}")
 
 
 def _notes(status: dict[str, Any]) -> list[str]:

@@ -49,6 +49,12 @@ def load_preference_dataset(
 ) -> IterableDataset: ...
 
 
+@overload
+def load_preference_dataset(
+    name_or_path: str, *, split: str = "train", config_name: str | None = None, streaming: bool
+) -> Dataset | IterableDataset: ...
+
+
 def load_preference_dataset(
     name_or_path: str, *, split: str = "train", config_name: str | None = None, streaming: bool = False
 ) -> Dataset | IterableDataset:

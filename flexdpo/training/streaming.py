@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from flexdpo.errors import FlexdpoError, first_line
-from flexdpo.training.data import TOKENISED_COLUMNS, DataReport, require_settings, settings_for
+from flexdpo.training.data import TOKENISED_COLUMNS, DataReport, none_usable, require_settings, settings_for
 from flexdpo.training.dataset_rows import (
     LABELLED_FORM,
     LABELS_COLUMN,
@@ -62,6 +62,8 @@ class StreamedPreferences(IterableDataset[dict[str, Any]]):
 
     Attributes:
         report: What became of the rows read so far in the first pass, over all workers; used and skipped always add up.
+        closed: Give no more rows: a run that continues from its last step would otherwise take one step more, since
+            transformers counts a stream's steps when it has taken them.
 
     Raises:
         FlexdpoError: for settings, columns or a source that cannot be used; while iterating, for a row of the wrong
@@ -94,9 +96,38 @@ class StreamedPreferences(IterableDataset[dict[str, Any]]):
         self.shuffle_buffer, self.seed = shuffle_buffer, seed
         self.max_positions = max_positions
         self.epoch = 0
+        self.closed = False
         self.columns = self._find_columns()
         self.settings = settings_for(self.columns, tokenizer, max_length, name)
         self._counts = _Counts()
+
+    @classmethod
+    def for_run(
+        cls,
+        source: Stream,
+        tokenizer: PreTrainedTokenizerBase,
+        config: DPOConfig,
+        *,
+        name: str,
+        training: bool,
+        max_positions: int | None = None,
+        shuffle_buffer: int = 0,
+    ) -> StreamedPreferences:
+        """The stream of a run with these settings, which are checked first (see :func:`settle_config`)."""
+        settle_config(config, training=training)
+        return cls(
+            source,
+            tokenizer,
+            max_length=config.max_length,
+            truncation_mode=config.truncation_mode,
+            name=name,
+            endless=training,
+            batch_size=config.train_batch_size if training else config.eval_batch_size,
+            num_processes=config.world_size,
+            shuffle_buffer=shuffle_buffer if training else 0,
+            seed=config.seed if config.data_seed is None else config.data_seed,
+            max_positions=max_positions,
+        )
 
     @property
     def report(self) -> DataReport:
@@ -117,6 +148,8 @@ class StreamedPreferences(IterableDataset[dict[str, Any]]):
         return Dataset.from_list(found)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        if self.closed:
+            return
         rows = self._endless() if self.endless else self._once()
         worker = get_worker_info()
         if worker is None or worker.num_workers == 1:
@@ -236,17 +269,11 @@ class StreamedPreferences(IterableDataset[dict[str, Any]]):
 
     def _nothing_usable(self) -> FlexdpoError:
         report = self.report
-        reasons = "; ".join(
-            f"{number} skipped ({reason}, first at row {report.first_skipped[reason]})"
-            for reason, number in report.skipped.items()
-        )
-        return FlexdpoError(f"{self.name}: none of the {report.rows} rows can be used: {reasons or 'there are none'}")
+        return none_usable(self.name, report.rows, report.skipped, report.first_skipped)
 
 
 def _require_whole(source: Any, name: str) -> None:
-    from datasets import IterableDataset as Stream
-
-    if not isinstance(source, Stream):
+    if not is_stream(source):
         raise FlexdpoError(
             f"{name}: expected a datasets.IterableDataset, found {type(source).__name__}; pick one split, or wrap a "
             "Python generator with IterableDataset.from_generator"
@@ -326,31 +353,23 @@ class _Counts:
         )
 
 
-def settle_config(config: DPOConfig) -> None:
+def settle_config(config: DPOConfig, *, training: bool = True) -> None:
     """Refuse settings that need the whole dataset, and have each process read the stream for itself.
 
     accelerate would otherwise read a stream in the first process and send it around, which it can do with tensors and
     not with packed rows.
 
+    Args:
+        config: Is changed: ``accelerator_config.dispatch_batches`` becomes false.
+        training: Whether the stream is trained on, and not only evaluated.
+
     Raises:
         FlexdpoError: naming the setting and what to do instead.
     """
-    if config.max_steps <= 0:
-        raise FlexdpoError("a stream has no length, so say how long to train: set max_steps")
-    if config.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
-        raise FlexdpoError(
-            f"train_sampling_strategy={config.train_sampling_strategy!r} looks at the whole dataset, and a stream is "
-            "read once; leave it out, or load the dataset without streaming"
-        )
-    for name in ("precompute_ref_log_probs", "regroup_prompts"):
-        if getattr(config, name):
-            raise FlexdpoError(
-                f"{name} looks at the whole dataset, and a stream is read once; leave it out, or load the dataset "
-                "without streaming"
-            )
-    for name in ("eval_strategy", "save_strategy", "logging_strategy"):
-        if getattr(config, name) == "epoch":
-            raise FlexdpoError(f"{name}='epoch' has no meaning for a stream, which has no end; use 'steps'")
+    if config.precompute_ref_log_probs:
+        raise _needs_everything("precompute_ref_log_probs")
+    if training:
+        _require_trainable(config)
     accelerator: Any = config.accelerator_config
     for name in ("dispatch_batches", "split_batches"):
         if getattr(accelerator, name):
@@ -358,3 +377,29 @@ def settle_config(config: DPOConfig) -> None:
                 f"accelerator_config {name}=True sends tensors around, and a batch of packed rows is none; leave it out"
             )
     accelerator.dispatch_batches = False
+
+
+def _require_trainable(config: DPOConfig) -> None:
+    if config.max_steps <= 0:
+        raise FlexdpoError("a stream has no length, so say how long to train: set max_steps")
+    if config.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
+        raise _needs_everything(f"train_sampling_strategy={config.train_sampling_strategy!r}")
+    if config.regroup_prompts:
+        raise _needs_everything("regroup_prompts")
+    for name in ("eval_strategy", "save_strategy", "logging_strategy"):
+        if getattr(config, name) == "epoch":
+            raise FlexdpoError(f"{name}='epoch' has no meaning for a stream, which has no end; use 'steps'")
+
+
+def _needs_everything(setting: str) -> FlexdpoError:
+    return FlexdpoError(
+        f"{setting} looks at the whole dataset, and a stream is read once; leave it out, or load the dataset without "
+        "streaming"
+    )
+
+
+def is_stream(dataset: object) -> bool:
+    """Whether this is a ``datasets.IterableDataset``."""
+    from datasets import IterableDataset as Stream
+
+    return isinstance(dataset, Stream)

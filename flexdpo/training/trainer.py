@@ -25,6 +25,7 @@ from flexdpo.training.checkpoints import (
     last_checkpoint,
     require_same_run,
     run_record,
+    steps_of,
     tokens_of,
     write_record,
     writing_checkpoint,
@@ -46,6 +47,7 @@ from flexdpo.training.step import (
     Runner,
     require_finite_loss,
 )
+from flexdpo.training.streaming import StreamedPreferences, is_stream
 from flexdpo.training.workers import plain_worker_errors
 
 if TYPE_CHECKING:
@@ -73,7 +75,8 @@ class DPOTrainer(Trainer):
         model: A prepared or unprepared causal LM, a ``PeftModel``, or a name or folder to load it from.
         ref_model: The reference; by default a frozen copy of the model, or the model without its adapter.
         args: Settings.
-        train_dataset: Preferences as text or messages, or tokenised (see :func:`tokenize_preferences`).
+        train_dataset: Preferences as text or messages, or tokenised (see :func:`tokenize_preferences`); or a stream of
+            them (see :class:`~flexdpo.training.streaming.StreamedPreferences`).
         eval_dataset: The same, or a dict of them.
         processing_class: The tokenizer; by default loaded from the model's name.
         peft_config: Wrap the model in this adapter.
@@ -227,10 +230,20 @@ class DPOTrainer(Trainer):
 
     def _tokenised(
         self, dataset: Any, tokenizer: PreTrainedTokenizerBase, name: str, model: nn.Module
-    ) -> Dataset | None:
+    ) -> Dataset | StreamedPreferences | None:
         if dataset is None:
             return None
         args = self._start_settings
+        if is_stream(dataset):
+            return StreamedPreferences.for_run(
+                dataset,
+                tokenizer,
+                args,
+                name=name,
+                training=name == "train",
+                max_positions=models.position_limit(unwrap_model(model)),
+                shuffle_buffer=args.stream_shuffle_buffer,
+            )
         # one process fills the cache that the others read
         with args.main_process_first(desc=f"tokenising {name}"):
             tokenised = tokenize_preferences(
@@ -288,6 +301,9 @@ class DPOTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """As ``Trainer``'s, with each step's pairs dealt out to the processes by what they cost."""
+        if isinstance(self.train_dataset, StreamedPreferences):
+            # auto_find_batch_size may have made it smaller
+            self.train_dataset.batch_size = self._train_batch_size
         loader: DataLoader[Any] = super().get_train_dataloader()
         args = self.args
         wanted = args.balance_processes and args.world_size > 1 and self.objective.is_mean_over_pairs
@@ -394,7 +410,7 @@ class DPOTrainer(Trainer):
         batch = self._on_device(inputs)
         with torch.no_grad(), kernel_settings_as(self.row_plan.kernels):
             result: BatchLoss = self._runner(model)(batch)
-        self._metrics["eval"].add(result.metrics, self._distinct_pairs(batch))
+        self._metrics["eval"].add(result.metrics, self._distinct_pairs(batch, inputs["example_rows"]))
         return result.loss.to(torch.float32), None, None
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
@@ -417,8 +433,16 @@ class DPOTrainer(Trainer):
             # what the run had counted goes on in one process; the log adds them up
             if self.args.process_index == 0:
                 self.tokens |= tokens_of(Path(resume_from_checkpoint))
+        stream = self.train_dataset if isinstance(self.train_dataset, StreamedPreferences) else None
+        if stream is not None:
+            done = steps_of(Path(resume_from_checkpoint)) if resume_from_checkpoint else 0
+            stream.closed = done >= self.args.max_steps
         with plain_worker_errors(self.args.dataloader_num_workers):
-            return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+            output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        if stream is not None:
+            self.data_reports["train"] = stream.report
+            logger.warning(stream.report.summary())
+        return output
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save as ``Trainer`` does; under FSDP the finished model is saved whole, however its checkpoints are."""
@@ -435,7 +459,11 @@ class DPOTrainer(Trainer):
 
     def _run_record(self) -> dict[str, Any]:
         if self._record is None:
-            self._record = run_record(self.args, data_digest(self.train_dataset, TOKENISED_COLUMNS))
+            data = self.train_dataset
+            if isinstance(data, StreamedPreferences):
+                # its beginning must do
+                data = data.sample(256)
+            self._record = run_record(self.args, data_digest(data, TOKENISED_COLUMNS))
         return self._record
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -461,14 +489,18 @@ class DPOTrainer(Trainer):
 
     # --- metrics -----------------------------------------------------------------------------------------------------
 
-    def _distinct_pairs(self, batch: PackedBatch) -> Tensor | None:
+    def _distinct_pairs(self, batch: PackedBatch, example_rows: Tensor) -> Tensor | None:
         """Which pairs of an evaluation batch count: all but the repeats that fill up the last batch of some ranks."""
         state = self.accelerator.gradient_state
+        examples = [example for row in batch.pair_examples or [] for example in row]
+        if (example_rows < 0).any():
+            # a stream marks its repeats itself, for nobody knows its length
+            counted = (example_rows >= 0).tolist()
+            return torch.tensor([counted[example] for example in examples], device=self.args.device)
         if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
             return None
         size = self.args.eval_batch_size
         distinct = state.remainder - self.args.process_index * size
-        examples = [example for row in batch.pair_examples or [] for example in row]
         return torch.tensor([example < distinct for example in examples], dtype=torch.bool, device=self.args.device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

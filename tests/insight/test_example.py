@@ -133,6 +133,7 @@ def test_metrics_name_their_phase_and_end_with_the_result(tiny_run: ExampleResul
 def test_timing_leaves_the_weights_alone_and_compares_equal_losses(tiny_run: ExampleResult) -> None:
     assert tiny_run.step_times.loss_gap < 1e-5
     assert tiny_run.step_times.shared > 0
+    assert tiny_run.step_times.laying_out > 0
     assert tiny_run.step_times.unshared > 0
 
 
@@ -149,7 +150,7 @@ def test_the_table_says_what_was_reached(tiny_run: ExampleResult) -> None:
         longer_accuracy=0.5,
         tokens_run=100_000,
         tokens_unshared=159_000,
-        step_times=StepTimes(0.050, 0.070, 2.4e-7),
+        step_times=StepTimes(0.050, 0.070, 2.4e-7, 0.0008),
         seconds=171.2,
     )
     assert result.table().splitlines() == [
@@ -163,6 +164,7 @@ def test_the_table_says_what_was_reached(tiny_run: ExampleResult) -> None:
         "Cost of a DPO step                                  ordinary        shared",
         "tokens, whole training                               159,000       100,000",
         "milliseconds per step                                   70.0          50.0",
+        "milliseconds to lay a batch out before                                 0.8",
         "1.59 times fewer tokens, 1.40 times faster steps, losses equal to 2e-07",
         "",
         "5892 pairs from 16401 functions of the standard library",

@@ -6,20 +6,27 @@ import bz2
 import gzip
 import json
 import logging
+import os
+import subprocess
+import sys
 import time
+import tracemalloc
 from types import SimpleNamespace
 from typing import Any
 
 import datasets
 import huggingface_hub
 import numpy as np
+import pyarrow as pa
 import pytest
 from datasets import Dataset, DatasetDict, Features, Value
+from datasets.table import MemoryMappedTable
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from flexdpo.errors import FlexdpoError
 from flexdpo.layout.groups import Group
+from flexdpo.training.cache import tokenizer_digest
 from flexdpo.training.data import (
     SKIP_REASONS,
     TOKENISED_COLUMNS,
@@ -29,6 +36,8 @@ from flexdpo.training.data import (
     require_special_tokens,
     tokenize_preferences,
 )
+from flexdpo.training.lengths import token_counts
+from flexdpo.training.regroup import regroup_by_prompt
 
 TEMPLATE = (
     "{{ '<think>' if thinking }}{% if tools %}[tools {{ tools | tojson }}]{% endif %}"
@@ -678,12 +687,92 @@ def test_second_run_comes_from_the_cache(tmp_path: Any, tokenizer: PreTrainedTok
     assert {file["filename"] for file in third.cache_files}.isdisjoint(written)
 
 
+CACHED = """
+import json, os, sys
+from datasets import Dataset
+from transformers import AutoTokenizer
+from flexdpo.training.data import load_preference_dataset, tokenize_preferences
+from flexdpo.training.regroup import regroup_by_prompt
+file, model, used = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(model)
+if used == "used":
+    tokenizer(["the sky", "the"], padding="max_length", truncation=True, max_length=3)
+rows = [json.loads(line) for line in open(file)]
+for dataset, num_proc in [(load_preference_dataset(file), None), (Dataset.from_list(rows), None),
+                          (load_preference_dataset(file), 2), (Dataset.from_list(rows).select(range(9)), None)]:
+    tokens = tokenize_preferences(dataset, tokenizer, max_length=30, num_proc=num_proc).dataset
+    for made in (tokens, regroup_by_prompt(tokens)):
+        print([(file["filename"], os.stat(file["filename"]).st_mtime_ns) for file in made.cache_files])
+"""
+
+
+def test_another_process_finds_the_tokens(tmp_path: Any, byte_pairs: Tokenizer) -> None:
+    tokenizer = build_tokenizer(byte_pairs)
+    tokenizer.pad_token = "<eos>"
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    path = save(text_rows(40), tmp_path, ".jsonl")
+    environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "datasets")}
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", CACHED, str(path), str(tmp_path / "tokenizer"), used],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.splitlines()
+        for used in ("new", "used")
+    ]
+    # not one file was written anew, though the second process had used its tokenizer otherwise before
+    assert found[0] == found[1]
+    # several processes take what one has written
+    assert found[0][:2] == found[0][4:6]
+    assert len(set(found[0])) == 6
+    assert all(line.startswith("[('") for line in found[0])
+
+
+def test_the_digest_of_a_tokenizer_sees_what_matters(byte_pairs: Tokenizer) -> None:
+    tokenizer = build_tokenizer(byte_pairs)
+    before = tokenizer_digest(tokenizer)
+    tokenizer.pad_token = "<eos>"
+    padding = tokenizer_digest(tokenizer)
+    tokenizer(["the sky", "the"], padding=True, truncation=True, max_length=3)
+    assert tokenizer_digest(tokenizer) == padding
+    others = [build_tokenizer(byte_pairs, bos=True), build_tokenizer(byte_pairs, template="{{ messages }}")]
+    others.append(build_tokenizer(byte_pairs))
+    others[-1].eos_token = "<think>"
+    assert len({before, padding, *map(tokenizer_digest, others)}) == 5
+
+
+def test_tokens_stay_on_the_disk(tokenizer: PreTrainedTokenizerFast) -> None:
+    rng = np.random.default_rng(0)
+    rows = 3000
+    ids = rng.integers(6, 300, (rows, 3, 400), dtype=np.int32)
+    ids[rows // 2 :, 0] = ids[: rows // 2, 0]
+    source = Dataset.from_dict(
+        {name: ids[:, k] for k, name in enumerate(("prompt_ids", "chosen_ids", "rejected_ids"))} | {"score": [0] * rows}
+    )
+    arrow_before = pa.total_allocated_bytes()
+    tracemalloc.start()
+    tokenised = tokenize_preferences(source, tokenizer, max_length=700).dataset
+    regrouped = regroup_by_prompt(tokenised)
+    counted = token_counts(tokenised, shared=True)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(regrouped) == rows // 2
+    assert counted.tolist() == [400 + 300 + 300] * rows
+    for made in (tokenised, regrouped):
+        assert isinstance(made.data, MemoryMappedTable)
+    # of 14 MB of tokens nothing but row numbers and digests is held, and a batch at a time
+    assert pa.total_allocated_bytes() - arrow_before < 1_000_000
+    assert peak < 60_000_000
+
+
 def test_source_folder_that_nobody_may_write_to(
     tmp_path: Any, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Dataset.from_list(text_rows(5)).save_to_disk(tmp_path / "saved")
     before = sorted((tmp_path / "saved").iterdir())
-    monkeypatch.setattr("flexdpo.training.data.os.access", lambda *_: False)
+    monkeypatch.setattr("flexdpo.training.cache.os.access", lambda *_: False)
     tokenised = tokenize_preferences(load_preference_dataset(str(tmp_path / "saved")), tokenizer, max_length=None)
     assert token_rows(tokenised.dataset) == [plain_loop(row, tokenizer) for row in text_rows(5)]
     assert sorted((tmp_path / "saved").iterdir()) == before
