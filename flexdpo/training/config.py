@@ -44,8 +44,9 @@ class DPOConfig(TrainingArguments):
     where the GPU has it, and ``torch_compile`` compiles decoder layers one by one, never the whole model.
 
     Attributes:
-        compile_layers: Whether ``torch_compile`` (or its backend or mode) was asked for; it is switched off after that,
-            so that transformers does not compile the model once more.
+        compile_layers: Whether ``torch_compile``, ``torch_compile_backend`` or ``torch_compile_mode`` was given. These
+            are emptied then, since transformers would compile the whole model for any of them.
+        layer_compile_options: The backend and mode that were given.
     """
 
     _VALID_DICT_FIELDS = [  # noqa: RUF012
@@ -213,6 +214,7 @@ class DPOConfig(TrainingArguments):
     )
 
     compile_layers: bool = field(init=False, default=False)
+    layer_compile_options: dict[str, Any] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         loss_type: list[str] | str = self.loss_type
@@ -234,8 +236,8 @@ class DPOConfig(TrainingArguments):
             setattr(self, name, nothing)
         super().__post_init__()
         self.compile_layers = asked.pop("torch_compile") or any(value is not None for value in asked.values())
-        for name, value in asked.items():
-            setattr(self, name, value)
+        options = {name.removeprefix("torch_compile_"): value for name, value in asked.items()}
+        self.layer_compile_options = {name: value for name, value in options.items() if value is not None}
 
     def objective(self) -> Objective:
         """The losses these settings ask for."""
@@ -269,9 +271,7 @@ class DPOConfig(TrainingArguments):
     @property
     def compile_options(self) -> dict[str, Any]:
         """Arguments for :func:`~flexdpo.hf.compilation.compile_decoder_layers`."""
-        options = {"backend": self.torch_compile_backend, "mode": self.torch_compile_mode}
-        given = {name: value for name, value in options.items() if value is not None}
-        return {"dynamic": self.kernel_settings().dynamic(self.device.type), **given}
+        return {"dynamic": self.kernel_settings().dynamic(self.device.type), **self.layer_compile_options}
 
     def kernel_settings(self) -> KernelSettings:
         """How these settings compile FlexAttention."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from transformers import MambaConfig, MambaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import MambaConfig, MambaForCausalLM, MixtralConfig, MixtralForCausalLM, TrainerCallback
 
 from flexdpo import DPOConfig, DPOTrainer, FlexdpoError, UnsupportedModelError
 from flexdpo.objective.loss_types import LOSS_TYPES
 from flexdpo.training.lengths import token_counts
 from flexdpo.training.metrics import MetricsFile
+from tests.conftest import preference_rows
 
 
 def settings(folder: Path, **changes: Any) -> DPOConfig:
@@ -82,7 +84,6 @@ WAYS: list[dict[str, Any]] = [
     {"sharing": "step"},
     {"max_tokens_per_row": "auto"},
     {"attn_kernel_lengths": "bucket"},
-    {"torch_compile": True, "torch_compile_backend": "aot_eager"},
 ]
 
 
@@ -93,6 +94,36 @@ def test_the_loss_curve_is_the_ordinary_one(tmp_path, tokenizer, preferences, sm
     want = ordinary_losses(model, tokenizer, preferences, args)
     trainer = DPOTrainer(model, None, args, train_dataset=preferences, processing_class=tokenizer)
     assert history(trainer, "loss") == pytest.approx(want, rel=1e-4)
+
+
+def test_compiled_layers_give_the_ordinary_curve_and_are_compiled_once(tmp_path, tokenizer, small_model) -> None:
+    from torch._dynamo.utils import counters
+
+    torch.compiler.reset()
+    data = Dataset.from_list(preference_rows(60))
+    # what is traced and when is the same with every backend
+    compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    curves, graphs = [], []
+    for changes in ({}, compiled):
+        args = settings(tmp_path, max_steps=50, max_tokens_per_row=150, **changes)
+        trainer = DPOTrainer(small_model(), None, args, train_dataset=data, processing_class=tokenizer)
+        trainer.add_callback(_OnStep(lambda: graphs.append(counters["stats"]["unique_graphs"])))
+        curves.append(history(trainer, "loss"))
+        # layer by layer, never the whole model
+        assert trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_torch_compile=True) is trainer.model
+    assert curves[1] == pytest.approx(curves[0], rel=1e-3)
+    warm = graphs[50:]
+    assert warm[0] > graphs[49]
+    # rows come in dozens of lengths
+    assert warm[1] == warm[-1]
+
+
+class _OnStep(TrainerCallback):
+    def __init__(self, do: Callable[[], Any]) -> None:
+        self.do = do
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.do()
 
 
 def test_the_curve_is_that_of_trl(tmp_path, tokenizer, preferences, small_model) -> None:
