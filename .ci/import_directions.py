@@ -7,7 +7,11 @@ import sys
 from pathlib import Path
 
 # a module may import from its own layer and from those before it
-LAYERS = ["errors", "layout", "attention", "hf", "objective", "training", "insight", "commands", "cli", "__main__"]
+# fmt: off
+LAYERS = [
+    "errors", "layout", "attention", "hf", "objective", "training", "trl", "insight", "commands", "cli", "__main__",
+]
+# fmt: on
 # what `import flexdpo` must not need
 HEAVY = {"datasets", "trl", "peft", "matplotlib"}
 AT_IMPORT = {"errors", "layout", "attention", "hf", "objective", "__init__"}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from flexdpo.errors import FlexdpoError, UnsupportedModelError
 from flexdpo.hf.probe import ParityReport, parity_probe
+from flexdpo.hf.sharing import share_prefixes, sharing_stats, unshare
 from flexdpo.hf.support import prepare_model
 from flexdpo.hf.support import register as _register
 from flexdpo.layout.groups import Group
@@ -19,6 +20,7 @@ from flexdpo.layout.trie import Trie
 from flexdpo.objective.logps import response_logps
 
 if TYPE_CHECKING:
+    from flexdpo.insight.estimate import EstimateSettings, estimate_dataset
     from flexdpo.training.config import DPOConfig
     from flexdpo.training.data import load_preference_dataset, tokenize_preferences
     from flexdpo.training.loop import make_train_step
@@ -31,6 +33,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DPOConfig",
     "DPOTrainer",
+    "EstimateSettings",
     "FlexdpoError",
     "Group",
     "PackingCollator",
@@ -39,6 +42,7 @@ __all__ = [
     "RowLayout",
     "Trie",
     "UnsupportedModelError",
+    "estimate_dataset",
     "load_preference_dataset",
     "make_train_step",
     "pack_groups",
@@ -46,14 +50,19 @@ __all__ = [
     "prepare_model",
     "regroup_by_prompt",
     "response_logps",
+    "share_prefixes",
+    "sharing_stats",
     "tokenize_preferences",
+    "unshare",
 ]
 
 # the trainer brings transformers.Trainer and datasets along, so it is loaded when it is asked for
 _LAZY = {
     "DPOConfig": "flexdpo.training.config",
     "DPOTrainer": "flexdpo.training.trainer",
+    "EstimateSettings": "flexdpo.insight.estimate",
     "PackingCollator": "flexdpo.training.step",
+    "estimate_dataset": "flexdpo.insight.estimate",
     "load_preference_dataset": "flexdpo.training.data",
     "make_train_step": "flexdpo.training.loop",
     "regroup_by_prompt": "flexdpo.training.regroup",
@@ -64,6 +73,8 @@ _register()
 
 
 def __getattr__(name: str) -> Any:
+    if name == "trl":
+        return _importlib.import_module("flexdpo.trl")
     if name not in _LAZY:
         raise AttributeError(f"module 'flexdpo' has no attribute {name!r}")
     return getattr(_importlib.import_module(_LAZY[name]), name)

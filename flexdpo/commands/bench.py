@@ -58,6 +58,13 @@ class BenchArguments:
     )
     seed: int = field(default=0, metadata={"help": "Of lengths, tokens and weights."})
     json: str | None = field(default=None, metadata={"help": "Write every figure to this file."})
+    drop_in: bool = field(
+        default=False,
+        metadata={
+            "help": "Measure flexdpo.share_prefixes instead: a padded batch of 2 prompts with 8 completions each, with "
+            "and without it. Takes --device, --model, --threads, --seed and --scale."
+        },
+    )
 
 
 def run(argv: list[str]) -> int:
@@ -74,6 +81,8 @@ def run(argv: list[str]) -> int:
         options.print_help()
         return 0
     (arguments,) = options.parse_with_config(argv)
+    if arguments.drop_in:
+        return _bench_drop_in(arguments)
     target = _writable(arguments.json)
     result = run_bench(_settings(arguments), progress=_progress(), report=_report)
     if target is not None:
@@ -82,14 +91,32 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def _settings(arguments: BenchArguments) -> BenchSettings:
+def _bench_drop_in(arguments: BenchArguments) -> int:
+    from flexdpo.insight.bench_sharing import SharingBenchSettings, bench_sharing
+
+    settings = SharingBenchSettings(
+        device=_device(arguments),
+        model=arguments.model,
+        prompt_tokens=round(512 * arguments.scale),
+        completion_tokens=round(128 * arguments.scale),
+        threads=arguments.threads,
+        seed=arguments.seed,
+    )
+    print(bench_sharing(settings).table())
+    return 0
+
+
+def _device(arguments: BenchArguments) -> str:
     import torch
 
-    device = arguments.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if arguments.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return arguments.device
+
+
+def _settings(arguments: BenchArguments) -> BenchSettings:
     return BenchSettings(
-        device=device,
+        device=_device(arguments),
         profile=arguments.profile,
         scale=arguments.scale,
         model=arguments.model,

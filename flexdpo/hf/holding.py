@@ -63,8 +63,18 @@ def install_layout_hooks(module: nn.Module, impl: Impl) -> None:
     already = hasattr(module, "_flexdpo_impl")
     module._flexdpo_impl = impl  # type: ignore[assignment]
     if not already:
-        module.register_forward_pre_hook(_take_layout, with_kwargs=True)
-        module.register_forward_hook(_release_layout, with_kwargs=True, always_call=True)
+        module._flexdpo_hooks = (  # type: ignore[assignment]
+            module.register_forward_pre_hook(_take_layout, with_kwargs=True),
+            module.register_forward_hook(_release_layout, with_kwargs=True, always_call=True),
+        )
+
+
+def remove_layout_hooks(module: nn.Module) -> None:
+    """Undo :func:`install_layout_hooks`. Safe to call again."""
+    for handle in module.__dict__.pop("_flexdpo_hooks", ()):
+        handle.remove()
+    for name in ("_flexdpo_impl", "_flexdpo_checked"):
+        module.__dict__.pop(name, None)
 
 
 def _take_layout(

@@ -1,0 +1,159 @@
+"""Which calls of a backbone can run as one packed row with the same result, and why the others cannot.
+
+A reason is one word or two that :func:`flexdpo.sharing_stats` counts under. Everything here is decided before the model
+runs; a call that has a reason runs as if flexdpo were not there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.modules.dropout import _DropoutNd
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import nn
+    from transformers import PreTrainedModel
+
+# why a call passes through, with what to do about it where something can be done
+REASONS = {
+    "one_row": "the batch has one row",
+    "little_gain": "running the shared tokens once saves less than min_gain",
+    "use_cache": "the call makes or reads a key-value cache; pass use_cache=False where none is needed",
+    "position_ids": "the caller gave positions of its own",
+    "inputs_embeds": "the backbone got embeddings and not token ids",
+    "output_attentions": "attention weights of a shared token would differ from row to row",
+    "attention_mask": "the mask is not a tensor of the shape of input_ids",
+    "gaps": "padding stands between the tokens of a row",
+    "left_padding": "the model's positions are absolute, and padding on the left moves them",
+    "rope_scaling": "the model scales its positions by the padded length",
+    "random": "dropout or noise is on; a shared token cannot be dropped differently for each row",
+    "other_inputs": "the call has inputs that flexdpo does not know how to share",
+}
+# switches and counts that change nothing about how tokens are shared
+_HARMLESS_TENSORS = frozenset({"input_ids", "attention_mask", "num_items_in_batch", "logits_to_keep"})
+# what modules call a chance of dropping or a scale of noise that they use without a dropout module
+_RANDOM_ATTRIBUTES = (
+    "attention_dropout",
+    "attn_dropout",
+    "dropout",
+    "dropout_p",
+    "activation_dropout",
+    "layerdrop",
+    "jitter_noise",
+    "router_jitter_noise",
+    "input_jitter_noise",
+    "router_jitter_eps",
+    "moe_jitter_eps",
+    "neftune_noise_alpha",
+)
+# architectures whose positions were measured to be relative: equal results wherever a row begins. Others are taken for
+# absolute, since rotary embeddings alone prove nothing: a norm behind them, or a scale by position, undoes it
+# fmt: off
+_RELATIVE = frozenset(
+    (
+        "afmoe", "apertus", "arcee", "aria_text", "axk1", "bitnet", "cohere", "cohere2", "cohere2_moe",
+        "cohere_compass_text", "cwm", "dbrx", "deepseek_v2", "deepseek_v3", "diffllama", "dots1", "emu3_text_model",
+        "ernie4_5", "ernie4_5_moe", "exaone4", "exaone_moe", "flex_olmo", "flint", "gemma", "gemma2", "gemma3_text",
+        "glm", "glm4", "glm4_moe", "glm4_moe_lite", "gpt_neox", "gpt_oss", "granite", "granite_swa", "granitemoe",
+        "granitemoe_swa", "granitemoeshared", "helium", "hrm_text", "hy_v3", "hyperclovax", "internlm3",
+        "iquestcoder", "jais2", "jetmoe", "kolibri1", "laguna", "llama", "longcat_flash", "mellum", "mimo_v2_flash",
+        "minicpm3", "minimax_m2", "ministral", "mistral", "mixtral", "mllama_text_model", "modernbert-decoder",
+        "moshi", "nanochat", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "persimmon", "phi", "phi3", "phimoe",
+        "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "solar_open", "stablelm", "starcoder2",
+        "vaultgemma", "youtu",
+    )
+)
+# fmt: on
+_RELATIVE_ROPE = frozenset({"default", "linear", "llama3", "yarn"})
+# settings by which a model of rotary positions makes use of the absolute ones too
+_ABSOLUTE_SETTINGS = ("attn_temperature_tuning", "llama_4_scaling_beta")
+
+
+def reason_by_arguments(backbone: PreTrainedModel, kwargs: dict[str, Any]) -> str | None:
+    """Say why a call cannot be shared, by its arguments alone; the values of tensors are not looked at."""
+    return next(_obstacles(backbone, kwargs), None)
+
+
+def _obstacles(backbone: PreTrainedModel, kwargs: dict[str, Any]) -> Iterator[str]:
+    input_ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+    if kwargs.get("past_key_values") is not None or _makes_cache(backbone, kwargs):
+        yield "use_cache"
+    if not isinstance(input_ids, torch.Tensor) or kwargs.get("inputs_embeds") is not None:
+        yield "inputs_embeds"
+        return
+    if kwargs.get("position_ids") is not None:
+        yield "position_ids"
+    if _asked_for(backbone, kwargs, "output_attentions"):
+        yield "output_attentions"
+    if input_ids.ndim != 2 or (mask is not None and getattr(mask, "shape", None) != input_ids.shape):
+        yield "attention_mask"
+    if any(isinstance(value, torch.Tensor) and name not in _HARMLESS_TENSORS for name, value in kwargs.items()):
+        yield "other_inputs"
+    if input_ids.shape[0] == 1:
+        yield "one_row"
+    if backbone.training and draws_at_random(backbone):
+        yield "random"
+
+
+def _asked_for(backbone: PreTrainedModel, kwargs: dict[str, Any], name: str) -> bool:
+    value = kwargs.get(name)
+    return bool(getattr(backbone.config, name, False) if value is None else value)
+
+
+def _makes_cache(backbone: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
+    """Whether somebody may want the cache of this call: it was asked for, or nobody said no outside of training."""
+    if kwargs.get("use_cache") is None and backbone.training:
+        return False
+    return _asked_for(backbone, kwargs, "use_cache")
+
+
+def draws_at_random(backbone: nn.Module) -> bool:
+    """Whether some part of the model in training mode has a chance of dropping, or noise, above 0."""
+    for module in backbone.modules():
+        if not module.training:
+            continue
+        if isinstance(module, _DropoutNd):
+            if module.p > 0:
+                return True
+            continue
+        own = module.__dict__
+        if any(isinstance(value := own.get(name), float | int) and value > 0 for name in _RANDOM_ATTRIBUTES):
+            return True
+    return False
+
+
+@dataclass(frozen=True)
+class Positions:
+    """How a backbone makes use of positions.
+
+    Attributes:
+        relative: Only distances matter, so that a row gives the same result wherever it begins.
+        by_length: Frequencies depend on the largest position of the batch.
+    """
+
+    relative: bool
+    by_length: bool
+
+    @classmethod
+    def of(cls, backbone: PreTrainedModel) -> Positions:
+        """Judge by architecture and config."""
+        config = backbone.config
+        settings = _rope_settings(config)
+        kinds = {str(each.get("rope_type", each.get("type", "default"))) for each in settings}
+        absolute = any(getattr(config, name, None) for name in _ABSOLUTE_SETTINGS)
+        absolute |= any(each.get(name) for each in settings for name in _ABSOLUTE_SETTINGS)
+        fixed = kinds <= _RELATIVE_ROPE
+        return cls(relative=config.model_type in _RELATIVE and fixed and not absolute, by_length=not fixed)
+
+
+def _rope_settings(config: Any) -> list[dict[str, Any]]:
+    """The rotary settings of a config, one for all layers or one per kind of layer."""
+    found = getattr(config, "rope_parameters", None)
+    if not isinstance(found, dict):
+        return []
+    nested = [each for each in found.values() if isinstance(each, dict)]
+    return nested or [found]

@@ -1,0 +1,227 @@
+"""The token trie of a padded batch, found on the device where the batch lies.
+
+:mod:`flexdpo.layout.trie` walks over lists of sequences. Here the sequences are the rows of a padded tensor, and all is
+done by whole-tensor operations: rows are sorted, so that rows with equal beginnings stand next to each other; a row
+then adds to the trie what it does not have in common with the row above it. Read row by row, the added tokens are the
+trie in depth-first order.
+
+Shapes: ``N`` rows, ``T`` places per row, ``S`` distinct tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from flexdpo.errors import FlexdpoError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# tokens compared with each other at once: bounds the memory of comparing every row with every other
+_COMPARED = 1 << 25
+
+
+class RowSpans(NamedTuple):
+    """Where the real tokens of each row stand.
+
+    Attributes:
+        starts: Column of the first real token, 0 in a row without any, ``[N]`` int64.
+        lengths: Real tokens, ``[N]`` int64.
+        gaps: Whether padding stands between two real tokens of some row; a 0-d bool tensor.
+    """
+
+    starts: Tensor
+    lengths: Tensor
+    gaps: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class BatchTrie:
+    """The distinct tokens of a padded batch in depth-first order, and where every place of the batch finds its own.
+
+    Attributes:
+        sources: For each token a place of the flattened batch, ``n * T + t``, that holds it, ``[S]`` int64.
+        depths: Tokens before it in its rows, ``[S]`` int64.
+        subtree_end: Index just past the last descendant, ``[S]`` int64.
+        multiplicity: How many rows contain it, ``[S]`` int64.
+        nodes: For each place of the batch the index of its token, -1 at padding, ``[N, T]`` int64.
+    """
+
+    sources: Tensor
+    depths: Tensor
+    subtree_end: Tensor
+    multiplicity: Tensor
+    nodes: Tensor
+
+    def __len__(self) -> int:
+        return int(self.sources.shape[0])
+
+
+def row_spans(attention_mask: Tensor) -> RowSpans:
+    """Find where the real tokens of each row begin and how many there are.
+
+    Args:
+        attention_mask: Nonzero at real tokens, ``[N, T]``, any dtype.
+    """
+    real = attention_mask != 0
+    lengths = real.sum(dim=1)
+    # the first of several equal maxima
+    starts = real.byte().argmax(dim=1)
+    column = torch.arange(real.shape[1], device=real.device)
+    inside = (column >= starts[:, None]) & (column < (starts + lengths)[:, None])
+    return RowSpans(starts, lengths, (real != inside).any())
+
+
+class SortedBatch(NamedTuple):
+    """A padded batch with its rows moved to the left and sorted, ready to be read as a trie.
+
+    Attributes:
+        order: Number of the row that stands at each rank, ``[N]`` int64.
+        starts: Column of its first real token, ``[N]`` int64.
+        lengths: Its real tokens, ``[N]`` int64.
+        shared: Tokens at its beginning that it has in common with the rank above, 0 at rank 0, ``[N]`` int64.
+        columns: Places per row, ``T``.
+    """
+
+    order: Tensor
+    starts: Tensor
+    lengths: Tensor
+    shared: Tensor
+    columns: int
+
+    @property
+    def num_tokens(self) -> Tensor:
+        """Distinct tokens, ``S``; a 0-d tensor, so that reading it can wait."""
+        return (self.lengths - self.shared).sum()
+
+
+def sort_batch(input_ids: Tensor, spans: RowSpans, *, min_prefix: int = 1) -> SortedBatch:
+    """Sort the rows of a padded batch, so that those with equal beginnings stand together.
+
+    Args:
+        input_ids: Token ids, ``[N, T]`` int64, not negative.
+        spans: Where the real tokens of each row stand; there must be no gaps.
+        min_prefix: Rows that have fewer tokens than this in common share none of them.
+
+    Returns:
+        The ranks and what neighbours share. Work is ``N * N * T`` comparisons, memory is bounded.
+    """
+    if input_ids.ndim != 2 or input_ids.shape[0] == 0:
+        raise FlexdpoError(f"input_ids must be [N, T] with at least one row, got {list(input_ids.shape)}")
+    columns = input_ids.shape[1]
+    column = torch.arange(columns, device=input_ids.device)
+    moved = input_ids.gather(1, (column + spans.starts[:, None]).clamp_(max=columns - 1))
+    # behind its end a row holds what is less than every token, so that a beginning of another row comes before it
+    moved = torch.where(column < spans.lengths[:, None], moved, -1)
+    order, shared = _ranks(moved)
+    lengths = spans.lengths[order]
+    shared = torch.minimum(shared, lengths)
+    shared = torch.where(shared < min_prefix, 0, shared)
+    return SortedBatch(order, spans.starts[order], lengths, shared, columns)
+
+
+def _ranks(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The order that sorts rows by their tokens, and what each has in common with the one before it, ``[N]`` each."""
+    count, columns = rows.shape
+    first_difference = _first_differences(rows)
+    number = torch.arange(count, device=rows.device)
+    at = first_difference.clamp(max=columns - 1)
+    mine, other = rows.gather(1, at), rows.T.gather(0, at)
+    equal = first_difference == columns
+    comes_before = torch.where(equal, number < number[:, None], other < mine)
+    order = comes_before.sum(dim=1).argsort()
+    shared = first_difference[order, order.roll(1)]
+    # nothing stands above the first rank
+    return order, torch.where(number == 0, 0, shared)
+
+
+def _first_differences(rows: Tensor) -> Tensor:
+    """The first column where two rows differ, ``T`` where none does, for every pair, ``[N, N]``."""
+    count, columns = rows.shape
+    at_once = max(1, _COMPARED // (count * columns))
+    found = []
+    for some in rows.split(at_once):
+        differs = (some[:, None, :] != rows[None, :, :]).byte()
+        first = differs.argmax(dim=2)
+        found.append(torch.where(differs.amax(dim=2) > 0, first, columns))
+    return torch.cat(found)
+
+
+def trie_of(batch: SortedBatch, num_tokens: int) -> BatchTrie:
+    """Read a sorted batch as a trie.
+
+    Args:
+        batch: The sorted rows.
+        num_tokens: ``int(batch.num_tokens)``. With it no operation here waits for the device.
+    """
+    order, starts, lengths, shared, columns = batch
+    rows = order.shape[0]
+    device = order.device
+    column = torch.arange(columns, device=device)
+    real = column < lengths[:, None]
+    added = real & (column >= shared[:, None])
+    counts = lengths - shared
+    first = counts.cumsum(0) - counts
+    own = torch.where(added, first[:, None] + column - shared[:, None], -1)
+    # what a row shares, it shares with the last row above that added a token at this column
+    nodes = own.cummax(dim=0).values
+
+    # a subtree ends where a row below no longer shares the column
+    ends = torch.where(shared[:, None] <= column, first[:, None], num_tokens)[1:]
+    ends = torch.cat([ends, ends.new_full((1, columns), num_tokens)]).flip(0).cummin(dim=0).values.flip(0)
+
+    place = order[:, None] * columns + starts[:, None] + column
+    # places that add nothing write into one slot more, which is left out
+    slot = torch.where(added, own, num_tokens).reshape(-1)
+
+    def collected(values: Tensor) -> Tensor:
+        room = torch.zeros(num_tokens + 1, dtype=torch.int64, device=device)
+        return room.scatter_(0, slot, values.expand(rows, columns).reshape(-1))[:num_tokens]
+
+    members = torch.zeros(num_tokens + 1, dtype=torch.int64, device=device)
+    members.scatter_add_(0, torch.where(real, nodes, num_tokens).reshape(-1), torch.ones_like(slot))
+    return BatchTrie(
+        sources=collected(place),
+        depths=collected(column),
+        subtree_end=collected(ends),
+        multiplicity=members[:num_tokens],
+        nodes=_at_their_places(torch.where(real, nodes, -1), batch),
+    )
+
+
+def _at_their_places(values: Tensor, batch: SortedBatch) -> Tensor:
+    """Undo the sorting and the moving to the left; -1 where padding stands."""
+    column = torch.arange(batch.columns, device=values.device)
+    back = column - batch.starts[:, None]
+    inside = (back >= 0) & (back < batch.lengths[:, None])
+    moved = torch.where(inside, values.gather(1, back.clamp(0, batch.columns - 1)), -1)
+    return torch.empty_like(moved).index_copy_(0, batch.order, moved)
+
+
+def find_trie(input_ids: Tensor, attention_mask: Tensor | None = None, *, min_prefix: int = 1) -> BatchTrie:
+    """Merge the rows of a padded batch by their common beginnings.
+
+    Rows may be padded on the right, on the left or on both sides; a token's depth counts real tokens only.
+
+    Args:
+        input_ids: Token ids, ``[N, T]`` int64, not negative.
+        attention_mask: Nonzero at real tokens, ``[N, T]``; without it all are real.
+        min_prefix: Rows that have fewer tokens than this in common share none of them.
+
+    Returns:
+        The trie. The device is waited for once.
+
+    Raises:
+        FlexdpoError: if padding stands between the tokens of a row.
+    """
+    spans = row_spans(torch.ones_like(input_ids) if attention_mask is None else attention_mask)
+    batch = sort_batch(input_ids, spans, min_prefix=min_prefix)
+    num_tokens, gaps = torch.stack([batch.num_tokens, spans.gaps.long()]).tolist()
+    if gaps:
+        raise FlexdpoError(
+            "attention_mask is 0 between two real tokens of a row; a trie needs each row's tokens side by side"
+        )
+    return trie_of(batch, num_tokens)
