@@ -67,7 +67,7 @@ class BenchSettings:
     pairs: int | None = None
     batches: int | None = None
     rounds: int = 24
-    seconds: float = 40.0
+    seconds: float = 30.0
     dtype: str | None = None
     gradient_checkpointing: bool | None = None
     max_tokens_per_row: int | None = None
@@ -324,7 +324,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
     return {
         "versions": versions,
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "device": torch.cuda.get_device_name(device) if cuda else _processor(),
         "cuda": torch.version.cuda if cuda else None,
         "threads": torch.get_num_threads(),

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 # enough for a median, whatever the time
 FEWEST_ROUNDS = 4
-SLOW_EVERY = 8
+# rounds of the slow arms: two among the fewest, and every eighth
+SLOW_ROUNDS = frozenset({0, 2, *range(8, 10_000, 8)})
 
 
 class Seconds(NamedTuple):
@@ -107,7 +108,7 @@ def measure(
         device: Where everything runs.
         rounds: Most rounds.
         seconds: No round but the first four begins after this long, warming up included.
-        slow: Names of arms that run in every eighth round only, being far behind.
+        slow: Names of arms that sit most rounds out, being far behind.
         progress: Called after every round.
 
     Returns:
@@ -127,7 +128,7 @@ def measure(
         order = list(arms) if number % 2 == 0 else list(arms)[::-1]
         for batch in range(batches):
             for arm in order:
-                out = arm.name in slow and number % SLOW_EVERY > 0
+                out = arm.name in slow and number not in SLOW_ROUNDS
                 times[arm.name].steps[batch].append(None if out else run_step(arm, model, batch, device))
         progress()
     return times
