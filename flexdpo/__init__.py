@@ -14,7 +14,7 @@ from flexdpo.hf.sharing import share_prefixes, sharing_stats, unshare
 from flexdpo.hf.support import prepare_model
 from flexdpo.hf.support import register as _register
 from flexdpo.layout.groups import Group
-from flexdpo.layout.packing import pack_groups
+from flexdpo.layout.packing import pack
 from flexdpo.layout.row import Row, RowLayout
 from flexdpo.layout.trie import Trie
 from flexdpo.objective.logps import response_logps
@@ -45,7 +45,7 @@ __all__ = [
     "estimate_dataset",
     "load_preference_dataset",
     "make_train_step",
-    "pack_groups",
+    "pack",
     "parity_probe",
     "prepare_model",
     "regroup_by_prompt",

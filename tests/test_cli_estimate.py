@@ -203,6 +203,11 @@ def test_a_dry_run_tells_the_tokens_that_the_run_has(tmp_path, capsys, saved_mod
     assert trainer.state.global_step == steps
 
 
+def test_a_dry_run_of_a_stream_is_refused(capsys, saved_model, data_file) -> None:
+    assert main(dry(saved_model("llama"), data_file, "--dataset_streaming", "true", "--max_steps", "3")) == 2
+    assert "a dry run looks at the whole dataset, and a stream is read once" in capsys.readouterr().err
+
+
 def test_a_dry_run_needs_no_weights_and_knows_of_adapters(tmp_path, saved_model, data_file) -> None:
     model = saved_model("llama")
     (model / "model.safetensors").unlink()

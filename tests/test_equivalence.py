@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flexdpo import Group, Row, RowLayout, pack_groups, prepare_model
+from flexdpo import Group, Row, RowLayout, pack, prepare_model
 from flexdpo.layout.packing import MIN_SHARED
 from flexdpo.objective.logps import response_logps
 from flexdpo.objective.objective import BatchTotals, Objective
@@ -137,7 +137,7 @@ def test_sharing_across_the_groups_of_a_step_equals_unpacked(rng, name: str, bud
     groups = with_a_system_prompt(rng)
     model, reference = (prepare_model(build_model(name, "flexdpo", seed=seed)) for seed in (0, 1))
     want = unpacked(build_model(name), build_model(name, seed=1), groups)
-    rows = pack_groups(groups, budget, sharing="step")
+    rows = pack(groups, budget, sharing="step")
     assert any(len(row.documents) < len(row.groups) for row in rows)
     assert (len(rows) > 1) is (budget is not None)
     assert relative_error(packed(model, reference, rows, groups), want) < TOLERANCE[name]

@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+# a length counts up to four times: with gradients, and without them, of the policy and of its reference. Past torch's
+# limit of 8 a layer would run uncompiled, with no more than a warning
+_MOST_VARIANTS = 96
+
+
 def compile_decoder_layers(model: nn.Module, *, dynamic: bool = True, **options: Any) -> int:
     """Compile the decoder layers of a prepared model, in place and one by one.
 
@@ -38,6 +43,9 @@ def compile_decoder_layers(model: nn.Module, *, dynamic: bool = True, **options:
             f"{type(backbone).__name__} keeps its decoder layers under another name than layers, h or blocks, so they "
             "cannot be compiled one by one; leave compilation off"
         )
+    if not dynamic:
+        config: Any = torch._dynamo.config
+        config.recompile_limit = max(config.recompile_limit, _MOST_VARIANTS)
     for layer in layers:
         layer.compile(dynamic=dynamic, **options)
     return len(layers)

@@ -13,6 +13,7 @@ from flexdpo.insight.estimate import Estimate, EstimateSettings, estimate_tokeni
 from flexdpo.insight.estimate_sources import find_config
 from flexdpo.training import models
 from flexdpo.training.data import TokenizedPreferences, load_preference_dataset, tokenize_preferences
+from flexdpo.training.distribution import shards_of
 from flexdpo.training.memory import TrainingSetup, auto_row_budget, gigabytes, predict_memory
 from flexdpo.training.regroup import regroup_by_prompt
 
@@ -61,6 +62,10 @@ def dry_run(job: Job, config: DPOConfig) -> DryRun:
     Raises:
         FlexdpoError: for whatever would stop the run before its first step.
     """
+    if job.streaming:
+        raise FlexdpoError(
+            "a dry run looks at the whole dataset, and a stream is read once; leave --dataset_streaming out of it"
+        )
     data = load_preference_dataset(job.dataset_name, split=job.train_split, config_name=job.dataset_config)
     tokenizer = models.load_tokenizer(job.model_name_or_path, trust_remote_code=config.trust_remote_code)
     model = _without_weights(job, config)
@@ -111,11 +116,13 @@ def _as_dtype(value: Any) -> torch.dtype:
 
 def _predict(tokenised: TokenizedPreferences, model: nn.Module, job: Job, config: DPOConfig) -> DryRun:
     runs_reference = config.objective().needs_reference and not config.precompute_ref_log_probs
+    shards = shards_of(config)
     setup = TrainingSetup.from_arguments(
         config,
         model,
         reference=runs_reference and job.peft_config is None,
-        shards=config.world_size if config.fsdp or config.deepspeed else 1,
+        shards=shards.weights,
+        optimizer_shards=shards.optimizer,
     )
     settings = EstimateSettings(
         device="cuda" if config.device.type == "cuda" else "cpu",

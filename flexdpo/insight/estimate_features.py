@@ -12,7 +12,7 @@ from flexdpo.insight.bench_flops import Work, padded_work, row_work
 from flexdpo.insight.estimate_costs import Load, padded_load, row_load, step_seconds
 from flexdpo.insight.estimate_lengths import classes_of
 from flexdpo.layout.groups import Group
-from flexdpo.layout.packing import MIN_SHARED, best_fit_decreasing, pack_groups
+from flexdpo.layout.packing import MIN_SHARED, best_fit_decreasing, pack
 from flexdpo.training.data import group_from_row
 
 if TYPE_CHECKING:
@@ -291,7 +291,7 @@ def _packed(groups: Sequence[Group], budget: int | None, multiple: int, **option
         # groups merged for the comparison may be longer than the rows that were asked for
         longest = max(group.unshared_tokens for group in groups)
         budget = max(budget, -(-longest // multiple) * multiple)
-    return pack_groups(groups, budget, pad_to_multiple_of=multiple, **options)
+    return pack(groups, budget, pad_to_multiple_of=multiple, **options)
 
 
 def _of_rows(rows: Sequence[Row], shape: Shape, machine: Machine) -> _Sample:

@@ -11,6 +11,7 @@ from flexdpo.insight.plots import draw_training_curves
 from flexdpo.insight.show import draw_row_mask
 from flexdpo.training.config import DPOConfig
 from flexdpo.training.data import load_preference_dataset
+from flexdpo.training.distribution import is_sharded
 from flexdpo.training.metrics import MetricsFile
 from flexdpo.training.models import load_model, load_tokenizer
 from flexdpo.training.step import PackingCollator
@@ -75,7 +76,7 @@ def run_job(job: Job, config: DPOConfig) -> str:
         callbacks=[MetricsFile(metrics_file)],
     )
     # a model that is sharded when training begins cannot be evaluated before it
-    sharded = bool(config.fsdp or config.deepspeed)
+    sharded = is_sharded(config)
     before = trainer.evaluate() if eval_data is not None and not sharded else {}
     trainer.train(resume_from_checkpoint=_checkpoint(config))
     after = trainer.evaluate() if eval_data is not None else {}

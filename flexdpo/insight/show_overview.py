@@ -9,7 +9,7 @@ from flexdpo.insight.plots import new_figure, save_figure
 from flexdpo.insight.show import INK, draw_mask_panel, row_title
 from flexdpo.insight.show_packing import PACKING_TITLE, batch_layouts, draw_packing_panel, packing_height
 from flexdpo.insight.show_trie import draw_trie_panel, trie_height
-from flexdpo.layout.packing import pack_groups
+from flexdpo.layout.packing import pack
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,7 +32,7 @@ def first_row(
     pad_to_multiple_of: int = 1,
 ) -> Row:
     """The row to draw: the first that the groups are packed into."""
-    return pack_groups(groups, max_tokens_per_row, pad_to_multiple_of=pad_to_multiple_of, sharing=sharing)[0]
+    return pack(groups, max_tokens_per_row, pad_to_multiple_of=pad_to_multiple_of, sharing=sharing)[0]
 
 
 def picture_block_size(length: int) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 
 from flexdpo.insight.plots import new_figure, save_figure
 from flexdpo.insight.show import FIRST_RESPONSE, INK, PADDING, PROMPT, TokenKinds, token_colours, token_kinds
-from flexdpo.layout.packing import best_fit_decreasing, pack_groups
+from flexdpo.layout.packing import best_fit_decreasing, pack
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -79,7 +79,7 @@ def batch_layouts(
     Args:
         groups: The batch.
         max_tokens_per_row: Longest row; by default a quarter of the batch's tokens, at least its longest group.
-        sharing: See :func:`flexdpo.pack_groups`.
+        sharing: See :func:`flexdpo.pack`.
 
     Raises:
         FlexdpoError: if a group is longer than the rows.
@@ -94,7 +94,7 @@ def batch_layouts(
     # the unshared responses of a group may be too long together, so each finds its own place
     bins = best_fit_decreasing([len(lane) for lane in sequences], max(budget, longest))
     most = max(len(group.response_ids) for group in groups)
-    rows = pack_groups(groups, budget, sharing=sharing)
+    rows = pack(groups, budget, sharing=sharing)
     number_of = {id(group): number for number, group in enumerate(groups)}
     return (
         BatchLayout("padded", tuple(_padded(lane, longest) for lane in sequences)),

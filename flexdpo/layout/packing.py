@@ -26,7 +26,7 @@ SHARING = ("group", "step")
 MIN_SHARED = 128
 
 
-def pack_groups(
+def pack(
     groups: Sequence[Group],
     max_tokens_per_row: int | None = None,
     *,
@@ -72,12 +72,12 @@ def pack_groups(
 def row_lengths(
     batches: Iterable[Sequence[Group]], max_tokens_per_row: int | None = None, *, sharing: str = "group"
 ) -> list[int]:
-    """Lengths of the rows that :func:`pack_groups` makes of some batches, padding not counted; the rows are not made.
+    """Lengths of the rows that :func:`pack` makes of some batches, padding not counted; the rows are not made.
 
     Args:
         batches: Groups of one optimizer step each; a few hundred are enough for :func:`choose_buckets`.
-        max_tokens_per_row: As in :func:`pack_groups`.
-        sharing: As in :func:`pack_groups`.
+        max_tokens_per_row: As in :func:`pack`.
+        sharing: As in :func:`pack`.
     """
     return [
         sum(len(family.trie) for family in families)

@@ -188,6 +188,11 @@ class Objective:
         return any(name in LABELLED_LOSSES for name in self.loss_type)
 
     @property
+    def logs_labels(self) -> bool:
+        """Whether what is logged belongs to labelled responses, and not to pairs."""
+        return self.needs_labels and not self.needs_pairs
+
+    @property
     def needs_unrelated_responses(self) -> bool:
         """Whether batches must go through :func:`~flexdpo.objective.unpaired.with_unrelated_responses`."""
         return "kto" in self.loss_type
@@ -409,7 +414,7 @@ class Objective:
         metrics: dict[str, Tensor] = {}
         if labelled is not None and labelled.kl is not None:
             metrics["kl"] = labelled.kl.detach()[None]
-        if labelled is not None and not self.needs_pairs:
+        if labelled is not None and self.logs_labels:
             rewards = self.beta * labelled.logratios.detach()
             for name, kept in (("chosen", labelled.desirable), ("rejected", ~labelled.desirable)):
                 metrics |= {f"rewards/{name}": rewards[kept], f"logps/{name}": labelled.logps[kept]}

@@ -10,15 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from flexdpo.errors import FlexdpoError, first_line
+from flexdpo.objective.head import base_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from datasets import Dataset
+    from torch import Tensor, nn
 
     from flexdpo.training.config import DPOConfig
 
@@ -37,9 +41,18 @@ RECORDED_SETTINGS = (
     "beta",
     "label_smoothing",
     "f_divergence_type",
+    "f_alpha_divergence_coef",
     "ld_alpha",
     "use_weighting",
+    "discopop_tau",
     "rpo_alpha",
+    "simpo_gamma",
+    "cpo_alpha",
+    "desirable_weight",
+    "undesirable_weight",
+    "sync_ref_model",
+    "ref_model_mixup_alpha",
+    "ref_model_sync_steps",
     "max_length",
     "learning_rate",
     "optim",
@@ -64,6 +77,49 @@ def tokens_of(folder: Path) -> dict[str, int]:
 def steps_of(folder: Path) -> int:
     """Optimizer steps that a run had taken when a checkpoint was made."""
     return int(json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"])
+
+
+def save_reference(folder: Path, reference: nn.Module, process_index: int) -> None:
+    """Store a reference that moves: the whole of it by the first process, or each process's shard."""
+    weights = _own_weights(reference)
+    if process_index == 0 or _is_spread(reference):
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(weights, _reference_file(folder, reference, process_index))
+
+
+def load_reference(folder: Path, reference: nn.Module, process_index: int) -> None:
+    """Bring a reference to where it had moved when :func:`save_reference` stored it, in place.
+
+    Raises:
+        FlexdpoError: if the checkpoint holds none, or that of another model.
+    """
+    path = _reference_file(folder, reference, process_index)
+    if not path.is_file():
+        raise FlexdpoError(
+            f"{folder} does not hold the reference that sync_ref_model had moved ({path.name} is missing); start the "
+            "run again, or continue from another checkpoint"
+        )
+    stored, weights = load_file(path), _own_weights(reference)
+    if {name: value.shape for name, value in stored.items()} != {name: value.shape for name, value in weights.items()}:
+        raise FlexdpoError(f"{path} holds the reference of another model; continue with the model of this checkpoint")
+    for name, value in weights.items():
+        value.copy_(stored[name])
+
+
+def _own_weights(model: nn.Module) -> dict[str, Tensor]:
+    """What this process holds of each weight; tied ones once."""
+    return {
+        name: weight.to_local() if isinstance(weight, DTensor) else weight.detach()
+        for name, weight in ((name, parameter.detach()) for name, parameter in base_model(model).named_parameters())
+    }
+
+
+def _is_spread(model: nn.Module) -> bool:
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def _reference_file(folder: Path, reference: nn.Module, process_index: int) -> Path:
+    return folder / (f"reference-{process_index}.safetensors" if _is_spread(reference) else "reference.safetensors")
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from flexdpo.layout.packing import SHARING
 from flexdpo.objective.divergences import F_DIVERGENCES
 from flexdpo.objective.loss_types import LOSS_TYPES
 from flexdpo.objective.objective import Objective
+from flexdpo.training.memory import TILE
 
 TRUNCATION_MODES = ("keep_start",)
 _COMPILE_SETTINGS = {"torch_compile": False, "torch_compile_backend": None, "torch_compile_mode": None}
@@ -232,12 +234,22 @@ class DPOConfig(TrainingArguments):
         if self.bf16 is None:
             self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not self.fp16
         asked = {name: getattr(self, name) for name in _COMPILE_SETTINGS}
+        copies_unsaid = self.accelerator_config is None
         for name, nothing in _COMPILE_SETTINGS.items():
             setattr(self, name, nothing)
         super().__post_init__()
         self.compile_layers = asked.pop("torch_compile") or any(value is not None for value in asked.values())
         options = {name.removeprefix("torch_compile_"): value for name, value in asked.items()}
         self.layer_compile_options = {name: value for name, value in options.items() if value is not None}
+        if copies_unsaid:
+            # a row is a dozen small tensors, each of which would otherwise wait for the step before it
+            self.accelerator_config.non_blocking = self.dataloader_pin_memory
+
+    def to_dict(self) -> dict[str, Any]:
+        """As ``TrainingArguments.to_dict``, with the compile settings as they were given, so that they can be read."""
+        found: dict[str, Any] = super().to_dict()
+        options = {f"torch_compile_{name}": value for name, value in self.layer_compile_options.items()}
+        return found | {"torch_compile": self.compile_layers, **options}
 
     def objective(self) -> Objective:
         """The losses these settings ask for."""
@@ -296,6 +308,12 @@ class DPOConfig(TrainingArguments):
             raise FlexdpoError(f"loss_type {', '.join(self.loss_type)} uses no reference; leave sync_ref_model out")
         if self.sync_ref_model and self.ref_model_sync_steps < 1:
             raise FlexdpoError(f"ref_model_sync_steps must be at least 1, got {self.ref_model_sync_steps}")
+
+    @property
+    def room_multiple(self) -> int:
+        """Of how many tokens the room in a row is a multiple: rows padded to bucket lengths come in whole tiles."""
+        by_length = not self.kernel_settings().dynamic(self.device.type)
+        return math.lcm(TILE, self.row_multiple) if by_length else self.row_multiple
 
     @property
     def row_multiple(self) -> int:

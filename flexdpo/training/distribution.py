@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from typing import TYPE_CHECKING, Any
+import os
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from accelerate.utils import DistributedType
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from accelerate import Accelerator
     from torch import nn
+    from transformers import TrainingArguments
 
 # all processes gather a sharded weight together, and DeepSpeed reduces gradients in every backward pass
 _IN_STEP = (DistributedType.FSDP, DistributedType.DEEPSPEED)
@@ -26,10 +28,48 @@ def runs_in_step(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type in _IN_STEP and accelerator.num_processes > 1
 
 
+class Shards(NamedTuple):
+    """Over how many processes a run spreads what.
+
+    Attributes:
+        weights: Weights and gradients (FSDP, ZeRO-3).
+        optimizer: States of the optimizer (these, ZeRO-1 and ZeRO-2).
+    """
+
+    weights: int
+    optimizer: int
+
+
+def shards_of(args: TrainingArguments) -> Shards:
+    """How a run with these settings is sharded, be it by its own settings or by ``accelerate launch``."""
+    if not is_sharded(args):
+        return Shards(1, 1)
+    plugin = args.deepspeed_plugin
+    if plugin is None:
+        return Shards(args.world_size, args.world_size)
+    stage = int(plugin.hf_ds_config.get_value("zero_optimization.stage", 0))
+    return Shards(args.world_size if stage == 3 else 1, args.world_size if stage > 0 else 1)
+
+
+def is_sharded(args: TrainingArguments) -> bool:
+    """Whether FSDP or DeepSpeed will run the model, asked for in the settings or by ``accelerate launch``."""
+    launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" or args.deepspeed_plugin is not None
+    return bool(args.fsdp or args.deepspeed or launched)
+
+
 def largest(accelerator: Accelerator, value: int) -> int:
     """The largest of the numbers that all processes give."""
     number = torch.tensor(value, device=accelerator.device)
     torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
+    return int(number)
+
+
+def smallest(device: torch.device, value: int) -> int:
+    """The smallest of the numbers that all processes give, where there are several."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return value
+    number = torch.tensor(value, device=device)
+    torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MIN)
     return int(number)
 
 

@@ -8,11 +8,13 @@ import numpy as np
 
 from flexdpo.errors import FlexdpoError
 from flexdpo.layout.trie import Trie
-from flexdpo.training.data import group_from_row
+from flexdpo.training.data import LABELS_COLUMN, group_from_row
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from numpy.typing import NDArray
+
+    from flexdpo.training.config import DPOConfig
 
 
 def token_counts(dataset: Dataset, *, shared: bool) -> NDArray[np.int64]:
@@ -32,6 +34,46 @@ def token_counts(dataset: Dataset, *, shared: bool) -> NDArray[np.int64]:
         running = np.concatenate([[0], tokens.cumsum()])
         counts.append(prompts * (1 if shared else number) + running[first[1:]] - running[first[:-1]])
     return np.concatenate(counts) if counts else np.zeros(0, dtype=np.int64)
+
+
+def tokens_needed(dataset: Dataset, *, unrelated_responses: bool = False) -> NDArray[np.int64]:
+    """Most tokens that the trie of each example can hold, ``[N]`` int64.
+
+    Args:
+        dataset: A tokenised dataset.
+        unrelated_responses: Count the longest response of the others too, since
+            :func:`~flexdpo.objective.unpaired.with_unrelated_responses` may put it there.
+    """
+    counts = token_counts(dataset, shared=True)
+    if not unrelated_responses or not len(counts):
+        return counts
+    own = _longest_responses(dataset)
+    first, *others = np.argsort(own)[::-1][:2]
+    longest = np.where(np.arange(len(own)) == first, own[others].sum(), own[first])
+    # responses move on by one, so an example's first label gets another's and the rest get what is there already
+    added: NDArray[np.int64] = np.minimum(_label_counts(dataset), 1) * longest
+    return counts + added
+
+
+def _label_counts(dataset: Dataset) -> NDArray[np.int64]:
+    """How many labelled responses each example has, by its labels or else by its edges."""
+    counts = []
+    for table in dataset.with_format("arrow").iter(batch_size=8192):
+        found = 2 * _lengths(table.column("edges"))
+        if LABELS_COLUMN in table.column_names:
+            found = np.maximum(found, _lengths(table.column(LABELS_COLUMN)))
+        counts.append(found)
+    return np.concatenate(counts)
+
+
+def _longest_responses(dataset: Dataset) -> NDArray[np.int64]:
+    """Tokens of the longest response of each example."""
+    found = []
+    for table in dataset.with_format("arrow").iter(batch_size=8192):
+        responses = table.column("response_ids").combine_chunks()
+        starts = np.concatenate([[0], _lengths(responses).cumsum()[:-1]])
+        found.append(np.maximum.reduceat(_lengths(responses.flatten()), starts))
+    return np.concatenate(found)
 
 
 def predicted_costs(dataset: Dataset, hidden_size: int) -> NDArray[np.float64]:
@@ -55,19 +97,47 @@ def _lengths(column: Any) -> NDArray[np.int64]:
     return np.asarray(array.value_lengths().to_numpy(zero_copy_only=False), dtype=np.int64)
 
 
-def require_room(dataset: Dataset, max_tokens_per_row: int, pad_to_multiple_of: int) -> None:
+def require_room(
+    dataset: Dataset, max_tokens_per_row: int, pad_to_multiple_of: int, *, unrelated_responses: bool = False
+) -> None:
     """Refuse a dataset with an example that fits no row, before anything is trained on it.
+
+    Args:
+        dataset: A tokenised dataset.
+        max_tokens_per_row: Longest row.
+        pad_to_multiple_of: Of which a row's length is a multiple.
+        unrelated_responses: Leave room for other examples' responses, see :func:`tokens_needed`.
 
     Raises:
         FlexdpoError: naming the first such example, its size and the room.
     """
     room = max_tokens_per_row // pad_to_multiple_of * pad_to_multiple_of
+    alone = token_counts(dataset, shared=True)
+    needed = tokens_needed(dataset, unrelated_responses=unrelated_responses)
     # responses may share their beginnings, so only the tries of the suspects are counted
-    for index in np.flatnonzero(token_counts(dataset, shared=True) > room):
+    for index in np.flatnonzero(needed > room):
         group = group_from_row(dataset[int(index)])
-        size = len(Trie.from_sequences(group.sequences))
-        if size > room:
+        own, added = len(Trie.from_sequences(group.sequences)), int(needed[index] - alone[index])
+        if own + added > room:
+            others = f", and may get {added} of other examples' responses for the kto loss," if added else ""
             raise FlexdpoError(
-                f"{group.name} has {size} distinct tokens but max_tokens_per_row={max_tokens_per_row} leaves room for "
-                f"{room}; raise max_tokens_per_row or lower max_length"
+                f"{group.name} has {own} distinct tokens{others} but max_tokens_per_row={max_tokens_per_row} leaves "
+                f"room for {room}; raise max_tokens_per_row or lower max_length"
             )
+
+
+def require_company(dataset: Dataset, args: DPOConfig, name: str) -> None:
+    """Refuse a dataset whose last batch would hold one labelled response, which the kto loss could compare with none.
+
+    Raises:
+        FlexdpoError: before anything is trained on it.
+    """
+    size = args.train_batch_size if name == "train" else args.eval_batch_size
+    # with several processes the last batch is filled up
+    if args.world_size > 1 or args.dataloader_drop_last or size == 1 or len(dataset) % size != 1:
+        return
+    if _label_counts(dataset).min() < 2:
+        raise FlexdpoError(
+            f"{name}: the last batch of {len(dataset)} examples in batches of {size} may hold one labelled response, "
+            "and the kto loss compares it with others of its batch; set dataloader_drop_last=True or another batch size"
+        )

@@ -154,6 +154,7 @@ class TrainingSetup:
         trainable: Parameters that get gradients; ``None`` for all.
         optimizer: As ``TrainingArguments.optim`` names it.
         shards: Processes that share weights, gradients and optimizer states (FSDP, ZeRO-3).
+        optimizer_shards: Processes that share the optimizer states, where the weights are whole (ZeRO-1 and -2).
         device_type: ``"cuda"`` or ``"cpu"``, which decides how many logits exist at a time.
     """
 
@@ -164,11 +165,18 @@ class TrainingSetup:
     trainable: int | None = None
     optimizer: str = "adamw_torch"
     shards: int = 1
+    optimizer_shards: int = 1
     device_type: str = "cpu"
 
     @classmethod
     def from_arguments(
-        cls, args: TrainingArguments, model: torch.nn.Module | None = None, *, reference: bool = True, shards: int = 1
+        cls,
+        args: TrainingArguments,
+        model: torch.nn.Module | None = None,
+        *,
+        reference: bool = True,
+        shards: int = 1,
+        optimizer_shards: int = 1,
     ) -> TrainingSetup:
         """The setup of a training run.
 
@@ -177,6 +185,7 @@ class TrainingSetup:
             model: Its weights tell dtype and which of them are trained; without one, float32 and all.
             reference: Whether a frozen copy of the weights is kept.
             shards: See the attribute.
+            optimizer_shards: See the attribute.
         """
         trained = None if model is None else [p for p in model.parameters() if p.requires_grad]
         # an adapter is trained in float32 beside frozen weights in half precision; the many decide
@@ -190,6 +199,7 @@ class TrainingSetup:
             trainable=None if trained is None else sum(p.numel() for p in trained),
             optimizer=str(getattr(args.optim, "value", args.optim)),
             shards=shards,
+            optimizer_shards=optimizer_shards,
             device_type=args.device.type,
         )
 
@@ -248,7 +258,7 @@ def predict_memory(
     return MemoryPrediction(
         weights=weights // setup.shards,
         gradients=trainable * setup.weight_bytes // setup.shards,
-        optimizer=trainable * _optimizer_bytes(setup) // setup.shards,
+        optimizer=trainable * _optimizer_bytes(setup) // max(setup.shards, setup.optimizer_shards),
         reference=weights // setup.shards if setup.reference else 0,
         activations=kept,
         working=working,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,9 @@ from transformers.utils import logging
 
 from flexdpo.layout.packing import Buckets, choose_buckets, row_lengths
 from flexdpo.objective.unpaired import with_unrelated_responses
+from flexdpo.training import memory
 from flexdpo.training.data import group_from_row
+from flexdpo.training.distribution import shards_of, smallest
 from flexdpo.training.memory import TrainingSetup, auto_row_budget
 
 if TYPE_CHECKING:
@@ -29,6 +32,8 @@ logger = logging.get_logger(__name__)
 MAX_WASTE = 0.03
 # each length compiles kernels of its own, for about half a minute on a GPU; unasked, a run takes no more than these
 FEW_LENGTHS = 4
+# rows longer than every sampled one come in steps of an eighth of the longest
+_SURPRISES = 8
 _SAMPLED_EXAMPLES = 2048
 _SAMPLED_BATCHES = 256
 
@@ -40,7 +45,7 @@ class RowPlan:
     Attributes:
         max_tokens_per_row: Longest row, padding included; ``None`` puts a batch into one row.
         pad_to_multiple_of: Rows are padded to a multiple of this many tokens.
-        sharing: ``"group"`` or ``"step"``, see :func:`flexdpo.pack_groups`.
+        sharing: ``"group"`` or ``"step"``, see :func:`flexdpo.pack`.
         buckets: The few lengths that rows are padded to; ``None`` for multiples of ``pad_to_multiple_of``.
         kernels: How FlexAttention is compiled for them.
     """
@@ -52,13 +57,18 @@ class RowPlan:
     buckets: Buckets | None = None
 
     @property
+    def kernels_of_any_length(self) -> KernelSettings:
+        """For rows that were not made of training batches, and so come in other lengths."""
+        return dataclasses.replace(self.kernels, lengths="dynamic")
+
+    @property
     def collation(self) -> dict[str, Any]:
         """The layout's part of the arguments of :class:`~flexdpo.training.step.PackingCollator`."""
         names = ("max_tokens_per_row", "pad_to_multiple_of", "sharing", "buckets")
         return {name: getattr(self, name) for name in names}
 
     @classmethod
-    def of(cls, args: DPOConfig, model: nn.Module, *, reference: bool, longest: int, shards: int) -> RowPlan:
+    def of(cls, args: DPOConfig, model: nn.Module, *, reference: bool, longest: int) -> RowPlan:
         """The plan of a run before its data are known.
 
         Args:
@@ -66,21 +76,26 @@ class RowPlan:
             model: The policy, where it was loaded.
             reference: Whether a copy of the weights is kept as the reference.
             longest: Distinct tokens of the longest example, 0 where nobody knows.
-            shards: Processes that share the weights.
         """
         budget: Any = args.max_tokens_per_row
         if budget == "auto":
-            setup = TrainingSetup.from_arguments(args, model, reference=reference, shards=shards)
+            shards = shards_of(args)
+            setup = TrainingSetup.from_arguments(
+                args, model, reference=reference, shards=shards.weights, optimizer_shards=shards.optimizer
+            )
             here = next(model.parameters()).device.type == args.device.type
             resident = ("weights", "reference") if reference else ("weights",)
             budget = auto_row_budget(
                 model,
                 setup,
                 device=args.device,
+                free=memory.free_memory(args.device) // _sharing_memory(args),
                 resident=resident if here else (),
                 multiple=args.row_multiple,
                 longest=longest,
             )
+            # one plan for all: work that is dealt out by rows must be the same rows everywhere
+            budget = smallest(args.device, budget)
             logger.warning(f"max_tokens_per_row='auto': rows of up to {budget} tokens fit into the free memory")
         return cls(budget, args.row_multiple, args.sharing, args.kernel_settings())
 
@@ -95,14 +110,16 @@ class RowPlan:
         if self.kernels.dynamic(args.device.type):
             return self
         asked = self.kernels.lengths == "bucket"
-        one_kernel = dataclasses.replace(self, kernels=dataclasses.replace(self.kernels, lengths="dynamic"))
+        one_kernel = dataclasses.replace(self, kernels=self.kernels_of_any_length)
         if dataset is None:
             return one_kernel
         batches = _sampled_batches(dataset, args)
         if unrelated_responses:
             batches = [with_unrelated_responses(batch) for batch in batches if len(batch) > 1] or batches
-        lengths = row_lengths(batches, self.max_tokens_per_row, sharing=self.sharing)
-        buckets = choose_buckets(lengths, max_waste=MAX_WASTE, **({} if asked else {"max_buckets": FEW_LENGTHS}))
+        multiple, budget = args.room_multiple, self.max_tokens_per_row
+        lengths = row_lengths(batches, budget and budget // multiple * multiple, sharing=self.sharing)
+        most = {} if asked else {"max_buckets": FEW_LENGTHS}
+        buckets = choose_buckets(lengths, max_waste=MAX_WASTE, multiple=multiple, **most)
         if buckets.waste > MAX_WASTE:
             if not asked:
                 return one_kernel
@@ -110,7 +127,15 @@ class RowPlan:
                 f"attn_kernel_lengths='bucket': {len(buckets.lengths)} row lengths leave {buckets.waste:.1%} padding; "
                 "'dynamic' compiles one kernel for all lengths, and a max_tokens_per_row makes rows more alike"
             )
-        return dataclasses.replace(self, buckets=buckets)
+        # a kernel with and one without gradients for each length and mask kind, and for surprises in the data
+        most_kernels = max(self.kernels.max_kernels, 4 * (len(buckets.lengths) + _SURPRISES))
+        kernels = dataclasses.replace(self.kernels, max_kernels=most_kernels)
+        return dataclasses.replace(self, buckets=buckets, kernels=kernels)
+
+
+def _sharing_memory(args: DPOConfig) -> int:
+    """Processes that fill the same memory: each has a GPU of its own, but they share the machine's memory."""
+    return 1 if args.device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _sampled_batches(dataset: Dataset, args: DPOConfig) -> list[Sequence[Group]]:

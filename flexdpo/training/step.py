@@ -12,11 +12,11 @@ import torch
 
 from flexdpo.errors import FlexdpoError
 from flexdpo.layout.groups import Group
-from flexdpo.layout.packing import pack_groups
+from flexdpo.layout.packing import pack
 from flexdpo.layout.row import Row
 from flexdpo.objective.logps import ResponseLogps, require_finite, response_logps
 from flexdpo.objective.objective import BatchTotals, Objective, Reference, ReferenceLogps, surrogate_loss
-from flexdpo.objective.unpaired import with_unrelated_responses
+from flexdpo.objective.unpaired import labels_of, with_unrelated_responses
 from flexdpo.training.data import group_from_row
 
 if TYPE_CHECKING:
@@ -39,14 +39,14 @@ class PackedBatch:
         rows: Packed rows; every group stands in exactly one of them.
         totals: Denominators of the losses over the whole batch.
         reference: Precomputed reference log-probabilities for each row, or ``None``.
-        pair_examples: For each row, which example of the batch each of its pairs belongs to.
+        members: For each row, which example of the batch each of its groups is.
         idle_row: The smallest row there is, for processes that run out of rows before the others do.
     """
 
     rows: list[Row]
     totals: BatchTotals
     reference: list[ReferenceLogps] | None = None
-    pair_examples: list[list[int]] | None = None
+    members: list[list[int]] | None = None
     idle_row: Row | None = None
 
     @classmethod
@@ -69,22 +69,19 @@ class PackedBatch:
             max_tokens_per_row: Longest row; ``None`` puts all groups into one.
             pad_to_multiple_of: Rows are padded to a multiple of this many tokens.
             buckets: Rows are padded to these lengths instead.
-            sharing: ``"group"`` or ``"step"``, see :func:`flexdpo.pack_groups`.
+            sharing: ``"group"`` or ``"step"``, see :func:`flexdpo.pack`.
             reference: For each group, one value per response.
             reference_pairs: For each group, chosen and rejected value per preference; only under ``ld_alpha``.
             with_idle_row: Make :attr:`idle_row`, for processes that must run equal numbers of forward passes.
         """
-        rows = pack_groups(
-            groups, max_tokens_per_row, pad_to_multiple_of=pad_to_multiple_of, buckets=buckets, sharing=sharing
-        )
+        rows = pack(groups, max_tokens_per_row, pad_to_multiple_of=pad_to_multiple_of, buckets=buckets, sharing=sharing)
         number_of = {id(group): number for number, group in enumerate(groups)}
         members = [[number_of[id(group)] for group in row.groups] for row in rows]
         values = None
         if reference is not None:
             values = [_reference_of(row, m, reference, reference_pairs) for row, m in zip(rows, members, strict=True)]
-        pair_examples = [[number for number in m for _ in groups[number].edges] for m in members]
         idle = _idle_row(pad_to_multiple_of if buckets is None else buckets.lengths[0]) if with_idle_row else None
-        return cls(rows, BatchTotals.of(groups), values, pair_examples, idle)
+        return cls(rows, BatchTotals.of(groups), values, members, idle)
 
     @property
     def tokens_run(self) -> int:
@@ -95,6 +92,26 @@ class PackedBatch:
     def tokens_unshared(self) -> int:
         """Tokens that an ordinary trainer would run for the same responses, padding not counted."""
         return sum(row.unshared_tokens for row in self.rows)
+
+    def logged_examples(self, *, by_label: bool) -> dict[str, list[int]]:
+        """Which example of the batch each logged value belongs to, by the last part of the value's name.
+
+        Args:
+            by_label: Whether values belong to labelled responses, and not to pairs; see ``Objective.logs_labels``.
+        """
+        placed = [
+            (number, group)
+            for row, members in zip(self.rows, self.members or (), strict=True)
+            for number, group in zip(members, row.groups, strict=True)
+        ]
+        if not by_label:
+            pairs = [number for number, group in placed for _ in group.edges]
+            return dict.fromkeys(("chosen", "rejected", "accuracies", "margins"), pairs)
+        labels = [(number, desirable) for number, group in placed for _, desirable in labels_of(group)]
+        return {
+            name: [number for number, desirable in labels if desirable == wanted]
+            for name, wanted in (("chosen", True), ("rejected", False))
+        }
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """Return the batch with all tensors on ``device``."""
@@ -144,7 +161,7 @@ class PackingCollator:
         pad_to_multiple_of: Rows are padded to a multiple of this many tokens; 128 is a tile of FlexAttention.
         unrelated_responses: Run other rows' responses behind every prompt too, as the ``kto`` loss needs.
         buckets: Rows are padded to these few lengths instead, as :func:`~flexdpo.layout.packing.choose_buckets` gives.
-        sharing: ``"group"`` or ``"step"``, see :func:`flexdpo.pack_groups`.
+        sharing: ``"group"`` or ``"step"``, see :func:`flexdpo.pack`.
         with_idle_row: For processes that must run equal numbers of forward passes.
     """
 

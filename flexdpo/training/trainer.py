@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import Trainer, TrainerCallback, set_seed
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import logging
 
@@ -23,8 +24,10 @@ from flexdpo.training import distribution, models
 from flexdpo.training.checkpoints import (
     data_digest,
     last_checkpoint,
+    load_reference,
     require_same_run,
     run_record,
+    save_reference,
     steps_of,
     tokens_of,
     write_record,
@@ -32,7 +35,14 @@ from flexdpo.training.checkpoints import (
 )
 from flexdpo.training.config import DPOConfig
 from flexdpo.training.data import LABELS_COLUMN, TOKENISED_COLUMNS, tokenize_preferences
-from flexdpo.training.lengths import has_one_pair_each, predicted_costs, require_room, token_counts
+from flexdpo.training.lengths import (
+    has_one_pair_each,
+    predicted_costs,
+    require_company,
+    require_room,
+    token_counts,
+    tokens_needed,
+)
 from flexdpo.training.metrics import MeanMetrics
 from flexdpo.training.precompute import Precompute
 from flexdpo.training.regroup import regroup_by_prompt
@@ -127,8 +137,6 @@ class DPOTrainer(Trainer):
         for part in (model, reference):
             if part is not None and args.disable_dropout:
                 models.disable_dropout(part)
-            if part is not None and args.compile_layers:
-                compile_decoder_layers(part, **args.compile_options)
         precompute = args.precompute_ref_log_probs and self.objective.needs_reference
         # taken before the weights are moved, wrapped or sharded
         fingerprint = self._fingerprint(model, reference) if precompute else ""
@@ -137,6 +145,8 @@ class DPOTrainer(Trainer):
         train_data = self._tokenised(train_dataset, processing_class, "train", model)
         eval_data = self._tokenised_all(eval_dataset, processing_class, model)
         self.row_plan = self._plan_rows(train_data, eval_data, model, reference is not None)
+        if not precompute:
+            self._compile(model, reference)
         collator = PackingCollator(
             unrelated_responses=self.objective.needs_unrelated_responses, **self.row_plan.collation
         )
@@ -158,10 +168,20 @@ class DPOTrainer(Trainer):
         self.ref_model = None if reference is None else distribution.place_reference(reference, self.accelerator)
         if precompute:
             self._precompute(fingerprint)
+            # rows of a whole dataset come in more lengths than those of a step
+            self._compile(model)
         if args.sync_ref_model:
             self.add_callback(_SyncReference(self._reference_to_move()))
 
     # --- models ------------------------------------------------------------------------------------------------------
+
+    def _compile(self, *parts: nn.Module | None) -> None:
+        args = self._start_settings
+        # one compiled layer for each length only where the plan keeps lengths few
+        dynamic = self.row_plan.kernels.dynamic(args.device.type)
+        for part in parts:
+            if part is not None and args.compile_layers:
+                compile_decoder_layers(part, **{**args.compile_options, "dynamic": dynamic})
 
     def _with_adapter(self, model: nn.Module, ref_model: nn.Module | None, peft_config: Any) -> nn.Module:
         if peft_config is not None:
@@ -181,7 +201,7 @@ class DPOTrainer(Trainer):
             ref_model.requires_grad_(False)
             evaluated: nn.Module = ref_model.eval()
             return evaluated
-        sharded = bool(args.fsdp or args.deepspeed)
+        sharded = distribution.is_sharded(args)
         if models.is_peft_model(model):
             if sharded and args.precompute_ref_log_probs:
                 raise FlexdpoError(
@@ -217,6 +237,10 @@ class DPOTrainer(Trainer):
                 "sync_ref_model or peft_config out"
             )
         reference: nn.Module = self.ref_model
+        if any(hasattr(parameter, "ds_id") for parameter in reference.parameters()):
+            raise FlexdpoError(
+                "sync_ref_model cannot move a reference that ZeRO-3 has spread over the processes; use FSDP2 or ZeRO-2"
+            )
         return reference
 
     def _fingerprint(self, model: nn.Module, reference: nn.Module | None) -> str:
@@ -261,8 +285,11 @@ class DPOTrainer(Trainer):
         self.data_reports[name] = report
         models.require_positions(unwrap_model(model), report.longest)
         budget = args.max_tokens_per_row
+        unrelated = self.objective.needs_unrelated_responses
         if isinstance(budget, int):
-            require_room(data, budget, args.row_multiple)
+            require_room(data, budget, args.room_multiple, unrelated_responses=unrelated)
+        if unrelated:
+            require_company(data, args, name)
         return data
 
     def _tokenised_all(self, dataset: Any, tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> Any:
@@ -274,19 +301,12 @@ class DPOTrainer(Trainer):
         args = self._start_settings
         datasets = [train_data, *(eval_data.values() if isinstance(eval_data, dict) else [eval_data])]
         sized = [data for data in datasets if hasattr(data, "num_rows")]
-        longest = 0
+        longest, unrelated = 0, self.objective.needs_unrelated_responses
         if args.max_tokens_per_row == "auto":
-            longest = max((int(token_counts(data, shared=True).max()) for data in sized), default=0)
-        plan = RowPlan.of(
-            args,
-            unwrap_model(model),
-            reference=reference,
-            longest=longest,
-            shards=args.world_size if args.fsdp or args.deepspeed else 1,
-        )
-        return plan.with_buckets(
-            sized[0] if sized else None, args, unrelated_responses=self.objective.needs_unrelated_responses
-        )
+            counts = [tokens_needed(data, unrelated_responses=unrelated) for data in sized]
+            longest = max((int(count.max()) for count in counts), default=0)
+        plan = RowPlan.of(args, unwrap_model(model), reference=reference, longest=longest)
+        return plan.with_buckets(sized[0] if sized else None, args, unrelated_responses=unrelated)
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = [*TOKENISED_COLUMNS, LABELS_COLUMN, REFERENCE_COLUMN, REFERENCE_PAIR_COLUMN]
@@ -323,7 +343,7 @@ class DPOTrainer(Trainer):
         tokenizer = tokenizer_fingerprint(self.processing_class)
         work = Precompute(self.args, self.accelerator, run, fingerprint, tokenizer, self.row_plan.max_tokens_per_row)
         # rows of a whole dataset come in all lengths
-        with kernel_settings_as(replace(self.row_plan.kernels, lengths="dynamic")):
+        with kernel_settings_as(self.row_plan.kernels_of_any_length):
             self.train_dataset = work.add_columns(self.train_dataset, "train")
             if isinstance(self.eval_dataset, dict):
                 self.eval_dataset = {name: work.add_columns(part, name) for name, part in self.eval_dataset.items()}
@@ -408,9 +428,10 @@ class DPOTrainer(Trainer):
     ) -> tuple[Tensor, None, None]:
         """Compute the loss and the metrics of an evaluation batch."""
         batch = self._on_device(inputs)
-        with torch.no_grad(), kernel_settings_as(self.row_plan.kernels):
+        # the lengths were chosen for the batches of training
+        with torch.no_grad(), kernel_settings_as(self.row_plan.kernels_of_any_length):
             result: BatchLoss = self._runner(model)(batch)
-        self._metrics["eval"].add(result.metrics, self._distinct_pairs(batch, inputs["example_rows"]))
+        self._metrics["eval"].add(result.metrics, self._distinct_values(batch, inputs["example_rows"]))
         return result.loss.to(torch.float32), None, None
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
@@ -430,6 +451,8 @@ class DPOTrainer(Trainer):
             resume_from_checkpoint = str(last_checkpoint(Path(str(self.args.output_dir))))
         if resume_from_checkpoint:
             require_same_run(Path(resume_from_checkpoint), self._run_record())
+            if self.args.sync_ref_model:
+                load_reference(Path(resume_from_checkpoint), self._reference_to_move(), self.args.process_index)
             # what the run had counted goes on in one process; the log adds them up
             if self.args.process_index == 0:
                 self.tokens |= tokens_of(Path(resume_from_checkpoint))
@@ -477,7 +500,11 @@ class DPOTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
             finally:
                 self.args.save_total_limit = limit
+            if self.args.sync_ref_model:
+                save_reference(folder, self._reference_to_move(), self.args.process_index)
             if self.args.should_save:
+                # the one written before lacks the limit
+                torch.save(self.args, folder / TRAINING_ARGS_NAME)
                 write_record(folder, {**self._run_record(), "tokens": tokens})
         if self.args.should_save:
             rotate_checkpoints(
@@ -489,19 +516,21 @@ class DPOTrainer(Trainer):
 
     # --- metrics -----------------------------------------------------------------------------------------------------
 
-    def _distinct_pairs(self, batch: PackedBatch, example_rows: Tensor) -> Tensor | None:
-        """Which pairs of an evaluation batch count: all but the repeats that fill up the last batch of some ranks."""
+    def _distinct_values(self, batch: PackedBatch, example_rows: Tensor) -> dict[str, Tensor] | None:
+        """Which values of an evaluation batch count: all but the repeats that fill up the last batch of some ranks."""
         state = self.accelerator.gradient_state
-        examples = [example for row in batch.pair_examples or [] for example in row]
         if (example_rows < 0).any():
             # a stream marks its repeats itself, for nobody knows its length
             counted = (example_rows >= 0).tolist()
-            return torch.tensor([counted[example] for example in examples], device=self.args.device)
-        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        elif self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
             return None
-        size = self.args.eval_batch_size
-        distinct = state.remainder - self.args.process_index * size
-        return torch.tensor([example < distinct for example in examples], dtype=torch.bool, device=self.args.device)
+        else:
+            distinct = state.remainder - self.args.process_index * self.args.eval_batch_size
+            counted = [example < distinct for example in range(len(example_rows))]
+        return {
+            name: torch.tensor([counted[example] for example in examples], dtype=torch.bool, device=self.args.device)
+            for name, examples in batch.logged_examples(by_label=self.objective.logs_labels).items()
+        }
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the training metrics added to the lines that carry a training loss."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from flexdpo import Group, Row, RowLayout, pack_groups
+from flexdpo import Group, Row, RowLayout, pack
 from flexdpo.attention import flex, selftest
 from flexdpo.attention.block_masks import build_block_mask
 from flexdpo.attention.kernels import packed_attention
@@ -96,7 +96,7 @@ def test_many_steps_with_changing_masks_stay_right_and_compile_nothing(strategy:
     data = [[Group.from_lists(ids(700), [ids(200), ids(200)]) for _ in range(4)] for _ in range(50)]
     buckets = choose_buckets(row_lengths(data), max_waste=0.2, max_buckets=2)
     with kernel_settings_as(KernelSettings(lengths=strategy, self_test=False)):  # type: ignore[arg-type]
-        rows = [pack_groups(groups, buckets=buckets)[0].to("cuda") for groups in data]
+        rows = [pack(groups, buckets=buckets)[0].to("cuda") for groups in data]
         shape = Shape(4, 2, 64, 64, BF16)
         for length in buckets.lengths:
             row = next(row for row in rows if row.layout.length == length)

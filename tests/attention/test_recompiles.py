@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from flexdpo import FlexdpoError, Group, pack_groups
+from flexdpo import FlexdpoError, Group, pack
 from flexdpo.attention import flex
 from flexdpo.attention.kernels import packed_attention
 from flexdpo.attention.mask_mods import CAUSAL, MaskKind
@@ -49,7 +49,7 @@ def attend(row, kind: MaskKind) -> None:
 def test_buckets_compile_once_for_each_length() -> None:
     data = batches(STEPS)
     buckets = choose_buckets(row_lengths(data), max_waste=0.3, max_buckets=2)
-    rows = [pack_groups(groups, buckets=buckets)[0] for groups in data]
+    rows = [pack(groups, buckets=buckets)[0] for groups in data]
     with kernel_settings_as(KernelSettings(lengths="bucket")):
         for length in buckets.lengths:
             attend(next(row for row in rows if row.layout.length == length), CAUSAL)
@@ -64,7 +64,7 @@ def test_buckets_compile_once_for_each_length() -> None:
 
 def test_one_dynamic_kernel_serves_all_lengths_and_windows() -> None:
     # without padding, nearly every row has a length of its own
-    rows = [pack_groups(groups)[0] for groups in batches(STEPS)]
+    rows = [pack(groups)[0] for groups in batches(STEPS)]
     assert len({row.layout.length for row in rows}) > STEPS // 2
     with kernel_settings_as(KernelSettings(lengths="dynamic")):
         # a row of a single tile and one of several are told apart once
@@ -82,7 +82,7 @@ def test_one_dynamic_kernel_serves_all_lengths_and_windows() -> None:
 
 
 def test_one_kernel_more_than_allowed_raises() -> None:
-    rows = [pack_groups(groups, pad_to_multiple_of=128 * k)[0] for k, groups in enumerate(batches(2), start=3)]
+    rows = [pack(groups, pad_to_multiple_of=128 * k)[0] for k, groups in enumerate(batches(2), start=3)]
     with kernel_settings_as(KernelSettings(lengths="bucket", max_kernels=1)):
         attend(rows[0], CAUSAL)
         attend(rows[0], CAUSAL)
@@ -95,7 +95,7 @@ def test_one_kernel_more_than_allowed_raises() -> None:
 
 
 def test_the_recompile_limit_raises_instead_of_turning_dense() -> None:
-    row = pack_groups(batches(1)[0])[0]
+    row = pack(batches(1)[0])[0]
     row_mask = row_mask_for(row.layout, CAUSAL, "flex")
     with torch._dynamo.config.patch(recompile_limit=1), torch.no_grad():
         for number, dtype in enumerate((torch.float32, torch.bfloat16)):
@@ -110,7 +110,7 @@ def test_the_recompile_limit_raises_instead_of_turning_dense() -> None:
 @pytest.mark.parametrize("impl", ["sdpa", "flex"])
 def test_autocast_brings_wider_queries_and_keys_down_to_the_values(impl: str) -> None:
     # as after rotary embeddings, which are computed in float32
-    row = pack_groups(batches(1)[0])[0]
+    row = pack(batches(1)[0])[0]
     query, key = (torch.randn(1, 2, row.layout.length, 16) for _ in range(2))
     value = torch.randn(1, 2, row.layout.length, 16, dtype=torch.bfloat16)
     row_mask = row_mask_for(row.layout, CAUSAL, impl)  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ import torch
 from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from flexdpo import FlexdpoError, Group, pack_groups, prepare_model, response_logps
+from flexdpo import FlexdpoError, Group, pack, prepare_model, response_logps
 from flexdpo.hf.compilation import compile_decoder_layers
 
 STEPS = 50
@@ -40,7 +40,7 @@ def rows(multiple: int) -> list:
         return rng.integers(0, 61, rng.integers(2, most)).tolist()
 
     batches = [[Group.from_lists(ids(60), [ids(30), ids(30)]) for _ in range(3)] for _ in range(STEPS)]
-    return [pack_groups(groups, pad_to_multiple_of=multiple)[0] for groups in batches]
+    return [pack(groups, pad_to_multiple_of=multiple)[0] for groups in batches]
 
 
 def graphs() -> int:
@@ -95,3 +95,21 @@ def test_layers_under_an_unknown_name_are_refused() -> None:
     other.model.stages = layers
     with pytest.raises(FlexdpoError, match="LlamaModel keeps its decoder layers under another name than layers, h or"):
         compile_decoder_layers(other)
+
+
+def test_no_length_is_left_uncompiled_where_each_is_compiled_by_itself() -> None:
+    policy = model()
+    reference = copy.deepcopy(policy).requires_grad_(False).eval()
+    for part in (policy, reference):
+        prepare_model(part)
+        compile_decoder_layers(part, dynamic=False, backend="eager")
+    data = [pack([Group.from_lists([5] * 20, [[6], [7]])], pad_to_multiple_of=32 * n)[0] for n in range(1, 7)]
+    found = []
+    for row in [*data, *data]:
+        with torch.no_grad():
+            response_logps(reference, row)
+        response_logps(policy, row).sums.sum().backward()
+        found.append(graphs())
+    # past torch's limit a length compiles nothing and runs as it is
+    assert all(found[k] < found[k + 1] for k in range(len(data) - 1))
+    assert found[len(data) - 1] == found[-1]

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from flexdpo import DPOConfig, DPOTrainer, Trie, pack_groups, regroup_by_prompt
+from flexdpo import DPOConfig, DPOTrainer, Trie, pack, regroup_by_prompt
 from flexdpo.errors import FlexdpoError
 from flexdpo.insight.bench import BenchSettings, run_bench
 from flexdpo.insight.bench_arms import pack_pairs
@@ -83,7 +83,7 @@ def test_rows_are_counted_as_their_tries_are(rng, rows_per_batch) -> None:
 
 def test_targets_are_those_of_the_rows_that_training_packs(rng) -> None:
     data = tokenised(random_rows(rng, 60))
-    (row,) = pack_groups([group_from_row(example) for example in data])
+    (row,) = pack([group_from_row(example) for example in data])
     assert int(count_rows(data).targets.sum()) == len(row.labels)
 
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexdpo import FlexdpoError, Group, pack_groups
+from flexdpo import FlexdpoError, Group, pack
 from flexdpo.layout.packing import Buckets, choose_buckets, row_lengths
 
 
@@ -63,11 +63,11 @@ def groups() -> list[Group]:
 
 def test_rows_are_padded_to_their_bucket() -> None:
     lengths = row_lengths([groups()[:10], groups()[10:]], 512)
-    assert lengths == [row.num_tokens for part in (groups()[:10], groups()[10:]) for row in pack_groups(part, 512)]
+    assert lengths == [row.num_tokens for part in (groups()[:10], groups()[10:]) for row in pack(part, 512)]
     buckets = choose_buckets(lengths, max_buckets=2, multiple=32)
-    rows = pack_groups(groups(), 512, buckets=buckets)
+    rows = pack(groups(), 512, buckets=buckets)
     assert {row.layout.length for row in rows} <= set(buckets.lengths) | {512}
-    assert sum(row.num_tokens for row in rows) == sum(row.num_tokens for row in pack_groups(groups(), 512))
+    assert sum(row.num_tokens for row in rows) == sum(row.num_tokens for row in pack(groups(), 512))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexdpo import FlexdpoError, Group, pack_groups
+from flexdpo import FlexdpoError, Group, pack
 from flexdpo.layout.packing import MIN_SHARED, best_fit_decreasing, row_lengths
 
 
@@ -24,16 +24,16 @@ def make_group(length: int, name: str = "group") -> Group:
 
 def test_rows_hold_every_group_once_and_respect_the_budget() -> None:
     groups = [make_group(length) for length in (3, 30, 8, 14, 9, 2, 27)]
-    rows = pack_groups(groups, 40, pad_to_multiple_of=8)
+    rows = pack(groups, 40, pad_to_multiple_of=8)
     assert sorted(id(group) for row in rows for group in row.groups) == sorted(map(id, groups))
     assert all(row.layout.length <= 40 for row in rows)
-    assert len(pack_groups(groups)) == 1
-    assert pack_groups([]) == []
+    assert len(pack(groups)) == 1
+    assert pack([]) == []
 
 
 def test_a_group_longer_than_the_budget_is_named() -> None:
     with pytest.raises(FlexdpoError, match=r"row 3 has 42 distinct tokens but max_tokens_per_row=41.*room for 40"):
-        pack_groups([make_group(40, "row 3")], 41, pad_to_multiple_of=8)
+        pack([make_group(40, "row 3")], 41, pad_to_multiple_of=8)
 
 
 # --- sharing across the groups of a step -----------------------------------------------------------------------------
@@ -65,36 +65,36 @@ def distinct_tokens(groups: Sequence[Group]) -> int:
 
 def test_a_step_runs_every_distinct_token_once_where_beginnings_are_long(rng) -> None:
     groups = related(rng)
-    (row,) = pack_groups(groups, sharing="step")
+    (row,) = pack(groups, sharing="step")
     assert row.num_tokens == distinct_tokens(groups)
     assert len(row.documents) == 2
-    (apart,) = pack_groups(groups, sharing="group")
+    (apart,) = pack(groups, sharing="group")
     assert apart.num_tokens > 1.8 * row.num_tokens
     assert sorted(map(id, row.groups)) == sorted(map(id, groups))
 
 
 def test_short_common_beginnings_are_not_shared_among_groups(rng) -> None:
     groups = related(rng, stem=MIN_SHARED - 10)
-    (row,) = pack_groups(groups, sharing="step")
+    (row,) = pack(groups, sharing="step")
     assert len(row.documents) == len(groups)
 
 
 @pytest.mark.parametrize("budget", [160, 200, 400])
 def test_relatives_that_fit_no_row_together_are_split(rng, budget: int) -> None:
     groups = related(rng, stems=2, each=6)
-    rows = pack_groups(groups, budget, sharing="step")
+    rows = pack(groups, budget, sharing="step")
     assert sorted(id(group) for row in rows for group in row.groups) == sorted(map(id, groups))
     assert all(row.layout.length <= budget for row in rows)
     assert row_lengths([groups], budget, sharing="step") == [row.num_tokens for row in rows]
-    assert sum(row.num_tokens for row in rows) < sum(row.num_tokens for row in pack_groups(groups, budget))
+    assert sum(row.num_tokens for row in rows) < sum(row.num_tokens for row in pack(groups, budget))
 
 
 def test_a_relative_longer_than_the_budget_is_named(rng) -> None:
     groups = [*related(rng), make_group(150, "row 77")]
     with pytest.raises(FlexdpoError, match=r"row 77 has 152 distinct tokens but max_tokens_per_row=151"):
-        pack_groups(groups, 151, sharing="step")
+        pack(groups, 151, sharing="step")
 
 
 def test_an_unknown_way_of_sharing_is_refused() -> None:
     with pytest.raises(FlexdpoError, match=r"sharing must be one of \('group', 'step'\), got 'stepp'.*'step'"):
-        pack_groups([make_group(3)], sharing="stepp")
+        pack([make_group(3)], sharing="stepp")

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from flexdpo import FlexdpoError, Group, Row, pack_groups, prepare_model, response_logps
+from flexdpo import FlexdpoError, Group, Row, pack, prepare_model, response_logps
 from flexdpo.objective.logps import ResponseLogps, pair_sums
 from flexdpo.objective.reference import PrecomputeReport, precompute_reference
 from flexdpo.objective.reference_cache import (
@@ -86,7 +86,7 @@ def test_values_are_the_ordinary_ones(model: Any, tmp_path: Path, settings: dict
 
 def test_relatives_save_more_tokens_than_training_does(model: Any, tmp_path: Path) -> None:
     groups = dataset()
-    training = sum(row.num_tokens for row in pack_groups(groups, 64))
+    training = sum(row.num_tokens for row in pack(groups, 64))
     cache, report = filled(tmp_path, groups, lambda row: response_logps(model, row))
     assert report.tokens_run < training
     assert len(cache) == report.responses
@@ -422,6 +422,6 @@ def test_the_built_in_example_saves_at_least_what_training_saves(tmp_path: Path)
 
     _, report = filled(tmp_path, groups, counted, min_shared=128, max_tokens_per_row=2048)
     assert report.tokens_unshared == sum(group.unshared_tokens for group in groups)
-    assert report.tokens_run <= sum(row.num_tokens for row in pack_groups(groups))
+    assert report.tokens_run <= sum(row.num_tokens for row in pack(groups))
     _, again = filled(tmp_path, groups, counted, min_shared=128, max_tokens_per_row=2048)
     assert (again.rows_run, again.found) == (0, 2 * len(groups))

@@ -90,6 +90,38 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, trainer, tokenizer) ->
         trainer().train(resume_from_checkpoint=str(tmp_path))
 
 
+def test_a_setting_of_a_loss_counts_as_another_run(trainer) -> None:
+    trainer(loss_type="simpo", max_steps=2).train()
+    with pytest.raises(FlexdpoError, match=r"was made with simpo_gamma=0.5 and this run has 0.9"):
+        trainer(loss_type="simpo", max_steps=2, simpo_gamma=0.9).train(resume_from_checkpoint=True)
+
+
+def test_a_reference_that_moves_is_continued_too(tmp_path, trainer) -> None:
+    def build(folder: str) -> DPOTrainer:
+        moving = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.6}
+        return trainer(tmp_path / folder, **moving)
+
+    whole = build("whole")
+    whole.train()
+    first = build("parts")
+    first.add_callback(_StopAt(5))
+    first.train()
+    second = build("parts")
+    second.train(resume_from_checkpoint=True)
+    for part in ("model", "ref_model"):
+        for name, weight in getattr(whole, part).state_dict().items():
+            assert torch.equal(getattr(second, part).state_dict()[name], weight), (part, name)
+    (tmp_path / "parts" / "checkpoint-8" / "reference.safetensors").unlink()
+    with pytest.raises(FlexdpoError, match=r"checkpoint-8 does not hold the reference that sync_ref_model had moved"):
+        build("parts").train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_keeps_the_arguments_as_they_were_given(tmp_path, trainer) -> None:
+    trainer(save_total_limit=3, max_steps=2).train()
+    stored = torch.load(tmp_path / "run" / "checkpoint-2" / "training_args.bin", weights_only=False)
+    assert stored.save_total_limit == 3
+
+
 def test_the_digest_sees_tokens_and_not_chunks() -> None:
     rows = [{"prompt_ids": [1, 2], "response_ids": [[3], [4, 5]], "edges": [[0, 1]]}, *_other_rows()]
     whole = Dataset.from_list(rows)

@@ -43,6 +43,10 @@ class FullySharded(DPOTrainer):
         self.is_fsdp_enabled = True
         assert self.accelerator.is_fsdp2
 
+free = settings.pop("free_memory", None)
+if free:
+    from flexdpo.training import memory
+    memory.free_memory = lambda device: free[int(os.environ["RANK"])]
 resume = settings.pop("resume", None)
 Trainer = FullySharded if settings.pop("fsdp2", False) else DPOTrainer
 if "deepspeed" in settings:
@@ -169,6 +173,46 @@ def test_a_run_of_two_processes_continues_from_its_checkpoint(tmp_path, one_proc
     got = run(2, output=output, **common, max_steps=6, resume=True)
     assert [line["step"] for line in got if "loss" in line] == [1, 2, 3, 4, 5, 6]
     assert_same_curve(got, want)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_reference_that_moves_is_continued_by_two_processes(tmp_path, one_process, way: str) -> None:
+    common, _ = one_process
+    common = common | WAYS[way] | {"per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 2}
+    common |= {"sync_ref_model": True, "ref_model_sync_steps": 2, "output": str(tmp_path / "parts")}
+    want = run(2, **common)
+    for newer in ("checkpoint-4", "checkpoint-6"):
+        shutil.rmtree(tmp_path / "parts" / newer)
+    got = run(2, resume=True, **common)
+    assert_same_curve(got, want)
+
+
+def test_reference_values_are_complete_where_processes_have_unequal_memory(tmp_path, one_process) -> None:
+    """The rows of precomputing are dealt out, so all processes must lay out the same ones."""
+    common, want = one_process
+    changes = {"max_tokens_per_row": "auto", "free_memory": [3 * 2**21, 3 * 2**22], "precompute_ref_log_probs": True}
+    output = str(tmp_path / "unequal")
+    got = run(2, output=output, per_device_train_batch_size=4, **WAYS["DDP"], **common | changes)
+    for mine, other in zip(got[:6], want[:6], strict=True):
+        # at first policy and reference agree to rounding, so which reward is larger is chance
+        for name in ("loss", "grad_norm", "rewards/margins", "logps/rejected"):
+            assert mine[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5), (name, mine["step"])
+
+
+@pytest.mark.parametrize("loss_type", ["kto", "apo_zero_unpaired"])
+def test_labels_of_repeated_examples_are_evaluated_once(tmp_path, one_process, loss_type: str) -> None:
+    common, _ = one_process
+    # 18 examples in global batches of 8: the last is filled up with repeats
+    common = common | {"loss_type": [loss_type], "per_device_eval_batch_size": 4, "learning_rate": 0.0, "max_steps": 1}
+    common["max_tokens_per_row"] = 96
+    evaluated = []
+    for processes in (1, 2):
+        output = str(tmp_path / f"of-{processes}")
+        way = WAYS["DDP"] if processes > 1 else {}
+        lines = run(processes, output=output, per_device_train_batch_size=8 // processes, **way, **common)
+        evaluated.append(next(line for line in lines if "eval_loss" in line))
+    for name in ("eval_logps/chosen", "eval_logps/rejected"):
+        assert evaluated[1][name] == pytest.approx(evaluated[0][name], rel=1e-5), name
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

@@ -10,7 +10,7 @@ import pytest
 
 from flexdpo.insight.bench_profiles import load_profiles
 from flexdpo.layout.groups import Group
-from flexdpo.layout.packing import Buckets, choose_buckets, pack_groups, row_lengths
+from flexdpo.layout.packing import Buckets, choose_buckets, pack, row_lengths
 from flexdpo.training.row_plan import FEW_LENGTHS, MAX_WASTE
 
 PAIRS = 8
@@ -28,9 +28,7 @@ def real_share(
     batches: Sequence[Sequence[Group]], budget: int | None, multiple: int = 1, buckets: Buckets | None = None
 ) -> float:
     """Real tokens as a share of the slots of all rows that are run, counted in the rows themselves."""
-    rows = [
-        row for batch in batches for row in pack_groups(batch, budget, pad_to_multiple_of=multiple, buckets=buckets)
-    ]
+    rows = [row for batch in batches for row in pack(batch, budget, pad_to_multiple_of=multiple, buckets=buckets)]
     # a padding token belongs to no sequence
     real = sum(int((row.layout.multiplicity > 0).sum()) for row in rows if row.layout.multiplicity is not None)
     assert real == sum(row.num_tokens for row in rows)

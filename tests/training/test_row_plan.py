@@ -1,11 +1,17 @@
 """How long rows are and what they are padded to, decided from settings, memory and data."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from datasets import Dataset
 
 from flexdpo import DPOConfig, DPOTrainer, FlexdpoError
+from flexdpo.attention import flex
+from flexdpo.attention.flex import KernelKey, _kernel_for
 from flexdpo.training import row_plan
+from flexdpo.training import trainer as trainer_module
+from flexdpo.training.distribution import shards_of
 from flexdpo.training.row_plan import FEW_LENGTHS, MAX_WASTE, RowPlan
 from tests.training.test_trainer import settings
 
@@ -22,7 +28,7 @@ def tokenised(prompts: list[int]) -> Dataset:
 
 
 def plan(args: DPOConfig, model, dataset: Dataset | None) -> RowPlan:
-    return RowPlan.of(args, model, reference=True, longest=0, shards=1).with_buckets(dataset, args)
+    return RowPlan.of(args, model, reference=True, longest=0).with_buckets(dataset, args)
 
 
 def test_buckets_that_waste_little_are_taken_and_rows_padded_to_them(tmp_path, small_model) -> None:
@@ -99,3 +105,103 @@ def test_a_compile_setting_compiles_layers_and_not_the_model(tmp_path) -> None:
     assert args.compile_options == {"dynamic": True, "mode": "reduce-overhead"}
     assert not settings(tmp_path).compile_layers
     assert row_plan.MAX_WASTE == 0.03
+
+
+def test_every_kernel_that_chosen_lengths_need_may_be_compiled(tmp_path, small_model, monkeypatch) -> None:
+    monkeypatch.setattr(flex, "_kernels", {})
+    monkeypatch.setattr(flex, "_compile", lambda key: key)
+    lengths = np.random.default_rng(0).integers(1, 6000, 2000).tolist()
+    args = settings(tmp_path, attn_kernel_lengths="bucket", per_device_train_batch_size=1)
+    found = plan(args, small_model(), tokenised(lengths))
+    assert found.buckets is not None
+    # a model with sliding windows has two kinds of masks; its reference runs without gradients
+    for kind in ("causal", "sliding"):
+        for grad in (True, False):
+            for length in found.buckets.lengths:
+                row_mask = SimpleNamespace(settings=found.kernels, layout=SimpleNamespace(length=length))
+                _kernel_for(KernelKey(kind, grad, length, None, None, False, ()), row_mask)  # type: ignore[arg-type]
+    assert len(flex._kernels) == 4 * len(found.buckets.lengths) > 32
+    # rows that were not made of training batches need no more of them
+    assert found.kernels_of_any_length.dynamic("cuda")
+
+
+def test_bucket_lengths_are_whole_tiles_of_the_padding_and_of_the_budget(tmp_path, small_model, tokenizer) -> None:
+    def build(**changes):
+        args = settings(tmp_path, attn_kernel_lengths="bucket", max_steps=2, **changes)
+        data = Dataset.from_list([{"prompt": "w5 " * n, "chosen": "w6 w7 ", "rejected": "w8 "} for n in (20, 130)] * 4)
+        return DPOTrainer(small_model(), None, args, train_dataset=data, processing_class=tokenizer)
+
+    # what fits into 200 tokens, but into no row of whole tiles, is refused before the first step
+    with pytest.raises(FlexdpoError, match=r"row 1 has 135 distinct .* max_tokens_per_row=200 leaves room for 128"):
+        build(max_tokens_per_row=200)
+    run = build(max_tokens_per_row=300)
+    run.train()
+    assert run.row_plan.buckets is not None
+    assert max(run.row_plan.buckets.lengths) <= 256
+    wide = build(pad_to_multiple_of=192)
+    assert all(length % 384 == 0 for length in wide.row_plan.buckets.lengths)
+
+
+@pytest.mark.parametrize("few", [True, False])
+def test_layers_are_compiled_for_each_length_only_where_lengths_are_few(
+    tmp_path, small_model, tokenizer, preferences, monkeypatch, few: bool
+) -> None:
+    asked = []
+    monkeypatch.setattr(trainer_module, "compile_decoder_layers", lambda model, **options: asked.append(options))
+    if not few:
+        # as on a GPU, where lengths that waste too much give way to one kernel
+        monkeypatch.setattr(row_plan, "choose_buckets", lambda *a, **k: SimpleNamespace(waste=0.5, lengths=(128,)))
+        monkeypatch.setattr(DPOConfig, "device", type("device", (), {"type": "cuda"})())
+    args = settings(tmp_path, torch_compile=True, pad_to_multiple_of=1)
+    if few:
+        args.attn_kernel_lengths = "bucket"
+    plan_ = plan(args, small_model(), tokenised([88] * 8))
+    made = SimpleNamespace(_start_settings=args, row_plan=plan_)
+    DPOTrainer._compile(made, small_model(), None)  # type: ignore[arg-type]
+    assert asked == [{"dynamic": not few}]
+
+
+def test_settings_read_back_are_the_settings(tmp_path) -> None:
+    args = settings(tmp_path, torch_compile=True, torch_compile_backend="eager", max_tokens_per_row="512")
+    again = DPOConfig(**args.to_dict())
+    assert again.compile_layers
+    assert again.compile_options == args.compile_options
+    assert again.max_tokens_per_row == 512
+    assert not DPOConfig(**settings(tmp_path).to_dict()).compile_layers
+
+
+def test_copies_to_a_device_do_not_wait_for_each_other(tmp_path) -> None:
+    def config(**changes):
+        return DPOConfig(str(tmp_path), report_to="none", **changes)
+
+    assert config().accelerator_config.non_blocking
+    assert not config(dataloader_pin_memory=False).accelerator_config.non_blocking
+    assert not config(accelerator_config={"even_batches": True}).accelerator_config.non_blocking
+
+
+@pytest.mark.parametrize(("stage", "expected"), [(0, (1, 1)), (1, (1, 4)), (2, (1, 4)), (3, (4, 4))])
+def test_only_the_third_stage_of_deepspeed_shards_weights(stage: int, expected: tuple[int, int]) -> None:
+    config = SimpleNamespace(get_value=lambda key, default: {"zero_optimization.stage": stage}[key])
+    plugin = SimpleNamespace(hf_ds_config=config)
+    args = SimpleNamespace(fsdp=None, deepspeed="zero.json", deepspeed_plugin=plugin, world_size=4)
+    assert shards_of(args) == expected  # type: ignore[arg-type]
+
+
+def test_sharding_may_be_asked_for_by_the_launcher(monkeypatch) -> None:
+    args = SimpleNamespace(fsdp=None, deepspeed=None, deepspeed_plugin=None, world_size=4)
+    assert shards_of(args) == (1, 1)  # type: ignore[arg-type]
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert shards_of(args) == (4, 4)  # type: ignore[arg-type]
+
+
+def test_processes_of_one_machine_share_its_memory(tmp_path, small_model, monkeypatch) -> None:
+    from flexdpo.training import memory
+
+    monkeypatch.setattr(memory, "free_memory", lambda device: 2**26)
+    args = settings(tmp_path, max_tokens_per_row="auto")
+    alone = RowPlan.of(args, small_model(), reference=True, longest=0).max_tokens_per_row
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    shared = RowPlan.of(args, small_model(), reference=True, longest=0).max_tokens_per_row
+    assert alone is not None
+    assert shared is not None
+    assert shared < alone / 3

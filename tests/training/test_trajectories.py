@@ -344,7 +344,7 @@ ACCUMULATED = [
 ]
 PLAIN = [{"rows": rows} for rows in BUDGETS]
 QUICK = [
-    *(Case("gpt2", **layout) for layout in PLAIN),
+    Case("gpt2", **PLAIN[0]),
     Case("gpt2", **ACCUMULATED[2]),
     Case("gpt2", 2, with_lora=True),
     Case("gpt2", 7, checkpointing="reentrant"),
