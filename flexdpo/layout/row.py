@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -33,12 +33,14 @@ _TENSOR_ATTRIBUTES = frozenset(
 # fmt: on
 
 
-@dataclass(eq=False)
 class RowLayout:
     """Where every token of a batch of packed rows stands: all that attention needs to keep branches apart.
 
     It travels as the model's ``attention_mask``. A prepared model takes it out before its forward; any other model
     that reads its mask stops with an error, instead of running the row as one long sequence.
+
+    Not a dataclass: FSDP looks into the dataclasses among a module's inputs and makes copies of them, and a copy is
+    another row.
 
     Shapes: ``B`` rows, ``S`` tokens per row.
 
@@ -51,13 +53,24 @@ class RowLayout:
         memo: Masks already built for this layout, shared by all layers and by every model that runs it.
     """
 
-    position_ids: Tensor
-    subtree_end: Tensor
-    num_tokens: tuple[int, ...]
-    multiplicity: Tensor | None = None
-    memo: dict[Any, Any] = field(default_factory=dict, repr=False)
+    def __init__(
+        self,
+        position_ids: Tensor,
+        subtree_end: Tensor,
+        num_tokens: tuple[int, ...],
+        multiplicity: Tensor | None = None,
+    ) -> None:
+        self.position_ids = position_ids
+        self.subtree_end = subtree_end
+        self.num_tokens = num_tokens
+        self.multiplicity = multiplicity
+        self.memo: dict[Any, Any] = {}
+        self._check()
 
-    def __post_init__(self) -> None:
+    def __repr__(self) -> str:
+        return f"RowLayout({self.batch_size} rows of {self.length}, {self.num_tokens} real tokens, on {self.device})"
+
+    def _check(self) -> None:
         if self.position_ids.ndim != 2 or self.position_ids.shape != self.subtree_end.shape:
             raise FlexdpoError(
                 f"position_ids and subtree_end must both be [B, S], got {tuple(self.position_ids.shape)} "

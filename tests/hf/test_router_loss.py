@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
 import torch
 import transformers
 
-from flexdpo import FlexdpoError, prepare_model
+from flexdpo import FlexdpoError, RowLayout, prepare_model
 from tests.hf.architectures import build_model, build_or_skip
 from tests.hf.equivalence import Float64, Run, example_row, gradient_error
 
@@ -51,7 +50,7 @@ def test_auxiliary_loss_of_the_padded_batch(name: str) -> None:
         got, got_gradients = auxiliary(model, **row.inputs())
         # every distinct token counted once is another number
         layout = row.layout
-        once = dataclasses.replace(layout, multiplicity=layout.multiplicity.clamp(max=1), memo={})
+        once = RowLayout(layout.position_ids, layout.subtree_end, layout.num_tokens, layout.multiplicity.clamp(max=1))
         wrong, _ = auxiliary(model, **{**row.inputs(), "attention_mask": once})
     assert got == pytest.approx(want, rel=TOLERANCE)
     assert gradient_error(got_gradients, want_gradients) < TOLERANCE
@@ -67,7 +66,7 @@ def test_multiplicities_add_up_to_the_unshared_tokens() -> None:
 
 def test_a_layout_without_multiplicities() -> None:
     model, row = prepare_model(build_model("mixtral")), example_row()
-    bare = dataclasses.replace(row.layout, multiplicity=None, memo={})
+    bare = RowLayout(row.layout.position_ids, row.layout.subtree_end, row.layout.num_tokens)
     with pytest.raises(FlexdpoError, match="output_router_logits=True needs the layout's multiplicity"):
         model(**{**row.inputs(), "attention_mask": bare}, output_router_logits=True)
     model(**{**row.inputs(), "attention_mask": bare})

@@ -40,6 +40,8 @@ class FullySharded(DPOTrainer):
         state.fsdp_plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False,
             state_dict_type="SHARDED_STATE_DICT")
+        if self.args.bf16:
+            state.fsdp_plugin.set_mixed_precision("bf16")
         self.is_fsdp_enabled = True
         assert self.accelerator.is_fsdp2
 
@@ -48,6 +50,10 @@ if free:
     from flexdpo.training import memory
     memory.free_memory = lambda device: free[int(os.environ["RANK"])]
 resume = settings.pop("resume", None)
+adapter = None
+if settings.pop("lora", False):
+    from peft import LoraConfig
+    adapter = LoraConfig(r=4, lora_dropout=0.0, task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
 Trainer = FullySharded if settings.pop("fsdp2", False) else DPOTrainer
 if "deepspeed" in settings:
     settings["use_cpu"] = False
@@ -62,7 +68,8 @@ if args.deepspeed:
     args.distributed_state.__dict__.update(state)
     args.hf_deepspeed_config.mismatches.clear()
 trainer = Trainer(load_model(model), None, args, train_dataset=Dataset.from_json(data),
-                     eval_dataset=Dataset.from_json(data).select(range(18)), processing_class=load_tokenizer(model))
+                     eval_dataset=Dataset.from_json(data).select(range(18)), processing_class=load_tokenizer(model),
+                  peft_config=adapter)
 rows = []
 collate = trainer.data_collator
 def counting(examples):
@@ -108,13 +115,13 @@ def run(processes: int, **settings: object) -> list[dict[str, float]]:
     return json.loads(Path(str(settings["output"]) + ".json").read_text())
 
 
-def assert_same_curve(got: list[dict[str, float]], want: list[dict[str, float]]) -> None:
+def assert_same_curve(got: list[dict[str, float]], want: list[dict[str, float]], tolerance: float = 1e-4) -> None:
     for mine, other in zip(got[:6], want[:6], strict=True):
         for name in COMPARED:
-            assert mine[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5), (name, mine["step"])
+            assert mine[name] == pytest.approx(other[name], rel=tolerance, abs=0.1 * tolerance), (name, mine["step"])
     evaluated, expected = (next(x for x in lines if "eval_loss" in x) for lines in (got, want))
     for name in ("eval_loss", "eval_rewards/margins", "eval_rewards/accuracies"):
-        assert evaluated[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-5), name
+        assert evaluated[name] == pytest.approx(expected[name], rel=tolerance, abs=0.1 * tolerance), name
     # every token of the step is counted once, wherever it ran
     assert got[5]["tokens/run"] == want[5]["tokens/run"]
 
@@ -150,15 +157,27 @@ def test_several_processes_give_the_curve_of_one(tmp_path, one_process, processe
     assert len({tuple(count for count, _ in rank) for rank in ranks}) > 1
 
 
-@pytest.mark.parametrize("changes", [{"gradient_accumulation_steps": 2}, {"loss_type": ["aot"], "beta": 0.5}], ids=str)
-def test_fsdp2_with_accumulation_and_with_losses_that_couple_a_batch(tmp_path, one_process, changes) -> None:
+CHANGES = [
+    {"gradient_accumulation_steps": 2},
+    {"loss_type": ["aot"], "beta": 0.5},
+    {"lora": True, "gradient_checkpointing": True},
+    {"bf16": True},
+]
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
+def test_fsdp2_with_accumulation_adapters_half_precision_and_losses_that_couple_a_batch(
+    tmp_path, one_process, changes
+) -> None:
     """Against DDP on the same two processes, where each rank's batch is coupled by itself."""
+    # autocast and bfloat16 weights round differently
+    tolerance = 0.1 if "bf16" in changes else 1e-4
     common, _ = one_process
     both = [
         run(2, output=str(tmp_path / way), per_device_train_batch_size=4, **WAYS[way], **common, **changes)
         for way in ("DDP", "FSDP2")
     ]
-    assert_same_curve(both[1], both[0])
+    assert_same_curve(both[1], both[0], tolerance)
 
 
 @pytest.mark.parametrize("way", WAYS)
