@@ -66,7 +66,7 @@ def test_a_step_on_64k_tokens_holds_no_square_matrix() -> None:
 
 
 @ONLY_LINUX
-@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("softcap", [None, pytest.param(2.0, marks=pytest.mark.slow)])
 def test_one_long_document_takes_memory_linear_in_its_length(softcap: float | None) -> None:
     shorter, longer = printed(LAYER.format(softcap=softcap))
     # the scores that autograd would keep are several times 8k x 8k float32, 268 MB each

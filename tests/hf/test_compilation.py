@@ -47,6 +47,7 @@ def graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
+@pytest.mark.slow
 def test_training_compiles_nothing_after_warming_up_and_changes_no_gradient() -> None:
     eager = model()
     compiled = copy.deepcopy(eager)

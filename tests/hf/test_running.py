@@ -204,7 +204,10 @@ def test_a_saved_model_is_the_stock_model(tmp_path: Any) -> None:
 # --- torch.compile ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["gpt2", "mistral", "gemma2", "llama4"])
+COMPILED = ["gpt2", "gemma2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mistral", "llama4"))]
+
+
+@pytest.mark.parametrize("name", COMPILED)
 def test_compiled_model_has_no_graph_breaks(name: str) -> None:
     """``fullgraph=True`` raises at any break; further rows of the same length compile nothing."""
     torch._dynamo.reset()

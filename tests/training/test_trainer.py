@@ -96,6 +96,7 @@ def test_the_loss_curve_is_the_ordinary_one(tmp_path, tokenizer, preferences, sm
     assert history(trainer, "loss") == pytest.approx(want, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_compiled_layers_give_the_ordinary_curve_and_are_compiled_once(tmp_path, tokenizer, small_model) -> None:
     from torch._dynamo.utils import counters
 
