@@ -18,6 +18,7 @@ from flexdpo.training.step import REFERENCE_COLUMN, REFERENCE_PAIR_COLUMN
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from flexdpo.layout.groups import Group
     from flexdpo.layout.row import Row
     from flexdpo.objective.logps import ResponseLogps
     from flexdpo.training.config import DPOConfig
@@ -45,6 +46,7 @@ class Precompute:
         model: Fingerprint of the reference's weights, adapter included.
         tokenizer: Fingerprint of the tokenizer.
         max_tokens_per_row: Longest row.
+        rows_at_once: Rows of the dataset whose tokens are in memory together, and so can be brought together.
     """
 
     config: DPOConfig
@@ -53,14 +55,25 @@ class Precompute:
     model: str
     tokenizer: str
     max_tokens_per_row: int | None
+    rows_at_once: int = 65_536
 
     def add_columns(self, dataset: Any, name: str) -> Any:
         """Return ``dataset`` with its reference values; one that has them, and ``None``, comes back as it is."""
         if dataset is None or REFERENCE_COLUMN in dataset.column_names:
             return dataset
-        config = self.config
-        groups = [group_from_row(row) for row in dataset]
         cache = self._open_cache()
+        for start in range(0, len(dataset), self.rows_at_once):
+            part = dataset.select(range(start, min(start + self.rows_at_once, len(dataset))))
+            self._fill(cache, [group_from_row(row) for row in part], name)
+        dataset = dataset.add_column(REFERENCE_COLUMN, [cache.sums(group_from_row(row)) for row in dataset])
+        ld_alpha = self.config.ld_alpha
+        if ld_alpha is not None:
+            pairs = [cache.pair_sums(group_from_row(row), ld_alpha) for row in dataset]
+            dataset = dataset.add_column(REFERENCE_PAIR_COLUMN, pairs)
+        return dataset
+
+    def _fill(self, cache: ReferenceCache, groups: list[Group], name: str) -> None:
+        config = self.config
         precompute_reference(
             cache,
             groups,
@@ -78,11 +91,8 @@ class Precompute:
         )
         self.accelerator.wait_for_everyone()
         cache.reload()
-        dataset = dataset.add_column(REFERENCE_COLUMN, [cache.sums(group) for group in groups])
-        if config.ld_alpha is not None:
-            pairs = [cache.pair_sums(group, config.ld_alpha) for group in groups]
-            dataset = dataset.add_column(REFERENCE_PAIR_COLUMN, pairs)
-        return dataset
+        # nobody writes the next part's values before all have read this one's
+        self.accelerator.wait_for_everyone()
 
     def _open_cache(self) -> ReferenceCache:
         # values of another precision are other values; lengths need not be named, for tokens name themselves
