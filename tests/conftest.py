@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -21,10 +20,23 @@ from transformers import (
 
 import flexdpo
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 # the models here are so small that handing work to other threads takes longer than doing it
 torch.set_num_threads(1)
 
 VOCABULARY = 97
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Under ``-m gpu`` read only the files with such tests: what the others import may be missing beside a GPU."""
+    is_test = collection_path.name.startswith("test_") and collection_path.suffix == ".py"
+    if config.option.markexpr == "gpu" and is_test and "mark.gpu" not in collection_path.read_text(encoding="utf-8"):
+        return True
+    return None
+
+
 _SHAPE = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -129,6 +141,8 @@ def preference_rows(count: int, seed: int = 0) -> list[dict[str, str]]:
 
 @pytest.fixture
 def preferences() -> Dataset:
+    from datasets import Dataset
+
     return Dataset.from_list(preference_rows(24))
 
 
