@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -201,14 +203,16 @@ def _claim(path: Path, identity: ReferenceIdentity) -> None:
     """Write whose cache this is, or check it."""
     wanted = identity.as_dict()
     if not path.exists():
-        others = sorted(entry.name for entry in path.parent.iterdir())
-        if others:
+        # what an interrupted claim left behind is no stranger's
+        others = sorted(e.name for e in path.parent.iterdir() if not e.name.startswith(f".{path.name}."))
+        # another process of the same run may have claimed the folder since
+        if others and not path.exists():
             raise FlexdpoError(
                 f"{path.parent} is no reference cache: it has no {_IDENTITY} but {others[0]!r}; give an empty or new "
                 "folder"
             )
-        _replace(path, json.dumps(wanted, indent=1).encode())
-        return
+        if not others:
+            _replace(path, json.dumps(wanted, indent=1).encode())
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
         names = {name: held[name] for name in wanted}
@@ -255,12 +259,21 @@ def damaged(path: Path, why: str) -> FlexdpoError:
 
 def write(path: Path, tensors: dict[str, NDArray[Any]]) -> None:
     """Write a file of the cache, whole or not at all."""
-    whole = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(tensors, whole)
-    whole.replace(path)
+    with _unfinished(path) as whole:
+        save_file(tensors, whole)
 
 
 def _replace(path: Path, content: bytes) -> None:
-    whole = path.with_name(f".{path.name}.{os.getpid()}")
-    whole.write_bytes(content)
-    whole.replace(path)
+    with _unfinished(path) as whole:
+        whole.write_bytes(content)
+
+
+@contextmanager
+def _unfinished(path: Path) -> Iterator[Path]:
+    """Where to write a file that becomes ``path`` once it is whole; no other process, of any machine, writes there."""
+    whole = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        yield whole
+        whole.replace(path)
+    finally:
+        whole.unlink(missing_ok=True)

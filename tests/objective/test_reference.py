@@ -378,6 +378,41 @@ def test_foreign_folders(tmp_path: Path) -> None:
             ReferenceCache(tmp_path, IDENTITY)
 
 
+CLAIMING = """
+import multiprocessing as mp, sys
+from pathlib import Path
+from flexdpo.objective.reference_cache import ReferenceCache, ReferenceIdentity
+
+def claim(together, root):
+    for number in range(200):
+        together.wait(60)
+        ReferenceCache(Path(root) / str(number), ReferenceIdentity("model", "tokenizer"))
+
+if __name__ == "__main__":
+    mp.set_start_method("fork")
+    together = mp.Barrier(3)
+    processes = [mp.Process(target=claim, args=(together, sys.argv[1])) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    sys.exit(any(process.exitcode for process in processes))
+"""
+
+
+def test_processes_that_open_a_new_cache_at_once(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", CLAIMING, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.iterdir())) == 200
+    assert {entry.name for entry in tmp_path.glob("*/*")} == {"identity.json"}
+
+
+def test_a_claim_that_was_interrupted(tmp_path: Path) -> None:
+    (tmp_path / ".identity.json.0123").write_text("{")
+    ReferenceCache(tmp_path, IDENTITY)
+    assert ReferenceCache(tmp_path, IDENTITY).identity == IDENTITY
+
+
 def test_an_example_without_a_value(tmp_path: Path) -> None:
     group = Group.from_lists([3], [[4], [5]], name="row 6")
     with pytest.raises(
