@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.conftest import preference_rows
+from tests.processes import run_processes
 
 pytestmark = pytest.mark.distributed
 pytest.importorskip("trl")
@@ -69,18 +66,7 @@ CLOCK = ("train_runtime", "train_samples_per_second", "train_steps_per_second", 
 
 
 def curve(**settings: Any) -> list[dict[str, float]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    workers = []
-    for rank in range(2):
-        environment = dict(os.environ, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-        command = [sys.executable, "-c", SCRIPT, json.dumps(settings)]
-        workers.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    for worker in workers:
-        _, errors = worker.communicate(timeout=300)
-        assert worker.returncode == 0, errors[-4000:]
+    run_processes(["-c", SCRIPT, json.dumps(settings)], 2)
     return json.loads(Path(settings["output"] + ".json").read_text())
 
 

@@ -84,7 +84,11 @@ def run_job(job: Job, config: DPOConfig) -> str:
     if trainer.is_world_process_zero():
         draw_training_curves(metrics_file, output / CURVES_FILE)
         draw_example_mask(trainer, output / MASK_FILE)
-    return summary_table(trainer, before, after, output)
+    table = summary_table(trainer, before, after, output)
+    # a process that ends with its group open can be aborted by the group's threads, and fail a run that is done
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
+    return table
 
 
 def require_output_dir(config: DPOConfig, *, overwrite: bool) -> Path:

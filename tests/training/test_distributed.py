@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import preference_rows
+from tests.processes import run_processes
 
 pytestmark = pytest.mark.distributed
 
@@ -88,30 +85,19 @@ trainer.save_model(output + "-final")
 if trainer.is_world_process_zero():
     with open(output + ".json", "w") as file:
         json.dump(trainer.state.log_history, file)
+# gloo's threads abort a process that ends with its group
+trainer.accelerator.wait_for_everyone()
+trainer.accelerator.end_training()
 """
 COMPARED = ["loss", "grad_norm", "rewards/chosen", "rewards/margins", "rewards/accuracies", "logps/rejected"]
 
 
 def run(processes: int, **settings: object) -> list[dict[str, float]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    # without torchrun: its agent looks the machine's name up, which not every machine can
-    workers = []
-    for rank in range(processes):
-        environment = dict(os.environ, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes))
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(processes)}
-        if "deepspeed" in settings:
-            environment |= {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo"}
-        else:
-            environment |= {"ACCELERATE_USE_CPU": "true"}
-        if processes == 1:
-            environment = {k: v for k, v in environment.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-        command = [sys.executable, "-c", SCRIPT, json.dumps(settings)]
-        workers.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    for worker in workers:
-        _, errors = worker.communicate(timeout=300)
-        assert worker.returncode == 0, errors[-4000:]
+    environment = {}
+    if "deepspeed" in settings:
+        environment = {"ACCELERATE_USE_CPU": "false", "ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
+        environment["GLOO_SOCKET_IFNAME"] = "lo"
+    run_processes(["-c", SCRIPT, json.dumps(settings)], processes, **environment)
     return json.loads(Path(str(settings["output"]) + ".json").read_text())
 
 
@@ -263,27 +249,7 @@ def test_the_command_line_runs_in_several_processes(tmp_path, saved_model) -> No
     # accelerate has no FSDP on a CPU; the settings are read all the same
     settings |= {"fsdp": True, "fsdp_config": {"version": 2}, "eval_dataset_name": str(data)}
     config.write_text(json.dumps(settings))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "flexdpo", "train", "--config", str(config)]
-    environment = dict(os.environ, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    environment |= {"ACCELERATE_USE_CPU": "true"}
-    workers = [
-        subprocess.Popen(
-            command,
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    texts = []
-    for worker in workers:
-        text, errors = worker.communicate(timeout=300)
-        assert worker.returncode == 0, errors[-4000:]
-        texts.append(text)
+    texts = run_processes(["-m", "flexdpo", "train", "--config", str(config)], 2)
     # one table, of the tokens of both
     assert "tokens run in training" in texts[0]
     assert "tokens run in training" not in texts[1]

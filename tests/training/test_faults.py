@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import resource
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from flexdpo.training.models import load_model
 from flexdpo.training.step import PackingCollator
 from flexdpo.training.workers import plain_worker_errors
 from tests.conftest import preference_rows
+from tests.processes import run_processes
 from tests.training.test_trainer import settings
 
 
@@ -275,6 +275,8 @@ if trainer.is_world_process_zero():
     with open(output + ".json", "w") as file:
         losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
         json.dump([*losses, evaluated["eval_loss"]], file)
+trainer.accelerator.wait_for_everyone()
+trainer.accelerator.end_training()
 """
 
 
@@ -283,20 +285,7 @@ def test_fewer_pairs_than_processes(tmp_path: Path, saved_model: Any, tokenizer:
     """Every process runs the one pair, and the mean over both is that pair's."""
     data, model = tmp_path / "pair.jsonl", str(saved_model("llama"))
     data.write_text(json.dumps(preference_rows(1)[0]) + "\n")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, "-c", TWO_PROCESSES, str(data), model, str(tmp_path / "two")]
-    workers = [
-        subprocess.Popen(
-            command, env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True
-        )
-        for rank in ("0", "1")
-    ]
-    for worker in workers:
-        _, errors = worker.communicate(timeout=300)
-        assert worker.returncode == 0, errors[-4000:]
+    run_processes(["-c", TWO_PROCESSES, str(data), model, str(tmp_path / "two")], 2)
     args = settings(tmp_path / "one", max_steps=4)
     one = Dataset.from_json(str(data))
     trainer = DPOTrainer(load_model(model), None, args, train_dataset=one, processing_class=tokenizer)

@@ -1,0 +1,68 @@
+"""Several processes that train together, each a Python program of its own, as torchrun would start them."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from tempfile import TemporaryFile
+from typing import IO
+
+
+def run_processes(words: Sequence[str], count: int, *, timeout_s: float = 300, **environment: str) -> list[str]:
+    """Run Python with ``words`` once per rank, and return what each printed; fail with what all said if one fails.
+
+    One process is run as an ordinary one. torchrun is not used: its agent looks the machine's name up, which not every
+    machine can.
+    """
+    shared = os.environ | {"ACCELERATE_USE_CPU": "true"} | environment
+    if count > 1:
+        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        shared |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    with ExitStack() as files:
+        # files, since a pipe that nobody empties stops its process
+        printed, said = ([files.enter_context(TemporaryFile("w+")) for _ in range(count)] for _ in range(2))
+        workers = []
+        for rank in range(count):
+            mine = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {}
+            command = [sys.executable, *words]
+            workers.append(subprocess.Popen(command, env=shared | mine, stdout=printed[rank], stderr=said[rank]))
+        codes = _wait(workers, timeout_s)
+        assert codes == [0] * count, "".join(
+            f"\nrank {rank} ended with {code}:\n{_text(errors)[-4000:]}"
+            for rank, (code, errors) in enumerate(zip(codes, said, strict=True))
+        )
+        return [_text(file) for file in printed]
+
+
+def _free_port() -> int:
+    # below the ports that systems hand out, so that no connection made in the meantime takes it
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                return port
+
+
+def _wait(workers: list[subprocess.Popen[bytes]], timeout_s: float) -> list[int]:
+    """Exit codes of the processes; when one fails, or none ends, the others are stopped."""
+    until = time.monotonic() + timeout_s
+    while any(worker.poll() is None for worker in workers) and time.monotonic() < until:
+        if any(worker.returncode for worker in workers):
+            # the others usually notice, and say something about it
+            until = min(until, time.monotonic() + 10)
+        time.sleep(0.05)
+    for worker in workers:
+        if worker.poll() is None:
+            worker.kill()
+    return [worker.wait() for worker in workers]
+
+
+def _text(file: IO[str]) -> str:
+    file.seek(0)
+    return file.read()
