@@ -146,7 +146,7 @@ def preferences() -> Dataset:
     return Dataset.from_list(preference_rows(24))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def small_model() -> Any:
     def build(name: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
         torch.manual_seed(seed)

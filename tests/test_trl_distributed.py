@@ -21,6 +21,7 @@ import torch, trl
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 import flexdpo
+from tests.processes import leave
 torch.set_num_threads(1)
 settings = json.loads(sys.argv[1])
 data, model, output, share = (settings.pop(name) for name in ("data", "model", "output", "share"))
@@ -61,6 +62,7 @@ if trainer.is_world_process_zero():
         json.dump(trainer.state.log_history, file)
 torch.distributed.barrier()
 torch.distributed.destroy_process_group()
+leave()
 """
 CLOCK = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos")
 

@@ -85,7 +85,7 @@ def run_job(job: Job, config: DPOConfig) -> str:
         draw_training_curves(metrics_file, output / CURVES_FILE)
         draw_example_mask(trainer, output / MASK_FILE)
     table = summary_table(trainer, before, after, output)
-    # a process that ends with its group open can be aborted by the group's threads, and fail a run that is done
+    # Python that goes down while threads of the group still hold tensors may abort, and fail a run that is done
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
     return table

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from flexdpo import prepare_model
 from tests.hf.architectures import build_model
 from tests.hf.equivalence import Run, example_row, gradient_error, packed_run, unpacked_run
+from tests.processes import free_port, spawn_processes
 
 pytestmark = pytest.mark.distributed
 WORLD = 2
@@ -76,10 +75,7 @@ def _work(rank: int, name: str, wrap: Callable[[Any], Any], port: int, folder: s
 @pytest.mark.parametrize("wrap", [_ddp, _fsdp2, _fsdp2_checkpointed])
 @pytest.mark.parametrize("name", ["gpt2", "mistral", "gemma2"])
 def test_gradients_of_two_processes(name: str, wrap: Callable[[Any], Any], tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_work, args=(name, wrap, port, str(tmp_path)), nprocs=WORLD)
+    spawn_processes(_work, name, wrap, free_port(), str(tmp_path), count=WORLD)
     model = build_model(name)
     singles = [unpacked_run(model, _row(rank)) for rank in range(WORLD)]
     mean = {n: sum(single.gradients[n] for single in singles) / WORLD for n in singles[0].gradients}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import flexdpo
 from tests.hf.architectures import build_model
 from tests.hf.equivalence import Run, gradient_error, logit_error
 from tests.hf.test_distributed import WORLD, _ddp, _fsdp2, _fsdp2_checkpointed, _Plain
 from tests.hf.test_sharing import ALL, padded_batch, run
+from tests.processes import free_port, spawn_processes
 
 pytestmark = pytest.mark.distributed
 
@@ -46,10 +45,7 @@ def _work(rank: int, name: str, wrap: Callable[[Any], Any], port: int, folder: s
 @pytest.mark.parametrize("wrap", [_ddp, _fsdp2, _fsdp2_checkpointed])
 @pytest.mark.parametrize("name", ["gpt2", "mistral"])
 def test_gradients_of_two_processes(name: str, wrap: Callable[[Any], Any], tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_work, args=(name, wrap, port, str(tmp_path)), nprocs=WORLD)
+    spawn_processes(_work, name, wrap, free_port(), str(tmp_path), count=WORLD)
     model = build_model(name)
     singles = [run(model, _batch(rank)) for rank in range(WORLD)]
     mean = {n: sum(single.gradients[n] for single in singles) / WORLD for n in singles[0].gradients}

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from flexdpo import Row, prepare_model, response_logps
 from flexdpo.objective import linear_logps
 from tests.conftest import build_model, odd_groups
+from tests.processes import spawn_processes
 
 
 def a_row() -> Row:
@@ -26,10 +26,6 @@ def run(model: Any) -> torch.Tensor:
     sums = response_logps(model, row).sums
     (sums * torch.linspace(-1, 1, row.num_responses, dtype=torch.float64)).sum().backward()
     return sums.detach()
-
-
-def in_processes(worker: Any, *args: Any) -> None:
-    mp.start_processes(worker, args=args, nprocs=2, start_method="spawn")
 
 
 def join(rank: int, file: str) -> None:
@@ -72,7 +68,7 @@ def sharded(rank: int, file: str, name: str) -> None:
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_fsdp_gathers_the_head_once_per_pass(name: str, tmp_path: Path) -> None:
-    in_processes(sharded, str(tmp_path / "rendezvous"), name)
+    spawn_processes(sharded, str(tmp_path / "rendezvous"), name, count=2)
 
 
 def replicated(rank: int, file: str) -> None:
@@ -87,4 +83,4 @@ def replicated(rank: int, file: str) -> None:
 
 @pytest.mark.distributed
 def test_ddp(tmp_path: Path) -> None:
-    in_processes(replicated, str(tmp_path / "rendezvous"))
+    spawn_processes(replicated, str(tmp_path / "rendezvous"), count=2)

@@ -21,6 +21,7 @@ import torch
 from datasets import Dataset
 from flexdpo import DPOConfig, DPOTrainer
 from flexdpo.training.models import load_model, load_tokenizer
+from tests.processes import leave
 torch.set_num_threads(1)
 settings = json.loads(sys.argv[1])
 data, model, output = settings.pop("data"), settings.pop("model"), settings.pop("output")
@@ -85,9 +86,9 @@ trainer.save_model(output + "-final")
 if trainer.is_world_process_zero():
     with open(output + ".json", "w") as file:
         json.dump(trainer.state.log_history, file)
-# gloo's threads abort a process that ends with its group
 trainer.accelerator.wait_for_everyone()
 trainer.accelerator.end_training()
+leave()
 """
 COMPARED = ["loss", "grad_norm", "rewards/chosen", "rewards/margins", "rewards/accuracies", "logps/rejected"]
 
@@ -112,13 +113,21 @@ def assert_same_curve(got: list[dict[str, float]], want: list[dict[str, float]],
     assert got[5]["tokens/run"] == want[5]["tokens/run"]
 
 
-@pytest.fixture
-def one_process(tmp_path, saved_model):
-    # uneven lengths: with this row budget the ranks need different numbers of rows
-    data = tmp_path / "pairs.jsonl"
+@pytest.fixture(scope="module")
+def common(tmp_path_factory, tokenizer, small_model) -> dict[str, object]:
+    """Settings of all runs: uneven lengths, so that with this row budget the ranks need different numbers of rows."""
+    folder = tmp_path_factory.mktemp("common")
+    data, model = folder / "pairs.jsonl", folder / "model"
     data.write_text("".join(json.dumps(row) + "\n" for row in preference_rows(40)))
-    common = {"data": str(data), "model": str(saved_model("llama")), "max_tokens_per_row": 60}
-    return common, run(1, output=str(tmp_path / "one"), per_device_train_batch_size=8, **common)
+    small_model("llama").save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    return {"data": str(data), "model": str(model), "max_tokens_per_row": 60}
+
+
+@pytest.fixture(scope="module")
+def one_process(common) -> list[dict[str, float]]:
+    """What was logged; the model lies in ``one-final`` beside the data."""
+    return run(1, output=str(Path(common["data"]).parent / "one"), per_device_train_batch_size=8, **common)
 
 
 WAYS = {
@@ -129,13 +138,13 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("processes", [2, 4])
-def test_several_processes_give_the_curve_of_one(tmp_path, one_process, processes: int, way: str) -> None:
-    common, want = one_process
+def test_several_processes_give_the_curve_of_one(tmp_path, common, one_process, processes: int, way: str) -> None:
     output = tmp_path / "several"
     got = run(processes, output=str(output), per_device_train_batch_size=8 // processes, **WAYS[way], **common)
-    assert_same_curve(got, want)
+    assert_same_curve(got, one_process)
     ranks = [json.loads(Path(f"{output}.rows.{rank}.json").read_text()) for rank in range(processes)]
-    saved = [load_file(Path(f"{name}-final") / "model.safetensors") for name in (output, tmp_path / "one")]
+    one = Path(common["data"]).parent / "one"
+    saved = [load_file(Path(f"{name}-final") / "model.safetensors") for name in (output, one)]
     assert saved[0].keys() == saved[1].keys()
     for name, weight in saved[1].items():
         torch.testing.assert_close(saved[0][name], weight, rtol=1e-3, atol=1e-4, msg=name)
@@ -153,12 +162,11 @@ CHANGES = [
 
 @pytest.mark.parametrize("changes", CHANGES, ids=str)
 def test_fsdp2_with_accumulation_adapters_half_precision_and_losses_that_couple_a_batch(
-    tmp_path, one_process, changes
+    tmp_path, common, changes
 ) -> None:
     """Against DDP on the same two processes, where each rank's batch is coupled by itself."""
     # autocast and bfloat16 weights round differently
     tolerance = 0.1 if "bf16" in changes else 1e-4
-    common, _ = one_process
     both = [
         run(2, output=str(tmp_path / way), per_device_train_batch_size=4, **WAYS[way], **common, **changes)
         for way in ("DDP", "FSDP2")
@@ -167,8 +175,7 @@ def test_fsdp2_with_accumulation_adapters_half_precision_and_losses_that_couple_
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_run_of_two_processes_continues_from_its_checkpoint(tmp_path, one_process, way: str) -> None:
-    common, want = one_process
+def test_a_run_of_two_processes_continues_from_its_checkpoint(tmp_path, common, one_process, way: str) -> None:
     common = common | WAYS[way] | {"per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 2}
     output = str(tmp_path / "parts")
     # the schedule is that of the whole run
@@ -177,12 +184,11 @@ def test_a_run_of_two_processes_continues_from_its_checkpoint(tmp_path, one_proc
         shutil.rmtree(Path(output) / newer)
     got = run(2, output=output, **common, max_steps=6, resume=True)
     assert [line["step"] for line in got if "loss" in line] == [1, 2, 3, 4, 5, 6]
-    assert_same_curve(got, want)
+    assert_same_curve(got, one_process)
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_reference_that_moves_is_continued_by_two_processes(tmp_path, one_process, way: str) -> None:
-    common, _ = one_process
+def test_a_reference_that_moves_is_continued_by_two_processes(tmp_path, common, way: str) -> None:
     common = common | WAYS[way] | {"per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 2}
     common |= {"sync_ref_model": True, "ref_model_sync_steps": 2, "output": str(tmp_path / "parts")}
     want = run(2, **common)
@@ -192,21 +198,19 @@ def test_a_reference_that_moves_is_continued_by_two_processes(tmp_path, one_proc
     assert_same_curve(got, want)
 
 
-def test_reference_values_are_complete_where_processes_have_unequal_memory(tmp_path, one_process) -> None:
+def test_reference_values_are_complete_where_processes_have_unequal_memory(tmp_path, common, one_process) -> None:
     """The rows of precomputing are dealt out, so all processes must lay out the same ones."""
-    common, want = one_process
     changes = {"max_tokens_per_row": "auto", "free_memory": [3 * 2**21, 3 * 2**22], "precompute_ref_log_probs": True}
     output = str(tmp_path / "unequal")
     got = run(2, output=output, per_device_train_batch_size=4, **WAYS["DDP"], **common | changes)
-    for mine, other in zip(got[:6], want[:6], strict=True):
+    for mine, other in zip(got[:6], one_process[:6], strict=True):
         # at first policy and reference agree to rounding, so which reward is larger is chance
         for name in ("loss", "grad_norm", "rewards/margins", "logps/rejected"):
             assert mine[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5), (name, mine["step"])
 
 
 @pytest.mark.parametrize("loss_type", ["kto", "apo_zero_unpaired"])
-def test_labels_of_repeated_examples_are_evaluated_once(tmp_path, one_process, loss_type: str) -> None:
-    common, _ = one_process
+def test_labels_of_repeated_examples_are_evaluated_once(tmp_path, common, loss_type: str) -> None:
     # 18 examples in global batches of 8: the last is filled up with repeats
     common = common | {"loss_type": [loss_type], "per_device_eval_batch_size": 4, "learning_rate": 0.0, "max_steps": 1}
     common["max_tokens_per_row"] = 96
@@ -222,9 +226,9 @@ def test_labels_of_repeated_examples_are_evaluated_once(tmp_path, one_process, l
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("stage", [2, 3])
-def test_deepspeed_gives_the_curve_of_one_process(tmp_path, one_process, stage: int, accumulation: int) -> None:
+def test_deepspeed_gives_the_curve_of_one_process(tmp_path, common, one_process, stage: int, accumulation: int) -> None:
     pytest.importorskip("deepspeed", reason="DeepSpeed is no dependency of the tests; install it to run this one")
-    common, want = one_process
+    want = one_process
     if accumulation > 1:
         common = common | {"gradient_accumulation_steps": accumulation}
         want = run(1, output=str(tmp_path / "accumulated"), per_device_train_batch_size=8, **common)

@@ -261,6 +261,7 @@ import torch
 from datasets import Dataset
 from flexdpo import DPOConfig, DPOTrainer
 from flexdpo.training.models import load_model, load_tokenizer
+from tests.processes import leave
 torch.set_num_threads(1)
 data, model, output = sys.argv[1:]
 args = DPOConfig(output, max_steps=4, use_cpu=True, learning_rate=1e-3, report_to="none", disable_tqdm=True,
@@ -277,6 +278,7 @@ if trainer.is_world_process_zero():
         json.dump([*losses, evaluated["eval_loss"]], file)
 trainer.accelerator.wait_for_everyone()
 trainer.accelerator.end_training()
+leave()
 """
 
 
