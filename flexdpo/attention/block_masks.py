@@ -133,12 +133,17 @@ def _reach(positions: _Range, kind: MaskKind) -> tuple[Tensor, Tensor]:
 
 
 def _ordered(tiles: Tensor) -> tuple[Tensor, Tensor]:
-    """Per row of tiles: how many are set, and their columns first, both ascending. ``[B, 1, N]``, ``[B, 1, N, N]``."""
+    """Per row of tiles: how many are set, and their columns first, both ascending. ``[B, 1, N]``, ``[B, 1, N, N]``.
+
+    Contiguous, whatever the strides of ``tiles``: FlexAttention's backward reads ``q_indices`` with a stride of one
+    and does not check it, so that a transposed list gives wrong gradients of keys and values and nothing else.
+    """
     batch, rows, columns = tiles.shape
+    tiles = tiles.contiguous()
     rank = tiles.cumsum(dim=-1, dtype=torch.int32)
     count = rank[..., -1].contiguous()
     column = torch.arange(columns, device=tiles.device, dtype=torch.int32).expand_as(tiles)
     # set columns come first, each at its rank; the others follow, each at its rank among them
     place = torch.where(tiles, rank - 1, count[..., None] + column - rank)
-    indices = torch.empty_like(place).scatter_(-1, place.long(), column)
+    indices = torch.empty(tiles.shape, dtype=torch.int32, device=tiles.device).scatter_(-1, place.long(), column)
     return count[:, None], indices.view(batch, 1, rows, columns)

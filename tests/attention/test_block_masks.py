@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from flexdpo import Group, Row, RowLayout
 from flexdpo.attention.block_masks import build_block_mask, classify_tiles
@@ -42,6 +42,74 @@ def test_the_direct_mask_is_create_block_mask(row: Row, block_size: int) -> None
     assert got.BLOCK_SIZE == want.BLOCK_SIZE
     for field in FIELDS:
         torch.testing.assert_close(getattr(got, field), getattr(want, field), msg=field)
+    assert_same_layout(got, want)
+
+
+KINDS = {
+    "causal": CAUSAL,
+    "sliding": MaskKind("sliding", 20),
+    "chunked": MaskKind("chunked", 32),
+    "other": MaskKind("other", function=lambda b, h, q, kv: (q + kv) % 3 > 0),
+    "other with a reach": MaskKind("other", 40, function=lambda b, h, q, kv: q - kv < 40),
+}
+
+
+def assert_same_layout(got: BlockMask, want: BlockMask) -> None:
+    """Dtype, shape and strides: kernels read the lists with the strides that torch's own builder gives them."""
+    for field in FIELDS:
+        ours, torchs = getattr(got, field), getattr(want, field)
+        assert (ours.dtype, ours.shape, ours.stride()) == (torchs.dtype, torchs.shape, torchs.stride()), field
+        assert ours.is_contiguous(), field
+
+
+def stacked(rows: int, padding: int) -> RowLayout:
+    rng = np.random.default_rng(rows)
+    return RowLayout.stack(
+        [
+            Row.from_groups(
+                [Group.from_lists(rng.integers(0, 9, 60 + 70 * row).tolist(), [[2] * 150, [3] * (90 + row)])],
+                pad_to_multiple_of=padding,
+            ).layout
+            for row in range(rows)
+        ]
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize("padding", [1, 128], ids=["ragged", "whole tiles"])
+def test_the_lists_lie_in_memory_as_torch_lays_them(kind: MaskKind, rows: int, padding: int) -> None:
+    layout = stacked(rows, padding)
+    got = build_block_mask(layout, kind, block_size=32)
+    want = create_block_mask(got.mask_mod, rows, 1, layout.length, layout.length, device="cpu", BLOCK_SIZE=32)
+    assert_same_layout(got, want)
+    # with a window, a tile may count as partial without a pair in it; each list must name each tile once all the same
+    for name in ("", "full_"):
+        keys = tiles_of(getattr(got, f"{name}kv_num_blocks"), getattr(got, f"{name}kv_indices"))
+        queries = tiles_of(getattr(got, f"{name}q_num_blocks"), getattr(got, f"{name}q_indices"))
+        torch.testing.assert_close(keys, queries.transpose(-1, -2))
+        assert (tiles_of(getattr(want, f"{name}kv_num_blocks"), getattr(want, f"{name}kv_indices")) <= keys).all() or (
+            name == "full_" and kind.name != "causal"
+        )
+
+
+def tiles_of(counts: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """The tiles that a kernel would visit, which reads the lists with a stride of one."""
+    columns = indices.shape[-1]
+    read = indices.as_strided(indices.shape, torch.empty(indices.shape).stride())
+    listed = torch.arange(columns) < counts[..., None]
+    return torch.zeros(*indices.shape, dtype=torch.bool).scatter_(-1, read.long(), listed)
+
+
+def test_a_row_of_transposed_vectors_gives_the_same_lists() -> None:
+    layout = stacked(3, 1)
+    turned = RowLayout(layout.position_ids.T.contiguous().T, layout.subtree_end.T.contiguous().T, layout.num_tokens)
+    assert not turned.subtree_end.is_contiguous()
+    for kind in KINDS.values():
+        got, want = build_block_mask(turned, kind), build_block_mask(layout, kind)
+        assert_same_layout(got, want)
+        for field in FIELDS:
+            torch.testing.assert_close(getattr(got, field), getattr(want, field), msg=field)
 
 
 @settings(max_examples=100, deadline=None)
