@@ -106,7 +106,7 @@ def kernel_key_of(
     return KernelKey(
         row_mask.kind.name,
         torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)),
-        0 if settings.dynamic(query.device.type) else row_mask.layout.length,
+        0 if row_mask.impl == "varlen" or settings.dynamic(query.device.type) else row_mask.layout.length,
         scaling,
         softcap,
         sinks,

@@ -1,4 +1,6 @@
-"""Attention over packed rows: compiled FlexAttention, and pieces of SDPA where FlexAttention has no backward.
+"""Attention over packed rows: compiled FlexAttention, FlashAttention along root paths, or pieces of SDPA.
+
+FlexAttention has no backward on a CPU, which is what the pieces are for.
 
 Shapes: ``B`` rows, ``Hq`` query heads, ``Hkv`` key heads, ``S`` tokens, ``D`` and ``Dv`` head sizes.
 """
@@ -15,6 +17,7 @@ from flexdpo.attention.flex import run_flex
 from flexdpo.attention.formula import softmax_attention
 from flexdpo.attention.piecewise import piecewise_attention
 from flexdpo.attention.selftest import require_correct_kernel
+from flexdpo.attention.varlen import require_varlen, varlen_attention
 from flexdpo.errors import FlexdpoError
 
 if TYPE_CHECKING:
@@ -66,6 +69,9 @@ def packed_attention(
         if not torch.compiler.is_compiling():
             require_correct_kernel(query, key, value, row_mask, scaling, softcap, sinks)
         run = run_flex
+    elif row_mask.impl == "varlen":
+        # its plan is made on the host, so a compiled layer pauses for it
+        run = _tested_varlen
     elif torch.compiler.is_compiling():
         # pieces follow from the data, so a graph that makes its own mask cannot hold them; one that receives a mask
         # pauses for them
@@ -85,6 +91,21 @@ def _in_one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Te
 
 
 _paused = torch.compiler.disable(piecewise_attention)
+
+
+@torch.compiler.disable
+def _tested_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    row_mask: RowMask,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    require_varlen(query, value, row_mask, softcap, sinks)
+    require_correct_kernel(query, key, value, row_mask, scaling, softcap, sinks, attend=varlen_attention)
+    return varlen_attention(query, key, value, row_mask, scaling, softcap, sinks)
 
 
 def _whole(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from flexdpo.attention.mask_mods import MaskKind
     from flexdpo.layout.row import RowLayout
 
-Impl = Literal["auto", "flex", "sdpa"]
+Kernel = Literal["flex", "varlen", "sdpa"]
+Impl = Literal["auto", "flex", "varlen", "sdpa"]
 _ATTRIBUTE = "_flexdpo_row_mask"
 
 
@@ -29,7 +30,8 @@ class RowMask:
     Attributes:
         layout: The batch of rows.
         kind: What the model wants besides causality.
-        impl: ``"flex"`` compiled FlexAttention, ``"sdpa"`` scaled-dot-product attention in pieces of the row.
+        impl: ``"flex"`` compiled FlexAttention, ``"varlen"`` FlashAttention along root paths, ``"sdpa"``
+            scaled-dot-product attention in pieces of the row.
         block_mask: The BlockMask that models pass from layer to layer.
         settings: How FlexAttention is compiled and checked.
         traced: Whether the mask was made inside a graph that ``torch.compile`` is making.
@@ -39,7 +41,7 @@ class RowMask:
 
     layout: RowLayout
     kind: MaskKind
-    impl: Literal["flex", "sdpa"]
+    impl: Kernel
     block_mask: BlockMask
     settings: KernelSettings = field(default_factory=kernel_settings)
     traced: bool = False
@@ -71,7 +73,7 @@ def row_mask_of(attention_mask: object) -> RowMask | None:
     return found if isinstance(found, RowMask) else None
 
 
-def resolve_impl(impl: str, device: torch.device) -> Literal["flex", "sdpa"]:
+def resolve_impl(impl: str, device: torch.device) -> Kernel:
     """Turn ``"auto"`` into the kernel that trains on ``device``: FlexAttention on CUDA, chunked SDPA elsewhere."""
     if impl not in get_args(Impl):
         raise FlexdpoError(f"impl must be one of {get_args(Impl)}, got {impl!r}{nearest(impl, get_args(Impl))}")
@@ -79,4 +81,4 @@ def resolve_impl(impl: str, device: torch.device) -> Literal["flex", "sdpa"]:
         # on a CPU the pieces are two to five times faster than FlexAttention's compiled forward, so passes without
         # gradients run in pieces too
         return "flex" if device.type == "cuda" else "sdpa"
-    return "flex" if impl == "flex" else "sdpa"
+    return cast("Kernel", impl)

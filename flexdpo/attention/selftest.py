@@ -235,7 +235,7 @@ def _compare(name: str, found: Tensor, plain: Tensor, exact: Tensor) -> Comparis
 
 # --- at the first row that trains ------------------------------------------------------------------------------------
 
-_passed: set[tuple[KernelKey, Shape]] = set()
+_passed: set[tuple[str, KernelKey, Shape]] = set()
 
 
 def require_correct_kernel(
@@ -258,11 +258,11 @@ def require_correct_kernel(
     """
     settings = row_mask.settings
     wanted = settings.self_test and query.device.type == "cuda"
-    if not (wanted or settings.backend == "FLASH"):
+    if not (wanted or (settings.backend == "FLASH" and row_mask.impl != "varlen")):
         return
     kernel_key = kernel_key_of(query, key, value, row_mask, scaling, softcap, sinks is not None)
     shape = Shape.of(query, key, value)
-    if (kernel_key, shape) in _passed:
+    if (row_mask.impl, kernel_key, shape) in _passed:
         return
     report = compare_kernel(
         shape,
@@ -275,7 +275,7 @@ def require_correct_kernel(
     )
     if report.wrong:
         raise FlexdpoError(_complaint(report, row_mask, query.device))
-    _passed.add((kernel_key, shape))
+    _passed.add((row_mask.impl, kernel_key, shape))
 
 
 def _complaint(report: SelfTestReport, row_mask: RowMask, device: torch.device) -> str:
@@ -283,10 +283,15 @@ def _complaint(report: SelfTestReport, row_mask: RowMask, device: torch.device) 
     shape = report.shape
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     backend = row_mask.settings.backend
+    if row_mask.impl == "varlen":
+        kernel, way_out = "varlen_attn", "use attn_impl='flex'"
+    elif backend != "AUTO":
+        kernel, way_out = f"FlexAttention (backend {backend})", "leave BACKEND out of kernel_options"
+    else:
+        kernel, way_out = f"FlexAttention (backend {backend})", "use another torch, or attn_impl='sdpa'"
     return (
-        f"FlexAttention (backend {backend}) is wrong on this device ({name}, torch {torch.__version__}): its "
+        f"{kernel} is wrong on this device ({name}, torch {torch.__version__}): its "
         f"{worst.name} is off by {worst.error:.2e} where dense attention in {shape.dtype} is off by "
         f"{worst.dense_error:.2e}, at {shape.query_heads} query heads, {shape.key_heads} key heads, head size "
-        f"{shape.head_dim}, {report.length} tokens, mask {row_mask.kind.name!r}; "
-        + ("leave BACKEND out of kernel_options" if backend != "AUTO" else "use another torch, or attn_impl='sdpa'")
+        f"{shape.head_dim}, {report.length} tokens, mask {row_mask.kind.name!r}; " + way_out
     )

@@ -28,7 +28,8 @@ def prepare_model(model: nn.Module, *, impl: Impl = "auto") -> nn.Module:
 
     Args:
         model: A ``PreTrainedModel``, or a ``PeftModel`` around one; before DDP, FSDP or ``torch.compile`` wrap it.
-        impl: ``"auto"``, ``"flex"`` (compiled FlexAttention) or ``"sdpa"`` (chunks of queries, with a CPU backward).
+        impl: ``"auto"``, ``"flex"`` (compiled FlexAttention), ``"varlen"`` (FlashAttention along root paths: half
+            precision on CUDA, no softcap, no sinks) or ``"sdpa"`` (chunks of queries, with a CPU backward).
 
     Returns:
         The same model.

@@ -16,7 +16,7 @@ from flexdpo.hf.support import prepare_model
 from flexdpo.insight.bench_flops import Work, padded_work, row_work
 from flexdpo.layout.groups import Group
 from flexdpo.layout.packing import best_fit_decreasing
-from flexdpo.layout.row import Row, RowLayout
+from flexdpo.layout.row import Row
 from flexdpo.objective.logps import response_logps
 
 if TYPE_CHECKING:
@@ -250,6 +250,4 @@ def _apart(pair: Group) -> list[Group]:
 
 
 def _without_masks(row: Row) -> Row:
-    """The row as it comes from the data loader, with no mask built yet."""
-    layout = row.layout
-    return dataclasses.replace(row, layout=RowLayout(layout.position_ids, layout.subtree_end, layout.num_tokens))
+    return dataclasses.replace(row, layout=row.layout.without_masks())

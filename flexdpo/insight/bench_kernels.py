@@ -14,7 +14,6 @@ from flexdpo.attention.mask_mods import CAUSAL
 from flexdpo.attention.row_mask import row_mask_for
 from flexdpo.insight.bench_arms import pack_pairs
 from flexdpo.insight.bench_varlen import Documents, torch_varlen
-from flexdpo.layout.row import RowLayout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -75,7 +74,7 @@ def kernel_rows(
 
 
 def _mask_time(row: Row, device: torch.device, repeats: int) -> float:
-    return _milliseconds(lambda: row_mask_for(_bare(row), CAUSAL), device, repeats)
+    return _milliseconds(lambda: row_mask_for(row.layout.without_masks(), CAUSAL), device, repeats)
 
 
 def _own_layer(row: Row) -> Callable[..., Tensor]:
@@ -99,10 +98,6 @@ def _heads(shape: Shape, row: Row, device: torch.device, dtype: torch.dtype) -> 
     # token by token in memory, as a projection leaves them
     made = [torch.randn(1, length, heads, shape.head_dim, device=device, dtype=dtype) for heads in counts]
     return [x.transpose(1, 2).requires_grad_() for x in made]
-
-
-def _bare(row: Row) -> RowLayout:
-    return RowLayout(row.layout.position_ids, row.layout.subtree_end, row.layout.num_tokens)
 
 
 def _layer_times(

@@ -65,6 +65,7 @@ class RowLayout:
         self.num_tokens = num_tokens
         self.multiplicity = multiplicity
         self.memo: dict[Any, Any] = {}
+        self._host: RowLayout | None = None
         self._check()
 
     def __repr__(self) -> str:
@@ -104,7 +105,23 @@ class RowLayout:
         """Return this layout on another device, without the masks that were built for this one."""
         if torch.device(device) == self.device:
             return self
-        return self._map_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        moved = self._map_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        moved._host = self if self.device.type == "cpu" else self._host
+        return moved
+
+    def on_host(self) -> RowLayout:
+        """This layout on the CPU: the one it was moved from, or else a copy, for which the device is waited for."""
+        if self.device.type == "cpu":
+            return self
+        if self._host is None:
+            self._host = self._map_tensors(lambda tensor: tensor.cpu())
+        return self._host
+
+    def without_masks(self) -> RowLayout:
+        """The same layout as it comes from a data loader, with no mask built yet."""
+        bare = RowLayout(self.position_ids, self.subtree_end, self.num_tokens, self.multiplicity)
+        bare._host = self._host
+        return bare
 
     def pin_memory(self) -> RowLayout:
         """Return this layout in page-locked memory, without the masks that were built for it."""

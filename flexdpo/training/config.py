@@ -194,7 +194,10 @@ class DPOConfig(TrainingArguments):
     )
     attn_impl: str = field(
         default="auto",
-        metadata={"help": "Attention kernel: auto, flex (compiled FlexAttention) or sdpa (chunks of queries)."},
+        metadata={
+            "help": "Attention kernel: auto, flex (compiled FlexAttention), varlen (FlashAttention along root paths, "
+            "in half precision on a GPU, for models without softcap, sinks and chunks) or sdpa (chunks of queries)."
+        },
     )
     attn_kernel_lengths: str = field(
         default="auto",
@@ -290,8 +293,15 @@ class DPOConfig(TrainingArguments):
         options: Any = self.attn_kernel_options or {}
         if not isinstance(options, dict):
             raise FlexdpoError(f"attn_kernel_options must be a JSON object, got {options!r}")
+        if options and self.attn_impl not in ("auto", "flex"):
+            raise FlexdpoError(
+                f"attn_kernel_options are FlexAttention's and have no effect with attn_impl={self.attn_impl!r}; "
+                "leave one of them out"
+            )
+        # rows are padded to a few lengths for the kernels that are compiled for each
+        compiles = self.attn_impl in ("auto", "flex") or self.attn_kernel_lengths != "auto"
         return KernelSettings(
-            lengths=self.attn_kernel_lengths,  # type: ignore[arg-type]
+            lengths=self.attn_kernel_lengths if compiles else "dynamic",  # type: ignore[arg-type]
             kernel_options=options,
             self_test=self.attn_self_test,
         )

@@ -403,6 +403,10 @@ def test_a_model_that_cannot_be_exact_is_refused(tmp_path, tokenizer, preference
         ({"loss_type": "simpo", "sync_ref_model": True}, "loss_type simpo uses no reference; leave sync_ref_model out"),
         ({"max_length": 0}, "max_length must be at least 1, got 0"),
         ({"attn_impl": "flax"}, r"impl must be one of .*'flax'; did you mean 'flex'"),
+        (
+            {"attn_impl": "varlen", "attn_kernel_options": {"BLOCK_M": 64}},
+            "no effect with attn_impl='varlen'; leave one of them out",
+        ),
     ],
 )
 def test_bad_settings(tmp_path, changes, message) -> None:

@@ -1,0 +1,239 @@
+"""Attention over packed rows by a variable-length kernel: each leaf's own queries against all keys of its root path.
+
+A run of the row that ends at a leaf of the trie continues one root path, so its queries are the last ones of that path
+and see it causally, whatever branches stand between its tokens in the row. With the path's keys and values gathered,
+that is causal attention of sequences with fewer queries than keys, aligned at their ends, which FlashAttention computes
+and trains: no tiles, nothing to compile. The price are the gathered keys and values, as many tokens as the ordinary run
+has, and adding their gradients up again.
+
+Shapes: ``B`` rows, ``Hq`` query heads, ``Hkv`` key heads, ``S`` tokens, ``D`` head size; ``N`` sequences, ``Tq`` and
+``Tk`` their queries and keys, one sequence after the other.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch.autograd.function import once_differentiable
+
+from flexdpo.attention.torch_varlen import WAY_OUT, require_flash, torch_varlen
+from flexdpo.errors import FlexdpoError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from flexdpo.attention.row_mask import RowMask
+    from flexdpo.layout.row import RowLayout
+
+    Ints = NDArray[np.int64]
+
+
+class VarlenPlan(NamedTuple):
+    """The sequences of a batch of rows.
+
+    Attributes:
+        counts: For each row, the tokens at its beginning that are run; those behind see nothing but themselves.
+        keys: Which tokens of the batch stand in each sequence's root path, counted through all rows, ``[Tk]`` int64.
+        query_starts: Where each sequence's queries begin, and the end of the last, ``[N + 1]`` int32.
+        key_starts: The same of its keys, ``[N + 1]`` int32. Another tensor even where all lengths are equal: torch
+            takes one tensor given twice for self-attention, which it may run by a kernel that aligns at the beginnings.
+        longest_query: Most queries of a sequence.
+        longest_key: Most keys of a sequence.
+        consecutive: Whether every root path stands at consecutive positions, as a window needs.
+    """
+
+    counts: tuple[int, ...]
+    keys: Tensor
+    query_starts: Tensor
+    key_starts: Tensor
+    longest_query: int
+    longest_key: int
+    consecutive: bool
+
+
+def varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    row_mask: RowMask,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attend leaf by leaf; arguments and result as in :func:`flexdpo.attention.kernels.packed_attention`.
+
+    Raises:
+        UnsupportedModelError: if the model needs what the kernel cannot do, naming it.
+    """
+    require_varlen(query, value, row_mask, softcap, sinks)
+    plan = plan_for(row_mask.layout)
+    window = row_mask.kind.size if row_mask.kind.name == "sliding" else 0
+    if window and not plan.consecutive:
+        raise FlexdpoError(
+            "impl='varlen' counts a sliding window in tokens of a root path, and the position_ids of this row do not "
+            f"rise by one along its paths; {WAY_OUT}"
+        )
+    batch, heads = query.shape[0], query.shape[1]
+    flat_query, flat_key, flat_value = (rearrange(x, "b h s d -> (b s) h d") for x in (query, key, value))
+    if not plan.keys.numel():
+        # every token of the batch is alone
+        return _own_values(value, heads)
+    output = torch_varlen(
+        _joined(flat_query, plan, batch),
+        _Gather.apply(flat_key, plan.keys),
+        _Gather.apply(flat_value, plan.keys),
+        plan.query_starts,
+        plan.key_starts,
+        plan.longest_query,
+        plan.longest_key,
+        window=window,
+        scaling=scaling,
+    )
+    return _with_lone_tokens(output, value, plan, heads)
+
+
+def require_varlen(
+    query: Tensor, value: Tensor, row_mask: RowMask, softcap: float | None, sinks: Tensor | None
+) -> None:
+    """Raise where the kernel cannot do what the model needs, or cannot run at all."""
+    obstacle = _obstacle(query, value, row_mask, softcap, sinks)
+    if obstacle is not None:
+        raise UnsupportedModelError(f"impl='varlen' cannot run this model: {obstacle}; {WAY_OUT}")
+    require_flash(query)
+
+
+def _obstacle(
+    query: Tensor, value: Tensor, row_mask: RowMask, softcap: float | None, sinks: Tensor | None
+) -> str | None:
+    """Why the kernel cannot give the model's result, or ``None``."""
+    kind = row_mask.kind
+    if softcap is not None:
+        return f"it bounds its attention scores (softcap {softcap:g})"
+    if sinks is not None:
+        return "its attention has sinks"
+    if kind.name not in ("causal", "sliding"):
+        mask = f"in chunks of {kind.size} positions" if kind.name == "chunked" else "a function of its own"
+        return f"its mask is not causal or a sliding window ({mask})"
+    if query.shape[-1] != value.shape[-1]:
+        return f"its queries have head size {query.shape[-1]} and its values {value.shape[-1]}"
+    return None
+
+
+# --- gathering and putting back --------------------------------------------------------------------------------------
+
+
+class _Gather(torch.autograd.Function):
+    """``x[index]``. A shared token's gradients are added up in float32 or better: half would round at each addition."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.shape = x.shape
+        return x.index_select(0, index)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        wide = torch.promote_types(gradient.dtype, torch.float32)
+        total = torch.zeros(ctx.shape, dtype=wide, device=gradient.device)
+        return total.index_add_(0, index, gradient.to(wide)).to(gradient.dtype), None
+
+
+def _joined(flat: Tensor, plan: VarlenPlan, batch: int) -> Tensor:
+    """The tokens that are run, of all rows: ``[B * S, ...]`` to ``[Tq, ...]``."""
+    length = flat.shape[0] // batch
+    if all(count == length for count in plan.counts):
+        return flat.contiguous()
+    return torch.cat([flat[row * length : row * length + count] for row, count in enumerate(plan.counts)])
+
+
+def _with_lone_tokens(output: Tensor, value: Tensor, plan: VarlenPlan, heads: int) -> Tensor:
+    """Put what was computed, ``[Tq, Hq, D]``, into its rows; a token that sees only itself gets its own value."""
+    batch, _, length, _ = value.shape
+    if all(count == length for count in plan.counts):
+        return rearrange(output, "(b s) h d -> b h s d", b=batch)
+    parts = []
+    for row, run in enumerate(output.split(list(plan.counts))):
+        alone = _own_values(value[row : row + 1, :, plan.counts[row] :], heads)
+        parts += [run, rearrange(alone, "1 h s d -> s h d")]
+    return rearrange(torch.cat(parts), "(b s) h d -> b h s d", b=batch)
+
+
+def _own_values(value: Tensor, heads: int) -> Tensor:
+    return value.repeat_interleave(heads // value.shape[1], dim=1)
+
+
+# --- planning --------------------------------------------------------------------------------------------------------
+
+
+def plan_for(layout: RowLayout) -> VarlenPlan:
+    """The sequences of a layout, found once, on the host; a layout that was moved to its device is not waited for."""
+    if "varlen" not in layout.memo:
+        layout.memo["varlen"] = plan_sequences(layout)
+    plan: VarlenPlan = layout.memo["varlen"]
+    return plan
+
+
+def plan_sequences(layout: RowLayout) -> VarlenPlan:
+    """Cut a batch of rows into one sequence for each leaf of its tries.
+
+    Time and memory are linear in the root paths of all leaves, which are the tokens of the ordinary run.
+    """
+    host = layout.on_host()
+    ends, positions = host.subtree_end.numpy(), host.position_ids.numpy()
+    counts, keys, num_queries, consecutive = [], [], [], True
+    for row in range(layout.batch_size):
+        counts.append(_count_before_lone(ends[row]))
+        for start, stop, path in _leaves(ends[row], counts[-1]):
+            keys.append(path + row * layout.length)
+            num_queries.append(stop - start)
+            consecutive = consecutive and bool((np.diff(positions[row, path]) == 1).all())
+    num_keys = [path.size for path in keys]
+    return VarlenPlan(
+        tuple(counts),
+        _sent(np.concatenate(keys) if keys else np.empty(0, np.int64), layout.device),
+        _sent(_starts(num_queries), layout.device),
+        _sent(_starts(num_keys), layout.device),
+        max(num_queries, default=0),
+        max(num_keys, default=0),
+        consecutive,
+    )
+
+
+def _count_before_lone(ends: Ints) -> int:
+    """Tokens up to the last that sees another or is seen: padding lies behind, and a kernel would start for each."""
+    index = np.arange(ends.size)
+    reach = np.concatenate(([0], np.maximum.accumulate(ends)[:-1]))
+    together = np.flatnonzero((reach > index) | (ends > index + 1))
+    return int(together[-1]) + 1 if together.size else 0
+
+
+def _leaves(ends: Ints, count: int) -> Iterator[tuple[int, int, Ints]]:
+    """For each leaf: the run of the row that ends there, start and stop, and the tokens of its whole root path."""
+    if not count:
+        return
+    # behind a leaf begins another branch or document
+    leaves = np.flatnonzero(ends[:count] == np.arange(1, count + 1)) + 1
+    path: Ints = np.empty(0, np.int64)
+    for start, stop in pairwise([0, *leaves.tolist()]):
+        ancestors = path[ends[path] > start]
+        path = np.concatenate([ancestors, np.arange(start, stop)])
+        yield start, stop, path
+
+
+def _starts(sizes: list[int]) -> NDArray[np.int32]:
+    return np.concatenate(([0], np.cumsum(sizes))).astype(np.int32)
+
+
+def _sent(values: NDArray[Any], device: torch.device) -> Tensor:
+    """Copy to a device without waiting for it."""
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
