@@ -18,6 +18,7 @@ from flexdpo.layout.packing import pack
 from flexdpo.layout.row import Row, RowLayout
 from flexdpo.layout.trie import Trie
 from flexdpo.objective.logps import response_logps
+from flexdpo.proof.prove import Proof, prove
 
 if TYPE_CHECKING:
     from flexdpo.insight.estimate import EstimateSettings, estimate_dataset
@@ -38,6 +39,7 @@ __all__ = [
     "Group",
     "PackingCollator",
     "ParityReport",
+    "Proof",
     "Row",
     "RowLayout",
     "Trie",
@@ -48,6 +50,7 @@ __all__ = [
     "pack",
     "parity_probe",
     "prepare_model",
+    "prove",
     "regroup_by_prompt",
     "response_logps",
     "share_prefixes",

@@ -115,7 +115,7 @@ def _compare(model: nn.Module, max_tokens: int, seed: int) -> ParityReport:
     window = _largest_window(base)
     row = _probe_row(base, _document_length(base, window, max_tokens), seed).to(base.device)
     with _evaluating(model), torch.enable_grad():
-        with _stock_attention(base):
+        with stock_attention(base):
             want = _unpacked(model, row)
         prepare_model(model, impl=getattr(base, "_flexdpo_impl", "auto"))
         packed = _packed(model, row, row.layout)
@@ -213,7 +213,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _stock_attention(base: Any) -> Iterator[None]:
+def stock_attention(base: Any) -> Iterator[None]:
     """Give the backbone the attention that transformers would choose for it."""
     backbone: Any = backbone_of(base)
     before = backbone.config._attn_implementation

@@ -149,6 +149,13 @@ class DPOConfig(TrainingArguments):
         default=True,
         metadata={"help": "Turn dropout off in the policy and the reference model; shared tokens cannot have it."},
     )
+    prove: bool = field(
+        default=True,
+        metadata={
+            "help": "Before the first step, compare the run's first examples packed against one by one through the "
+            "stock attention, and stop where they differ by more than rounding explains."
+        },
+    )
     precompute_ref_log_probs: bool = field(
         default=False,
         metadata={"help": "Compute the reference model's log-probabilities once before training and drop the model."},

@@ -48,6 +48,7 @@ from flexdpo.training.precompute import Precompute
 from flexdpo.training.regroup import regroup_by_prompt
 from flexdpo.training.row_plan import RowPlan
 from flexdpo.training.sampling import balance
+from flexdpo.training.start import ProofAtStart
 from flexdpo.training.step import (
     REFERENCE_COLUMN,
     REFERENCE_PAIR_COLUMN,
@@ -71,6 +72,7 @@ if TYPE_CHECKING:
 
     from flexdpo.layout.row import Row
     from flexdpo.objective.logps import ResponseLogps
+    from flexdpo.proof.prove import Proof
     from flexdpo.training.data import DataReport
 
 logger = logging.get_logger(__name__)
@@ -170,6 +172,10 @@ class DPOTrainer(Trainer):
             self._precompute(fingerprint)
             # rows of a whole dataset come in more lengths than those of a step
             self._compile(model)
+        self.proof: Proof | None = None
+        if args.prove:
+            agrees = ref_model is None and self.objective.needs_reference
+            self.add_callback(ProofAtStart(self, reference_is_policy=agrees))
         if args.sync_ref_model:
             self.add_callback(_SyncReference(self._reference_to_move()))
 
@@ -505,7 +511,8 @@ class DPOTrainer(Trainer):
             if self.args.should_save:
                 # the one written before lacks the limit
                 torch.save(self.args, folder / TRAINING_ARGS_NAME)
-                write_record(folder, {**self._run_record(), "tokens": tokens})
+                proof = None if self.proof is None else self.proof.figures()
+                write_record(folder, {**self._run_record(), "tokens": tokens, "proof": proof})
         if self.args.should_save:
             rotate_checkpoints(
                 output_dir=output_dir,

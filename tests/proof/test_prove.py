@@ -1,0 +1,254 @@
+"""The proof at the start of a run: it lets exact models pass in every dtype, and stops each kind of wrong result."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+from flexdpo import DPOConfig, DPOTrainer, FlexdpoError, Row, RowLayout, prepare_model, prove
+from flexdpo.attention import row_mask
+from flexdpo.proof.prove import _Error
+from flexdpo.training.models import disable_dropout
+from flexdpo.training.step import REFERENCE_COLUMN
+from tests.conftest import odd_groups, preference_rows
+from tests.hf.architectures import build_or_skip
+from tests.hf.equivalence import example_groups
+from tests.hf.test_architectures import EXACT, SPREAD
+
+
+def settings(folder: Path, **changes: Any) -> DPOConfig:
+    plain = {"report_to": "none", "use_cpu": True, "save_strategy": "no", "disable_tqdm": True, "logging_steps": 1}
+    batch = {"per_device_train_batch_size": 8, "max_steps": 1, "learning_rate": 1e-3}
+    return DPOConfig(str(folder), **{**plain, **batch, **changes})
+
+
+@pytest.fixture
+def train(tmp_path: Path, tokenizer: Any) -> Any:
+    """Makes a trainer; ``train()`` on it proves first."""
+
+    def make(model: Any, **changes: Any) -> DPOTrainer:
+        peft_config = changes.pop("peft_config", None)
+        data = Dataset.from_list(preference_rows(16))
+        args = settings(tmp_path / "run", **changes)
+        return DPOTrainer(model, None, args, train_dataset=data, processing_class=tokenizer, peft_config=peft_config)
+
+    return make
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in SPREAD else pytest.mark.zoo) for n in EXACT])
+def test_exact_models_pass(name: str, dtype: torch.dtype) -> None:
+    """In train mode; one model draws random numbers whatever its settings are."""
+    model = build_or_skip(name, dtype=dtype).train()
+    disable_dropout(prepare_model(model))
+    if name == "phimoe":
+        with pytest.raises(FlexdpoError, match="random numbers were drawn"):
+            prove(model, example_groups())
+        return
+    proof = prove(model, example_groups(), pad_to_multiple_of=16)
+    assert proof.examples == 2
+    assert proof.sequences == 5
+    assert 0 < proof.value_noise < (1e-5 if dtype == torch.float32 else 0.1)
+
+
+@pytest.mark.parametrize("changes", [{}, {"max_tokens_per_row": 48}, {"sharing": "step"}], ids=str)
+def test_float64_is_proved_to_its_own_rounding(changes: dict[str, Any], small_model: Any) -> None:
+    model = small_model("gpt2", dtype=torch.float64)
+    proof = prove(model, odd_groups(np.random.default_rng(0)), **changes)
+    assert proof.value_error < 1e-14
+    assert proof.gradient_error < 1e-13
+    assert proof.line().startswith("proved on 4 examples: log-probabilities within ")
+
+
+def test_nothing_is_left_behind(small_model: Any) -> None:
+    model = prepare_model(small_model())
+    kept = torch.ones_like(model.model.embed_tokens.weight)
+    model.model.embed_tokens.weight.grad = kept
+    model.lm_head.weight.requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    states = torch.get_rng_state()
+    prove(model.train(), odd_groups(np.random.default_rng(0)))
+    assert torch.equal(states, torch.get_rng_state())
+    assert model.training
+    assert model.config._attn_implementation == "flexdpo"
+    assert not model.lm_head.weight.requires_grad
+    assert model.model.embed_tokens.weight.grad is kept
+    assert [name for name, p in model.named_parameters() if p.grad is not None] == ["model.embed_tokens.weight"]
+    assert not model.model.embed_tokens._forward_hooks
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+        {"bf16": True},
+        {"precompute_ref_log_probs": True},
+        {"per_device_train_batch_size": 1},
+        {"max_tokens_per_row": 56, "gradient_accumulation_steps": 2},
+        {"loss_type": ["kto"], "per_device_train_batch_size": 2},
+        {"loss_type": ["simpo"]},
+    ],
+    ids=str,
+)
+def test_a_run_with_its_proof_is_the_run_without_it(changes: dict[str, Any], train: Any, small_model: Any) -> None:
+    weights = []
+    for proves in (True, False):
+        trainer = train(small_model(), prove=proves, **changes)
+        trainer.train()
+        assert (trainer.proof is not None) == proves
+        weights.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+        if trainer.proof is not None:
+            compares = changes.get("loss_type") != ["simpo"]
+            assert (trainer.proof.reference_error == trainer.proof.reference_error) == compares
+    assert torch.equal(*weights)
+
+
+def test_an_adapter_is_compared_weight_by_weight(train: Any, small_model: Any) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules="all-linear", init_lora_weights=False)
+    model = peft.get_peft_model(small_model(), config)
+    trainer = train(model)
+    trainer.train()
+    assert 0 < trainer.proof.adapter_error < 1e-5
+    assert trainer.proof.reference_error < 1e-6
+    assert "the adapter's within" in trainer.proof.line()
+
+
+def test_the_proof_is_logged_and_kept_with_every_checkpoint(train: Any, small_model: Any, caplog: Any) -> None:
+    from transformers.utils import logging
+
+    logging.enable_propagation()
+    trainer = train(small_model(), save_strategy="steps", save_steps=1)
+    trainer.train()
+    logging.disable_propagation()
+    assert "proved on 4 examples: log-probabilities within" in caplog.text
+    record = json.loads((Path(trainer.args.output_dir) / "checkpoint-1" / "flexdpo_run.json").read_text())
+    assert record["proof"]["examples"] == 4
+    assert record["proof"]["value_error"] == trainer.proof.value_error
+    # and it is no setting that a resumed run would have to repeat
+    train(small_model(), save_strategy="steps", save_steps=1, prove=False).train(resume_from_checkpoint=True)
+
+
+# --- what it stops ---------------------------------------------------------------------------------------------------
+
+
+def _leaking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Siblings see each other; prompts and documents stay right."""
+    build = row_mask.build_block_mask
+
+    def leaking(layout: Any, kind: Any, **kwargs: Any) -> Any:
+        ends = layout.subtree_end.clone()
+        ends[0, : layout.num_tokens[0]] = torch.cummax(ends[0, : layout.num_tokens[0]], 0).values
+        return build(RowLayout(layout.position_ids, ends, layout.num_tokens), kind, **kwargs)
+
+    monkeypatch.setattr(row_mask, "build_block_mask", leaking)
+
+
+def _off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every response but a prompt's first begins one position too late."""
+    inputs = Row.inputs
+
+    def moved(row: Row) -> dict[str, Any]:
+        positions = row.position_ids.clone()
+        for path in row.response_paths[1:]:
+            positions[0, path] += 1
+        return {**inputs(row), "position_ids": positions}
+
+    monkeypatch.setattr(Row, "inputs", moved)
+
+
+def _values_right_gradients_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flexdpo.hf import interface
+
+    attend = interface.packed_attention
+    monkeypatch.setattr(
+        interface, "packed_attention", lambda q, k, v, mask, **kwargs: attend(q, k.detach(), v, mask, **kwargs)
+    )
+
+
+@pytest.mark.parametrize("fault", [_leaking, _off_by_one, _values_right_gradients_wrong])
+def test_a_wrong_packed_run_is_stopped(
+    fault: Any, train: Any, small_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = train(small_model())
+    before = copy.deepcopy(trainer.model.state_dict())
+    fault(monkeypatch)
+    with pytest.raises(FlexdpoError, match=r"packed .* are off by .* where rounding explains .* Nothing was trained"):
+        trainer.train()
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_dropout_that_was_left_on_is_stopped(train: Any, small_model: Any) -> None:
+    trainer = train(small_model("gpt2"))
+    trainer.model.transformer.drop.p = 0.1
+    with pytest.raises(FlexdpoError, match="random numbers were drawn in the forward pass"):
+        trainer.train()
+
+
+def test_a_reference_of_another_adapter_scale_is_stopped(train: Any, small_model: Any) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    trainer = train(peft.get_peft_model(small_model(), config))
+    for module in trainer.model.modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer):
+            module.scaling["default"] *= 1.5
+    with pytest.raises(FlexdpoError, match="the reference's log-probabilities, which are the policy's"):
+        trainer.train()
+
+
+def test_a_reference_copy_of_other_weights_is_stopped(train: Any, small_model: Any) -> None:
+    trainer = train(small_model())
+    trainer.ref_model = small_model(seed=1)
+    prepare_model(trainer.ref_model)
+    with pytest.raises(FlexdpoError, match="the reference's log-probabilities"):
+        trainer.train()
+
+
+def test_a_stale_cache_is_stopped(train: Any, small_model: Any) -> None:
+    trainer = train(small_model(), precompute_ref_log_probs=True)
+    column = REFERENCE_COLUMN
+    stale = [[value + 0.01 for value in row] for row in trainer.train_dataset[column]]
+    trainer.train_dataset = trainer.train_dataset.remove_columns(column).add_column(column, stale)
+    with pytest.raises(FlexdpoError, match="the reference's log-probabilities"):
+        trainer.train()
+
+
+def test_a_reference_of_ones_own_may_be_another_model(tmp_path: Path, tokenizer: Any, small_model: Any) -> None:
+    data = Dataset.from_list(preference_rows(16))
+    trainer = DPOTrainer(
+        small_model(),
+        small_model(seed=1),
+        settings(tmp_path),
+        train_dataset=data,
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    assert np.isnan(trainer.proof.reference_error)
+
+
+def test_a_damaged_model_is_named_with_its_example(train: Any, small_model: Any) -> None:
+    trainer = train(small_model())
+    trainer.model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(FlexdpoError, match=r"before the first step, .* log-probability of response 0 .* is nan"):
+        trainer.train()
+
+
+def test_an_error_that_is_not_finite_is_an_error(small_model: Any) -> None:
+    proof = prove(small_model(), odd_groups(np.random.default_rng(0)))
+    broken = _Error(1.0).of([(torch.tensor([float("nan")]), torch.ones(1))])
+    assert broken == float("inf")
+    assert dataclasses.replace(proof, gradient_error=broken).failures
+    assert not dataclasses.replace(proof, gradient_error=float("nan")).failures
