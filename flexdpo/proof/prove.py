@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,7 +19,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from flexdpo.errors import FlexdpoError
-from flexdpo.hf.probe import stock_attention
+from flexdpo.hf.probe import (
+    NOISE_FACTOR,
+    ROUNDINGS,
+    beside_another,
+    coarsest_rounding,
+    rounded_otherwise,
+    stock_attention,
+    token_error,
+)
 from flexdpo.hf.support import prepare_model
 from flexdpo.layout.packing import pack
 from flexdpo.objective.head import base_model, head_logps, head_plan
@@ -35,12 +43,6 @@ if TYPE_CHECKING:
 # log-probabilities of the responses of a row, [R]
 ReferenceSums = Callable[["Row"], "Tensor"]
 
-# how many times the measured noise an error may be: another kernel rounds in other places
-NOISE_FACTOR = 6.0
-# and what it may always be, in units of the dtype's rounding: noise measured as 0 is luck
-ROUNDINGS = 4.0
-# in half precision a router may send single tokens elsewhere for a rounding; nine in ten tokens are held to the noise
-_HALF_QUANTILE = 0.9
 # adapters whose gradients are compared weight by weight: two copies of so many numbers
 _MOST_ADAPTER_WEIGHTS = 1 << 24
 
@@ -178,13 +180,17 @@ def measure(
         drew, adapter = have_moved(), listener.take_adapter_gradients()
         # a compiled layer would be compiled again for every length of a sequence
         with stock_attention(base), torch.compiler.set_stance("force_eager"):
-            with listener.watching_dtypes(base):
+            with coarsest_rounding(base) as rounding:
                 alone = [_joined([runs.alone(row, response) for response in range(row.num_responses)]) for row in rows]
+            listener.rounding = rounding()
             adapter_alone = listener.take_adapter_gradients()
             noise = [runs.twice(row, response) for row in rows for response in _first_responses(row)]
         with torch.no_grad(), autocast():
             references = [] if reference is None else [reference(row) for row in rows]
-    error = _Error(_HALF_QUANTILE if listener.rounding > torch.finfo(torch.float32).eps else 1.0)
+
+    def error(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+        return token_error(pairs, listener.rounding)
+
     gradients = [
         (run.gradient[: row.num_tokens], _summed_by_token(one_by_one.gradient, row))
         for run, one_by_one, row in zip(packed, alone, rows, strict=True)
@@ -193,18 +199,16 @@ def measure(
     return Proof(
         examples=sum(len(row.groups) for row in rows),
         sequences=sum(row.num_responses for row in rows),
-        value_error=error.of((run.logps, other.logps) for run, other in zip(packed, alone, strict=True)),
-        value_noise=error.of((again.logps, once.logps) for once, again in noise),
-        gradient_error=error.of(gradients),
-        gradient_noise=error.of(
+        value_error=error((run.logps, other.logps) for run, other in zip(packed, alone, strict=True)),
+        value_noise=error((again.logps, once.logps) for once, again in noise),
+        gradient_error=error(gradients),
+        gradient_noise=error(
             (again.gradient, once.gradient)
             for once, again in noise
             if once.gradient is not None and again.gradient is not None
         ),
-        adapter_error=error.of([(adapter, adapter_alone)] if adapter.any() else []),
-        reference_error=error.of(
-            (sums, run.sums(row)) for sums, run, row in zip(references, packed, rows, strict=False)
-        ),
+        adapter_error=error([(adapter, adapter_alone)] if adapter.any() else []),
+        reference_error=error((sums, run.sums(row)) for sums, run, row in zip(references, packed, rows, strict=False)),
         rounding=listener.rounding,
         drew_random_numbers=drew,
         seconds=time.perf_counter() - started,
@@ -248,16 +252,11 @@ class _Runs:
     def twice(self, row: Row, response: int) -> tuple[_Run, _Run]:
         """One sequence alone, and beside another one in a padded batch from embeddings that are rounded otherwise."""
         path, size = _path(row, response), len(row.response_paths[response])
-        ids = row.input_ids[0, path]
-        # a third of it, so that the batch takes no more memory than the row did
-        other = torch.nn.functional.pad(ids[: max(1, len(ids) // 3)], (0, len(ids) - max(1, len(ids) // 3)))
-        mask = torch.ones(2, len(ids), dtype=torch.int64, device=ids.device)
-        mask[1, max(1, len(ids) // 3) :] = 0
-        batch = {"input_ids": torch.stack([ids, other]), "attention_mask": mask}
+        ids = row.input_ids[:, path]
         direction = _direction(row, response)
-        once = self._sequence({"input_ids": ids[None]}, size, direction)
+        once = self._sequence({"input_ids": ids}, size, direction)
         with self.listener.rounding_otherwise():
-            return once, self._sequence(batch, size, direction)
+            return once, self._sequence(beside_another(ids), size, direction)
 
     def _sequence(self, inputs: dict[str, Tensor], size: int, direction: Tensor) -> _Run:
         """Run inputs whose first sequence ends with a response of ``size`` tokens."""
@@ -320,21 +319,6 @@ class _Listener:
     rounds_otherwise: bool = False
 
     @contextlib.contextmanager
-    def watching_dtypes(self, base: Any) -> Iterator[None]:
-        """Note the coarsest rounding of what modules put out: autocast hides in places that nobody can ask."""
-
-        def note(module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001
-            if isinstance(output, torch.Tensor) and output.is_floating_point():
-                self.rounding = max(self.rounding, torch.finfo(output.dtype).eps)
-
-        handles = [m.register_forward_hook(note) for m in base.modules() if not any(m.children())]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    @contextlib.contextmanager
     def rounding_otherwise(self) -> Iterator[None]:
         """Move every embedding by about its last bit, where another batch alone may happen to round alike."""
         self.rounds_otherwise = True
@@ -345,8 +329,7 @@ class _Listener:
 
     def capture(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:  # noqa: ARG002
         if self.rounds_otherwise:
-            noise = torch.randn_like(output, dtype=torch.float32)
-            output = (output + output * noise.to(output.dtype) * self.rounding).detach()
+            output = rounded_otherwise(output.detach(), self.rounding)
         if not (self.active and torch.is_grad_enabled()):
             return output
         # an adapter on the embedding itself needs its gradient too
@@ -412,24 +395,3 @@ def _random_states_kept(device: torch.device) -> Iterator[Callable[[], bool]]:
         torch.set_rng_state(cpu)
         if cuda is not None:
             torch.cuda.set_rng_state(cuda, device)
-
-
-# --- how far apart ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Error:
-    quantile: float
-
-    def of(self, pairs: Any) -> float:
-        """Largest difference of all pairs, or that of a share of the tokens, relative to the largest value."""
-        differences, largest = [], 0.0
-        for got, want in pairs:
-            largest = max(largest, float(want.abs().max()))
-            # [L] or [L, H]: one for each token
-            differences.append((got.double() - want.double()).abs().view(len(want), -1).amax(dim=1))
-        if not differences:
-            return float("nan")
-        error = float(torch.cat(differences).quantile(self.quantile)) / max(largest, 1e-30)
-        # NaN would stand for what was not compared
-        return float("inf") if math.isnan(error) else error

@@ -15,7 +15,7 @@ from datasets import Dataset
 
 from flexdpo import DPOConfig, DPOTrainer, FlexdpoError, Row, RowLayout, prepare_model, prove
 from flexdpo.attention import row_mask
-from flexdpo.proof.prove import _Error
+from flexdpo.hf.probe import token_error
 from flexdpo.training.models import disable_dropout
 from flexdpo.training.step import REFERENCE_COLUMN
 from tests.conftest import odd_groups, preference_rows
@@ -248,7 +248,7 @@ def test_a_damaged_model_is_named_with_its_example(train: Any, small_model: Any)
 
 def test_an_error_that_is_not_finite_is_an_error(small_model: Any) -> None:
     proof = prove(small_model(), odd_groups(np.random.default_rng(0)))
-    broken = _Error(1.0).of([(torch.tensor([float("nan")]), torch.ones(1))])
+    broken = token_error([(torch.tensor([float("nan")]), torch.ones(1))])
     assert broken == float("inf")
     assert dataclasses.replace(proof, gradient_error=broken).failures
     assert not dataclasses.replace(proof, gradient_error=float("nan")).failures
