@@ -26,11 +26,13 @@ class BenchArguments:
     )
     scale: float = field(default=1.0, metadata={"help": "Factor on every length."})
     model: str = field(default="tiny", metadata={"help": f"Shape with random weights: {', '.join(SHAPES)}."})
-    baseline: list[str] = field(
-        default_factory=lambda: ["padded", "packed"],
+    baseline: list[str] | None = field(
+        default=None,
         metadata={
             "help": f"What to compare with, of {', '.join(BASELINES)}: padded sequences with stock attention and full "
-            "logits; packed rows whose prompts are not shared (FlashAttention's varlen_attn on CUDA); TRL's trainer."
+            "logits; the same with logits at labels only, as TRL has them on GPUs; packed rows whose prompts are not "
+            "shared (FlashAttention's varlen_attn on CUDA); shared rows through varlen_attn (CUDA); TRL's trainer. By "
+            "default padded and packed, and on CUDA all but TRL."
         },
     )
     pairs: int | None = field(default=None, metadata={"help": "Pairs per step; by default 16 on a CPU, 8 on CUDA."})
@@ -120,7 +122,7 @@ def _settings(arguments: BenchArguments) -> BenchSettings:
         profile=arguments.profile,
         scale=arguments.scale,
         model=arguments.model,
-        baselines=tuple(dict.fromkeys(arguments.baseline)),
+        baselines=None if arguments.baseline is None else tuple(dict.fromkeys(arguments.baseline)),
         pairs=arguments.pairs,
         batches=arguments.batches,
         rounds=arguments.rounds,

@@ -12,7 +12,7 @@ import torch
 
 from flexdpo.attention.settings import KernelSettings, kernel_settings_as
 from flexdpo.errors import FlexdpoError, nearest
-from flexdpo.insight.bench_arms import Arm, PackedArm, PaddedArm
+from flexdpo.insight.bench_arms import Arm, PackedArm, PaddedArm, PaddedLabelsArm
 from flexdpo.insight.bench_flops import Work
 from flexdpo.insight.bench_kernels import kernel_rows
 from flexdpo.insight.bench_models import find_shape
@@ -27,11 +27,14 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+    from flexdpo.attention.row_mask import Impl
     from flexdpo.insight.bench_models import Shape
     from flexdpo.insight.bench_profiles import Profile
     from flexdpo.layout.groups import Group
 
-BASELINES = ("padded", "packed", "trl")
+# on a GPU TRL computes logits at labels only, so that is the padded baseline there to look at
+BASELINES = ("padded", "padded_labels", "packed", "varlen", "trl")
+DEFAULT_BASELINES = {"cpu": ("padded", "packed"), "cuda": ("padded", "padded_labels", "packed", "varlen")}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PHASES = ("total", "policy", "reference")
 
@@ -45,7 +48,8 @@ class BenchSettings:
         profile: One of the six, or ``"all"``.
         scale: Factor on every length.
         model: Name of a shape.
-        baselines: What sharing is compared with.
+        baselines: What sharing is compared with; by default padded and packed, and on CUDA also padded with logits at
+            labels only, and sharing through ``varlen_attn``.
         pairs: Pairs per step; by default 16 on a CPU and 8 on CUDA.
         batches: Different batches of that many pairs; by default 2 on a CPU and 1 on CUDA.
         rounds: Most measurements of each batch.
@@ -63,7 +67,7 @@ class BenchSettings:
     profile: str = "all"
     scale: float = 1.0
     model: str = "tiny"
-    baselines: tuple[str, ...] = ("padded", "packed")
+    baselines: tuple[str, ...] | None = None
     pairs: int | None = None
     batches: int | None = None
     rounds: int = 24
@@ -79,9 +83,11 @@ class BenchSettings:
         cuda = self.device == "cuda"
         object.__setattr__(self, "pairs", (8 if cuda else 16) if self.pairs is None else self.pairs)
         object.__setattr__(self, "batches", (1 if cuda else 2) if self.batches is None else self.batches)
+        chosen = DEFAULT_BASELINES["cuda" if cuda else "cpu"] if self.baselines is None else self.baselines
+        object.__setattr__(self, "baselines", chosen)
         find_profiles(self.profile)
         find_shape(self.model)
-        for name in self.baselines:
+        for name in chosen:
             if name not in BASELINES:
                 raise FlexdpoError(f"--baseline {name!r} is unknown{nearest(name, BASELINES)}; use {BASELINES}")
         if self.dtype is not None and self.dtype not in DTYPES:
@@ -93,6 +99,13 @@ class BenchSettings:
             raise FlexdpoError(f"--device must be cpu or cuda, got {self.device!r}")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise FlexdpoError("--device cuda: torch sees no CUDA device; use --device cpu, or install a CUDA build")
+        if "varlen" in chosen and not cuda:
+            raise FlexdpoError("--baseline varlen is a kernel for CUDA; use --device cuda, or leave it out")
+        if {"packed", "varlen"} & set(chosen) and cuda and self.dtype == "float32":
+            raise FlexdpoError(
+                "--dtype float32: on CUDA the baselines packed and varlen are FlashAttention, which runs half "
+                "precision only; use bfloat16, or --baseline padded"
+            )
 
     @property
     def checkpointing(self) -> bool:
@@ -188,7 +201,7 @@ def _run_profile(
         device,
         rounds=settings.rounds,
         seconds=settings.seconds,
-        slow=("padded", "trl"),
+        slow=("padded", "padded_labels", "trl"),
         progress=lambda: progress(profile.name),
     )
     model.zero_grad(set_to_none=True)
@@ -218,15 +231,30 @@ def _arms(
 ) -> list[Arm]:
     budget, multiple = settings.row_budget, settings.row_multiple
     arms: list[Arm] = []
-    if "trl" in settings.baselines:
+    baselines = settings.baselines or ()
+    if "trl" in baselines:
         arms.append(TrlArm(model, batches, device, checkpointing=settings.checkpointing))
-    if "padded" in settings.baselines:
+    if "padded" in baselines:
         arms.append(PaddedArm(model, batches, device))
-    if "packed" in settings.baselines and device.type == "cuda":
+    if "padded_labels" in baselines:
+        arms.append(PaddedLabelsArm(model, batches, device))
+    if "packed" in baselines and device.type == "cuda":
         arms.append(VarlenArm(model, batches, device, max_tokens_per_row=budget))
-    elif "packed" in settings.baselines:
+    elif "packed" in baselines:
         arms.append(PackedArm(model, batches, device, shared=False, max_tokens_per_row=budget))
-    arms.append(PackedArm(model, batches, device, shared=True, max_tokens_per_row=budget, pad_to_multiple_of=multiple))
+    impls: tuple[Impl, ...] = ("varlen", "auto") if "varlen" in baselines else ("auto",)
+    for impl in impls:
+        arms.append(
+            PackedArm(
+                model,
+                batches,
+                device,
+                shared=True,
+                max_tokens_per_row=budget,
+                pad_to_multiple_of=multiple,
+                impl=impl,
+            )
+        )
     return arms
 
 
@@ -262,7 +290,7 @@ def _predicted_seconds(arm: Arm, settings: BenchSettings, shape: Shape) -> StepS
     else:
         # padded arms differ in the positions that they compute logits at
         loads = [
-            padded_load(batch)._replace(targets=arm.work(number).targets)
+            padded_load(batch)._replace(targets=arm.work(number).targets, kept_logits=arm.head_passes == 3)
             for number, batch in enumerate(arm.batches)  # type: ignore[attr-defined]
         ]
     return step_seconds(loads, shape, machine, checkpointing=settings.checkpointing)

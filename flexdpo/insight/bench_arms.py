@@ -7,7 +7,7 @@ the DPO loss and its backward pass. Policy and reference are one set of weights 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from flexdpo.insight.bench_flops import Work, padded_work, row_work
 from flexdpo.layout.groups import Group
 from flexdpo.layout.packing import best_fit_decreasing
 from flexdpo.layout.row import Row
+from flexdpo.objective.linear_logps import linear_logps
 from flexdpo.objective.logps import response_logps
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
     from transformers import PreTrainedModel
+
+    from flexdpo.attention.row_mask import Impl
 
 _BETA = 0.1
 
@@ -137,6 +140,32 @@ class PaddedArm:
         return (tokens * is_response[:, 1:]).sum(dim=1).view(2, -1)
 
 
+class PaddedLabelsArm(PaddedArm):
+    """The same padded batch, with logits at the positions that predict a response's token and nowhere else.
+
+    TRL does so on GPUs since 1.16. The head is the one that packed rows have here, so that the layouts are compared.
+    """
+
+    name = "padded_labels"
+    head_passes = 4
+
+    def work(self, batch: int) -> Work:
+        """By the padded shape, with logits at the responses only."""
+        targets = sum(ids.size for group in self.batches[batch] for ids in group.response_ids)
+        return dataclasses.replace(padded_work(self.batches[batch]), targets=targets)
+
+    def _logps(self, part: dict[str, Tensor]) -> Tensor:
+        ids, mask, is_response = (
+            part[name].flatten(0, 1) for name in ("input_ids", "attention_mask", "completion_mask")
+        )
+        backbone = self.model.base_model
+        states = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]
+        wanted = is_response[:, 1:] == 1
+        head: Any = self.model.get_output_embeddings()
+        tokens = linear_logps(states[wanted], head.weight, None, ids[:, 1:][wanted]).logps
+        return tokens.new_zeros(wanted.shape).masked_scatter(wanted, tokens).sum(dim=1).view(2, -1)
+
+
 def _label_logps(logits: Tensor, labels: Tensor) -> Tensor:
     if logits.dtype in (torch.bfloat16, torch.float16):
         return logits.log_softmax(dim=-1).gather(1, labels[:, None])[:, 0].to(torch.float32)
@@ -170,6 +199,7 @@ class PackedArm:
         shared: Whether a prompt exists once for its two responses or once for each.
         max_tokens_per_row: Longest row; both responses of a pair always stand in the same one.
         pad_to_multiple_of: Rows are padded to a multiple of this.
+        impl: The attention kernel; ``"varlen"`` gives the arm its name.
     """
 
     head_passes = 4
@@ -183,10 +213,12 @@ class PackedArm:
         shared: bool,
         max_tokens_per_row: int | None = None,
         pad_to_multiple_of: int = 1,
+        impl: Impl = "auto",
     ) -> None:
-        self.name = "shared" if shared else "packed"
+        self.name: str = impl if impl == "varlen" else "shared" if shared else "packed"
         self.model = model
-        prepare_model(model)
+        self.impl = impl
+        prepare_model(model, impl=impl)
         self.rows = [
             [row.to(device) for row in pack_pairs(batch, shared, max_tokens_per_row, pad_to_multiple_of)]
             for batch in batches
@@ -195,7 +227,7 @@ class PackedArm:
 
     def enter(self) -> None:
         """Give the model our attention."""
-        self.model.set_attn_implementation("flexdpo")
+        prepare_model(self.model, impl=self.impl)
 
     def reference(self, batch: int) -> Tensor:
         """``[2, pairs]`` without gradients, in the order of the rows."""

@@ -11,9 +11,10 @@ import torch
 
 from flexdpo.attention.kernels import packed_attention
 from flexdpo.attention.mask_mods import CAUSAL
-from flexdpo.attention.row_mask import row_mask_for
+from flexdpo.attention.row_mask import Impl, row_mask_for
+from flexdpo.attention.varlen import plan_for
 from flexdpo.insight.bench_arms import pack_pairs
-from flexdpo.insight.bench_varlen import Documents, torch_varlen
+from flexdpo.insight.bench_varlen import Documents, within_documents
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -31,11 +32,12 @@ class KernelRow:
 
     Attributes:
         layout: ``"shared"`` or ``"packed"``.
-        kernel: ``"flexdpo"`` or ``"varlen_attn"``.
+        kernel: ``"flexdpo"``, or on CUDA ``"varlen_attn"``: within documents where nothing is shared, along root paths
+            where prompts are.
         tokens: Tokens of the row.
         forward_ms: Forward with gradients on.
         backward_ms: Backward.
-        block_mask_ms: Making the BlockMask, once per step; ``None`` for a kernel without one.
+        block_mask_ms: Making the BlockMask, or the plan of root paths, once per step; ``None`` where there is neither.
     """
 
     layout: str
@@ -60,25 +62,27 @@ def kernel_rows(
     pad_to_multiple_of: int,
     repeats: int = 5,
 ) -> list[KernelRow]:
-    """Time one layer on the first row of ``pairs``, shared and not; on CUDA against ``varlen_attn`` as well."""
+    """Time one layer on the first row of ``pairs``, shared and not; on CUDA in half precision by varlen_attn too."""
     found = []
+    with_varlen = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
     for layout in ("packed", "shared"):
         row = pack_pairs(pairs, layout == "shared", max_tokens_per_row, pad_to_multiple_of)[0].to(device)
         heads = _heads(shape, row, device, dtype)
-        times = _layer_times(_own_layer(row), heads, device, repeats)
-        found.append(KernelRow(layout, "flexdpo", row.num_tokens, *times, _mask_time(row, device, repeats)))
-        if device.type == "cuda" and layout == "packed":
+        if with_varlen and layout == "packed":
             times = _layer_times(_varlen_layer(row), heads, device, repeats)
-            found.insert(0, KernelRow(layout, "varlen_attn", row.num_tokens, *times, None))
+            found.append(KernelRow(layout, "varlen_attn", row.num_tokens, *times, None))
+        times = _layer_times(_own_layer(row, "auto"), heads, device, repeats)
+        mask = _milliseconds(lambda row=row: row_mask_for(row.layout.without_masks(), CAUSAL), device, repeats)
+        found.append(KernelRow(layout, "flexdpo", row.num_tokens, *times, mask))
+        if with_varlen and layout == "shared":
+            times = _layer_times(_own_layer(row, "varlen"), heads, device, repeats)
+            plan = _milliseconds(lambda row=row: plan_for(row.layout.without_masks()), device, repeats)
+            found.append(KernelRow(layout, "varlen_attn", row.num_tokens, *times, plan))
     return found
 
 
-def _mask_time(row: Row, device: torch.device, repeats: int) -> float:
-    return _milliseconds(lambda: row_mask_for(row.layout.without_masks(), CAUSAL), device, repeats)
-
-
-def _own_layer(row: Row) -> Callable[..., Tensor]:
-    row_mask = row_mask_for(row.layout, CAUSAL)
+def _own_layer(row: Row, impl: Impl) -> Callable[..., Tensor]:
+    row_mask = row_mask_for(row.layout, CAUSAL, impl)
     return lambda query, key, value: packed_attention(query, key, value, row_mask)
 
 
@@ -86,8 +90,8 @@ def _varlen_layer(row: Row) -> Callable[..., Tensor]:
     documents = Documents.of(row)
 
     def layer(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-        return torch_varlen(query, key, value, documents, None).transpose(0, 1)[None]
+        query, key, value = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
+        return within_documents(query, key, value, documents, None).transpose(0, 1)[None]
 
     return layer
 
@@ -103,23 +107,30 @@ def _heads(shape: Shape, row: Row, device: torch.device, dtype: torch.dtype) -> 
 def _layer_times(
     layer: Callable[..., Tensor], heads: list[Tensor], device: torch.device, repeats: int
 ) -> tuple[float, float]:
-    output = layer(*heads)
-    direction = torch.randn_like(output)
+    direction = torch.randn_like(layer(*heads))
 
-    def backward() -> None:
-        torch.autograd.grad(output, heads, direction, retain_graph=True)
+    def backward(output: Tensor) -> None:
+        # once for each forward: a compiled kernel gives its buffers away in the first backward
+        torch.autograd.grad(output, heads, direction)
 
-    return _milliseconds(lambda: layer(*heads), device, repeats), _milliseconds(backward, device, repeats)
+    forward_ms = _milliseconds(lambda: layer(*heads), device, repeats)
+    return forward_ms, _milliseconds(backward, device, repeats, before=lambda: (layer(*heads),))
 
 
-def _milliseconds(run: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    """Median time of a call, after one to warm up."""
-    run()
+def _milliseconds(
+    run: Callable[..., Any],
+    device: torch.device,
+    repeats: int,
+    before: Callable[[], tuple[Any, ...]] = tuple,
+) -> float:
+    """Median time of a call, after one to warm up; ``before`` makes its arguments and is not timed."""
+    run(*before())
     seconds = []
     for _ in range(repeats):
+        arguments = before()
         _wait(device)
         start = time.perf_counter()
-        run()
+        run(*arguments)
         _wait(device)
         seconds.append(time.perf_counter() - start)
     return float(np.median(seconds)) * 1e3

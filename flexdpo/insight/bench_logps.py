@@ -152,6 +152,8 @@ def _peak_resident_bytes() -> int:
 def _logps(way: Way, states: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     if way == "chunked":
         return linear_logps(states, weight, None, labels).logps
+    if way == "linear_cross_entropy" and not hasattr(torch.nn.functional, "linear_cross_entropy"):
+        raise FlexdpoError(f"torch {torch.__version__} has no linear_cross_entropy; it came with torch 2.13")
     if way == "full logits":
         return logits_logps(torch.nn.functional.linear(states, weight), labels).logps
     losses: torch.Tensor = torch.nn.functional.linear_cross_entropy(

@@ -47,6 +47,7 @@ class TrlArm:
         checkpointing: bool = False,
     ) -> None:
         self.batches = batches
+        self.device = device
         self.trainer = _trainer(model, device, checkpointing)
         self.model = self.trainer.model
         self.inputs = [
@@ -70,8 +71,10 @@ class TrlArm:
         return loss.detach()
 
     def work(self, batch: int) -> Work:
-        """By the padded shape, with logits at the responses only."""
+        """By the padded shape; on a GPU TRL computes logits at the responses only, elsewhere at every position."""
         padded = padded_work(self.batches[batch])
+        if self.device.type != "cuda":
+            return padded
         targets = sum(ids.size for group in self.batches[batch] for ids in group.response_ids)
         return Work(padded.tokens, padded.scores, targets)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from flexdpo.attention.torch_varlen import torch_varlen
 from flexdpo.errors import FlexdpoError
 from flexdpo.insight.bench_arms import PackedArm
 from flexdpo.objective.head import head_logps, head_plan
@@ -60,25 +61,11 @@ class _Held:
 _held = _Held()
 
 
-def torch_varlen(query: Tensor, key: Tensor, value: Tensor, documents: Documents, scaling: float | None) -> Tensor:
+def within_documents(query: Tensor, key: Tensor, value: Tensor, documents: Documents, scaling: float | None) -> Tensor:
     """Causal attention within each document by ``torch.nn.attention.varlen.varlen_attn``."""
-    from torch.nn.attention.varlen import varlen_attn
-
     bounds, longest = documents
-    output = varlen_attn(
-        query,
-        key,
-        value,
-        bounds,
-        bounds,
-        longest,
-        longest,
-        scale=scaling,
-        window_size=(-1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    assert isinstance(output, torch.Tensor)
-    return output
+    # the same tensor twice, so that torch takes cuDNN where that is the faster one
+    return torch_varlen(query, key, value, bounds, bounds, longest, longest, scaling=scaling)
 
 
 class VarlenArm(PackedArm):
@@ -99,7 +86,7 @@ class VarlenArm(PackedArm):
         device: torch.device,
         *,
         max_tokens_per_row: int | None = None,
-        kernel: VarlenKernel = torch_varlen,
+        kernel: VarlenKernel = within_documents,
     ) -> None:
         super().__init__(model, batches, device, shared=False, max_tokens_per_row=max_tokens_per_row)
         AttentionInterface.register(ATTN_IMPLEMENTATION, _attention)

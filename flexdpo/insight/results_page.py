@@ -17,6 +17,8 @@ _PAPER = (
     "Paper: samples per second on 8 H100 with prompts shared, over packed FlashAttention-3; ideal by its token counts "
     "([arXiv:2410.20305](https://arxiv.org/abs/2410.20305), October 2024)."
 )
+# how the results name a baseline
+_TITLES = {"padded_labels": "padded, logits at labels", "varlen": "shared by varlen_attn"}
 _LEGEND = (
     "Over: median of the ratios of step times measured side by side (lower to upper quartile, where a step was "
     "measured more than once). Ideal: the ratio of the multiplications; efficiency: the one divided by the other, "
@@ -55,7 +57,7 @@ class ProfileResult:
 
     Attributes:
         name: The dataset whose lengths were drawn.
-        speedups: By baseline, ``"packed"``, ``"padded"`` or ``"trl"``.
+        speedups: By baseline, one of :data:`flexdpo.insight.bench.BASELINES`.
         tokens: By arm, the baselines and ``"shared"``: tokens run in all batches of the measurement.
         pairs_per_second: By arm.
         peak_bytes: By arm; ``None`` where the system cannot tell.
@@ -129,6 +131,35 @@ def paper_figures() -> dict[str, PaperFigures]:
         name: PaperFigures(profile["published"]["speedup_vs_flash3"], profile["ideal_token_ratio_at_medians"])
         for name, profile in data["profiles"].items()
     }
+
+
+@dataclass(frozen=True)
+class OutsideFigure:
+    """What somebody else published of their own training, with other models and data than ours.
+
+    Attributes:
+        who: The project.
+        what: The run.
+        device: One of the GPUs it ran on.
+        source: Where it stands.
+        date: Month and year.
+        tokens_per_second: Per GPU.
+        mfu: Share of the GPU's peak that the model's multiplications took.
+    """
+
+    who: str
+    what: str
+    device: str
+    source: str
+    date: str
+    tokens_per_second: int
+    mfu: float
+
+
+def outside_figures() -> list[OutsideFigure]:
+    """The figures that other projects published, from the package's own file."""
+    data = json.loads(files("flexdpo.insight").joinpath("profiles.json").read_text(encoding="utf-8"))
+    return [OutsideFigure(**figure) for figure in data["outside"]]
 
 
 def load_results(folder: str | Path) -> list[BenchFile]:
@@ -215,9 +246,18 @@ def _profile(name: str, figures: dict[str, Any]) -> ProfileResult:
 
 
 def render_page(results: list[BenchFile]) -> str:
-    """Write all results as Markdown: a table per file with the paper's figures beside them, and how to read it."""
+    """Write all results as Markdown: a table per file, how to read it, and what others published."""
     tables = [_section(result) for result in results]
-    return "\n\n".join([*tables, f"{_LEGEND} {_PAPER}"])
+    return "\n\n".join([*tables, f"{_LEGEND} {_PAPER}", _outside()])
+
+
+def _outside() -> str:
+    lines = [
+        f"{figure.who}, {figure.what}: {figure.tokens_per_second:,} tokens/s per {figure.device}, {figure.mfu:.1%} MFU "
+        f"([{figure.source.removeprefix('https://')}]({figure.source}), {figure.date})."
+        for figure in outside_figures()
+    ]
+    return "\n".join(["Published by others, not measured here:", *lines])
 
 
 def _section(result: BenchFile) -> str:
@@ -228,7 +268,7 @@ def _table(result: BenchFile) -> str:
     paper = paper_figures()
     header = ["lengths of"]
     for baseline in result.baselines:
-        header += [f"over {baseline}", "ideal", "efficiency"]
+        header += [f"over {_TITLES.get(baseline, baseline)}", "ideal", "efficiency"]
     header += ["memory: " + " / ".join([*result.baselines, "shared"]), "paper: over packed", "ideal"]
     lines = [header, ["---", *["---:"] * (len(header) - 1)]]
     lines += [_table_line(profile, result.baselines, paper.get(profile.name)) for profile in result.profiles]

@@ -16,9 +16,10 @@ from flexdpo.attention import flex, selftest
 from flexdpo.attention.block_masks import build_block_mask
 from flexdpo.attention.kernels import packed_attention
 from flexdpo.attention.mask_mods import CAUSAL, MaskKind
-from flexdpo.attention.row_mask import RowMask, row_mask_for
+from flexdpo.attention.row_mask import Impl, RowMask, row_mask_for
 from flexdpo.attention.selftest import Shape, compare_kernel
 from flexdpo.attention.settings import KernelSettings, kernel_settings_as
+from flexdpo.attention.varlen import varlen_attention
 from flexdpo.layout.packing import choose_buckets, row_lengths
 
 pytestmark = [
@@ -50,14 +51,15 @@ def packed_row(length: int, seed: int = 0, longest: int = 1000) -> Row:
     return Row.from_groups(groups or [Group.from_lists([1], [[2]], [])], pad_to_multiple_of=length)
 
 
-def mask(length: int, kind: MaskKind = CAUSAL, seed: int = 0) -> RowMask:
+def mask(length: int, kind: MaskKind = CAUSAL, seed: int = 0, impl: Impl = "flex") -> RowMask:
     row = packed_row(length, seed).to("cuda")
     assert row.layout.length == length
-    return row_mask_for(row.layout, kind, "flex")
+    return row_mask_for(row.layout, kind, impl)
 
 
 def assert_right(shape: Shape, row_mask: RowMask, **options) -> None:
-    report = compare_kernel(shape, row_mask, attend=flex.run_flex, **options)
+    kernel = varlen_attention if row_mask.impl == "varlen" else flex.run_flex
+    report = compare_kernel(shape, row_mask, attend=kernel, **options)
     assert report.wrong == []
 
 
@@ -80,10 +82,35 @@ def test_every_length(length: int) -> None:
     assert_right(Shape(4, 2, 64, 64, BF16), mask(length))
 
 
-@pytest.mark.parametrize("length", [1, 127, 129, 1000])
+@pytest.mark.parametrize("length", [2, 127, 129, 1000])
 def test_a_row_that_is_no_multiple_of_a_tile(length: int) -> None:
     with kernel_settings_as(KernelSettings(lengths="dynamic")):
         assert_right(Shape(4, 2, 64, 64, BF16), mask(length))
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", [CAUSAL, MaskKind("sliding", 200)], ids=lambda k: k.name)
+@pytest.mark.parametrize("length", [127, 4096])
+def test_the_kernel_along_root_paths(heads: str, dtype: torch.dtype, kind: MaskKind, length: int) -> None:
+    query_heads, key_heads, dim = HEADS[heads]
+    assert_right(Shape(query_heads, key_heads, dim, dim, dtype), mask(length, kind, impl="varlen"))
+
+
+def test_the_kernel_along_root_paths_waits_for_nothing_and_is_compared_once() -> None:
+    rows = [packed_row(length) for length in (1024, 2048)]
+    for row in rows:
+        moved = row.to("cuda")
+        heads = [torch.randn(1, h, row.layout.length, 64, device="cuda", dtype=BF16) for h in (8, 2, 2)]
+        row_mask = row_mask_for(moved.layout, CAUSAL, "varlen")
+        packed_attention(*heads, row_mask)
+        moved.layout.memo.clear()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            packed_attention(*heads, row_mask)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert len(selftest._passed) == 1
 
 
 @pytest.mark.parametrize("strategy", ["bucket", "dynamic"])

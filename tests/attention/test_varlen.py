@@ -50,8 +50,6 @@ def definition(
         assert type(longest) is int
         assert longest == int(starts.diff().max())
         assert int(starts.diff().min()) > 0
-    # torch 2.15 may run one tensor given twice by cuDNN, which aligns queries and keys at their beginnings
-    assert cu_seq_q is not cu_seq_k
     left, right = window_size
     groups, outputs = query.shape[1] // key.shape[1], []
     for q_start, q_stop, k_start, k_stop in zip(
@@ -67,11 +65,26 @@ def definition(
     return torch.cat(outputs).contiguous()
 
 
-@pytest.fixture
-def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", definition)
+def replace_varlen_attn(monkeypatch: pytest.MonkeyPatch, *, self_attention: bool = False) -> list[str]:
+    """Put the definition in the place of torch's kernel, which needs a GPU; returns the calls' kinds as they come."""
+    seen: list[str] = []
+
+    def replacement(*args: Any, enable_gqa: bool = False, **options: Any) -> torch.Tensor:
+        query, key, value, query_starts, key_starts, *longest = args
+        # torch 2.15 may run one tensor given twice by cuDNN, which aligns queries and keys at their beginnings
+        assert (query_starts is key_starts) is self_attention
+        seen.append("self-attention" if self_attention else "fewer queries")
+        return definition(query, key, value, query_starts, key_starts, *longest, enable_gqa=enable_gqa, **options)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", replacement)
     monkeypatch.setattr(varlen, "require_flash", lambda query: None)
     monkeypatch.setattr(torch_varlen, "require_flash", lambda query: None)
+    return seen
+
+
+@pytest.fixture
+def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    replace_varlen_attn(monkeypatch)
 
 
 def deep_row(seed: int) -> Row:

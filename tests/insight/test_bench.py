@@ -7,15 +7,16 @@ import torch
 
 from flexdpo import FlexdpoError, Group
 from flexdpo.commands import bench as command
-from flexdpo.insight import bench_arms
+from flexdpo.insight import bench_arms, bench_kernels
 from flexdpo.insight.bench import BenchSettings, profile_table, run_bench
-from flexdpo.insight.bench_arms import PackedArm, PaddedArm, pack_pairs
+from flexdpo.insight.bench_arms import PackedArm, PaddedArm, PaddedLabelsArm, pack_pairs
 from flexdpo.insight.bench_flops import Work, padded_work, row_work
 from flexdpo.insight.bench_models import SHAPES, Shape, find_shape
 from flexdpo.insight.bench_profiles import find_profiles, load_profiles
 from flexdpo.insight.bench_timing import Seconds, Times, measure, paired_ratio
 from flexdpo.insight.bench_trl import TrlArm
-from flexdpo.insight.bench_varlen import VarlenArm
+from flexdpo.insight.bench_varlen import Documents, VarlenArm, within_documents
+from tests.attention.test_varlen import replace_varlen_attn
 
 CPU = torch.device("cpu")
 SMALL = Shape("small", 32, 48, 2, 4, 2, 8, 97, True)
@@ -97,10 +98,12 @@ def by_documents(query, key, value, documents, scaling):
 def arms(model, batches):
     return {
         "padded": PaddedArm(model, batches, CPU),
+        "padded, labels only": PaddedLabelsArm(model, batches, CPU),
         "packed": PackedArm(model, batches, CPU, shared=False),
         "shared": PackedArm(model, batches, CPU, shared=True),
         "padded rows": PackedArm(model, batches, CPU, shared=True, pad_to_multiple_of=128),
         "varlen": VarlenArm(model, batches, CPU, kernel=by_documents),
+        "shared, along root paths": PackedArm(model, batches, CPU, shared=True, impl="varlen"),
     }
 
 
@@ -113,7 +116,8 @@ def result_of(arm, model):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_all_arms_give_the_same_values_and_gradients(checkpointing: bool) -> None:
+def test_all_arms_give_the_same_values_and_gradients(checkpointing: bool, monkeypatch) -> None:
+    replace_varlen_attn(monkeypatch)
     model = SMALL.build(CPU, torch.float64)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -171,6 +175,15 @@ def test_a_padded_batch_that_does_not_fit_is_halved(monkeypatch) -> None:
     torch.testing.assert_close(got[2], want[2], rtol=1e-5, atol=1e-8)
 
 
+def test_the_baseline_within_documents_hands_torch_one_tensor_of_bounds(monkeypatch) -> None:
+    (row,) = pack_pairs(pairs(3), False, None, 1)
+    seen = replace_varlen_attn(monkeypatch, self_attention=True)
+    heads = [torch.randn(row.input_ids.shape[1], count, 8, dtype=torch.float64) for count in (4, 2, 2)]
+    documents = Documents.of(row)
+    torch.testing.assert_close(within_documents(*heads, documents, 0.3), by_documents(*heads, documents, 0.3))
+    assert seen == ["self-attention"]
+
+
 # --- timing ----------------------------------------------------------------------------------------------------------
 
 
@@ -213,6 +226,26 @@ def test_arms_alternate_and_slow_ones_sit_out() -> None:
     assert all(step is not None for step in times["b"].steps[1])
 
 
+def test_a_layers_backward_runs_once_for_each_forward() -> None:
+    """A compiled kernel refuses a second one: its buffers are gone."""
+
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            ctx.runs = 0
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            ctx.runs += 1
+            assert ctx.runs == 1
+            return gradient
+
+    heads = [torch.randn(3, requires_grad=True)]
+    assert all(time >= 0 for time in bench_kernels._layer_times(Once.apply, heads, CPU, 3))
+
+
 def test_no_round_begins_after_the_time_is_up() -> None:
     log: list[str] = []
     measure([Recorder("a", log)], torch.nn.Linear(1, 1), 1, CPU, rounds=50, seconds=1e-9)
@@ -225,7 +258,10 @@ def test_no_round_begins_after_the_time_is_up() -> None:
 def test_the_command_prints_tables_and_writes_every_figure(tmp_path, capsys) -> None:
     target = tmp_path / "out.json"
     words = "--device cpu --profile tldr --scale 0.05 --model tiny --pairs 2 --batches 1 --rounds 3 --seconds 1"
-    assert command.run([*words.split(), "--baseline", "padded", "packed", "trl", "--json", str(target)]) == 0
+    assert (
+        command.run([*words.split(), "--baseline", "padded", "padded_labels", "packed", "trl", "--json", str(target)])
+        == 0
+    )
     printed = capsys.readouterr().out
     assert "tldr" in printed
     assert "efficiency" in printed
@@ -233,8 +269,8 @@ def test_the_command_prints_tables_and_writes_every_figure(tmp_path, capsys) -> 
     assert {"versions", "device", "date", "threads"} <= set(result["environment"])
     assert result["environment"]["versions"]["torch"] == torch.__version__
     figures = result["profiles"]["tldr"]
-    assert set(figures["arms"]) == {"padded", "packed", "shared", "trl"}
-    for baseline in ("padded", "packed", "trl"):
+    assert set(figures["arms"]) == {"padded", "padded_labels", "packed", "shared", "trl"}
+    for baseline in ("padded", "padded_labels", "packed", "trl"):
         speed = figures["speedups"][baseline]["total"]
         assert speed["efficiency"] == pytest.approx(speed["median"] / speed["ideal"])
         assert figures["speedups"][baseline]["policy"]["median"] > 0
@@ -258,6 +294,7 @@ def test_the_command_explains_itself(capsys) -> None:
         (["--model", "lama-1b"], "--model 'lama-1b' is unknown; did you mean 'llama-1b'"),
         (["--baseline", "pakced"], "--baseline 'pakced' is unknown; did you mean 'packed'"),
         (["--device", "tpu"], "--device must be cpu or cuda, got 'tpu'"),
+        (["--device", "cpu", "--baseline", "varlen"], "varlen is a kernel for CUDA; use --device cuda"),
         (["--pairs", "0"], "--pairs must be above 0, got 0"),
         (["--dtype", "float8"], "--dtype 'float8' is unknown"),
         (
@@ -287,15 +324,23 @@ def test_find_profiles_knows_all_six() -> None:
 def test_all_arms_agree_on_a_gpu() -> None:
     settings = BenchSettings(device="cuda", profile="hh_rlhf", pairs=4, batches=1, rounds=3, seconds=5)
     result = run_bench(settings, report=lambda _: None)
-    assert set(result.profiles["hh_rlhf"]["arms"]) == {"padded", "packed", "shared"}
-    assert [row["kernel"] for row in result.profiles["hh_rlhf"]["kernels"]] == ["varlen_attn", "flexdpo", "flexdpo"]
+    assert set(result.profiles["hh_rlhf"]["arms"]) == {"padded", "padded_labels", "packed", "varlen", "shared"}
+    kernels = [row["kernel"] for row in result.profiles["hh_rlhf"]["kernels"]]
+    assert kernels == ["varlen_attn", "flexdpo", "flexdpo", "varlen_attn"]
     device, shape = torch.device("cuda"), find_shape("tiny")
     model = shape.build(device, torch.bfloat16)
     batches = [load_profiles()["hh_rlhf"].pairs(4, np.random.default_rng(0), shape.vocabulary)]
     values = []
-    for arm in (PaddedArm(model, batches, device), VarlenArm(model, batches, device)):
+    for arm in (
+        PaddedArm(model, batches, device),
+        PaddedLabelsArm(model, batches, device),
+        VarlenArm(model, batches, device),
+    ):
         arm.enter()
         values.append(arm.reference(0))
+    along = PackedArm(model, batches, device, shared=True, impl="varlen")
+    along.enter()
+    values.append(along.reference(0))
     shared = PackedArm(model, batches, device, shared=True, pad_to_multiple_of=128)
     shared.enter()
     for other in values:

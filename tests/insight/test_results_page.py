@@ -61,7 +61,7 @@ def readme(tmp_path: Path) -> Path:
 
 def test_a_table_holds_the_figures_of_its_file_and_of_the_paper(folder: Path) -> None:
     page = render_page(load_results(folder))
-    title, table, about, legend = page.split("\n\n")
+    title, table, about, legend, _ = page.split("\n\n")
     assert title == "**A Processor, 1 thread: model `tiny`, float32**"
     header, _, line = table.splitlines()
     assert header.count("|") == line.count("|")
@@ -75,6 +75,15 @@ def test_a_table_holds_the_figures_of_its_file_and_of_the_paper(folder: Path) ->
     assert "torch 2" in about
     assert "arXiv:2410.20305" in legend
     assert "October 2024" in legend
+
+
+def test_what_others_published_is_labelled_so(folder: Path) -> None:
+    after = render_page(load_results(folder)).split("Published by others, not measured here:")[1]
+    assert after.strip() == (
+        "open-instruct, DPO of Olmo2-7B, rows packed to 16k tokens, prompts not shared: 5,282 tokens/s per H100, "
+        "22.5% MFU ([github.com/allenai/open-instruct/pull/1466](https://github.com/allenai/open-instruct/pull/1466), "
+        "February 2026)."
+    )
 
 
 def test_the_papers_figures_are_the_published_ones() -> None:
