@@ -9,6 +9,7 @@ Shapes: ``B`` rows, ``Hq`` query heads, ``Hkv`` key heads, ``S`` tokens, ``D`` a
 
 from __future__ import annotations
 
+import threading
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -50,6 +51,8 @@ class KernelKey(NamedTuple):
 
 
 _kernels: dict[KernelKey, Callable[..., Any]] = {}
+# two threads that need the same kernel compile it once, and count together
+_adding = threading.Lock()
 
 
 def compiled_kernels() -> tuple[KernelKey, ...]:
@@ -115,17 +118,18 @@ def kernel_key_of(
 
 
 def _kernel_for(kernel_key: KernelKey, row_mask: RowMask) -> Callable[..., Any]:
-    if kernel_key not in _kernels:
-        most = row_mask.settings.max_kernels
-        if len(_kernels) >= most:
-            lengths = sorted({known.length for known in _kernels})
-            raise FlexdpoError(
-                f"a row of {row_mask.layout.length} tokens needs FlexAttention kernel number {len(_kernels) + 1}, and "
-                f"max_kernels={most} (lengths so far: {lengths}); pad rows to fewer lengths, compile one kernel for "
-                "all of them with lengths='dynamic', or raise max_kernels"
-            )
-        _kernels[kernel_key] = _compile(kernel_key)
-    return _kernels[kernel_key]
+    with _adding:
+        if kernel_key not in _kernels:
+            most = row_mask.settings.max_kernels
+            if len(_kernels) >= most:
+                lengths = sorted({known.length for known in _kernels})
+                raise FlexdpoError(
+                    f"a row of {row_mask.layout.length} tokens needs FlexAttention kernel number {len(_kernels) + 1}, "
+                    f"and max_kernels={most} (lengths so far: {lengths}); pad rows to fewer lengths, compile one "
+                    "kernel for all of them with lengths='dynamic', or raise max_kernels"
+                )
+            _kernels[kernel_key] = _compile(kernel_key)
+        return _kernels[kernel_key]
 
 
 def _compile(kernel_key: KernelKey) -> Callable[..., Any]:

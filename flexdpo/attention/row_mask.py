@@ -57,7 +57,8 @@ def row_mask_for(layout: RowLayout, kind: MaskKind, impl: Impl = "auto") -> RowM
     memo_key = (kind, resolved) if keeps else None
     if memo_key is not None and memo_key in layout.memo:
         found: RowMask = layout.memo[memo_key]
-        if found.settings is kernel_settings():
+        # a checkpoint that runs the model again does so in a thread of the backward pass, with what the first run had
+        if found.settings == kernel_settings() or torch._C._current_graph_task_id() != -1:
             return found
     block_mask = build_block_mask(layout, kind)
     row_mask = RowMask(layout, kind, resolved, block_mask, kernel_settings(), torch.compiler.is_compiling())

@@ -1,8 +1,9 @@
-"""How FlexAttention is compiled: a process-wide setting, read when a row's mask is made."""
+"""How FlexAttention is compiled: a setting of each thread, read when a row's mask is made."""
 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -72,30 +73,31 @@ class KernelSettings:
         return self.lengths == "dynamic" or (self.lengths == "auto" and device_type == "cpu")
 
 
-@dataclass(eq=False)
-class _Current:
-    settings: KernelSettings = field(default_factory=KernelSettings)
+class _InForce(threading.local):
+    """Each thread's own: of two models that run at once, one may be told otherwise than the other."""
+
+    settings: KernelSettings = KernelSettings()
 
 
-_current = _Current()
+_in_force = _InForce()
 
 
 def kernel_settings() -> KernelSettings:
-    """The settings in force."""
-    return _current.settings
+    """The settings in force in this thread."""
+    return _in_force.settings
 
 
-def use_kernel_settings(settings: KernelSettings) -> None:
-    """Put settings in force for the whole process, for the masks made from now on."""
-    _current.settings = settings
+def exchange_kernel_settings(settings: KernelSettings) -> KernelSettings:
+    """Put settings in force in this thread, for the masks made from now on, and return those that were."""
+    before, _in_force.settings = _in_force.settings, settings
+    return before
 
 
 @contextlib.contextmanager
 def kernel_settings_as(settings: KernelSettings) -> Iterator[None]:
-    """Put settings in force for the duration of a ``with`` block."""
-    before = _current.settings
-    _current.settings = settings
+    """Put settings in force in this thread for the duration of a ``with`` block."""
+    before = exchange_kernel_settings(settings)
     try:
         yield
     finally:
-        _current.settings = before
+        exchange_kernel_settings(before)

@@ -3,12 +3,13 @@
 The layout arrives as the model's ``attention_mask``. A forward pre-hook takes it out, holds it and leaves a 2-D mask of
 the real tokens; the mask function of :mod:`flexdpo.hf.interface` finds it here. A checkpoint that reruns the whole
 model passes the layout again; one that reruns a layer passes the mask itself. So nothing depends on what was held
-before.
+before, and each thread holds its own: what the backward pass runs again in a thread of its own finds what it needs.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import threading
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,18 +43,18 @@ class Held:
     attention_ran: bool = False
 
 
-@dataclass(eq=False)
-class _Forwards:
-    """The packed forwards in progress, innermost last."""
+class _Forwards(threading.local):
+    """The packed forwards in progress in each thread, innermost last."""
 
-    held: list[Held] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.held: list[Held] = []
 
 
 _forwards = _Forwards()
 
 
 def held_forward() -> Held | None:
-    """Return the packed forward in progress, or ``None`` when a model runs without a layout."""
+    """Return the packed forward in progress in this thread, or ``None`` when a model runs without a layout."""
     held = _forwards.held[-1] if _forwards.held else None
     return None if held is None or held.layout is None else held
 

@@ -6,7 +6,6 @@ returns back at the padded places. Everything above the backbone (heads, losses,
 
 from __future__ import annotations
 
-import copy
 import inspect
 from typing import TYPE_CHECKING, Any
 
@@ -150,7 +149,7 @@ def sharing_stats(model: nn.Module) -> SharingStats:
     Raises:
         FlexdpoError: if it is not shared.
     """
-    return copy.deepcopy(_require_shared(taker_of(unwrap_model(unwrapped(model)))).stats)
+    return _require_shared(taker_of(unwrap_model(unwrapped(model)))).stats_so_far()
 
 
 def is_shared(model: nn.Module) -> bool:

@@ -5,6 +5,8 @@ Shapes: ``N`` rows of a padded batch, ``T`` places per row, ``S`` tokens of the 
 
 from __future__ import annotations
 
+import copy
+import threading
 import warnings
 import weakref
 from collections import Counter
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from flexdpo.attention.row_mask import Impl, resolve_impl
-from flexdpo.attention.settings import KernelSettings, kernel_settings, use_kernel_settings
+from flexdpo.attention.settings import KernelSettings, exchange_kernel_settings, kernel_settings
 from flexdpo.hf.batch_gather import SharedBatch
 from flexdpo.hf.holding import held_forward
 from flexdpo.hf.sharing_rules import REASONS, Positions, reason_by_arguments
@@ -92,8 +94,6 @@ class Sharing:
         parameters: Names of its positional arguments.
         hooks: To take off again.
         stats: What was done so far.
-        running: The batch in progress.
-        settings: Kernel settings to put back in force after it.
         warned: Whether it was said that dropout keeps batches from being shared.
     """
 
@@ -106,9 +106,16 @@ class Sharing:
     parameters: tuple[str, ...]
     hooks: tuple[RemovableHandle, ...] = ()
     stats: SharingStats = field(default_factory=SharingStats)
-    running: SharedBatch | None = None
-    settings: KernelSettings | None = None
     warned: bool = False
+
+    def stats_so_far(self) -> SharingStats:
+        """A copy of what was done, which threads that go on do not change."""
+        with _counting:
+            return copy.deepcopy(self.stats)
+
+
+# what a model counts, it counts for all threads that run it
+_counting = threading.Lock()
 
 
 def install_sharing_hooks(backbone: Any, sharing: Sharing) -> None:
@@ -137,13 +144,45 @@ def sharing_of(backbone: nn.Module) -> Sharing | None:
 # --- the hooks -------------------------------------------------------------------------------------------------------
 
 
+class _Running(NamedTuple):
+    """A shared batch in progress.
+
+    Attributes:
+        backbone: What runs it.
+        batch: The batch.
+        settings: Kernel settings to put back in force after it.
+    """
+
+    backbone: nn.Module
+    batch: SharedBatch
+    settings: KernelSettings
+
+
+class _InThread(threading.local):
+    """What each thread has of its own: one model may run in several of them, and several models at once.
+
+    Attributes:
+        running: Shared batches in progress, innermost last.
+        recent: The last batch that was planned, if any. Policy and reference run the same batch one after the other,
+            and then share its plan and its masks.
+    """
+
+    def __init__(self) -> None:
+        self.running: list[_Running] = []
+        self.recent: list[_Recent] = []
+
+
+_in_thread = _InThread()
+
+
 # what follows from the data cannot be in a graph; a compiled model pauses here
 @torch.compiler.disable
 def _share_batch(
     backbone: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     sharing: Sharing = backbone._flexdpo_sharing
-    sharing.running = None
+    # Ctrl-C skips the hook that takes a batch off again
+    _finish(backbone)
     named = {**dict(zip(sharing.parameters, args, strict=False)), **kwargs}
     if held_forward() is not None or any(isinstance(value, RowLayout) for value in named.values()):
         return None  # the caller packed a row already
@@ -153,8 +192,8 @@ def _share_batch(
         if planned == "random":
             _warn_once(sharing, backbone)
         return None
-    sharing.running = planned
-    _compile_for_any_length(sharing, planned)
+    settings = exchange_kernel_settings(_for_any_length(sharing, planned))
+    _in_thread.running.append(_Running(backbone, planned, settings))
     # positions come with the layout
     named.pop("position_ids", None)
     return (), {**named, "input_ids": planned.input_ids, "attention_mask": planned.layout, "use_cache": False}
@@ -162,13 +201,20 @@ def _share_batch(
 
 @torch.compiler.disable
 def _place_output(backbone: Any, args: Any, kwargs: Any, output: Any) -> Any:  # noqa: ARG001
-    sharing: Sharing = backbone._flexdpo_sharing
-    batch, sharing.running = sharing.running, None
-    if sharing.settings is not None:
-        use_kernel_settings(sharing.settings)
-        sharing.settings = None
+    batch = _finish(backbone)
     # output is None when the forward raised
     return None if batch is None or output is None else batch.at_padded_places(output)
+
+
+def _finish(backbone: nn.Module) -> SharedBatch | None:
+    """Take the batch that a backbone is running off, with whatever was interrupted inside of it."""
+    running = _in_thread.running
+    for number, found in enumerate(running):
+        if found.backbone is backbone:
+            exchange_kernel_settings(found.settings)
+            del running[number:]
+            return found.batch
+    return None
 
 
 def _count(sharing: Sharing, named: dict[str, Any], planned: SharedBatch | str) -> None:
@@ -177,13 +223,14 @@ def _count(sharing: Sharing, named: dict[str, Any], planned: SharedBatch | str) 
     tokens = next((each for each in (named.get("input_ids"), named.get("inputs_embeds")) if each is not None), None)
     places = tokens.shape[:2].numel() if isinstance(tokens, torch.Tensor) else 0
     stats = sharing.stats
-    stats.tokens_in += places
-    if isinstance(planned, str):
-        stats.tokens_run += places
-        stats.passed_through[planned] += 1
-    else:
-        stats.tokens_run += planned.layout.length
-        stats.batches_shared += 1
+    with _counting:
+        stats.tokens_in += places
+        if isinstance(planned, str):
+            stats.tokens_run += places
+            stats.passed_through[planned] += 1
+        else:
+            stats.tokens_run += planned.layout.length
+            stats.batches_shared += 1
 
 
 def _warn_once(sharing: Sharing, backbone: nn.Module) -> None:
@@ -197,19 +244,12 @@ def _warn_once(sharing: Sharing, backbone: nn.Module) -> None:
         sharing.warned = True
 
 
-# FlexAttention compiles a kernel for each row length on CUDA unless told otherwise, and here every batch has another
-_any_length: list[tuple[KernelSettings, KernelSettings]] = []
-
-
-def _compile_for_any_length(sharing: Sharing, batch: SharedBatch) -> None:
+def _for_any_length(sharing: Sharing, batch: SharedBatch) -> KernelSettings:
+    """By default FlexAttention compiles a kernel for each row length on CUDA; here every batch has another length."""
     settings = kernel_settings()
     if settings.lengths != "auto" or resolve_impl(sharing.impl, batch.input_ids.device) != "flex":
-        return
-    # the same object each time, by which masks already made are known
-    if not _any_length or _any_length[0][0] is not settings:
-        _any_length[:] = [(settings, replace(settings, lengths="dynamic"))]
-    sharing.settings = settings
-    use_kernel_settings(_any_length[0][1])
+        return settings
+    return replace(settings, lengths="dynamic")
 
 
 # --- the plan --------------------------------------------------------------------------------------------------------
@@ -233,10 +273,6 @@ class _Recent(NamedTuple):
     planned: SharedBatch | str
 
 
-# policy and reference run the same batch one after the other, and then share its plan and its masks
-_recent: list[_Recent] = []
-
-
 def _planned(sharing: Sharing, named: dict[str, Any]) -> SharedBatch | str:
     """The packed row for a batch, or the reason why it is not shared."""
     input_ids: Tensor = named["input_ids"]
@@ -247,15 +283,16 @@ def _planned(sharing: Sharing, named: dict[str, Any]) -> SharedBatch | str:
     if any(each is not None and each.is_inference() for each in tensors):
         return plan_batch(input_ids, mask, plan_key)  # such tensors do not tell whether they were changed
     versions = tuple(each._version for each in tensors if each is not None)
-    for recent in _recent:
+    kept = _in_thread.recent
+    for recent in kept:
         alive = tuple(None if ref is None else ref() for ref in recent.tensors)
         same = all(old is new for old, new in zip(alive, tensors, strict=True))
         if same and recent.versions == versions and recent.plan_key == plan_key:
             return recent.planned
     planned = plan_batch(input_ids, mask, plan_key)
     # masks and plan go when the batch goes
-    refs = tuple(None if each is None else weakref.ref(each, lambda _: _recent.clear()) for each in tensors)
-    _recent[:] = [_Recent(refs, versions, plan_key, planned)]
+    refs = tuple(None if each is None else weakref.ref(each, lambda _: kept.clear()) for each in tensors)
+    kept[:] = [_Recent(refs, versions, plan_key, planned)]
     return planned
 
 

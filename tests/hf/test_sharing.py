@@ -366,7 +366,7 @@ def test_policy_and_reference_share_one_plan(monkeypatch: pytest.MonkeyPatch) ->
     import gc
 
     gc.collect()
-    assert not sharing_hooks._recent
+    assert not sharing_hooks._in_thread.recent
 
 
 def Unshared(model: Any) -> Any:  # noqa: N802
