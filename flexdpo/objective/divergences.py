@@ -26,7 +26,7 @@ def reverse_kl(logratios: Tensor) -> Tensor:
 
 def forward_kl(logratios: Tensor) -> Tensor:
     """``f(t) = -log t``: the score is ``-1 / t``, here plus 1, so that it is 0 where policy and reference agree."""
-    return -torch.expm1(-logratios)
+    return -_bounded_expm1(-logratios)
 
 
 def js_divergence(logratios: Tensor) -> Tensor:
@@ -39,9 +39,26 @@ def alpha_divergence(logratios: Tensor, alpha: float) -> Tensor:
     exponent = alpha - 1.0
     if abs(exponent) < 1e-6:
         return logratios
-    # beyond this the power no longer fits the dtype and its gradient would be NaN
-    largest = math.log(torch.finfo(logratios.dtype).max) - 8
-    return torch.expm1((exponent * logratios).clamp(max=largest)) / exponent
+    return _bounded_expm1(exponent * logratios, divisor=exponent) / exponent
+
+
+def _bounded_expm1(exponents: Tensor, divisor: float = 1.0) -> Tensor:
+    """``exp(x) - 1``, with a value that its dtype holds and a slope that float32 holds.
+
+    The slope reaches the targets, which are float32 even where sums of them are float64: an exponential that only
+    float64 holds would turn into infinities there, and into NaN behind them. Half of what a dtype holds is left, so
+    that a difference of two such scores still fits.
+
+    Args:
+        exponents: Any shape.
+        divisor: What the result will be divided by, below 1 in size or not.
+    """
+    room = math.log(min(1.0, abs(divisor)) / 2)
+    largest = math.log(torch.finfo(exponents.dtype).max) + room
+    steepest = min(largest, math.log(torch.finfo(torch.float32).max) + room)
+    values = torch.expm1(exponents.detach().clamp(max=largest))
+    slopes = exponents.detach().clamp(max=steepest).exp()
+    return values + slopes * (exponents - exponents.detach())
 
 
 _SCORES: dict[str, Callable[[Tensor], Tensor]] = {

@@ -252,8 +252,9 @@ def discopop_loss(pairs: Pairs, beta: float, tau: float = 0.05) -> Tensor:
         Lu et al. 2024, arXiv:2406.08414, Eq. 5 (log-ratio modulated loss).
     """
     logits = beta * (pairs.chosen_scores - pairs.rejected_scores)
-    exponential = torch.sigmoid(logits / tau)
-    return (1 - exponential) * -F.logsigmoid(logits) + exponential * torch.exp(-logits)
+    # the exponential is weighed inside of its exponent: far on the wrong side it would be 0 times infinity
+    exponential = torch.exp(F.logsigmoid(logits / tau) - logits)
+    return torch.sigmoid(-logits / tau) * -F.logsigmoid(logits) + exponential
 
 
 def simpo_loss(pairs: Pairs, beta: float, gamma: float = 0.5, label_smoothing: float = 0.0) -> Tensor:

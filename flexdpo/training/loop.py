@@ -16,7 +16,8 @@ from flexdpo.objective.logps import response_logps
 from flexdpo.objective.objective import Objective
 from flexdpo.objective.unpaired import with_unrelated_responses
 from flexdpo.training import distribution, models
-from flexdpo.training.step import PackedBatch, Runner, require_finite_loss
+from flexdpo.training.finite import StepGuard
+from flexdpo.training.step import PackedBatch, Runner
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -81,8 +82,8 @@ def make_train_step(
         loss_settings: ``beta``, ``label_smoothing``, ``loss_weights``, ... as in ``Objective``.
 
     Returns:
-        A callable ``step(groups) -> StepResult``. It raises ``FlexdpoError`` at a loss that is not finite, naming the
-        example, before the optimizer moves.
+        A callable ``step(groups) -> StepResult``. It raises ``FlexdpoError`` at a loss or a gradient that is not
+        finite, naming the example, before the optimizer moves. A step that raised leaves no gradients.
     """
     names = (loss_type,) if isinstance(loss_type, str) else tuple(loss_type)
     objective = Objective(names, **loss_settings)
@@ -96,6 +97,7 @@ def make_train_step(
     device = next(model.parameters()).device
     multiple = pad_to_multiple_of or (128 if device.type == "cuda" else 1)
     runner = Runner(model, objective, reference=reference, **_surroundings(model, accelerator))
+    guard = StepGuard(inner, accelerator)
 
     def step(groups: Sequence[Group]) -> StepResult:
         model.train()
@@ -108,9 +110,12 @@ def make_train_step(
             sharing=sharing,
             with_idle_row=in_step,
         )
-        result = runner(batch.to(device, non_blocking=True))
-        require_finite_loss(result, batch)
-        norm = _clip(model, max_grad_norm, accelerator)
+        batch = batch.to(device, non_blocking=True)
+        with guard.all_or_nothing():
+            result = runner(batch)
+            guard.add(runner, batch, result)
+            norm = _clip(model, max_grad_norm, accelerator)
+            guard.require_finite(norm)
         optimizer.step()
         optimizer.zero_grad()
         metrics = {name: values.mean() for name, values in result.metrics.items() if len(values)}

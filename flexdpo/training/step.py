@@ -14,7 +14,7 @@ from flexdpo.errors import FlexdpoError
 from flexdpo.layout.groups import Group
 from flexdpo.layout.packing import pack
 from flexdpo.layout.row import Row
-from flexdpo.objective.logps import ResponseLogps, require_finite, response_logps
+from flexdpo.objective.logps import ResponseLogps, response_logps
 from flexdpo.objective.objective import BatchTotals, Objective, Reference, ReferenceLogps, surrogate_loss
 from flexdpo.objective.unpaired import labels_of, with_unrelated_responses
 from flexdpo.training.data import group_from_row
@@ -327,31 +327,6 @@ class Runner:
 
 def _sums(logps: Reference) -> list[Tensor]:
     return [logps.sums.detach()] if isinstance(logps, ResponseLogps) else []
-
-
-def require_finite_loss(result: BatchLoss, batch: PackedBatch, *, where: str = "", examples: str = "") -> None:
-    """Stop at a loss that is not finite, naming the example that made it so; waits for the device once.
-
-    Args:
-        result: Of the batch.
-        batch: The batch.
-        where: For instance ``"step 12"``.
-        examples: Names the batch's examples, for a loss that no log-probability explains.
-
-    Raises:
-        FlexdpoError: naming the place, the example and the response.
-    """
-    if bool(torch.isfinite(result.loss)):
-        return
-    for sums, row in zip(result.policy_sums, batch.rows, strict=True):
-        require_finite(sums, row, where=where)
-    for sums, row in zip(result.reference_sums, batch.rows, strict=False):
-        require_finite(sums, row, model="the reference", where=where)
-    names = examples or "the groups " + ", ".join(group.name for row in batch.rows for group in row.groups)
-    raise FlexdpoError(
-        f"{where}{': ' if where else ''}the loss is not finite though every log-probability is, in the batch of "
-        f"{names}; a smaller beta or a lower learning rate keeps it finite"
-    )
 
 
 def run_batch(model: nn.Module, batch: PackedBatch, objective: Objective, **settings: Any) -> BatchLoss:

@@ -35,6 +35,7 @@ from flexdpo.training.checkpoints import (
 )
 from flexdpo.training.config import DPOConfig
 from flexdpo.training.data import LABELS_COLUMN, TOKENISED_COLUMNS, tokenize_preferences
+from flexdpo.training.finite import StepGuard, require_finite_weights
 from flexdpo.training.lengths import (
     has_one_pair_each,
     predicted_costs,
@@ -56,7 +57,6 @@ from flexdpo.training.step import (
     PackedBatch,
     PackingCollator,
     Runner,
-    require_finite_loss,
 )
 from flexdpo.training.streaming import StreamedPreferences, is_stream
 from flexdpo.training.workers import plain_worker_errors
@@ -168,6 +168,8 @@ class DPOTrainer(Trainer):
         self._in_step = distribution.runs_in_step(self.accelerator)
         self.data_collator: Any = replace(collator, with_idle_row=self._in_step)
         self.ref_model = None if reference is None else distribution.place_reference(reference, self.accelerator)
+        self._guard = StepGuard(self.accelerator.unwrap_model(self.model), self.accelerator)
+        self.add_callback(_GuardedStep(self._guard))
         if precompute:
             self._precompute(fingerprint)
             # rows of a whole dataset come in more lengths than those of a step
@@ -370,7 +372,11 @@ class DPOTrainer(Trainer):
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
-        batch = self._on_device(inputs)
+        # a step that is interrupted leaves nothing of itself to the next one
+        with self._guard.all_or_nothing():
+            return self._run_batch(model, self._on_device(inputs))
+
+    def _run_batch(self, model: nn.Module, batch: PackedBatch) -> Tensor:
         scale = 1.0 / self.current_gradient_accumulation_steps
         options = distribution.backward_options(self.accelerator)
 
@@ -384,18 +390,18 @@ class DPOTrainer(Trainer):
         )
         with kernel_settings_as(self.row_plan.kernels):
             result = runner(batch)
-        rows = ", ".join(str(row) for row in inputs["example_rows"].tolist())
-        require_finite_loss(
-            result,
-            batch,
-            where=f"step {self.state.global_step + 1}",
-            examples=f"the dataset's rows {rows} (counted from 0)",
-        )
+        self._guard.add(runner, batch, result)
         self.tokens["run"] += batch.tokens_run
         self.tokens["unshared"] += batch.tokens_unshared
         self._metrics["train"].add(result.metrics)
         step_loss: Tensor = (result.loss * scale).to(torch.float32)
         return step_loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The norm that ``Trainer`` logs, asked for before every step of the optimizer; here it is looked at too."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self._guard.require_finite(norm, where=f"step {self.state.global_step + 1}")
+        return norm
 
     def _on_device(self, inputs: dict[str, Any]) -> PackedBatch:
         batch: PackedBatch = self._prepare_inputs(inputs)["batch"]
@@ -475,6 +481,8 @@ class DPOTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save as ``Trainer`` does; under FSDP the finished model is saved whole, however its checkpoints are."""
+        if not _internal_call:
+            require_finite_weights(self._guard.model, self.accelerator, "the model")
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is None or _internal_call:
             super().save_model(output_dir, _internal_call)
@@ -499,6 +507,7 @@ class DPOTrainer(Trainer):
         """Save as ``Trainer`` does, mark the checkpoint as complete, and only then let older ones go."""
         output_dir = self._get_output_dir(trial=trial)
         folder = Path(output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        require_finite_weights(self._guard.model, self.accelerator, f"the checkpoint {folder}")
         tokens = self.total_tokens()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         with writing_checkpoint(folder, is_writer=self.args.should_save):
@@ -572,6 +581,20 @@ class DPOTrainer(Trainer):
             eval_dataset = self._tokenised_all(eval_dataset, self.processing_class, self.model)
         metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         return metrics
+
+
+class _GuardedStep(TrainerCallback):
+    """Holds ``Trainer`` to its word that the gradient's norm is asked for before the optimizer steps."""
+
+    def __init__(self, guard: StepGuard) -> None:
+        self.guard = guard
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        if self.guard.ran:
+            raise RuntimeError(
+                "transformers' Trainer did not ask for the gradient's norm before the optimizer's step, so it was not "
+                "looked at; this version of transformers is not supported"
+            )
 
 
 class _SyncReference(TrainerCallback):

@@ -1,0 +1,233 @@
+"""Looks at an optimizer step before it is taken: what is not finite reaches neither the weights nor a checkpoint.
+
+The gradient's norm is computed for clipping anyway, and every process has the same one. It is looked at together with
+the step's losses, so the device is waited for once per optimizer step. Only when something is not finite are the step's
+groups run again, one by one, to name the one at fault: a forward and a backward pass for each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from accelerate.utils import DistributedType
+
+from flexdpo.errors import FlexdpoError
+from flexdpo.objective.logps import require_finite
+from flexdpo.objective.objective import BatchTotals, ReferenceLogps
+from flexdpo.training.distribution import runs_in_step
+from flexdpo.training.step import BatchLoss, PackedBatch, Runner
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from accelerate import Accelerator
+    from torch import Tensor, nn
+
+    from flexdpo.layout.groups import Group
+    from flexdpo.layout.row import Row
+
+_WAY_OUT = "a smaller beta, a lower learning rate, or bf16 in place of fp16 keeps it finite"
+# under GradScaler a step that overflows is skipped and tried again with a smaller scale, down to this one
+_SMALLEST_SCALE = 1.0
+
+
+class Ran(NamedTuple):
+    """A batch of the step in progress: what ran it, and what came out."""
+
+    runner: Runner
+    batch: PackedBatch
+    result: BatchLoss
+
+
+@dataclass(eq=False)
+class StepGuard:
+    """Keeps an optimizer from a step that is not finite.
+
+    Attributes:
+        model: The bare model, whose parameters are trained.
+        accelerator: Of the run, where there is one.
+        ran: The batches of the step in progress.
+    """
+
+    model: nn.Module
+    accelerator: Accelerator | None = None
+    ran: list[Ran] = field(default_factory=list)
+
+    def add(self, runner: Runner, batch: PackedBatch, result: BatchLoss) -> None:
+        """Remember a batch whose gradients were added to the step's."""
+        self.ran.append(Ran(runner, batch, result))
+
+    @contextlib.contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """Whatever is raised within, the gradients that the step has added up so far go."""
+        try:
+            yield
+        except BaseException:
+            self.forget()
+            raise
+
+    def forget(self) -> None:
+        """Drop the step in progress, gradients included."""
+        self.ran.clear()
+        self.model.zero_grad(set_to_none=True)
+
+    def require_finite(self, norm: Tensor | float | None, *, where: str = "") -> None:
+        """Stop before the optimizer steps if a loss or the gradient is not finite; all processes stop together.
+
+        Where a gradient scaler is at work, a gradient that overflows is its business, as long as its scale can shrink.
+
+        Args:
+            norm: Of the gradient, before clipping; ``None`` where the engine that clips does not tell.
+            where: For instance ``"step 12"``.
+
+        Raises:
+            FlexdpoError: naming the example, or that another process found something.
+        """
+        ran, self.ran = self.ran, []
+        with self.all_or_nothing():
+            found = self._agreed(ran, norm)
+            if found.loss or found.gradient:
+                self._stop(ran, f"{where}: " if where else "")
+
+    def _agreed(self, ran: list[Ran], norm: Tensor | float | None) -> _NotFinite:
+        device = next(self.model.parameters()).device
+        losses = torch.stack([each.result.loss.detach().to(device) for each in ran]) if ran else torch.zeros(1)
+        total = torch.zeros(()) if norm is None else torch.as_tensor(norm).detach()
+        # a sharded gradient's norm is sharded too
+        total = total.full_tensor() if hasattr(total, "full_tensor") else total
+        bad = torch.stack([~torch.isfinite(losses.to(device)).all(), ~torch.isfinite(total.to(device))]).to(torch.int32)
+        if self.accelerator is not None and self.accelerator.num_processes > 1:
+            torch.distributed.all_reduce(bad, op=torch.distributed.ReduceOp.MAX)
+        loss, gradient = (bool(each) for each in bad.tolist())
+        scaler = None if self.accelerator is None else self.accelerator.scaler
+        if gradient and scaler is not None and scaler.is_enabled():
+            gradient = scaler.get_scale() < _SMALLEST_SCALE
+        return _NotFinite(loss, gradient)
+
+    def _stop(self, ran: list[Ran], place: str) -> None:
+        # sharded weights are gathered by all processes together, which may have unequal numbers of groups
+        if self.accelerator is None or not runs_in_step(self.accelerator):
+            for each in ran:
+                for group, alone in _one_by_one(each):
+                    self._require_finite_alone(group, alone, place)
+        for each in ran:
+            _require_finite_values(each, place)
+        groups = ", ".join(group.name for each in ran for row in each.batch.rows for group in row.groups)
+        several = self.accelerator is not None and self.accelerator.num_processes > 1
+        elsewhere = ", or it comes from another process, whose message says more" if several else ""
+        # what the batch has together: a loss that compares its pairs, a sum that overflows
+        raise FlexdpoError(
+            f"{place}the gradient or the loss is not finite in the batch of {groups}, though none of them is at fault "
+            f"alone{elsewhere}; {_WAY_OUT}"
+        )
+
+    def _require_finite_alone(self, group: Group, alone: _Alone, place: str) -> None:
+        self.model.zero_grad(set_to_none=True)
+        result = replace(alone.runner, model=self.model)(alone.batch)
+        # in a shared row the NaN of one example spreads to the others, behind a mask that gives it the weight 0
+        _require_finite_values(Ran(alone.runner, alone.batch, result), place)
+        if not bool(torch.isfinite(result.loss)):
+            raise FlexdpoError(
+                f"{place}the loss is not finite though every log-probability is, at {group.name}; {_WAY_OUT}"
+            )
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        if not bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients))):
+            name = next(not_finite(self.model, gradients=True), None)
+            at_fault = "the gradient's norm" if name is None else f"the gradient of {name}"
+            raise FlexdpoError(f"{place}{at_fault} is not finite though the loss is, at {group.name}; {_WAY_OUT}")
+
+
+class _NotFinite(NamedTuple):
+    loss: bool
+    gradient: bool
+
+
+class _Alone(NamedTuple):
+    runner: Runner
+    batch: PackedBatch
+
+
+def _require_finite_values(ran: Ran, place: str) -> None:
+    """Stop at a log-probability that is not finite, of the policy or of its reference."""
+    batch, result, where = ran.batch, ran.result, place.removesuffix(": ")
+    for sums, row in zip(result.policy_sums, batch.rows, strict=True):
+        require_finite(sums, row, where=where)
+    for sums, row in zip(result.reference_sums, batch.rows, strict=False):
+        require_finite(sums, row, model="the reference", where=where)
+    for given, row in zip(batch.reference or (), batch.rows, strict=False):
+        require_finite(given.sums, row, model="the precomputed reference", where=where)
+
+
+def _one_by_one(ran: Ran) -> Iterator[tuple[Group, _Alone]]:
+    """Each group of a batch in a row of its own, with the weight that it has in the whole batch."""
+    objective = ran.runner.objective
+    runner = replace(
+        ran.runner, backward=torch.Tensor.backward, no_sync=contextlib.nullcontext, average=None, agree=None
+    )
+    for number, row in enumerate(ran.batch.rows):
+        given = None if ran.batch.reference is None else ran.batch.reference[number]
+        for group, reference in _references(row, given):
+            alone = PackedBatch.from_groups([group]).to(row.input_ids.device)
+            # a loss that couples its pairs is that of the group's own pairs
+            alone.totals = BatchTotals.of([group]) if objective.couples_batch else ran.batch.totals
+            alone.reference = None if reference is None else [reference]
+            if objective.couples_batch and not (group.edges or alone.totals.labelled):
+                continue
+            yield group, _Alone(runner, alone)
+
+
+def _references(row: Row, given: ReferenceLogps | None) -> Iterator[tuple[Group, ReferenceLogps | None]]:
+    response = edge = 0
+    for group in row.groups:
+        responses = slice(response, response := response + len(group.response_ids))
+        edges = slice(edge, edge := edge + len(group.edges))
+        if given is None:
+            yield group, None
+        else:
+            pairs = None if given.pair_sums is None else given.pair_sums[edges]
+            yield group, ReferenceLogps(given.sums[responses], pairs)
+
+
+# --- what is trained -------------------------------------------------------------------------------------------------
+
+
+def not_finite(model: nn.Module, *, gradients: bool = False) -> Iterator[str]:
+    """Names of the trained parameters, or of those whose gradients, hold a NaN or an infinity; waits for the device."""
+    for name, parameter in model.named_parameters():
+        values = parameter.grad if gradients else parameter
+        if values is None or not parameter.requires_grad:
+            continue
+        local: Any = values.detach()
+        local = local.to_local() if hasattr(local, "to_local") else local
+        if not bool(torch.isfinite(local).all()):
+            yield name
+
+
+def require_finite_weights(model: nn.Module, accelerator: Accelerator, what: str) -> None:
+    """Refuse to write weights that are not finite, as a step with a learning rate beyond all bounds leaves them.
+
+    Args:
+        model: The bare model.
+        accelerator: Processes that hold parts of the weights agree.
+        what: What was to be written.
+
+    Raises:
+        FlexdpoError: naming the first parameter at fault.
+    """
+    name = next(not_finite(model), None)
+    bad = name is not None
+    if accelerator.num_processes > 1 and accelerator.distributed_type in (
+        DistributedType.FSDP,
+        DistributedType.DEEPSPEED,
+    ):
+        flag = torch.tensor(int(bad), device=accelerator.device)
+        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+        bad = bool(flag)
+    if bad:
+        raise FlexdpoError(
+            f"{what} is not written, since {name or 'a weight of another process'} holds values that are not finite; "
+            "go on from the checkpoint before it with a lower learning rate"
+        )
