@@ -37,6 +37,8 @@ def data() -> Dataset:
 @pytest.fixture
 def trainer(tmp_path: Path, tokenizer: Any, small_model: Any, data: Dataset) -> Any:
     def build(model: Any = None, ref_model: Any = None, **changes: Any) -> DPOTrainer:
+        # what is damaged from the start is found by the proof, before the first step
+        changes = {"prove": False} | changes
         defaults = {"per_device_train_batch_size": 3, "max_steps": 3, "save_strategy": "steps", "save_steps": 1}
         args = settings(tmp_path / "run", train_sampling_strategy="sequential", **defaults | changes)
         return DPOTrainer(model or small_model(), ref_model, args, train_dataset=data, processing_class=tokenizer)
@@ -316,7 +318,7 @@ from tests.processes import leave
 torch.set_num_threads(1)
 model, output = sys.argv[1:]
 args = DPOConfig(output, max_steps=2, use_cpu=True, learning_rate=1e-3, report_to="none", disable_tqdm=True,
-                 save_strategy="no", per_device_train_batch_size=2, ddp_backend="gloo", logging_steps=1)
+                 save_strategy="no", per_device_train_batch_size=2, ddp_backend="gloo", prove=False)
 trainer = DPOTrainer(load_model(model), None, args, train_dataset=Dataset.from_list(preference_rows(8)),
                      processing_class=load_tokenizer(model))
 weights = [p.detach().clone() for p in trainer.model.parameters()]
