@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -19,6 +20,7 @@ from transformers import (
 )
 
 import flexdpo
+from tests.hf.architectures import REPORTED_CHANGES
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -35,6 +37,18 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     if config.option.markexpr == "gpu" and is_test and "mark.gpu" not in collection_path.read_text(encoding="utf-8"):
         return True
     return None
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Report, without failing, what a transformers newer than the records of the zoo changed."""
+    passed = terminalreporter.stats.get("passed", [])
+    changes = {change for report in passed for change in report.user_properties if change[0] in REPORTED_CHANGES}
+    if changes:
+        terminalreporter.section(f"transformers {transformers.__version__} is newer than the records of the zoo")
+    for change in REPORTED_CHANGES:
+        names = sorted(name for kind, name in changes if kind == change)
+        if names:
+            terminalreporter.write_line(f"{change}: {', '.join(names)}")
 
 
 _SHAPE = {

@@ -32,7 +32,7 @@ _HARMLESS_KWARGS = frozenset(
     (
         "position_ids", "cache_position", "use_cache", "sliding_window", "output_hidden_states",
         "output_router_logits", "num_items_in_batch", "return_dict", "logits_to_keep", "past_key_values",
-        "layer_idx",
+        "cache", "layer_idx",
     )
 )
 # fmt: on

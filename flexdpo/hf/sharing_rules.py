@@ -68,6 +68,8 @@ _RELATIVE = frozenset(
     )
 )
 # fmt: on
+# transformers renamed the argument in 5.24, and takes the older names still
+_CACHES = ("cache", "past_key_values", "cache_params")
 _RELATIVE_ROPE = frozenset({"default", "linear", "llama3", "yarn"})
 # settings by which a model of rotary positions makes use of the absolute ones too
 _ABSOLUTE_SETTINGS = ("attn_temperature_tuning", "llama_4_scaling_beta")
@@ -80,7 +82,7 @@ def reason_by_arguments(backbone: PreTrainedModel, kwargs: dict[str, Any]) -> st
 
 def _obstacles(backbone: PreTrainedModel, kwargs: dict[str, Any]) -> Iterator[str]:
     input_ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
-    if kwargs.get("past_key_values") is not None or _makes_cache(backbone, kwargs):
+    if any(kwargs.get(name) is not None for name in _CACHES) or _makes_cache(backbone, kwargs):
         yield "use_cache"
     if not isinstance(input_ids, torch.Tensor) or kwargs.get("inputs_embeds") is not None:
         yield "inputs_embeds"

@@ -18,18 +18,33 @@ from torch import nn
 _FOLDER = Path(__file__).parent / "zoo"
 # older versions do not know every layer type and setting of the configurations
 _WRITTEN_FOR = Version("5.23")
+# the newest version that the verdicts were measured with
+RECORDED_UP_TO = Version("5.24")
+# properties under which tests report, without failing, what a newer version changed
+BECAME_EXACT = "became exact"
+NOT_IN_THE_ZOO = "not in the zoo"
+REPORTED_CHANGES = (BECAME_EXACT, NOT_IN_THE_ZOO)
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """One line of the zoo: ``verdict`` is exact, wrong or raises, as measured on packed rows without any check."""
+    """One line of the zoo: ``verdict`` is exact, wrong or raises, as measured on packed rows without any check.
+
+    Verdicts hold for ``RECORDED_UP_TO``; what is exact now was not before the release ``exact_from``.
+    """
 
     model_type: str
     class_name: str
     config_class: str
     config: dict[str, Any]
     verdict: str
+    exact_from: Version
     cause: str
+
+    @property
+    def exact(self) -> bool:
+        """Whether it is exact in the installed transformers."""
+        return self.verdict == "exact" and Version(transformers.__version__) >= self.exact_from
 
     @property
     def available(self) -> bool:
@@ -38,10 +53,19 @@ class Architecture:
 
 
 @cache
-def zoo() -> dict[str, Architecture]:
-    configs = json.loads((_FOLDER / "tiny_configs.json").read_text())
+def _lines() -> dict[str, dict[str, str]]:
     with (_FOLDER / "results.csv").open() as file:
-        lines = {line["model_type"]: line for line in csv.DictReader(file)}
+        return {line["model_type"]: line for line in csv.DictReader(file)}
+
+
+def recorded() -> set[str]:
+    """Return every model type with a verdict, those included that no tiny configuration builds."""
+    return set(_lines())
+
+
+@cache
+def zoo() -> dict[str, Architecture]:
+    configs, lines = json.loads((_FOLDER / "tiny_configs.json").read_text()), _lines()
     return {
         name: Architecture(
             name,
@@ -49,10 +73,16 @@ def zoo() -> dict[str, Architecture]:
             entry["config_class"],
             entry["config"],
             lines[name]["verdict"],
+            Version(lines[name]["exact_from"] or "0"),
             lines[name]["cause"],
         )
         for name, entry in configs.items()
     }
+
+
+def newer_than_recorded() -> bool:
+    """Whether the installed transformers is of a later series than the verdicts: what it changed is then reported."""
+    return Version(transformers.__version__).release[:2] > RECORDED_UP_TO.release[:2]
 
 
 def build_or_skip(name: str, **kwargs: Any) -> Any:
