@@ -38,22 +38,24 @@ class RowBlockMask(BlockMask):
     __and__ = __rand__ = __or__ = __ror__ = __invert__ = __neg__ = _refuse
 
 
-def build_block_mask(layout: RowLayout, kind: MaskKind = CAUSAL, *, block_size: int = DEFAULT_BLOCK_SIZE) -> BlockMask:
+def build_block_mask(
+    layout: RowLayout, kind: MaskKind = CAUSAL, *, block_size: int | tuple[int, int] = DEFAULT_BLOCK_SIZE
+) -> BlockMask:
     """Build the BlockMask of one mask kind on a batch of packed rows, on the layout's device, without synchronising.
 
     The causal mask equals ``create_block_mask`` tile by tile. With a window or chunks, tiles are judged by the ranges
     of their positions: none that holds an allowed pair is missing and every full tile is full, but a tile may count as
     partial though its ``mask_mod`` allows nothing in it. An unknown mask function makes every tile in reach partial.
 
-    Shapes: ``B`` rows, ``S`` tokens, ``N = ceil(S / block_size)`` tiles per side.
+    Shapes: ``B`` rows, ``S`` tokens, ``M`` tiles of queries and ``N`` of keys.
 
     Args:
         layout: Positions and subtree ends.
         kind: What the model wants besides causality.
-        block_size: Side of a tile in tokens.
+        block_size: Side of a tile in tokens, or its queries and its keys.
 
     Returns:
-        A BlockMask with ``[B, 1, N, N]`` indices and the kind's ``mask_mod``; time and memory are ``O(B (S + N N))``.
+        A BlockMask with ``[B, 1, M, N]`` indices and the kind's ``mask_mod``; time and memory are ``O(B (S + M N))``.
     """
     non_empty, full = classify_tiles(layout, kind, block_size)
     partial = non_empty & ~full
@@ -75,30 +77,29 @@ def build_block_mask(layout: RowLayout, kind: MaskKind = CAUSAL, *, block_size: 
 
 
 class Tiles(NamedTuple):
-    """Which tiles a kernel must visit, and in which of them it may skip the mask. ``[B, N, N]`` bool each."""
+    """Which tiles a kernel must visit, and in which of them it may skip the mask. ``[B, M, N]`` bool each."""
 
     non_empty: Tensor
     full: Tensor
 
 
-def classify_tiles(layout: RowLayout, kind: MaskKind, block_size: int) -> Tiles:
-    """Classify every ``block_size`` square tile of the mask; rows of tiles are queries, columns are keys."""
-    ends = _ranges(layout.subtree_end, block_size)
-    num_blocks = ends.low.shape[-1]
-    block = torch.arange(num_blocks, device=layout.device)
-    first_query = block[:, None] * block_size
-    below_diagonal = block[:, None] > block[None, :]
+def classify_tiles(layout: RowLayout, kind: MaskKind, block_size: int | tuple[int, int]) -> Tiles:
+    """Classify every tile of the mask; rows of tiles are queries, columns are keys."""
+    queries, keys = (block_size, block_size) if isinstance(block_size, int) else block_size
+    ends = _ranges(layout.subtree_end, keys)
+    first_key = torch.arange(ends.low.shape[-1], device=layout.device) * keys
+    first_query = torch.arange(-(-layout.length // queries), device=layout.device)[:, None] * queries
+    below_diagonal = first_query >= first_key + keys
 
-    # a diagonal tile holds tokens that see themselves, and above its diagonal it is empty
-    non_empty = (below_diagonal & (first_query < ends.high[:, None, :])) | torch.eye(
-        num_blocks, dtype=torch.bool, device=layout.device
-    )
-    full = below_diagonal & (first_query + block_size - 1 < ends.low[:, None, :])
+    # a tile on the diagonal holds tokens that see themselves, and above the diagonal it is empty
+    on_diagonal = (first_query < first_key + keys) & (first_key < first_query + queries)
+    non_empty = (below_diagonal & (first_query < ends.high[:, None, :])) | on_diagonal
+    full = below_diagonal & (first_query + queries - 1 < ends.low[:, None, :])
     # the last queries of a ragged row do not exist, so their tiles need the mask
-    full = full & (first_query + block_size <= layout.length)
+    full = full & (first_query + queries <= layout.length)
     if kind.name == "causal":
         return Tiles(non_empty, full)
-    near, all_near = _reach(_ranges(layout.position_ids, block_size), kind)
+    near, all_near = _reach(_ranges(layout.position_ids, queries), _ranges(layout.position_ids, keys), kind)
     if kind.name == "other":
         return Tiles(non_empty & near if kind.size else non_empty, torch.zeros_like(full))
     return Tiles(non_empty & near, full & all_near)
@@ -120,10 +121,10 @@ def _ranges(values: Tensor, block_size: int) -> _Range:
     return _Range(blocks.amin(dim=-1), blocks.amax(dim=-1))
 
 
-def _reach(positions: _Range, kind: MaskKind) -> tuple[Tensor, Tensor]:
+def _reach(queries: _Range, keys: _Range, kind: MaskKind) -> tuple[Tensor, Tensor]:
     """Whether some pair, and whether every pair, of a tile's query and key positions is near enough."""
-    query_low, query_high = positions.low[:, :, None], positions.high[:, :, None]
-    key_low, key_high = positions.low[:, None, :], positions.high[:, None, :]
+    query_low, query_high = queries.low[:, :, None], queries.high[:, :, None]
+    key_low, key_high = keys.low[:, None, :], keys.high[:, None, :]
     if kind.name != "chunked":
         return query_low - key_high < kind.size, query_high - key_low < kind.size
     first_query, last_query = query_low // kind.size, query_high // kind.size

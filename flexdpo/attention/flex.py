@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch.fx.experimental import _config as shape_config
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 from flexdpo.attention.score_mods import softcap_score_mod
@@ -22,6 +23,7 @@ from flexdpo.errors import FlexdpoError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextlib import AbstractContextManager
 
     from torch import Tensor
 
@@ -85,7 +87,15 @@ def run_flex(
         # a compiled model compiles its attention along with the rest
         attend: Callable[..., Any] = flex_attention
     else:
-        attend = _kernel_for(kernel_key_of(query, key, value, row_mask, scaling, softcap, sinks is not None), row_mask)
+        kernel_key = kernel_key_of(
+            row_mask,
+            query.device.type,
+            grad=wants_gradients(query, key, value),
+            scaling=scaling,
+            softcap=softcap,
+            sinks=sinks is not None,
+        )
+        attend = _kernel_for(kernel_key, row_mask)
     if sinks is None:
         output: Tensor = attend(query, key, value, **kwargs)
         return output
@@ -96,10 +106,10 @@ def run_flex(
 
 
 def kernel_key_of(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
     row_mask: RowMask,
+    device_type: str,
+    *,
+    grad: bool,
     scaling: float | None,
     softcap: float | None,
     sinks: bool,
@@ -108,13 +118,18 @@ def kernel_key_of(
     settings = row_mask.settings
     return KernelKey(
         row_mask.kind.name,
-        torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)),
-        0 if row_mask.impl == "varlen" or settings.dynamic(query.device.type) else row_mask.layout.length,
+        grad,
+        0 if row_mask.impl == "varlen" or settings.dynamic(device_type) else row_mask.layout.length,
         scaling,
         softcap,
         sinks,
         tuple(sorted(settings.kernel_options.items())),
     )
+
+
+def wants_gradients(*tensors: Tensor) -> bool:
+    """Whether a backward may follow a call with these inputs."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _kernel_for(kernel_key: KernelKey, row_mask: RowMask) -> Callable[..., Any]:
@@ -145,7 +160,8 @@ def _compile(kernel_key: KernelKey) -> Callable[..., Any]:
 
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
-            return compiled(*args, **kwargs)
+            with sizes_told_apart():
+                return compiled(*args, **kwargs)
         except FailOnRecompileLimitHit as error:
             raise FlexdpoError(
                 f"FlexAttention for {name} was compiled {torch._dynamo.config.recompile_limit} times in this process, "
@@ -156,12 +172,19 @@ def _compile(kernel_key: KernelKey) -> Callable[..., Any]:
     return run
 
 
+def sizes_told_apart() -> AbstractContextManager[Any]:
+    """Let what compiles inside take no two sizes for one: 8 tiles and 8 heads at the first call are not at the next."""
+    config: Any = shape_config
+    apart: AbstractContextManager[Any] = config.patch(use_duck_shape=False)
+    return apart
+
+
 def _require_cpu_forward(query: Tensor, key: Tensor, value: Tensor, row_mask: RowMask, sinks: Tensor | None) -> None:
     """FlexAttention on a CPU is a forward for float32 and below; say what is missing before torch does."""
     way_out = "use impl='sdpa' (or 'auto') there"
     if row_mask.settings.backend != "AUTO":
         raise FlexdpoError(f"kernel_options BACKEND={row_mask.settings.backend!r} needs CUDA; leave it out on a CPU")
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
+    if wants_gradients(query, key, value):
         raise FlexdpoError(f"impl='flex' has no backward on a CPU; {way_out}, or run under torch.no_grad()")
     if query.dtype == torch.float64:
         raise FlexdpoError(f"impl='flex' has no float64 kernel on a CPU; {way_out}")

@@ -7,6 +7,7 @@ Shapes: ``B`` rows, ``Hq`` query heads, ``Hkv`` key heads, ``S`` tokens, ``D`` a
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,11 +17,13 @@ from torch.nn.attention.flex_attention import create_mask
 from flexdpo.attention.flex import run_flex
 from flexdpo.attention.formula import softmax_attention
 from flexdpo.attention.piecewise import piecewise_attention
-from flexdpo.attention.selftest import require_correct_kernel
+from flexdpo.attention.selftest import AttentionCall, Shape, is_compared, require_correct_kernel
 from flexdpo.attention.varlen import require_varlen, varlen_attention
 from flexdpo.errors import FlexdpoError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from flexdpo.attention.row_mask import RowMask
@@ -58,16 +61,15 @@ def packed_attention(
         FlexdpoError: if the shapes do not fit the layout, the kernel that was asked for cannot do this, or its
             self-test found it wrong.
     """
-    layout = row_mask.layout
-    if (query.shape[0], query.shape[2]) != (layout.batch_size, layout.length):
-        raise FlexdpoError(
-            f"the layout is for {layout.batch_size} rows of {layout.length} tokens, but attention received "
-            f"{query.shape[0]} rows of {query.shape[2]}; pass the layout that belongs to these input_ids"
-        )
-    query, key, value = _in_one_dtype(query, key, value)
+    _require_shapes(query, key, value, row_mask, sinks)
+    query, key, value = map(_laid_out, _in_one_dtype(query, key, value))
     if row_mask.impl == "flex":
-        if not torch.compiler.is_compiling():
-            require_correct_kernel(query, key, value, row_mask, scaling, softcap, sinks)
+        if torch.compiler.is_compiling():
+            _require_tested(row_mask, query.device)
+        else:
+            if _watch.on:
+                raise _Reached(AttentionCall(Shape.of(query, key, value), scaling, softcap, sinks is not None))
+            _compare(query, key, value, row_mask, scaling, softcap, sinks)
         run = run_flex
     elif row_mask.impl == "varlen":
         # its plan is made on the host, so a compiled layer pauses for it
@@ -81,6 +83,80 @@ def packed_attention(
     return run(query, key, value, row_mask, scaling, softcap, sinks)
 
 
+class _Watch(threading.local):
+    on: bool = False
+
+
+_watch = _Watch()
+
+
+class _Reached(Exception):  # noqa: N818 (no error: it ends a run that has told what was asked)
+    def __init__(self, call: AttentionCall) -> None:
+        super().__init__(call)
+        self.call = call
+
+
+def attention_call_of(run: Callable[[], object]) -> AttentionCall | None:
+    """Run a layer as far as its FlexAttention on a packed row, and return what it asks of it.
+
+    Nothing behind the attention runs, and ``run`` is given up where it stands.
+
+    Args:
+        run: Calls the layer, uncompiled.
+
+    Returns:
+        ``None`` where the layer never gets there.
+    """
+    before, _watch.on = _watch.on, True
+    try:
+        with torch.no_grad():
+            run()
+    except _Reached as reached:
+        return reached.call
+    finally:
+        _watch.on = before
+    return None
+
+
+def _require_tested(row_mask: RowMask, device: torch.device) -> None:
+    """Keep a kernel that nothing has compared with dense attention out of a graph."""
+    if is_compared(row_mask, device) and not row_mask.tested:
+        raise FlexdpoError(
+            "FlexAttention would be compiled into a graph before its self-test. Compile layers with "
+            "flexdpo's compile_decoder_layers, which tests before it compiles; for a model compiled whole, run a "
+            "packed row through it once before torch.compile; or switch self_test off"
+        )
+
+
+def _require_shapes(query: Tensor, key: Tensor, value: Tensor, row_mask: RowMask, sinks: Tensor | None) -> None:
+    """Stop at what kernels would read as something else: they look keys up by the row's indices, whatever is there."""
+    rows, length = row_mask.layout.batch_size, row_mask.layout.length
+    for tensor in (query, key, value):
+        if (tensor.shape[0], tensor.shape[2]) != (rows, length):
+            raise FlexdpoError(
+                f"the layout is for {rows} rows of {length} tokens, but attention received {tensor.shape[0]} rows of "
+                f"{tensor.shape[2]}; pass the layout that belongs to these input_ids"
+            )
+    heads, key_heads = query.shape[1], key.shape[1]
+    if heads % key_heads or value.shape[1] != key_heads or key.shape[3] != query.shape[3]:
+        raise FlexdpoError(
+            "attention takes query [B, Hq, S, D], key [B, Hkv, S, D] and value [B, Hkv, S, Dv] with Hkv a divisor of "
+            f"Hq, got {list(query.shape)}, {list(key.shape)} and {list(value.shape)}"
+        )
+    if sinks is not None and sinks.shape != (heads,):
+        raise FlexdpoError(f"sinks must hold one logit for each of {heads} query heads, got {list(sinks.shape)}")
+
+
+def _laid_out(x: Tensor) -> Tensor:
+    """The tensor with each head's values side by side, as kernels read them whatever its strides say.
+
+    torch's CPU kernel and FlexAttention's memory descriptors take the last stride for 1; gradients take the strides of
+    what they belong to, and where one is 0 many values would share a place.
+    """
+    shared = any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True))
+    return x.contiguous() if shared or x.stride(-1) != 1 else x
+
+
 def _in_one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     # rotary embeddings are computed in float32, so under autocast queries and keys come wider than values
     device = query.device.type
@@ -91,6 +167,8 @@ def _in_one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Te
 
 
 _paused = torch.compiler.disable(piecewise_attention)
+# around a graph that broke off, Dynamo would compile the comparison too
+_compare = torch.compiler.disable(require_correct_kernel)
 
 
 @torch.compiler.disable

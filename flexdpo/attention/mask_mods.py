@@ -100,6 +100,7 @@ def mask_mod_for(layout: RowLayout, kind: MaskKind) -> MaskMod:
         if kind.function is None:
             raise ValueError("a mask kind named 'other' needs its function")
         return composed_mask_mod(layout.subtree_end, layout.position_ids, kind.function)
-    size = torch.tensor(kind.size, device=layout.device)
+    # written by the device itself: a tensor made of a Python number is copied to it, and waits for all work before
+    size = torch.full((), kind.size, dtype=torch.int64, device=layout.device)
     factory = sliding_window_mask_mod if kind.name == "sliding" else chunked_mask_mod
     return factory(layout.subtree_end, layout.position_ids, size)

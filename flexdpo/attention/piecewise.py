@@ -89,19 +89,32 @@ def _pieces_of(row_mask: RowMask, plan: _Plan) -> list[Piece]:
 
 def piece_bias(row_mask: RowMask, piece: Piece, dtype: torch.dtype) -> Tensor:
     """0 where a query of a piece may attend to one of its keys and ``-inf`` elsewhere, ``[queries, keys]``."""
+    device = row_mask.layout.device
+    kv_idx = torch.cat([torch.arange(start, stop, device=device) for start, stop in piece.key_runs])
+    return bias_between(row_mask, piece.row, torch.arange(piece.start, piece.stop, device=device), kv_idx, dtype)
+
+
+def bias_between(row_mask: RowMask, row: int, q_idx: Tensor, kv_idx: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where a query of a row may attend to a key and ``-inf`` elsewhere, ``[queries, keys]``.
+
+    Args:
+        row_mask: The mask.
+        row: Which row of the batch.
+        q_idx: Row indices of the queries, ``[queries]`` int64.
+        kv_idx: Row indices of the keys, ``[keys]`` int64.
+        dtype: Of the result.
+    """
     mask_mod: MaskMod = row_mask.block_mask.mask_mod
     device = row_mask.layout.device
-    q_idx = torch.arange(piece.start, piece.stop, device=device)
-    kv_idx = torch.cat([torch.arange(start, stop, device=device) for start, stop in piece.key_runs])
     if row_mask.kind.name == "other":
         # a function of unknown make is evaluated as FlexAttention would: one pair at a time, under vmap
         def shifted(_: Any, head: Any, query: Any, key: Any) -> Tensor:
             return mask_mod(batch, head, q_idx[query], kv_idx[key])
 
-        batch = torch.tensor(piece.row, device=device)
+        batch = torch.full((), row, device=device)
         allowed = create_mask(shifted, 1, 1, len(q_idx), len(kv_idx), device=str(device))[0, 0]
     else:
-        allowed = mask_mod(piece.row, 0, q_idx[:, None], kv_idx[None, :])
+        allowed = mask_mod(row, 0, q_idx[:, None], kv_idx[None, :])
     return torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill_(~allowed, float("-inf"))
 
 

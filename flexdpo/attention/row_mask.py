@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 
-from flexdpo.attention.block_masks import build_block_mask
+from flexdpo.attention.block_masks import DEFAULT_BLOCK_SIZE, build_block_mask
+from flexdpo.attention.flash import flash_block_size
 from flexdpo.attention.settings import KernelSettings, kernel_settings
 from flexdpo.errors import FlexdpoError, nearest
 
@@ -35,6 +36,7 @@ class RowMask:
         block_mask: The BlockMask that models pass from layer to layer.
         settings: How FlexAttention is compiled and checked.
         traced: Whether the mask was made inside a graph that ``torch.compile`` is making.
+        tested: Whether the kernels of the compiled layer that is about to run were compared with dense attention.
         biases: Additive masks of pieces, made at the first layer and shared by the others: by plan and dtype, then by
             number of the piece.
     """
@@ -45,6 +47,7 @@ class RowMask:
     block_mask: BlockMask
     settings: KernelSettings = field(default_factory=kernel_settings)
     traced: bool = False
+    tested: bool = False
     biases: dict[tuple[Any, torch.dtype], dict[int, Tensor]] = field(default_factory=dict, repr=False)
 
 
@@ -60,12 +63,18 @@ def row_mask_for(layout: RowLayout, kind: MaskKind, impl: Impl = "auto") -> RowM
         # a checkpoint that runs the model again does so in a thread of the backward pass, with what the first run had
         if found.settings == kernel_settings() or torch._C._current_graph_task_id() != -1:
             return found
-    block_mask = build_block_mask(layout, kind)
+    block_mask = build_block_mask(layout, kind, block_size=_block_size(resolved, layout.device))
     row_mask = RowMask(layout, kind, resolved, block_mask, kernel_settings(), torch.compiler.is_compiling())
     setattr(block_mask, _ATTRIBUTE, row_mask)
     if memo_key is not None:
         layout.memo[memo_key] = row_mask
     return row_mask
+
+
+def _block_size(impl: str, device: torch.device) -> int | tuple[int, int]:
+    if impl == "flex" and kernel_settings().backend == "FLASH" and device.type == "cuda":
+        return flash_block_size(torch.cuda.get_device_capability(device))
+    return DEFAULT_BLOCK_SIZE
 
 
 def row_mask_of(attention_mask: object) -> RowMask | None:

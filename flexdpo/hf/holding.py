@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from flexdpo.attention.row_mask import Impl
 
 ATTN_IMPLEMENTATION = "flexdpo"
+# set once a packed row ran uncompiled, without and with gradients
+_TESTED = ("_flexdpo_tested", "_flexdpo_tested_with_gradients")
 
 
 @dataclass(eq=False)
@@ -35,12 +37,23 @@ class Held:
         layout: The batch of rows being run; ``None`` while another prepared model runs without one in between.
         impl: The kernel that was asked for.
         attention_ran: Whether our attention function ran under a mask of this layout.
+        brings_token_types: Whether the call says which tokens are images.
     """
 
     module: nn.Module
     layout: RowLayout | None
     impl: Impl
     attention_ran: bool = False
+    brings_token_types: bool = False
+
+    def tested(self, grad: bool) -> bool:
+        """Whether the model's kernels went through their self-test, in an uncompiled run in this gradient mode."""
+        return bool(getattr(self.module, _TESTED[grad], False))
+
+    def mark_tested(self, grad: bool) -> None:
+        """Remember that a kernel of the model passed, for whoever compiles the model as a whole."""
+        if not self.tested(grad):
+            setattr(self.module, _TESTED[grad], True)
 
 
 class _Forwards(threading.local):
@@ -74,7 +87,7 @@ def remove_layout_hooks(module: nn.Module) -> None:
     """Undo :func:`install_layout_hooks`. Safe to call again."""
     for handle in module.__dict__.pop("_flexdpo_hooks", ()):
         handle.remove()
-    for name in ("_flexdpo_impl", "_flexdpo_checked"):
+    for name in ("_flexdpo_impl", "_flexdpo_checked", *_TESTED):
         module.__dict__.pop(name, None)
 
 
@@ -97,7 +110,8 @@ def _take_layout(
         kwargs["position_ids"] = layout.position_ids
     impl: Impl = module._flexdpo_impl  # type: ignore[assignment]
     _forget_interrupted(module)
-    _forwards.held.append(Held(module, layout, impl))
+    types = any(kwargs.get(name) is not None for name in ("token_type_ids", "mm_token_type_ids"))
+    _forwards.held.append(Held(module, layout, impl, brings_token_types=types))
     return args, kwargs
 
 

@@ -7,6 +7,8 @@ does, so that ``generate()`` and evaluation just work.
 
 from __future__ import annotations
 
+import functools
+from types import CellType, FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +18,7 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 from flexdpo.attention.kernels import packed_attention, softmax_attention
 from flexdpo.attention.mask_mods import CAUSAL, MaskKind
 from flexdpo.attention.row_mask import row_mask_for, row_mask_of
+from flexdpo.attention.selftest import is_compared
 from flexdpo.errors import FlexdpoError, UnsupportedModelError
 from flexdpo.hf.holding import held_forward
 from flexdpo.layout.row import RowLayout
@@ -36,6 +39,8 @@ _HARMLESS_KWARGS = frozenset(
     )
 )
 # fmt: on
+# of a variable that is not set yet, whose contents cannot even be looked at
+_EMPTY_CELL = CellType()
 _LOOKS_AHEAD = (
     "the model's attention also looks ahead, and a shared prompt must not see its responses; train it without flexdpo"
 )
@@ -84,7 +89,10 @@ def flexdpo_mask(
         kind = MaskKind("other", kwargs.get("local_size") or 0, mask_function)
     else:
         kind = mask_kind_of(mask_function)
-    return row_mask_for(layout, kind, held.impl).block_mask
+    row_mask = row_mask_for(layout, kind, held.impl)
+    if torch.compiler.is_compiling() and is_compared(row_mask, layout.device):
+        row_mask.tested = held.tested(torch.is_grad_enabled())
+    return row_mask.block_mask
 
 
 def mask_kind_of(mask_function: Callable[..., Any]) -> MaskKind:
@@ -99,7 +107,10 @@ def mask_kind_of(mask_function: Callable[..., Any]) -> MaskKind:
         return CAUSAL
     parts = _closure(mask_function, "or_masks").get("mask_functions", ())
     if len(parts) == 2 and "block_sequence_ids" in (blocks := _closure(parts[1], "blockwise_overlay")):
-        _require_text_only(blocks["block_sequence_ids"])
+        held = held_forward()
+        # where nothing but text came in, the model made these ids itself; a look at them would wait for the device
+        if held is None or held.brings_token_types:
+            _require_text_only(blocks["block_sequence_ids"])
         return mask_kind_of(parts[0])
     parts = _closure(mask_function, "and_masks").get("mask_functions", ())
     if len(parts) == 2 and parts[1] is causal_mask_function:
@@ -125,21 +136,45 @@ def _require_text_only(block_sequence_ids: Tensor) -> None:
 def _require_positions_only(mask_function: Callable[..., Any]) -> None:
     """Stop where a mask looks tokens up by their index, which positions shared by several responses are not."""
     pending: list[Any] = [mask_function]
+    # by identity: what a function captures may lead back to the function itself
+    seen: dict[int, Any] = {}
     while pending:
         found = pending.pop()
+        if id(found) in seen:
+            continue
+        seen[id(found)] = found
         if isinstance(found, torch.Tensor) and found.numel() > 1:
             raise UnsupportedModelError(
                 "the model's attention mask depends on which token stands where and not on distance alone, which "
                 "packed rows cannot honour; train it without flexdpo"
             )
-        if isinstance(found, tuple | list):
-            pending += found
-        pending += [cell.cell_contents for cell in getattr(found, "__closure__", None) or ()]
+        pending += _captured(found)
+
+
+def _captured(found: Any) -> list[Any]:
+    """What a function or a container holds: closures, defaults, bound and partial arguments, items."""
+    if isinstance(found, tuple | list | set | frozenset):
+        return list(found)
+    if isinstance(found, dict):
+        return list(found.values())
+    if isinstance(found, functools.partial):
+        return [found.func, *found.args, *found.keywords.values()]
+    if not isinstance(found, FunctionType):
+        return []
+    cells = [cell.cell_contents for cell in found.__closure__ or () if cell != _EMPTY_CELL]
+    return [*cells, *(found.__defaults__ or ()), *(found.__kwdefaults__ or {}).values()]
 
 
 def _require_causal(mask_function: Callable[..., Any]) -> None:
     """Stop before a mask that looks ahead is cut down to the part of it that does not."""
-    if bool(torch.as_tensor(mask_function(0, 0, torch.tensor(0), torch.tensor(1)))):
+    try:
+        ahead = mask_function(0, 0, torch.tensor(0), torch.tensor(1))
+    except RecursionError as error:
+        raise UnsupportedModelError(
+            "the model's attention mask function calls itself without end, so it says nothing about any two "
+            "positions; train it without flexdpo"
+        ) from error
+    if bool(torch.as_tensor(ahead)):
         raise UnsupportedModelError(_LOOKS_AHEAD)
 
 
@@ -212,6 +247,8 @@ def flexdpo_attention(
         held.attention_ran = True
     _refuse_unknown(module, dropout, kwargs)
     output = packed_attention(query, key, value, row_mask, scaling=scaling, softcap=softcap, sinks=s_aux)
+    if held is not None and not torch.compiler.is_compiling() and is_compared(row_mask, query.device):
+        held.mark_tested(torch.is_grad_enabled())
     return output.transpose(1, 2).contiguous(), None
 
 

@@ -276,11 +276,17 @@ class _Progress(ProgressCallback):
                 self.training_bar.set_postfix(shown)
 
 
+def _uses_bf16() -> bool:
+    """On a GPU float32 attention runs without tensor cores and takes minutes to compile; a CPU gains nothing."""
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+
+
 def _config(output: Path, seed: int, **settings: Any) -> DPOConfig:
     return DPOConfig(
         str(output),
         seed=seed,
-        bf16=False,  # so small a model gains nothing by it
+        bf16=_uses_bf16(),
+        torch_compile=False,  # so small a model is done before it pays
         dataloader_pin_memory=torch.cuda.is_available(),
         report_to="none",
         save_strategy="no",

@@ -85,6 +85,31 @@ class RowLayout:
             raise FlexdpoError(
                 f"multiplicity must be [B, S]={list(self.position_ids.shape)}, got {list(self.multiplicity.shape)}"
             )
+        for name in ("position_ids", "subtree_end", "multiplicity"):
+            vector = getattr(self, name)
+            if vector is None:
+                continue
+            if vector.dtype != torch.int64 or vector.device != self.device:
+                raise FlexdpoError(
+                    f"{name} must be int64 on {self.device}, got {vector.dtype} on {vector.device}; convert it with "
+                    f"{name}.to({str(self.device)!r}, torch.int64)"
+                )
+            # masks read these vectors inside of kernels, for every pair of tokens
+            setattr(self, name, vector.contiguous())
+        if self.device.type == "cpu":
+            # elsewhere a look at the values would wait for the device, and rows are made on the host
+            self._check_values()
+
+    def _check_values(self) -> None:
+        index = torch.arange(self.length)
+        wrong = (self.subtree_end <= index) | (self.subtree_end > self.length) | (self.position_ids < 0)
+        if bool(wrong.any()):
+            row, token = wrong.nonzero()[0].tolist()
+            raise FlexdpoError(
+                f"token {token} of row {row} has subtree_end {int(self.subtree_end[row, token])} and position "
+                f"{int(self.position_ids[row, token])}; its subtree must end behind it and within the row's "
+                f"{self.length} tokens, and its position must be at least 0 (Row.from_groups makes such layouts)"
+            )
 
     @property
     def batch_size(self) -> int:
@@ -160,9 +185,14 @@ class RowLayout:
             return self
         # padding stands at position 0, sees only itself and belongs to no sequence
         ends = torch.arange(self.length + 1, length + 1, device=self.device).expand(self.batch_size, missing)
-        padded = self._map_tensors(lambda tensor: torch.nn.functional.pad(tensor, (0, missing)))
-        padded.subtree_end[:, self.length :] = ends
-        return padded
+        padding = (0, missing)
+        multiplicity = self.multiplicity
+        return RowLayout(
+            torch.nn.functional.pad(self.position_ids, padding),
+            torch.cat([self.subtree_end, ends], dim=1),
+            self.num_tokens,
+            None if multiplicity is None else torch.nn.functional.pad(multiplicity, padding),
+        )
 
     def __getattr__(self, name: str) -> Any:
         message = (
@@ -333,6 +363,15 @@ class Row:
     def _map_tensors(self, change: Any, layout: RowLayout) -> Row:
         changed = {name: change(value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
         return dataclasses.replace(self, layout=layout, **changed)
+
+
+def on_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers that the host knows, as a tensor on ``device``, without waiting for what runs there."""
+    tensor = torch.tensor(values, dtype=dtype)
+    if device.type == "cuda":
+        # a copy from memory that may be paged out waits for all work before it
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def stack_inputs(rows: Sequence[Row]) -> dict[str, Any]:

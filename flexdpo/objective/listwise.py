@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from flexdpo.errors import FlexdpoError
+from flexdpo.layout.row import on_device
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,4 +77,4 @@ def ranked_responses(groups: tuple[Group, ...], device: torch.device) -> list[Te
             ranking = [first + k for k in ranking_of(group)]
             by_length.setdefault(len(ranking), []).append(ranking)
         first += len(group.response_ids)
-    return [torch.tensor(rankings, device=device) for rankings in by_length.values()]
+    return [on_device(rankings, torch.int64, device) for rankings in by_length.values()]

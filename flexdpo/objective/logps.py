@@ -123,7 +123,9 @@ def sum_targets(targets: Tensor, row: Row, log_sum_squares: Tensor | None = None
     """
     members = member_values(targets, row)
     sums = members.new_zeros(row.num_responses).index_add(0, row.member_responses, members)
-    lengths = torch.bincount(row.member_responses, minlength=row.num_responses)
+    # bincount would wait for the device, to learn the largest response
+    ones = torch.ones_like(row.member_responses)
+    lengths = ones.new_zeros(row.num_responses).index_add(0, row.member_responses, ones)
     return ResponseLogps(sums, lengths, targets, log_sum_squares)
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 import torch
 
 from flexdpo.errors import FlexdpoError
+from flexdpo.layout.row import on_device
 from flexdpo.objective import listwise, losses, unpaired
 from flexdpo.objective.logps import ResponseLogps, pair_sums, response_weights, sum_targets
 from flexdpo.objective.loss_types import (
@@ -371,6 +372,7 @@ class Objective:
         average: Callable[[Tensor], Tensor] | None,
     ) -> _Labelled:
         logps, logratios, desirable, unrelated = [], [], [], []
+        labels = [label for row in rows for group in row.groups for _, label in unpaired.labels_of(group)]
         for own, other, row in zip(policy, reference, rows, strict=True):
             labelled = unpaired.labelled_responses(row.groups, row.edges.device)
             ratios = own.sums - _sums(other).to(own.sums)
@@ -389,7 +391,11 @@ class Objective:
                 )
             kl = unpaired.kto_kl(found)
             kl = (kl if average is None else average(kl)).clamp(min=0)
-        return _Labelled(torch.cat(logps), torch.cat(logratios), torch.cat(desirable), kl)
+        chosen, rejected = (
+            on_device([n for n, label in enumerate(labels) if label == wanted], torch.int64, rows[0].edges.device)
+            for wanted in (True, False)
+        )
+        return _Labelled(torch.cat(logps), torch.cat(logratios), torch.cat(desirable), chosen, rejected, kl)
 
     def _labelled_loss(self, name: str, labelled: _Labelled) -> Tensor:
         weights = self.desirable_weight, self.undesirable_weight
@@ -416,7 +422,7 @@ class Objective:
             metrics["kl"] = labelled.kl.detach()[None]
         if labelled is not None and self.logs_labels:
             rewards = self.beta * labelled.logratios.detach()
-            for name, kept in (("chosen", labelled.desirable), ("rejected", ~labelled.desirable)):
+            for name, kept in (("chosen", labelled.chosen), ("rejected", labelled.rejected)):
                 metrics |= {f"rewards/{name}": rewards[kept], f"logps/{name}": labelled.logps[kept]}
             return metrics
         chosen, rejected = self._rewards(pairs, with_reference)
@@ -448,11 +454,13 @@ class Objective:
 
 
 class _Labelled(NamedTuple):
-    """Labelled responses of a batch, ``[N]`` each, and the estimated KL where it is needed."""
+    """Labelled responses of a batch, ``[N]`` each, which of them are which, and the estimated KL where it is needed."""
 
     logps: Tensor
     logratios: Tensor
     desirable: Tensor
+    chosen: Tensor
+    rejected: Tensor
     kl: Tensor | None
 
 
@@ -478,4 +486,4 @@ def _supervised_index(row: Row) -> Tensor:
     for group in row.groups:
         index += [first + k for k in supervised_responses(group)]
         first += len(group.response_ids)
-    return torch.tensor(index, dtype=torch.int64, device=row.edges.device)
+    return on_device(index, torch.int64, row.edges.device)

@@ -10,6 +10,7 @@ import torch
 
 from flexdpo.errors import FlexdpoError
 from flexdpo.layout.groups import Group
+from flexdpo.layout.row import on_device
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -81,9 +82,9 @@ def labelled_responses(groups: Sequence[Group], device: torch.device) -> Labelle
             unrelated += [first + k for k in group.unrelated]
         first += len(group.response_ids)
     return Labelled(
-        torch.tensor([k for k, _ in labels], dtype=torch.int64, device=device),
-        torch.tensor([desirable for _, desirable in labels], dtype=torch.bool, device=device),
-        torch.tensor(unrelated, dtype=torch.int64, device=device),
+        on_device([k for k, _ in labels], torch.int64, device),
+        on_device([desirable for _, desirable in labels], torch.bool, device),
+        on_device(unrelated, torch.int64, device),
     )
 
 

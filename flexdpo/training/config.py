@@ -225,7 +225,16 @@ class DPOConfig(TrainingArguments):
         metadata={"help": "On a GPU, compare each kernel's gradients with dense attention at its first row."},
     )
 
+    torch_compile: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Compile decoder layers one by one. By default on a GPU, without DeepSpeed, where the model's "
+            "layers are found; never on a CPU unless asked."
+        },
+    )
+
     compile_layers: bool = field(init=False, default=False)
+    compiles_unasked: bool = field(init=False, default=False)
     layer_compile_options: dict[str, Any] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -248,7 +257,12 @@ class DPOConfig(TrainingArguments):
         for name, nothing in _COMPILE_SETTINGS.items():
             setattr(self, name, nothing)
         super().__post_init__()
-        self.compile_layers = asked.pop("torch_compile") or any(value is not None for value in asked.values())
+        wanted = asked.pop("torch_compile")
+        given = any(value is not None for value in asked.values())
+        if wanted is False and given:
+            raise FlexdpoError("torch_compile=False leaves torch_compile_backend and torch_compile_mode without effect")
+        self.compiles_unasked = wanted is None and not given and self.device.type == "cuda" and not self.deepspeed
+        self.compile_layers = bool(wanted) or given or self.compiles_unasked
         options = {name.removeprefix("torch_compile_"): value for name, value in asked.items()}
         self.layer_compile_options = {name: value for name, value in options.items() if value is not None}
         if copies_unsaid:

@@ -110,6 +110,9 @@ def make_train_step(
             sharing=sharing,
             with_idle_row=in_step,
         )
+        if device.type == "cuda":
+            # a copy from memory that may be paged out waits for the step before
+            batch = batch.pin_memory()
         batch = batch.to(device, non_blocking=True)
         with guard.all_or_nothing():
             result = runner(batch)

@@ -36,7 +36,7 @@ class MeanMetrics:
             mask = None if kept is None else kept.get(name.rsplit("/", 1)[-1])
             counted = values if mask is None else values[mask]
             if len(counted):
-                self._sums[name].append(torch.stack([counted.sum(), counted.new_tensor(len(counted))]))
+                self._sums[name].append(torch.stack([counted.sum(), counted.new_full((), len(counted))]))
 
     def clear(self) -> None:
         """Forget what was added."""

@@ -15,7 +15,7 @@ from transformers.utils import logging
 from flexdpo.attention.row_mask import Impl
 from flexdpo.attention.settings import kernel_settings_as
 from flexdpo.errors import FlexdpoError
-from flexdpo.hf.compilation import compile_decoder_layers
+from flexdpo.hf.compilation import compile_decoder_layers, decoder_layers
 from flexdpo.hf.support import prepare_model, unwrap_model
 from flexdpo.objective.logps import response_logps
 from flexdpo.objective.reference_cache import model_fingerprint, tokenizer_fingerprint
@@ -188,7 +188,11 @@ class DPOTrainer(Trainer):
         # one compiled layer for each length only where the plan keeps lengths few
         dynamic = self.row_plan.kernels.dynamic(args.device.type)
         for part in parts:
-            if part is not None and args.compile_layers:
+            if part is None or not args.compile_layers:
+                continue
+            if args.compiles_unasked and decoder_layers(part) is None:
+                logger.warning(f"{type(part).__name__}: its decoder layers are not found, so they run uncompiled")
+            else:
                 compile_decoder_layers(part, **{**args.compile_options, "dynamic": dynamic})
 
     def _with_adapter(self, model: nn.Module, ref_model: nn.Module | None, peft_config: Any) -> nn.Module:

@@ -103,7 +103,9 @@ def tiles_of(counts: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
 
 def test_a_row_of_transposed_vectors_gives_the_same_lists() -> None:
     layout = stacked(3, 1)
-    turned = RowLayout(layout.position_ids.T.contiguous().T, layout.subtree_end.T.contiguous().T, layout.num_tokens)
+    turned = RowLayout(layout.position_ids, layout.subtree_end, layout.num_tokens)
+    # past the constructor, which would lay them out
+    turned.position_ids, turned.subtree_end = layout.position_ids.T.contiguous().T, layout.subtree_end.T.contiguous().T
     assert not turned.subtree_end.is_contiguous()
     for kind in KINDS.values():
         got, want = build_block_mask(turned, kind), build_block_mask(layout, kind)
@@ -179,3 +181,34 @@ def test_memory_does_not_grow_with_the_square_of_the_length(length: int, megabyt
 def test_the_causal_kind_is_the_default() -> None:
     layout = Row.from_groups([Group.from_lists([1], [[2], [3]])]).layout
     torch.testing.assert_close(build_block_mask(layout).kv_indices, build_block_mask(layout, CAUSAL).kv_indices)
+
+
+@pytest.mark.parametrize("size", [(256, 128), (64, 128), (32, 48)], ids=str)
+@pytest.mark.parametrize("kind", [CAUSAL, MaskKind("sliding", 40), MaskKind("chunked", 64)], ids=lambda kind: kind.name)
+def test_tiles_of_more_queries_than_keys(size: tuple[int, int], kind: MaskKind) -> None:
+    groups = [
+        Group.from_lists([1] * 150, [[2] * 60 + [3] * 30, [2] * 60 + [4] * 90, [5] * 70]),
+        Group.from_lists([6] * 70, [[7] * 20, [8] * 130]),
+    ]
+    layout = Row.from_groups(groups, pad_to_multiple_of=7).layout
+    tiles = classify_tiles(layout, kind, size)
+    block_mask = build_block_mask(layout, kind, block_size=size)
+    assert size == block_mask.BLOCK_SIZE
+    dense = dense_mask(block_mask.mask_mod, 1, layout.length)[0]
+    for i in range(tiles.full.shape[1]):
+        for j in range(tiles.full.shape[2]):
+            tile = dense[i * size[0] : (i + 1) * size[0], j * size[1] : (j + 1) * size[1]]
+            allowed, everything = bool(tile.any()), bool(tile.all()) and len(tile) == size[0]
+            # windows and chunks are judged by ranges, which may keep a tile that holds nothing
+            assert tiles.non_empty[0, i, j] or not allowed
+            assert everything or not tiles.full[0, i, j]
+            if kind is CAUSAL:
+                assert bool(tiles.non_empty[0, i, j]) == allowed
+    want = create_block_mask(block_mask.mask_mod, 1, None, layout.length, layout.length, "cpu", BLOCK_SIZE=size)
+    for name in ("kv_num_blocks", "kv_indices", "q_indices", "full_q_indices"):
+        got = getattr(block_mask, name)
+        assert (got.shape, got.stride(), got.dtype) == (
+            getattr(want, name).shape,
+            getattr(want, name).stride(),
+            getattr(want, name).dtype,
+        )

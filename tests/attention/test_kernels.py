@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from flexdpo import FlexdpoError, Group, Row, RowLayout
+from flexdpo.attention import kernels
 from flexdpo.attention.kernels import packed_attention
 from flexdpo.attention.mask_mods import CAUSAL, MaskKind
 from flexdpo.attention.oracle import dense_attention, dense_mask
@@ -123,3 +124,82 @@ def test_wrong_choices_raise(rng) -> None:
 def test_auto_trains_everywhere() -> None:
     assert resolve_impl("auto", torch.device("cpu")) == "sdpa"
     assert resolve_impl("auto", torch.device("cuda")) == "flex"
+
+
+# --- what a kernel takes on trust ------------------------------------------------------------------------------------
+
+STRIDES = {
+    "token by token": lambda heads, length: wide(2, length, heads, 8).transpose(1, 2),
+    "cut out of one projection": lambda heads, length: wide(2, length, heads, 24)[..., 8:16].transpose(1, 2),
+    "head size apart": lambda heads, length: wide(2, heads, 8, length).transpose(2, 3),
+    "every other value": lambda heads, length: wide(2, heads, length, 16)[..., ::2],
+    "one head for all": lambda heads, length: wide(2, 1, length, 8).expand(2, heads, length, 8),
+    "one row for all": lambda heads, length: wide(1, heads, length, 8).expand(2, heads, length, 8),
+    "one value for all": lambda heads, length: wide(2, heads, length, 1).expand(2, heads, length, 8),
+    "in another order": lambda heads, length: wide(length, 2, 8, heads).permute(1, 3, 0, 2),
+}
+GRADIENTS = {
+    "dense": lambda output: wide(*output.shape),
+    "expanded": lambda output: wide(()).expand(output.shape),
+    "head size apart": lambda output: wide(*output.transpose(2, 3).shape).transpose(2, 3),
+}
+
+
+def wide(*size) -> torch.Tensor:
+    return torch.randn(*size, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("strides", STRIDES)
+def test_any_strides_give_the_same_attention_and_gradients(strides: str, gradient: str, softcap: float | None) -> None:
+    torch.manual_seed(0)
+    responses = [[2] * 9 + [3] * 6, [2] * 9 + [4] * 5, [5] * 7]
+    groups = [Group.from_lists([1] * 20, responses), Group.from_lists([4], [[5], [6]])]
+    layout = RowLayout.stack([Row.from_groups(part).layout for part in (groups, groups[:1])])
+    row_mask = row_mask_for(layout, CAUSAL, "sdpa")
+    mask = dense_mask(row_mask.block_mask.mask_mod, 2, layout.length)
+    inputs = [STRIDES[strides](heads, layout.length).requires_grad_() for heads in (4, 2, 2)]
+    sinks = wide(8)[::2].requires_grad_()
+    got = packed_attention(*inputs, row_mask, softcap=softcap, sinks=sinks)
+    want = dense_attention(*inputs, mask, softcap=softcap, sinks=sinks)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    direction = GRADIENTS[gradient](want)
+    found, wanted = (torch.autograd.grad(output, [*inputs, sinks], direction) for output in (got, want))
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_flex_attention_gets_its_inputs_dense_at_the_last_size(monkeypatch) -> None:
+    layout = Row.from_groups([Group.from_lists([1] * 20, [[2] * 9, [5] * 7])]).layout
+    row_mask = row_mask_for(RowLayout.stack([layout, layout]), CAUSAL, "flex")
+    seen = []
+    monkeypatch.setattr(kernels, "run_flex", lambda *inputs: seen.append(inputs[:3]) or inputs[0])
+    for strides in STRIDES.values():
+        inputs = [strides(heads, layout.length) for heads in (4, 2, 2)]
+        packed_attention(*inputs, row_mask)
+        for given, taken in zip(inputs, seen.pop(), strict=True):
+            torch.testing.assert_close(taken, given, rtol=0, atol=0)
+            assert taken.stride(-1) == 1
+            assert 0 not in taken.stride()
+            # what a model's projections leave is taken as it is
+            assert taken is given or given.stride(-1) != 1 or 0 in given.stride()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q, k, v: (q, k[:, :, 1:], v), r"1 rows of 36 tokens, but attention received 1 rows of 35"),
+        (lambda q, k, v: (q, k, torch.cat([v, v])), r"1 rows of 36 tokens, but attention received 2 rows of 36"),
+        (lambda q, k, v: (q[:, :3], k, v), r"Hkv a divisor of Hq, got \[1, 3, 36, 8\], \[1, 2, 36, 8\]"),
+        (lambda q, k, v: (q, k, v[:, :1]), r"Hkv a divisor of Hq, got"),
+        (lambda q, k, v: (q, k[..., :4], v), r"Hkv a divisor of Hq, got"),
+    ],
+)
+@pytest.mark.parametrize("impl", ["flex", "sdpa"])
+def test_shapes_that_no_kernel_checks(change, message: str, impl: str) -> None:
+    layout = Row.from_groups([Group.from_lists([1] * 20, [[2] * 9, [5] * 7])]).layout
+    inputs = [torch.randn(1, heads, layout.length, 8) for heads in (4, 2, 2)]
+    with torch.no_grad(), pytest.raises(FlexdpoError, match=message):
+        packed_attention(*change(*inputs), row_mask_for(layout, CAUSAL, impl))  # type: ignore[arg-type]
+    with torch.no_grad(), pytest.raises(FlexdpoError, match=r"one logit for each of 4 query heads, got \[1\]"):
+        packed_attention(*inputs, row_mask_for(layout, CAUSAL, impl), sinks=torch.zeros(1))  # type: ignore[arg-type]

@@ -297,7 +297,7 @@ def test_one_comparison_serves_rows_of_every_length() -> None:
     def key_of(length: int, impl: str) -> Any:
         row = Row.from_groups([Group.from_lists([1] * length, [[2]], [])])
         row_mask: RowMask = row_mask_for(row.layout, CAUSAL, impl)  # type: ignore[arg-type]
-        return kernel_key_of(*heads(row.layout, 2, 2), row_mask, None, None, False)
+        return kernel_key_of(row_mask, "cpu", grad=True, scaling=None, softcap=None, sinks=False)
 
     with kernel_settings_as(KernelSettings(lengths="bucket")):
         assert key_of(20, "varlen") == key_of(30, "varlen")

@@ -9,7 +9,12 @@ from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from flexdpo import FlexdpoError, Group, pack, prepare_model, response_logps
+from flexdpo.attention import kernels, selftest
+from flexdpo.attention.piecewise import piecewise_attention
+from flexdpo.attention.selftest import AttentionCall, Shape
+from flexdpo.attention.settings import KernelSettings, kernel_settings_as
 from flexdpo.hf.compilation import compile_decoder_layers
+from flexdpo.objective.head import head_plan
 
 STEPS = 50
 
@@ -114,3 +119,120 @@ def test_no_length_is_left_uncompiled_where_each_is_compiled_by_itself() -> None
     # past torch's limit a length compiles nothing and runs as it is
     assert all(found[k] < found[k + 1] for k in range(len(data) - 1))
     assert found[len(data) - 1] == found[-1]
+
+
+def test_one_dynamic_layer_serves_lengths_whose_tiles_once_equalled_the_heads() -> None:
+    compiled = model().eval()
+    prepare_model(compiled, impl="flex")
+    compile_decoder_layers(compiled, backend="eager")
+    # 4 tiles at first, as many as there are query heads, then 2, as many as key heads, 8 as the size of a head
+    for tiles in (4, 2, 8, 3, 5):
+        row = pack([Group.from_lists([5] * 20, [[6], [7]])], pad_to_multiple_of=128 * tiles)[0]
+        with torch.no_grad():
+            response_logps(compiled, row)
+        if tiles == 4:
+            before = graphs()
+            assert before > 0
+    assert graphs() == before
+
+
+# --- the self-test of what is compiled into a layer -------------------------------------------------------------------
+
+
+@pytest.fixture
+def compared(monkeypatch) -> list:
+    """What is compared before compiled layers run, on a CPU as on CUDA, with a kernel that trains there."""
+    calls: list = []
+
+    def right(*inputs):
+        calls.append((AttentionCall(Shape.of(*inputs[:3]), *inputs[4:6], inputs[6] is not None), inputs[3]))
+        return piecewise_attention(*inputs)
+
+    monkeypatch.setattr(selftest, "_DEVICES", frozenset({"cpu"}))
+    monkeypatch.setattr(selftest, "_passed", set())
+    monkeypatch.setattr(selftest, "run_flex", right)
+    monkeypatch.setattr(kernels, "run_flex", kernels._whole)
+    return calls
+
+
+def losing_a_tile_of_values(*inputs):
+    lost = torch.arange(inputs[2].shape[2])[:, None] < 16
+    return piecewise_attention(*inputs[:2], torch.where(lost, inputs[2].detach(), inputs[2]), *inputs[3:])
+
+
+def some_row():
+    return rows(16)[0]
+
+
+@pytest.mark.parametrize("checkpointing", [None, True, False])
+def test_compiled_layers_are_compared_once_before_they_first_run(compared, checkpointing: bool | None) -> None:
+    eager = model()
+    compiled = copy.deepcopy(eager)
+    prepare_model(eager, impl="sdpa")
+    prepare_model(compiled, impl="flex")
+    compile_decoder_layers(compiled, backend="eager")
+    if checkpointing is not None:
+        compiled.train()
+        compiled.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": checkpointing})
+        compiled.enable_input_require_grads()
+    row = some_row()
+    for part in (eager, compiled):
+        response_logps(part, row).sums.sum().backward()
+    for want, got in zip(eager.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, want.grad, rtol=1e-3, atol=1e-4)
+    # a reentrant checkpoint runs its layers without gradients first
+    times = 2 if checkpointing else 1
+    assert [call for call, _ in compared] == [
+        AttentionCall(Shape(4, 2, 8, 8, torch.float32), 8**-0.5, None, False)
+    ] * times
+    found = list(selftest._passed)
+    assert sorted(key.grad for _, key, _ in found) == ([False, True] if checkpointing else [True])
+    # the compiled layer serves all lengths, and so must what is compared
+    assert {key.length for _, key, _ in found} == {0}
+    with torch.no_grad():
+        response_logps(compiled, some_row())
+    assert len(compared) == 2
+
+
+def test_each_mask_and_score_of_a_model_is_compared(compared) -> None:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+    config = Gemma2Config(
+        **shape, num_key_value_heads=2, head_dim=8, vocab_size=61, sliding_window=9, query_pre_attn_scalar=16
+    )
+    compiled = Gemma2ForCausalLM(config)
+    prepare_model(compiled, impl="flex")
+    compile_decoder_layers(compiled, dynamic=False, backend="eager")
+    row = some_row()
+    response_logps(compiled, row).sums.sum().backward()
+    assert [call for call, _ in compared] == [AttentionCall(Shape(4, 2, 8, 8, torch.float32), 0.25, 50.0, False)] * 2
+    assert {row_mask.kind.name for _, row_mask in compared} == {"causal", "sliding"}
+    assert {key.length for _, key, _ in selftest._passed} == {row.layout.length}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        response_logps(compiled, row).sums.sum().backward()
+    assert [call.shape.dtype for call, _ in compared[2:]] == [torch.bfloat16] * 2
+
+
+def test_a_wrong_kernel_stops_compiled_layers_before_they_run(compared, monkeypatch) -> None:
+    monkeypatch.setattr(selftest, "run_flex", losing_a_tile_of_values)
+    compiled = model()
+    prepare_model(compiled, impl="flex")
+    compile_decoder_layers(compiled, backend="eager")
+    # measuring the head runs the layers without a row
+    head_plan(compiled)
+    before = graphs()
+    with pytest.raises(FlexdpoError, match=r"disagree under the mask 'causal' of this row: dV by"):
+        response_logps(compiled, some_row())
+    assert graphs() == before
+    with kernel_settings_as(KernelSettings(self_test=False)):
+        response_logps(compiled, some_row())
+    assert graphs() > before
+
+
+def test_no_graph_of_ones_own_holds_a_kernel_that_nothing_compared(compared) -> None:
+    whole = model()
+    prepare_model(whole, impl="flex")
+    with pytest.raises(Exception, match=r"run a packed row through it once before torch\.compile"):
+        torch.compile(whole, backend="eager", fullgraph=True)(**some_row().inputs())
+    assert compared == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
@@ -73,6 +74,60 @@ def test_a_mask_function_of_its_own() -> None:
     assert mask_kind_of(lambda batch, head, q_idx, kv_idx: (kv_idx <= q_idx) & (q_idx - kv_idx < reach)).size == 0
     with pytest.raises(UnsupportedModelError, match="depends on which token stands where"):
         mask_kind_of(lambda batch, head, q_idx, kv_idx: (kv_idx <= q_idx) & table[batch, kv_idx])
+
+
+def recursive(table: torch.Tensor | None = None) -> Any:
+    """A function that its own closure leads back to, by itself and by a list that holds it and itself."""
+    around: list[Any] = []
+
+    def near(batch: Any, head: Any, q_idx: Any, kv_idx: Any, steps: int = 2) -> Any:
+        if steps:
+            return near(batch, head, q_idx, kv_idx, steps - 1)
+        assert around
+        allowed = (kv_idx <= q_idx) & (q_idx - kv_idx < 7)
+        return allowed if table is None else allowed & table[batch, kv_idx]
+
+    around += [around, near, {"self": near}]
+    return near
+
+
+def with_a_default(table: torch.Tensor) -> Any:
+    def mask(batch: Any, head: Any, q_idx: Any, kv_idx: Any, table: torch.Tensor = table) -> Any:
+        return (kv_idx <= q_idx) & table[batch, kv_idx]
+
+    return mask
+
+
+def with_a_partial(table: torch.Tensor) -> Any:
+    def mask(table: torch.Tensor, batch: Any, head: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return (kv_idx <= q_idx) & table[batch, kv_idx]
+
+    return functools.partial(mask, table)
+
+
+def in_a_dictionary(table: torch.Tensor) -> Any:
+    tables = {"only": [table]}
+    return lambda batch, head, q_idx, kv_idx: (kv_idx <= q_idx) & tables["only"][0][batch, kv_idx]
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("make", [recursive, with_a_default, with_a_partial, in_a_dictionary])
+def test_a_table_of_tokens_is_found_wherever_a_mask_function_keeps_it(make: Any) -> None:
+    with pytest.raises(UnsupportedModelError, match="depends on which token stands where"):
+        mask_kind_of(make(torch.ones(1, 9, dtype=torch.bool)))
+
+
+@pytest.mark.timeout(20)
+def test_a_mask_function_whose_closure_leads_back_to_it() -> None:
+    function = recursive()
+    kind = mask_kind_of(function)
+    assert (kind.name, kind.function) == ("other", function)
+
+    def endless(*places: Any) -> Any:
+        return endless(*places)
+
+    with pytest.raises(UnsupportedModelError, match="calls itself without end"):
+        mask_kind_of(endless)
 
 
 def test_not_a_model_of_transformers() -> None:

@@ -86,3 +86,41 @@ def test_bad_rows() -> None:
         RowLayout(torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.int64), (3,))
     with pytest.raises(FlexdpoError, match="one count for each of 1 rows, got 2"):
         RowLayout(torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, 3, dtype=torch.int64), (3, 3))
+
+
+VECTORS = ("position_ids", "subtree_end", "multiplicity")
+
+
+def vectors() -> dict[str, torch.Tensor]:
+    layout = Row.from_groups([Group.from_lists([1, 2], [[3, 4], [3, 5, 6]])]).layout
+    return {name: getattr(layout, name) for name in VECTORS}
+
+
+@pytest.mark.parametrize("name", VECTORS)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float32, torch.bool])
+def test_vectors_of_another_dtype_are_refused(name: str, dtype: torch.dtype) -> None:
+    changed = {each: vector.to(dtype) if each == name else vector for each, vector in vectors().items()}
+    with pytest.raises(FlexdpoError, match=rf"{name} must be int64 on cpu, got {dtype} on cpu; convert it with {name}"):
+        RowLayout(**changed, num_tokens=(6,))
+    elsewhere = {each: vector.to("meta") if each == name else vector for each, vector in vectors().items()}
+    with pytest.raises(FlexdpoError, match=r"must be int64 on (cpu|meta), got torch.int64 on (cpu|meta)"):
+        RowLayout(**elsewhere, num_tokens=(6,))
+
+
+@pytest.mark.parametrize(
+    ("name", "token", "value"), [("subtree_end", 2, 2), ("subtree_end", 1, 7), ("position_ids", 3, -1)]
+)
+def test_vectors_that_are_no_trie_are_refused(name: str, token: int, value: int) -> None:
+    changed = vectors()
+    changed[name][0, token] = value
+    with pytest.raises(FlexdpoError, match=rf"token {token} of row 0 has subtree_end .* within the row's 6 tokens"):
+        RowLayout(**changed, num_tokens=(6,))
+
+
+def test_vectors_are_laid_out_as_masks_read_them() -> None:
+    strided = {name: torch.stack([vector, vector], dim=-1)[..., 0] for name, vector in vectors().items()}
+    assert not any(vector.is_contiguous() for vector in strided.values())
+    layout = RowLayout(**strided, num_tokens=(6,))
+    for name, vector in vectors().items():
+        assert getattr(layout, name).is_contiguous()
+        torch.testing.assert_close(getattr(layout, name), vector, rtol=0, atol=0)

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 
 from flexdpo import DPOConfig, DPOTrainer, FlexdpoError
@@ -104,6 +105,19 @@ def test_a_compile_setting_compiles_layers_and_not_the_model(tmp_path) -> None:
     assert not args.torch_compile
     assert args.compile_options == {"dynamic": True, "mode": "reduce-overhead"}
     assert not settings(tmp_path).compile_layers
+    with pytest.raises(FlexdpoError, match="torch_compile=False leaves torch_compile_backend and torch_compile_mode"):
+        settings(tmp_path, torch_compile=False, torch_compile_mode="reduce-overhead")
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "compiled"),
+    [(None, "cuda", True), (False, "cuda", False), (True, "cuda", True), (None, "cpu", False), (True, "cpu", True)],
+)
+def test_layers_are_compiled_on_a_gpu_unless_switched_off(tmp_path, monkeypatch, asked, device, compiled) -> None:
+    monkeypatch.setattr(DPOConfig, "device", torch.device(device))
+    args = settings(tmp_path, torch_compile=asked)
+    assert args.compile_layers == compiled
+    assert args.compiles_unasked == (asked is None and compiled)
     assert row_plan.MAX_WASTE == 0.03
 
 
