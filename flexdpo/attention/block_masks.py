@@ -6,7 +6,7 @@ largest and smallest ``subtree_end`` of its keys, and the ranges of logical posi
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask
@@ -27,6 +27,16 @@ class RowBlockMask(BlockMask):
 
     A model that computes its own scores would add its mask to them; that stops with the reason.
     """
+
+    def __getitem__(self, index: Any) -> RowBlockMask:
+        """All of the mask, by slices that leave nothing out; a part of it would no longer know its row."""
+        parts = index if isinstance(index, tuple) else (index,)
+        if all(part in (slice(None), slice(0, None), Ellipsis) for part in parts):
+            return self
+        raise UnsupportedModelError(
+            f"the model takes the part {index} of its attention mask, and a part of a packed row's mask is none; leave "
+            "logits_to_keep out, or train it without flexdpo"
+        )
 
     def _refuse(self, *_: object) -> NoReturn:
         raise UnsupportedModelError(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.cache_utils import Cache
 
 from flexdpo.errors import FlexdpoError, UnsupportedModelError
 from flexdpo.hf.rules import require_exact
@@ -99,12 +100,13 @@ def _take_layout(
         if any(isinstance(arg, RowLayout) for arg in args):
             raise FlexdpoError("pass a row by name, model(**row.inputs()); its layout came as a positional argument")
         _run_without_layout(module)
-        return None
+        return None if (whole := _with_all_positions(module, kwargs)) is kwargs else (args, whole)
     if not getattr(module, "_flexdpo_checked", False):
         _check_once(module)
     _require_single_owner(module)
     _require_match(layout, args, kwargs)
     _require_known_inputs(kwargs)
+    kwargs = _with_all_positions(module, kwargs)
     kwargs = dict(kwargs, attention_mask=_two_dimensional_mask(module, layout, kwargs))
     if kwargs.get("position_ids") is None:
         kwargs["position_ids"] = layout.position_ids
@@ -113,6 +115,18 @@ def _take_layout(
     types = any(kwargs.get(name) is not None for name in ("token_type_ids", "mm_token_type_ids"))
     _forwards.held.append(Held(module, layout, impl, brings_token_types=types))
     return args, kwargs
+
+
+def _with_all_positions(module: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Let a backbone run all positions, where its head was asked for the last ones alone and will take them itself.
+
+    A backbone that drops them early (Gemma 4, where layers share keys) cuts its mask down to fit, and asks for the name
+    of its attention to know whether it may: our name is not among those that it knows.
+    """
+    kept = kwargs.get("logits_to_keep")
+    if isinstance(kept, int) and kept and module.get_output_embeddings() is None:
+        return dict(kwargs, logits_to_keep=0)
+    return kwargs
 
 
 def _run_without_layout(module: nn.Module) -> None:
@@ -189,7 +203,13 @@ def _require_known_inputs(kwargs: dict[str, Any]) -> None:
             "leave them out and use flexdpo.response_logps(model, row)"
         )
     for name, value in kwargs.items():
-        if isinstance(value, torch.Tensor) and name not in _TEXT_INPUTS:
+        if isinstance(value, Cache):
+            raise FlexdpoError(
+                f"a packed row came with {name}=, but it cannot be combined with a cache or with extra tokens; "
+                "leave it out"
+            )
+        plain = value is None or isinstance(value, bool | int | float | str | RowLayout)
+        if not plain and name not in _TEXT_INPUTS:
             raise FlexdpoError(
                 f"a packed row came with {name}=, which flexdpo does not know how to share between responses; "
                 "packed rows hold text only, so leave it out or train without flexdpo"

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 # what models hand to every attention function and what changes nothing in it: the mask already knows the window,
 # and positions were applied before
 # fmt: off
-_HARMLESS_KWARGS = frozenset(
+HARMLESS_KWARGS = frozenset(
     (
         "position_ids", "cache_position", "use_cache", "sliding_window", "output_hidden_states",
         "output_router_logits", "num_items_in_batch", "return_dict", "logits_to_keep", "past_key_values",
@@ -259,7 +259,7 @@ def _refuse_unknown(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -
             "set attention_dropout=0 in the model's config (the trainer does with disable_dropout=True)"
         )
     for name, value in kwargs.items():
-        harmless = value is None or value is False or name in _HARMLESS_KWARGS
+        harmless = value is None or value is False or name in HARMLESS_KWARGS
         if not harmless and not (name == "is_causal" and value is True):
             raise UnsupportedModelError(
                 f"{type(module).__name__} passes {name}= to its attention, which flexdpo does not know how to honour "

@@ -6,11 +6,15 @@ runs; a call that has a reason runs as if flexdpo were not there.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.modules.dropout import _DropoutNd
+from transformers.cache_utils import Cache
+
+from flexdpo.hf.interface import HARMLESS_KWARGS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -75,6 +79,20 @@ _RELATIVE_ROPE = frozenset({"default", "linear", "llama3", "yarn"})
 _ABSOLUTE_SETTINGS = ("attn_temperature_tuning", "llama_4_scaling_beta")
 
 
+def _is_harmless(backbone: PreTrainedModel, name: str, value: object) -> bool:
+    """Whether an argument says the same of a packed row as of the padded batch.
+
+    Switches and numbers that the backbone or its attention knows do; anything else may hold one entry per token.
+    """
+    if name == "logits_to_keep" and backbone.get_output_embeddings() is not None:
+        # Llama 4 is said to be its own backbone, head and all, and would keep positions of the row
+        return value is None or (isinstance(value, int) and value == 0)
+    if value is None or value is False or name in _HARMLESS_TENSORS:
+        return True
+    known = name in HARMLESS_KWARGS or name in inspect.signature(type(backbone).forward).parameters
+    return known and isinstance(value, bool | int | float | str)
+
+
 def reason_by_arguments(backbone: PreTrainedModel, kwargs: dict[str, Any]) -> str | None:
     """Say why a call cannot be shared, by its arguments alone; the values of tensors are not looked at."""
     return next(_obstacles(backbone, kwargs), None)
@@ -82,7 +100,9 @@ def reason_by_arguments(backbone: PreTrainedModel, kwargs: dict[str, Any]) -> st
 
 def _obstacles(backbone: PreTrainedModel, kwargs: dict[str, Any]) -> Iterator[str]:
     input_ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
-    if any(kwargs.get(name) is not None for name in _CACHES) or _makes_cache(backbone, kwargs):
+    # by type, whatever a version of transformers calls the argument
+    cached = any(isinstance(value, Cache) or (name in _CACHES and value is not None) for name, value in kwargs.items())
+    if cached or _makes_cache(backbone, kwargs):
         yield "use_cache"
     if not isinstance(input_ids, torch.Tensor) or kwargs.get("inputs_embeds") is not None:
         yield "inputs_embeds"
@@ -93,7 +113,7 @@ def _obstacles(backbone: PreTrainedModel, kwargs: dict[str, Any]) -> Iterator[st
         yield "output_attentions"
     if input_ids.ndim != 2 or (mask is not None and getattr(mask, "shape", None) != input_ids.shape):
         yield "attention_mask"
-    if any(isinstance(value, torch.Tensor) and name not in _HARMLESS_TENSORS for name, value in kwargs.items()):
+    if any(not _is_harmless(backbone, name, value) for name, value in kwargs.items()):
         yield "other_inputs"
     if input_ids.shape[0] == 1:
         yield "one_row"
