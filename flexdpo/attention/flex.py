@@ -14,6 +14,7 @@ from types import FunctionType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.fx.experimental import _config as shape_config
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
@@ -101,7 +102,8 @@ def run_flex(
         return output
     # softmax over the scores and one sink: the usual output, scaled by the share of the mass that is not the sink's
     output, aux = attend(query, key, value, return_aux=AuxRequest(lse=True), **kwargs)
-    share = torch.sigmoid(aux.lse - sinks.to(aux.lse.dtype)[None, :, None])
+    # its logarithm keeps the digits of the gradient where the share is near 1, as it is for a sink with little mass
+    share = F.logsigmoid(aux.lse - sinks.to(aux.lse.dtype)[None, :, None]).exp()
     return (output * share[..., None]).to(query.dtype)
 
 

@@ -190,7 +190,9 @@ def _measure(model: nn.Module) -> HeadPlan:
     base = base_model(model)
     device = next(base.parameters()).device
     tokens = torch.zeros(1, 2, dtype=torch.int64, device=device)
-    with torch.no_grad(), _replaced_forward(head, torch.compiler.disable(forward)):
+    # compiled layers run as they are here: they would be compiled for these two tokens alone
+    eager = torch.compiler.set_stance("force_eager")
+    with torch.no_grad(), eager, _replaced_forward(head, forward):
         output = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits
     if len(seen) != 1:
         return HeadPlan(obstacle=f"it calls its output embeddings {len(seen)} times per forward pass")

@@ -27,5 +27,5 @@ def refusal(torch_version: str = torch.__version__, triton_version: str | None =
     tried = " or ".join(f"the CPU build of torch {ours} with triton {theirs}" for ours, theirs in TRIED.items())
     return (
         f"the codegen tests reach into torch and triton and were tried on {tried}, not on torch {torch_version} with "
-        f"{'triton ' + triton_version if triton_version else 'no triton'}; install that pair (README, Tests)"
+        f"{'triton ' + triton_version if triton_version else 'no triton'}; README says how to install that pair"
     )
