@@ -32,10 +32,11 @@ VOCABULARY = 97
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Under ``-m gpu`` read only the files with such tests: what the others import may be missing beside a GPU."""
+    """Under ``-m gpu`` or ``-m codegen`` read only the files with such tests: other imports may be missing there."""
     is_test = collection_path.name.startswith("test_") and collection_path.suffix == ".py"
-    if config.option.markexpr == "gpu" and is_test and "mark.gpu" not in collection_path.read_text(encoding="utf-8"):
-        return True
+    marker = config.option.markexpr
+    if marker in ("gpu", "codegen") and is_test:
+        return f"mark.{marker}" not in collection_path.read_text(encoding="utf-8") or None
     return None
 
 

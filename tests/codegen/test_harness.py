@@ -34,6 +34,7 @@ def test_the_extra_readme_and_the_tests_name_the_same_pair() -> None:
     assert f"pip install --no-deps triton=={triton_version} && pytest -m codegen" in readme
 
 
+@pytest.mark.codegen
 def test_elsewhere_the_marker_stops_with_that_line_alone(tmp_path: Path) -> None:
     # another triton, found before the installed one
     (tmp_path / "triton-9.9.9.dist-info").mkdir()
