@@ -265,12 +265,24 @@ class PlanKey(NamedTuple):
 
 
 class _Recent(NamedTuple):
-    """A batch that was planned: its tensors, if they still exist unchanged, and what came out."""
+    """A batch that was planned, and what came out."""
 
-    tensors: tuple[weakref.ref[Tensor] | None, ...]
-    versions: tuple[int, ...]
+    input_ids: Tensor
+    mask: Tensor | None
     plan_key: PlanKey
     planned: SharedBatch | str
+    # masks and plan go when the batch goes
+    batch: weakref.ref[Tensor]
+
+    def holds(self, input_ids: Tensor, mask: Tensor | None, plan_key: PlanKey) -> bool:
+        """Whether a batch is this one, by its content: a loader may fill the same memory again."""
+        return self.plan_key == plan_key and _same(self.input_ids, input_ids) and _same(self.mask, mask)
+
+
+def _same(kept: Tensor | None, given: Tensor | None) -> bool:
+    if kept is None or given is None:
+        return kept is given
+    return kept.device == given.device and kept.dtype == given.dtype and torch.equal(kept, given)
 
 
 def _planned(sharing: Sharing, named: dict[str, Any]) -> SharedBatch | str:
@@ -279,20 +291,15 @@ def _planned(sharing: Sharing, named: dict[str, Any]) -> SharedBatch | str:
     mask: Tensor | None = named.get("attention_mask")
     multiple = _BLOCK if resolve_impl(sharing.impl, input_ids.device) == "flex" else 1
     plan_key = PlanKey(sharing.min_gain, sharing.min_prefix, sharing.positions, multiple)
-    tensors = (input_ids, mask)
-    if any(each is not None and each.is_inference() for each in tensors):
-        return plan_batch(input_ids, mask, plan_key)  # such tensors do not tell whether they were changed
-    versions = tuple(each._version for each in tensors if each is not None)
+    if torch.is_inference_mode_enabled():
+        return plan_batch(input_ids, mask, plan_key)  # nothing that is made here may be used in training
     kept = _in_thread.recent
     for recent in kept:
-        alive = tuple(None if ref is None else ref() for ref in recent.tensors)
-        same = all(old is new for old, new in zip(alive, tensors, strict=True))
-        if same and recent.versions == versions and recent.plan_key == plan_key:
+        if recent.holds(input_ids, mask, plan_key):
             return recent.planned
     planned = plan_batch(input_ids, mask, plan_key)
-    # masks and plan go when the batch goes
-    refs = tuple(None if each is None else weakref.ref(each, lambda _: kept.clear()) for each in tensors)
-    kept[:] = [_Recent(refs, versions, plan_key, planned)]
+    copies = input_ids.clone(), None if mask is None else mask.clone()
+    kept[:] = [_Recent(*copies, plan_key, planned, weakref.ref(input_ids, lambda _: kept.clear()))]
     return planned
 
 

@@ -12,6 +12,7 @@ from flexdpo.hf.support import prepare_model
 from flexdpo.insight.estimate import Estimate, EstimateSettings, estimate_tokenised
 from flexdpo.insight.estimate_sources import find_config
 from flexdpo.training import models
+from flexdpo.training.adapters import add_adapter
 from flexdpo.training.data import TokenizedPreferences, load_preference_dataset, tokenize_preferences
 from flexdpo.training.distribution import shards_of
 from flexdpo.training.memory import TrainingSetup, auto_row_budget, gigabytes, predict_memory
@@ -100,7 +101,7 @@ def _without_weights(job: Job, config: DPOConfig) -> nn.Module:
     except (ValueError, TypeError, KeyError) as error:
         raise FlexdpoError(f"cannot make a causal LM of {job.model_name_or_path!r}: {first_line(error)}") from error
     if job.peft_config is not None:
-        model = models.add_adapter(model, job.peft_config)
+        model = add_adapter(model, job.peft_config)
     prepare_model(model, impl=config.attn_impl)  # type: ignore[arg-type]
     return model
 

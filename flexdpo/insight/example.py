@@ -34,6 +34,7 @@ from flexdpo.training.example.task import (
     swap_prompts,
 )
 from flexdpo.training.metrics import MetricsFile
+from flexdpo.training.output_lock import holding_output
 from flexdpo.training.step import PackedBatch, run_batch
 from flexdpo.training.trainer import DPOTrainer
 
@@ -197,7 +198,12 @@ def run_example(
     start = time.perf_counter()
     recipe = recipe or Recipe()
     config = _config(fresh_output_dir() if output_dir is None else output_dir, seed)
-    output = require_output_dir(config, overwrite=overwrite)
+    with holding_output(Path(str(config.output_dir)), is_owner=True):
+        output = require_output_dir(config, overwrite=overwrite)
+        return _run(output, seed, recipe, start)
+
+
+def _run(output: Path, seed: int, recipe: Recipe, start: float) -> ExampleResult:
     metrics_file = output / METRICS_FILE
     metrics_file.unlink(missing_ok=True)  # of an earlier run in the same folder
     library = read_standard_library(progress=True)

@@ -14,6 +14,7 @@ from flexdpo.training.data import load_preference_dataset
 from flexdpo.training.distribution import is_sharded
 from flexdpo.training.metrics import MetricsFile
 from flexdpo.training.models import load_model, load_tokenizer
+from flexdpo.training.output_lock import LOCK_FILE, holding_output
 from flexdpo.training.step import PackingCollator
 from flexdpo.training.streaming import StreamedPreferences
 from flexdpo.training.trainer import DPOTrainer
@@ -54,6 +55,11 @@ class Job:
 
 def run_job(job: Job, config: DPOConfig) -> str:
     """Train, save model, tokenizer, metrics and pictures to ``config.output_dir``, and return the final table."""
+    with holding_output(Path(str(config.output_dir)), is_owner=config.process_index == 0):
+        return _run(job, config)
+
+
+def _run(job: Job, config: DPOConfig) -> str:
     output = require_output_dir(config, overwrite=job.overwrite_output_dir)
     train_data = load_preference_dataset(
         job.dataset_name, split=job.train_split, config_name=job.dataset_config, streaming=job.streaming
@@ -92,17 +98,15 @@ def run_job(job: Job, config: DPOConfig) -> str:
 
 
 def require_output_dir(config: DPOConfig, *, overwrite: bool) -> Path:
-    """Return the output folder, made if it is missing; refuse one that holds something unless that was asked for."""
+    """Return the output folder, which this run holds; refuse one that holds something unless that was asked for."""
     output = Path(str(config.output_dir))
-    if output.exists() and not output.is_dir():
-        raise FlexdpoError(f"--output_dir {output} is a file; name a folder")
     resuming = bool(config.resume_from_checkpoint)
-    if output.is_dir() and any(output.iterdir()) and not (overwrite or resuming) and config.process_index == 0:
+    holds_something = output.is_dir() and any(path.name != LOCK_FILE for path in output.iterdir())
+    if holds_something and not (overwrite or resuming) and config.process_index == 0:
         raise FlexdpoError(
             f"--output_dir {output} is not empty; name another, add --overwrite_output_dir, or continue the run in it "
             "with --resume_from_checkpoint true"
         )
-    output.mkdir(parents=True, exist_ok=True)
     return output
 
 

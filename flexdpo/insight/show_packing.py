@@ -9,7 +9,7 @@ import numpy as np
 
 from flexdpo.insight.plots import new_figure, save_figure
 from flexdpo.insight.show import FIRST_RESPONSE, INK, PADDING, PROMPT, TokenKinds, token_colours, token_kinds
-from flexdpo.layout.packing import best_fit_decreasing, pack
+from flexdpo.layout.packing import best_fit_decreasing, pack_numbered
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -94,8 +94,7 @@ def batch_layouts(
     # the unshared responses of a group may be too long together, so each finds its own place
     bins = best_fit_decreasing([len(lane) for lane in sequences], max(budget, longest))
     most = max(len(group.response_ids) for group in groups)
-    rows = pack(groups, budget, sharing=sharing)
-    number_of = {id(group): number for number, group in enumerate(groups)}
+    packed = pack_numbered(groups, budget, sharing=sharing)
     return (
         BatchLayout("padded", tuple(_padded(lane, longest) for lane in sequences)),
         BatchLayout("packed", tuple(_joined([sequences[i] for i in members]) for members in bins)),
@@ -103,10 +102,10 @@ def batch_layouts(
             "shared",
             tuple(
                 Lane(
-                    token_kinds(row)._replace(num_responses=most, documents=_renumbered(row, number_of)),
+                    token_kinds(row)._replace(num_responses=most, documents=_renumbered(row, numbers)),
                     row.num_tokens,
                 )
-                for row in rows
+                for row, numbers in packed
             ),
         ),
     )
@@ -118,13 +117,13 @@ def default_budget(groups: Sequence[Group]) -> int:
     return max(-(-total // 4), *(group.unshared_tokens for group in groups))
 
 
-def _renumbered(row: Any, number_of: dict[int, int]) -> Any:
+def _renumbered(row: Any, numbers: Sequence[int]) -> Any:
     """The documents of a row by the batch's numbers, so that tints agree between the layouts."""
     documents = np.full(row.subtree_end.shape[-1], -1, dtype=np.int64)
     if len(row.groups) != len(row.documents):
         return token_kinds(row).documents  # groups that share a trie are one document
-    for group, (start, stop) in zip(row.groups, row.documents, strict=True):
-        documents[start:stop] = number_of[id(group)]
+    for number, (start, stop) in zip(numbers, row.documents, strict=True):
+        documents[start:stop] = number
     return documents
 
 

@@ -52,21 +52,35 @@ def pack(
     Raises:
         FlexdpoError: if a single group is longer than the budget, or ``sharing`` is unknown.
     """
+    packed = pack_numbered(
+        groups, max_tokens_per_row, pad_to_multiple_of=pad_to_multiple_of, buckets=buckets, sharing=sharing
+    )
+    return [row for row, _ in packed]
+
+
+def pack_numbered(
+    groups: Sequence[Group],
+    max_tokens_per_row: int | None = None,
+    *,
+    pad_to_multiple_of: int = 1,
+    buckets: Buckets | None = None,
+    sharing: str = "group",
+) -> list[tuple[Row, list[int]]]:
+    """:func:`pack` that tells which of ``groups`` each group of a row is; the same group may be given twice."""
     multiple = pad_to_multiple_of if buckets is None else buckets.multiple
     budget = None if max_tokens_per_row is None else max_tokens_per_row // multiple * multiple
-    rows = []
+    packed = []
     for families in _planned(groups, budget, max_tokens_per_row, sharing):
         target = multiple
         if buckets is not None:
             target = buckets.length_for(sum(len(family.trie) for family in families), most=max_tokens_per_row)
-        rows.append(
-            Row.from_families(
-                [[groups[i] for i in family.members] for family in families],
-                [family.trie for family in families],
-                pad_to_multiple_of=target,
-            )
+        row = Row.from_families(
+            [[groups[i] for i in family.members] for family in families],
+            [family.trie for family in families],
+            pad_to_multiple_of=target,
         )
-    return rows
+        packed.append((row, [i for family in families for i in family.members]))
+    return packed
 
 
 def row_lengths(

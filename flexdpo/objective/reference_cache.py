@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -24,13 +23,12 @@ from flexdpo.errors import FlexdpoError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from torch import Tensor, nn
 
     from flexdpo.layout.groups import Group
 
-_FORMAT = 1
+_FORMAT = 2
 _IDENTITY = "identity.json"
-REFERENCE_ADAPTER = "ref"
+_DIGEST = "blake2b"
 
 Key = tuple[int, int]
 
@@ -38,60 +36,13 @@ Key = tuple[int, int]
 # --- whose values these are ------------------------------------------------------------------------------------------
 
 
-def model_fingerprint(model: nn.Module) -> str:
-    """Return a fingerprint of the weights that the reference is made of, computed where they are.
-
-    Of a PEFT model these are the base weights, and the adapter named ``ref`` where there is one: the trained adapter is
-    switched off in the reference. Take it before weights are sharded over processes.
-
-    Args:
-        model: A Hugging Face model or a ``PeftModel``.
-
-    Returns:
-        32 hexadecimal digits; every bit of every weight counts, and so do names, shapes and dtypes.
-    """
-    trained = [name for name in getattr(model, "peft_config", {}) if name != REFERENCE_ADAPTER]
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(model.state_dict().items()):
-        if any(f".{adapter}." in f"{name}." for adapter in trained):
-            continue
-        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype} {_checksum(tensor):x}\n".encode())
-    return digest.hexdigest()
-
-
-def _checksum(tensor: Tensor, chunk: int = 2**22) -> int:
-    """Sum of all 8-byte words, each times an odd number that depends on its place, modulo 2^64."""
-    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    if flat.storage_offset() % 8:
-        flat = flat.clone()
-    whole = flat.numel() // 8 * 8
-    total = int.from_bytes(bytes(flat[whole:].tolist()), "little")
-    words = flat[:whole].view(torch.int64)
-    for start in range(0, words.numel(), chunk):
-        part = words[start : start + chunk]
-        places = torch.arange(start, start + part.numel(), device=part.device)
-        # a multiplicative hash of the place; int64 overflow wraps around
-        total += int((part * ((places * 0x9E3779B97F4A7C1 + 0x7F4A7C15) | 1)).sum())
-    return total % 2**64
-
-
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Return a fingerprint of a tokenizer: its vocabulary, special tokens and chat template."""
-    about = {
-        "vocabulary": sorted(tokenizer.get_vocab().items()),
-        "special": {name: str(value) for name, value in sorted(tokenizer.special_tokens_map.items())},
-        "chat_template": getattr(tokenizer, "chat_template", None),
-    }
-    return hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
 @dataclass(frozen=True)
 class ReferenceIdentity:
     """What reference values depend on beside the tokens themselves.
 
     Attributes:
-        model: From :func:`model_fingerprint`.
-        tokenizer: From :func:`tokenizer_fingerprint`.
+        model: From :func:`~flexdpo.objective.fingerprints.model_fingerprint`.
+        tokenizer: What stands for the tokenizer.
         settings: Whatever else changes values, as JSON-able numbers and strings: ``max_length``, precision, ...
     """
 
@@ -244,9 +195,20 @@ def read(path: Path, expected: dict[str, tuple[str, int]]) -> dict[str, NDArray[
                 view = file.get_slice(name)
                 if view.get_dtype() != dtype or len(view.get_shape()) != dimensions:
                     raise damaged(path, f"its {name} are {view.get_dtype()} {view.get_shape()}")
-            return {name: file.get_tensor(name) for name in expected}
+            tensors = {name: file.get_tensor(name) for name in expected}
+            stored = (file.metadata() or {}).get(_DIGEST)
     except (SafetensorError, OSError) as error:
         raise damaged(path, str(error).splitlines()[0] if str(error) else type(error).__name__) from error
+    if stored != _digest(tensors):
+        raise damaged(path, "its values are not those that were written")
+    return tensors
+
+
+def _digest(tensors: dict[str, NDArray[Any]]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name, values in sorted(tensors.items()):
+        digest.update(f"{name} {values.dtype} {list(values.shape)}\n".encode() + np.ascontiguousarray(values).tobytes())
+    return digest.hexdigest()
 
 
 def damaged(path: Path, why: str) -> FlexdpoError:
@@ -260,7 +222,7 @@ def damaged(path: Path, why: str) -> FlexdpoError:
 def write(path: Path, tensors: dict[str, NDArray[Any]]) -> None:
     """Write a file of the cache, whole or not at all."""
     with _unfinished(path) as whole:
-        save_file(tensors, whole)
+        save_file(tensors, whole, {_DIGEST: _digest(tensors)})
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -6,12 +6,15 @@ import hashlib
 import json
 import os
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
+from transformers import SchedulerType, get_scheduler
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -27,45 +30,67 @@ if TYPE_CHECKING:
     from flexdpo.training.config import DPOConfig
 
 RECORD_FILE = "flexdpo_run.json"
-# settings that decide which pairs a step sees and what it learns from them; a longer run may change the others
-RECORDED_SETTINGS = (
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "seed",
-    "data_seed",
-    "train_sampling_strategy",
-    "dataloader_drop_last",
-    "stream_shuffle_buffer",
-    "loss_type",
-    "loss_weights",
-    "beta",
-    "label_smoothing",
-    "f_divergence_type",
-    "f_alpha_divergence_coef",
-    "ld_alpha",
-    "use_weighting",
-    "discopop_tau",
-    "rpo_alpha",
-    "simpo_gamma",
-    "cpo_alpha",
-    "desirable_weight",
-    "undesirable_weight",
-    "sync_ref_model",
-    "ref_model_mixup_alpha",
-    "ref_model_sync_steps",
-    "max_length",
-    "learning_rate",
-    "optim",
-    "weight_decay",
-    "max_grad_norm",
-    "world_size",
-)
+# settings with no say in what is learned: where and when a run writes and looks, and how it is laid out on a machine.
+# All others must be those of the checkpoint, the ones that transformers will add included
+_FREE_SETTINGS = frozenset({
+    "output_dir", "run_name", "disable_tqdm", "resume_from_checkpoint", "report_to", "debug", "prediction_loss_only",
+    "max_steps", "num_train_epochs",  # a longer run; ``require_same_schedule`` looks at what they decide
+    "max_tokens_per_row", "pad_to_multiple_of", "sharing", "balance_processes", "use_cpu",
+    "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing",
+    "activation_checkpointing_kwargs", "liger_kernel_config", "compile_layers", "layer_compile_options",
+    "precompute_ref_log_probs", "precompute_ref_batch_size", "precompute_ref_cache_dir", "dataset_num_proc",
+    "skip_memory_metrics", "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
+    "restore_callback_states_from_checkpoint", "enable_jit_checkpoint", "do_train", "do_eval", "do_predict",
+    "project", "use_liger_kernel", "batch_eval_metrics", "per_device_eval_batch_size", "eval_accumulation_steps",
+    "fp16_full_eval", "bf16_full_eval", "use_cache", "accelerator_config",
+    "parallelism_config", "trust_remote_code", "local_rank", "average_tokens_across_devices",
+    "remove_unused_columns", "label_names", "length_column_name", "eval_on_start",
+    "torch_empty_cache_steps",
+})  # fmt: skip
+_FREE_PREFIXES = ("logging_", "save_", "eval_", "log_", "hub_", "push_to_hub", "include_", "trackio_", "dataloader_",
+                  "ddp_", "fsdp", "deepspeed", "attn_", "torch_compile")  # fmt: skip
+_BINDING = frozenset({"dataloader_drop_last"})
+# files up to this size are vouched for by their digest, larger ones by their size
+_DIGESTED_BYTES = 2**24
 
 
-def run_record(config: DPOConfig, data_digest: str) -> dict[str, Any]:
-    """The data and the settings of a run, as plain JSON values."""
-    settings = {name: getattr(config, name) for name in RECORDED_SETTINGS}
-    return {"data": data_digest, "settings": json.loads(json.dumps(settings, default=str))}
+def run_record(config: DPOConfig, data_digest: str, model: dict[str, str] | None = None) -> dict[str, Any]:
+    """The data and the settings of a run, as plain JSON values.
+
+    Args:
+        config: Settings of the run; all of them are recorded but those with no say in what is learned.
+        data_digest: From :func:`data_digest`.
+        model: Fingerprints of what a checkpoint does not hold itself, by what they stand for.
+    """
+    settings = {
+        field.name: getattr(config, field.name)
+        for field in fields(config)
+        if field.name in _BINDING
+        or not (field.name in _FREE_SETTINGS or field.name.startswith(_FREE_PREFIXES) or field.name.startswith("_"))
+    }
+    settings["world_size"] = config.world_size
+    return {
+        "data": data_digest,
+        "settings": json.loads(json.dumps(settings, default=str)),
+        "model": model or {},
+        "save_only_model": config.save_only_model,
+    }
+
+
+def file_record(folder: Path) -> dict[str, dict[str, Any]]:
+    """Name, size and (of small ones) digest of every file that lies in a checkpoint, the record itself excepted."""
+    return {
+        path.relative_to(folder).as_posix(): _vouched(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in (RECORD_FILE, f"{RECORD_FILE}.tmp")
+    }
+
+
+def _vouched(path: Path) -> dict[str, Any]:
+    size = path.stat().st_size
+    if size > _DIGESTED_BYTES:
+        return {"bytes": size}
+    return {"bytes": size, "blake2b": hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()}
 
 
 def tokens_of(folder: Path) -> dict[str, int]:
@@ -178,23 +203,33 @@ def last_checkpoint(output_dir: Path) -> Path:
 
 
 def require_same_run(folder: Path, record: dict[str, Any]) -> None:
-    """Refuse a checkpoint that was made from other data or with other settings.
+    """Refuse a checkpoint that was made from other data, with other settings or for another model, or is damaged.
 
     Raises:
-        FlexdpoError: naming the setting and both values, or saying that the data differ.
+        FlexdpoError: naming the setting and both values, what differs, or the file that is missing or was changed.
     """
     path = folder / RECORD_FILE
     if not path.is_file():
         raise FlexdpoError(f"{folder} is no checkpoint of flexdpo: it has no {RECORD_FILE}")
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-        settings, data = stored["settings"], stored["data"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        settings, data, model, files = stored["settings"], stored["data"], stored["model"], dict(stored["files"])
+        _require_files(folder, files)
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, FlexdpoError):
+            raise
         raise FlexdpoError(f"{path} is damaged ({type(error).__name__}); continue from an older checkpoint") from error
-    for name, value in record["settings"].items():
-        if settings.get(name) != value:
+    if stored.get("save_only_model"):
+        raise FlexdpoError(
+            f"{folder} was saved with save_only_model=True, without the optimizer's state, so the run cannot go on "
+            "from it; start a new run with this folder as the model, or continue from another checkpoint"
+        )
+    for name in sorted(record["settings"].keys() | settings.keys()):
+        value, before = record["settings"].get(name, _UNKNOWN), settings.get(name, _UNKNOWN)
+        # a setting that only one of the two versions of transformers has
+        if value != before and _UNKNOWN not in (value, before):
             raise FlexdpoError(
-                f"{folder} was made with {name}={settings.get(name)!r} and this run has {value!r}; continue with the "
+                f"{folder} was made with {name}={before!r} and this run has {value!r}; continue with the "
                 "same setting, or start a new run in another output_dir"
             )
     if data != record["data"]:
@@ -202,6 +237,61 @@ def require_same_run(folder: Path, record: dict[str, Any]) -> None:
             f"{folder} was made from other training data (or the same data tokenised otherwise); continue with the "
             "same data, or start a new run in another output_dir"
         )
+    for name, value in record["model"].items():
+        if model.get(name, value) != value:
+            raise FlexdpoError(
+                f"{folder} belongs to a run with other {name}; give model, adapter and reference as it began with "
+                "them, or start a new run in another output_dir"
+            )
+
+
+_UNKNOWN = "(unknown)"
+
+
+def _require_files(folder: Path, files: dict[str, dict[str, Any]]) -> None:
+    for name, before in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise FlexdpoError(f"{folder} lacks {name}, which was saved with it; continue from an older checkpoint")
+        if _vouched(path) != before:
+            raise FlexdpoError(
+                f"{path} is not as it was saved ({path.stat().st_size} bytes, saved {before['bytes']}); continue from "
+                "an older checkpoint"
+            )
+
+
+def require_same_schedule(folder: Path, config: DPOConfig) -> None:
+    """Refuse to make a run longer or shorter where the steps behind it would have had other learning rates then.
+
+    Raises:
+        FlexdpoError: naming both lengths.
+    """
+    state = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    before, done = int(state["max_steps"]), int(state["global_step"])
+    now = config.max_steps
+    if now <= 0:
+        now = round(before * config.num_train_epochs / state["num_train_epochs"])
+    if _rates(config, now, done) != _rates(config, before, done):
+        raise FlexdpoError(
+            f"{folder} belongs to a run of {before} steps and this one would have {now}, so the schedule "
+            f"{SchedulerType(config.lr_scheduler_type).value!r} would have given the first {done} steps other learning "
+            "rates; continue with the same max_steps and num_train_epochs, or start a new run in another output_dir"
+        )
+
+
+def _rates(config: DPOConfig, total: int, done: int) -> list[float]:
+    """Learning rates of some of the first ``done`` steps of a run, relative to the highest."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=1.0)
+    schedule = get_scheduler(
+        config.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=config.get_warmup_steps(total),
+        num_training_steps=total,
+        scheduler_specific_kwargs=config.lr_scheduler_kwargs or None,
+    )
+    # one that follows the losses knows no length
+    factors = getattr(schedule, "lr_lambdas", None)
+    return [] if factors is None else [factors[0](step) for step in range(0, done, max(1, done // 256))]
 
 
 def data_digest(dataset: Dataset, columns: tuple[str, ...]) -> str:

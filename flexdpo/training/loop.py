@@ -15,7 +15,7 @@ from flexdpo.layout.groups import Group
 from flexdpo.objective.logps import response_logps
 from flexdpo.objective.objective import Objective
 from flexdpo.objective.unpaired import with_unrelated_responses
-from flexdpo.training import distribution, models
+from flexdpo.training import adapters, distribution, models
 from flexdpo.training.finite import StepGuard
 from flexdpo.training.step import PackedBatch, Runner
 
@@ -71,7 +71,7 @@ def make_train_step(
     Args:
         model: The policy, a Hugging Face causal LM, with or without a PEFT adapter.
         optimizer: Over the policy's parameters.
-        ref_model: The reference; by default a frozen copy of the policy as it is now, or the model without its adapter.
+        ref_model: The reference; by default the policy as it is now (a copy; with an adapter, of what is trained).
         loss_type: One loss or several (see :class:`~flexdpo.objective.objective.Objective`).
         max_tokens_per_row: Longest packed row in tokens; ``None`` puts a batch into one row.
         pad_to_multiple_of: By default 128 on a GPU, where tiles count, and 1 elsewhere.
@@ -90,10 +90,14 @@ def make_train_step(
     inner = accelerator.unwrap_model(model) if accelerator is not None else model
     prepare_model(inner, impl=impl)
     models.disable_dropout(inner)
+    adapters.require_trainable(inner)
     in_step = accelerator is not None and distribution.runs_in_step(accelerator)
-    if in_step and ref_model is None and objective.needs_reference and not models.is_peft_model(inner):
+    if in_step and ref_model is None and objective.needs_reference and not adapters.is_peft_model(inner):
         raise FlexdpoError("a sharded model cannot be copied as its own reference; give ref_model, sharded like it")
     reference = _reference(inner, ref_model, objective, impl)
+    vocabularies = {"model": models.vocabulary(inner)}
+    if ref_model is not None:
+        vocabularies["reference model"] = models.vocabulary(unwrap_model(ref_model))
     device = next(model.parameters()).device
     multiple = pad_to_multiple_of or (128 if device.type == "cuda" else 1)
     runner = Runner(model, objective, reference=reference, **_surroundings(model, accelerator))
@@ -103,6 +107,8 @@ def make_train_step(
         model.train()
         if objective.needs_unrelated_responses:
             groups = with_unrelated_responses(groups)
+        for name, rows in vocabularies.items():
+            _require_ids(groups, name, rows)
         batch = PackedBatch.from_groups(
             groups,
             max_tokens_per_row=max_tokens_per_row,
@@ -127,18 +133,29 @@ def make_train_step(
     return step
 
 
+def _require_ids(groups: Sequence[Group], name: str, rows: int) -> None:
+    for group in groups:
+        highest = max(int(ids.max()) for ids in (group.prompt_ids, *group.response_ids))
+        if highest >= rows:
+            raise FlexdpoError(
+                f"{group.name} has token {highest} but the {name} embeds {rows} tokens; tokenise with the tokenizer "
+                "that it was made with"
+            )
+
+
 def _reference(
     model: nn.Module, ref_model: nn.Module | None, objective: Objective, impl: Impl
 ) -> Callable[[Row], ResponseLogps] | None:
     if not objective.needs_reference:
         return None
-    if ref_model is None and models.is_peft_model(model):
+    if ref_model is None and adapters.is_peft_model(model):
+        at_start = adapters.at_start_of(model, fresh=False)
 
-        def without_adapter(row: Row) -> ResponseLogps:
-            with models.reference_adapter(model):
+        def first_policy(row: Row) -> ResponseLogps:
+            with at_start():
                 return response_logps(model, row)
 
-        return without_adapter
+        return first_policy
     reference = models.frozen_copy(model) if ref_model is None else ref_model.requires_grad_(False)
     prepare_model(reference, impl=impl)
     models.disable_dropout(unwrap_model(reference))

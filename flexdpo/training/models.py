@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from flexdpo.errors import FlexdpoError, first_line
+from flexdpo.errors import FlexdpoError, first_line, quoted
 from flexdpo.hf.holding import ATTN_IMPLEMENTATION
 from flexdpo.hf.rules import unwrap_model
 from flexdpo.training.data import require_special_tokens
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from flexdpo.training.config import DPOConfig
 
 logger = logging.get_logger(__name__)
-REFERENCE_ADAPTER = "ref"
 
 
 def load_parts(
@@ -60,11 +60,18 @@ def load_model(name_or_path: str, *, trust_remote_code: bool = False, **init_kwa
         )
     _require_folder(name_or_path, "config.json")
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            name_or_path, trust_remote_code=trust_remote_code, **init_kwargs
+        model: PreTrainedModel
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name_or_path, trust_remote_code=trust_remote_code, output_loading_info=True, **init_kwargs
         )
     except (OSError, ValueError) as error:
         raise FlexdpoError(f"cannot load a causal LM from {name_or_path!r}: {first_line(error)}") from error
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise FlexdpoError(
+            f"{name_or_path} has no weights for {quoted(missing[:5])}{' and others' if len(missing) > 5 else ''} "
+            f"({len(missing)} of {type(model).__name__}'s), which would begin at random; save the whole model there"
+        )
     return model
 
 
@@ -100,14 +107,23 @@ def _listing(folder: Path) -> str:
     return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "nothing"
 
 
-def require_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def vocabulary(model: PreTrainedModel) -> int:
+    """How many token ids a model can embed and predict."""
+    rows = [sys.maxsize]
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        # an adapter's layer has other sizes
+        part = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+        rows.append(getattr(part, "num_embeddings", getattr(part, "out_features", sys.maxsize)))
+    return min(rows)
+
+
+def require_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, what: str = "model") -> None:
     """Refuse a tokenizer that has more tokens than the model has embeddings."""
-    embeddings = model.get_input_embeddings()
-    rows = getattr(embeddings, "num_embeddings", None)
-    if rows is not None and len(tokenizer) > rows:
+    rows = vocabulary(model)
+    if len(tokenizer) > rows:
         raise FlexdpoError(
-            f"the tokenizer has {len(tokenizer)} tokens but the model embeds {rows}; use the model's own tokenizer, or "
-            f"call model.resize_token_embeddings({len(tokenizer)})"
+            f"the tokenizer has {len(tokenizer)} tokens but the {what} embeds {rows}; use the tokenizer that it was "
+            f"made with, or call resize_token_embeddings({len(tokenizer)}) on it"
         )
 
 
@@ -152,72 +168,6 @@ def disable_dropout(model: nn.Module) -> None:
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0  # type: ignore[assignment]
-
-
-def is_peft_model(model: nn.Module) -> bool:
-    """Whether a model is a ``peft.PeftModel``, without importing peft for models that are not."""
-    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
-
-
-def add_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
-    """Wrap a model in a fresh adapter."""
-    try:
-        import peft
-    except ImportError as error:
-        raise FlexdpoError("peft_config needs the peft package; pip install 'flexdpo[peft]'") from error
-    if is_peft_model(model):
-        raise FlexdpoError(
-            "the model is a PeftModel already and peft_config asks for another adapter; merge the first one "
-            "(model.merge_and_unload()) or leave peft_config out"
-        )
-    if not isinstance(peft_config, peft.PeftConfig):
-        raise FlexdpoError(
-            f"peft_config must be a peft.PeftConfig such as LoraConfig, got {type(peft_config).__name__}"
-        )
-    if peft_config.is_prompt_learning:
-        raise FlexdpoError(
-            f"{peft_config.peft_type} puts extra tokens before every prompt, which packed rows do not have; use LoRA"
-        )
-    wrapped: nn.Module = peft.get_peft_model(model, peft_config)
-    return wrapped
-
-
-def add_reference_adapter(model: Any) -> None:
-    """Keep a frozen copy of a trained adapter beside it: the reference of a model that came with one."""
-    if REFERENCE_ADAPTER in model.peft_config:
-        return
-    active = model.active_adapter
-    model.add_adapter(REFERENCE_ADAPTER, copy.deepcopy(model.peft_config[active]))
-    for name, parameter in list(model.named_parameters()):
-        if f".{active}." in name:
-            copied = model.get_parameter(name.replace(f".{active}.", f".{REFERENCE_ADAPTER}."))
-            copied.data.copy_(parameter.data)
-            copied.requires_grad_(False)
-
-
-def reference_adapter(model: Any) -> AbstractContextManager[Any]:
-    """Switch a PEFT model to its reference: the frozen copy of its adapter, or no adapter at all."""
-    if REFERENCE_ADAPTER not in model.peft_config:
-        off: AbstractContextManager[Any] = model.disable_adapter()
-        return off
-    return _switched(model)
-
-
-@contextlib.contextmanager
-def _switched(model: Any) -> Any:
-    active = model.active_adapter
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.set_adapter(REFERENCE_ADAPTER)
-    try:
-        yield model
-    finally:
-        model.set_adapter(active)
-        # switching adapters also switches requires_grad; the reference stays frozen
-        for name, parameter in model.named_parameters():
-            if f".{REFERENCE_ADAPTER}." in name:
-                parameter.requires_grad_(False)
-        for parameter in trainable:
-            parameter.requires_grad_(True)
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:

@@ -12,7 +12,7 @@ import torch
 
 from flexdpo.errors import FlexdpoError
 from flexdpo.layout.groups import Group
-from flexdpo.layout.packing import pack
+from flexdpo.layout.packing import pack_numbered
 from flexdpo.layout.row import Row
 from flexdpo.objective.logps import ResponseLogps, response_logps
 from flexdpo.objective.objective import BatchTotals, Objective, Reference, ReferenceLogps, surrogate_loss
@@ -74,9 +74,10 @@ class PackedBatch:
             reference_pairs: For each group, chosen and rejected value per preference; only under ``ld_alpha``.
             with_idle_row: Make :attr:`idle_row`, for processes that must run equal numbers of forward passes.
         """
-        rows = pack(groups, max_tokens_per_row, pad_to_multiple_of=pad_to_multiple_of, buckets=buckets, sharing=sharing)
-        number_of = {id(group): number for number, group in enumerate(groups)}
-        members = [[number_of[id(group)] for group in row.groups] for row in rows]
+        packed = pack_numbered(
+            groups, max_tokens_per_row, pad_to_multiple_of=pad_to_multiple_of, buckets=buckets, sharing=sharing
+        )
+        rows, members = [row for row, _ in packed], [numbers for _, numbers in packed]
         values = None
         if reference is not None:
             values = [_reference_of(row, m, reference, reference_pairs) for row, m in zip(rows, members, strict=True)]
@@ -252,6 +253,7 @@ class Runner:
                 policy = self._policy(row)
                 result = self.objective.row_loss(policy, reference, row, batch.totals, average=self.average)
                 if self.backward is not None:
+                    _require_gradient(result.loss)
                     self.backward(result.loss)
             losses.append(result.loss.detach())
             metrics.append(result.metrics)
@@ -279,7 +281,9 @@ class Runner:
         if self.backward is not None:
             for number, (row, gradient) in enumerate(zip(batch.rows, found.targets, strict=True)):
                 with self._sync(number, passes):
-                    self.backward(surrogate_loss(self._policy(row), gradient))
+                    share = surrogate_loss(self._policy(row), gradient)
+                    _require_gradient(share)
+                    self.backward(share)
             for number in idle:
                 with self._sync(number, passes):
                     self._idle_policy(batch)
@@ -323,6 +327,15 @@ class Runner:
     def _sync(self, number: int, passes: int) -> AbstractContextManager[Any]:
         last = number == passes - 1
         return contextlib.nullcontext() if last or self.backward is None else self.no_sync()
+
+
+def _require_gradient(loss: Tensor) -> None:
+    if not loss.requires_grad:
+        raise FlexdpoError(
+            "the loss depends on no trainable weight, so nothing would be learned; an adapter must be active and not "
+            "merged (model.set_adapter(name), model.unmerge_adapter()), and checkpointing of an adapter's model with "
+            "use_reentrant=True needs model.enable_input_require_grads()"
+        )
 
 
 def _sums(logps: Reference) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,15 +18,18 @@ from flexdpo.attention.settings import kernel_settings_as
 from flexdpo.errors import FlexdpoError
 from flexdpo.hf.compilation import compile_decoder_layers, decoder_layers
 from flexdpo.hf.support import prepare_model, unwrap_model
+from flexdpo.objective.fingerprints import model_fingerprint, settings_fingerprint, weights_sample
 from flexdpo.objective.logps import response_logps
-from flexdpo.objective.reference_cache import model_fingerprint, tokenizer_fingerprint
 from flexdpo.objective.reference_sync import mix_into_reference
-from flexdpo.training import distribution, models
+from flexdpo.training import adapters, distribution, models
+from flexdpo.training.cache import tokenizer_digest
 from flexdpo.training.checkpoints import (
     data_digest,
+    file_record,
     last_checkpoint,
     load_reference,
     require_same_run,
+    require_same_schedule,
     run_record,
     save_reference,
     steps_of,
@@ -45,6 +49,7 @@ from flexdpo.training.lengths import (
     tokens_needed,
 )
 from flexdpo.training.metrics import MeanMetrics
+from flexdpo.training.output_lock import holding_output
 from flexdpo.training.precompute import Precompute
 from flexdpo.training.regroup import regroup_by_prompt
 from flexdpo.training.row_plan import RowPlan
@@ -133,9 +138,16 @@ class DPOTrainer(Trainer):
         # adapters draw their first weights from this seed
         set_seed(args.seed)
         model, processing_class = models.load_parts(model, processing_class, args)
-        model = self._with_adapter(model, ref_model, peft_config)
+        if peft_config is not None:
+            model = adapters.add_adapter(model, peft_config)
+        adapters.require_trainable(model)
         prepare_model(model, impl=self.impl)
-        reference = self._reference_for(model, ref_model, args)
+        reference = self._reference_for(model, ref_model, args, processing_class)
+        # what an adapter's policy was before its first step takes no second model
+        self._at_start: adapters.AtStart | None = None
+        if reference is None and self.objective.needs_reference and adapters.is_peft_model(model):
+            self._at_start = adapters.at_start_of(model, fresh=peft_config is not None)
+        self._fingerprints = self._fingerprints_of(model, reference, args, fresh=peft_config is not None)
         for part in (model, reference):
             if part is not None and args.disable_dropout:
                 models.disable_dropout(part)
@@ -195,32 +207,26 @@ class DPOTrainer(Trainer):
             else:
                 compile_decoder_layers(part, **{**args.compile_options, "dynamic": dynamic})
 
-    def _with_adapter(self, model: nn.Module, ref_model: nn.Module | None, peft_config: Any) -> nn.Module:
-        if peft_config is not None:
-            return models.add_adapter(model, peft_config)
-        if models.is_peft_model(model) and ref_model is None and self.objective.needs_reference:
-            # it came with a trained adapter, so the reference is that adapter and not the bare model
-            models.add_reference_adapter(model)
-        return model
-
-    def _reference_for(self, model: nn.Module, ref_model: nn.Module | None, args: DPOConfig) -> nn.Module | None:
+    def _reference_for(
+        self, model: nn.Module, ref_model: nn.Module | None, args: DPOConfig, tokenizer: PreTrainedTokenizerBase
+    ) -> nn.Module | None:
         if not self.objective.needs_reference:
             if ref_model is not None:
                 raise FlexdpoError(f"loss_type {', '.join(args.loss_type)} uses no reference; leave ref_model out")
             return None
         if ref_model is not None:
+            models.require_vocabulary(unwrap_model(ref_model), tokenizer, "reference model")
             prepare_model(ref_model, impl=self.impl)
             ref_model.requires_grad_(False)
             evaluated: nn.Module = ref_model.eval()
             return evaluated
         sharded = distribution.is_sharded(args)
-        if models.is_peft_model(model):
+        if adapters.is_peft_model(model):
             if sharded and args.precompute_ref_log_probs:
                 raise FlexdpoError(
                     "precompute_ref_log_probs with an adapter would run the whole model in every process before it is "
                     "sharded; leave it out, an adapter's reference takes no memory"
                 )
-            # the adapter is switched off
             return None
         if args.precompute_ref_log_probs and not sharded:
             # the policy itself is the reference before its first step
@@ -232,8 +238,8 @@ class DPOTrainer(Trainer):
         with torch.no_grad():
             if self.ref_model is not None:
                 return response_logps(self.ref_model, row)
-            if models.is_peft_model(self.model):
-                with models.reference_adapter(self.accelerator.unwrap_model(self.model)):
+            if self._at_start is not None:
+                with self._at_start():
                     return response_logps(self.model, row)
             if self.state.global_step > 0:
                 raise FlexdpoError(
@@ -256,11 +262,27 @@ class DPOTrainer(Trainer):
         return reference
 
     def _fingerprint(self, model: nn.Module, reference: nn.Module | None) -> str:
-        """The reference's weights in a few letters; taken before they are moved, wrapped or sharded."""
-        if reference is None and models.is_peft_model(model):
-            with models.reference_adapter(model):
-                return model_fingerprint(model)
-        return model_fingerprint(reference if reference is not None else model)
+        """The reference in a few letters; taken before its weights are moved, wrapped or sharded."""
+        with self._at_start() if self._at_start is not None else contextlib.nullcontext():
+            return model_fingerprint(reference if reference is not None else model)
+
+    def _fingerprints_of(
+        self, model: nn.Module, reference: nn.Module | None, args: DPOConfig, *, fresh: bool
+    ) -> dict[str, str]:
+        """What a checkpoint does not hold itself, for its record: settings, weights that stay, and the reference."""
+        parts = [part for part in (model, reference) if part is not None]
+        unknown = any(p.is_meta or hasattr(p, "ds_id") for part in parts for p in part.parameters())
+        if unknown or args.process_index > 0:
+            # the first process has the weights, and looks at the record for all
+            return {}
+        found = {
+            "model settings": settings_fingerprint(model),
+            "frozen weights": weights_sample(model, trainable=False),
+        }
+        if self.objective.needs_reference and not fresh:
+            kept = model if reference is None else reference
+            found["reference weights"] = weights_sample(kept, trainable=True)
+        return found
 
     # --- data --------------------------------------------------------------------------------------------------------
 
@@ -352,7 +374,7 @@ class DPOTrainer(Trainer):
             with self.compute_loss_context_manager():
                 return self.reference_logps(row)
 
-        tokenizer = tokenizer_fingerprint(self.processing_class)
+        tokenizer = tokenizer_digest(self.processing_class)
         work = Precompute(self.args, self.accelerator, run, fingerprint, tokenizer, self.row_plan.max_tokens_per_row)
         # rows of a whole dataset come in all lengths
         with kernel_settings_as(self.row_plan.kernels_of_any_length):
@@ -467,6 +489,7 @@ class DPOTrainer(Trainer):
             resume_from_checkpoint = str(last_checkpoint(Path(str(self.args.output_dir))))
         if resume_from_checkpoint:
             require_same_run(Path(resume_from_checkpoint), self._run_record())
+            require_same_schedule(Path(resume_from_checkpoint), self.args)
             if self.args.sync_ref_model:
                 load_reference(Path(resume_from_checkpoint), self._reference_to_move(), self.args.process_index)
             # what the run had counted goes on in one process; the log adds them up
@@ -476,12 +499,29 @@ class DPOTrainer(Trainer):
         if stream is not None:
             done = steps_of(Path(resume_from_checkpoint)) if resume_from_checkpoint else 0
             stream.closed = done >= self.args.max_steps
-        with plain_worker_errors(self.args.dataloader_num_workers):
+        writes = self.args.should_save and self.args.save_strategy != "no"
+        with (
+            holding_output(Path(str(self.args.output_dir)), is_owner=writes),
+            plain_worker_errors(self.args.dataloader_num_workers),
+        ):
             output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
         if stream is not None:
             self.data_reports["train"] = stream.report
             logger.warning(stream.report.summary())
         return output
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Run an epoch as ``Trainer`` does, but none beyond the last step.
+
+        ``Trainer`` looks at the number of steps only after each, so a run that is continued at its end would go on.
+        """
+        if self.state.global_step >= self.state.max_steps:
+            logger.warning(
+                f"the checkpoint has all {self.state.max_steps} steps of this run, so there is nothing left to do"
+            )
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save as ``Trainer`` does; under FSDP the finished model is saved whole, however its checkpoints are."""
@@ -504,7 +544,7 @@ class DPOTrainer(Trainer):
             if isinstance(data, StreamedPreferences):
                 # its beginning must do
                 data = data.sample(256)
-            self._record = run_record(self.args, data_digest(data, TOKENISED_COLUMNS))
+            self._record = run_record(self.args, data_digest(data, TOKENISED_COLUMNS), self._fingerprints)
         return self._record
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -521,11 +561,14 @@ class DPOTrainer(Trainer):
                 self.args.save_total_limit = limit
             if self.args.sync_ref_model:
                 save_reference(folder, self._reference_to_move(), self.args.process_index)
+            # the record vouches for what all processes have written
+            self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 # the one written before lacks the limit
                 torch.save(self.args, folder / TRAINING_ARGS_NAME)
                 proof = None if self.proof is None else self.proof.figures()
-                write_record(folder, {**self._run_record(), "tokens": tokens, "proof": proof})
+                vouched = {"tokens": tokens, "files": file_record(folder), "proof": proof}
+                write_record(folder, {**self._run_record(), **vouched})
         if self.args.should_save:
             rotate_checkpoints(
                 output_dir=output_dir,

@@ -346,9 +346,39 @@ def test_a_model_that_was_prepared_before() -> None:
     assert_identical(packed_run(model, row), want_row)
 
 
+@pytest.mark.parametrize("of", ["input_ids", "attention_mask"])
+def test_a_loader_that_fills_its_memory_again_gives_another_batch(of: str) -> None:
+    model, batch = build_model("llama"), padded_batch()
+    memory = {name: value.numpy().copy() for name, value in batch.items()}
+    reused = Batch({name: torch.from_numpy(value) for name, value in memory.items()})
+    others = padded_batch(seed=1)
+    with flexdpo.share_prefixes(model, **ALL), Float64():
+        run(model, reused)
+        # behind torch's back
+        if of == "input_ids":
+            memory[of][...] = others[of].numpy()
+        else:
+            memory[of][1, batch[of][1].sum() - 1] = 0
+        got = run(model, reused)
+    now = Batch({name: torch.from_numpy(value.copy()) for name, value in memory.items()})
+    with Float64():
+        assert_same(got, run(model, now))
+
+
+def test_a_plan_of_inference_is_not_used_in_training() -> None:
+    model, batch = build_model("llama"), padded_batch()
+    with flexdpo.share_prefixes(model, **ALL), Float64():
+        with torch.inference_mode():
+            model(**batch, use_cache=False)
+        got = run(model, batch)
+    with Float64():
+        assert_same(got, run(model, batch))
+
+
 def test_policy_and_reference_share_one_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     planned = []
     plan = sharing_hooks.plan_batch
+    sharing_hooks._in_thread.recent.clear()
     monkeypatch.setattr(sharing_hooks, "plan_batch", lambda *args: planned.append(args) or plan(*args))
     policy, reference, batch = build_model("mistral"), build_model("mistral", seed=3), padded_batch()
     with Float64():

@@ -18,14 +18,13 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from flexdpo import FlexdpoError, Group, Row, pack, prepare_model, response_logps
+from flexdpo.objective.fingerprints import model_fingerprint
 from flexdpo.objective.logps import ResponseLogps, pair_sums
 from flexdpo.objective.reference import PrecomputeReport, precompute_reference
 from flexdpo.objective.reference_cache import (
     ReferenceCache,
     ReferenceIdentity,
-    model_fingerprint,
     response_key,
-    tokenizer_fingerprint,
 )
 from tests.conftest import build_model, odd_groups, random_ids
 
@@ -262,31 +261,45 @@ def test_odd_sizes_and_places_have_fingerprints() -> None:
     assert model_fingerprint(plain) != model_fingerprint(moved)
 
 
-def test_a_trained_adapter_is_not_part_of_the_reference() -> None:
+def test_an_adapter_counts_while_it_is_switched_on() -> None:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     model = peft.get_peft_model(build_model("llama"), config)
-    before = model_fingerprint(model)
+
+    def both() -> tuple[str, str]:
+        with model.disable_adapter():
+            return model_fingerprint(model), ""
+        raise AssertionError
+
+    on = model_fingerprint(model)
+    off, _ = both()
+    assert on != off
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data += 1
-    assert model_fingerprint(model) == before
-    model.add_adapter("ref", config)
-    with_ref = model_fingerprint(model)
-    assert with_ref != before
-    for name, parameter in model.named_parameters():
-        if ".ref." in name:
-            parameter.data += 1
-    assert model_fingerprint(model) != with_ref
+    assert model_fingerprint(model) != on
+    assert both()[0] == off
+    moved = model_fingerprint(model)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    layer.scaling["default"] *= 2
+    assert model_fingerprint(model) != moved
+    assert both()[0] == off
 
 
-def test_tokenizers_have_fingerprints(tokenizer: Any) -> None:
-    before = tokenizer_fingerprint(tokenizer)
-    template = tokenizer.chat_template
-    tokenizer.chat_template = "{{ messages }}"
-    assert tokenizer_fingerprint(tokenizer) != before
-    tokenizer.chat_template = template
-    assert tokenizer_fingerprint(tokenizer) == before
+@pytest.mark.parametrize(
+    ("name", "value"), [("rms_norm_eps", 1e-3), ("rope_parameters", {"rope_type": "default", "rope_theta": 500.0})]
+)
+def test_a_config_counts_and_where_it_lies_does_not(tmp_path: Path, name: str, value: Any) -> None:
+    model = build_model("llama").float()
+    before = model_fingerprint(model)
+    model.save_pretrained(tmp_path)
+    load = type(model).from_pretrained
+    assert model_fingerprint(load(tmp_path)) == before
+    assert model_fingerprint(load(tmp_path, attn_implementation="sdpa")) == before
+    assert model_fingerprint(load(tmp_path, **{name: value})) != before
+    # and so does what a module keeps of it
+    model.model.norm.variance_epsilon = 1e-3
+    assert model_fingerprint(model) != before
 
 
 def test_a_folder_for_every_identity(tmp_path: Path) -> None:
@@ -345,8 +358,8 @@ def test_a_truncated_part(written: Path) -> None:
     [
         (lambda t: {"weight": t["sums"]}, "it holds weight"),
         (lambda t: {**t, "sums": t["sums"].astype(np.float32)}, r"its sums are F32 \[\d+\]"),
-        (lambda t: {**t, "sums": t["sums"][:-1]}, "its values do not fit its keys or are not finite"),
-        (lambda t: {**t, "sums": t["sums"] * np.nan}, "its values do not fit its keys or are not finite"),
+        (lambda t: {**t, "sums": t["sums"][:-1]}, "its values are not those that were written"),
+        (lambda t: {**t, "sums": t["sums"] * np.nan}, "its values are not those that were written"),
     ],
 )
 def test_a_foreign_part(written: Path, change: Any, message: str) -> None:
@@ -355,6 +368,21 @@ def test_a_foreign_part(written: Path, change: Any, message: str) -> None:
         FlexdpoError, match=rf"part-0-000000.* \({message}\); delete it, and what it held is computed again"
     ):
         ReferenceCache(written.parent, IDENTITY)
+
+
+@pytest.mark.parametrize("name", ["part-0-000000", "plan"])
+def test_one_bit_is_noticed_wherever_it_flips(written: Path, name: str) -> None:
+    path = written.parent / f"{name}.safetensors"
+    whole = path.read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    for place in (start, (start + len(whole)) // 2, len(whole) - 1):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(FlexdpoError, match=rf"{name}.* \(its values are not those that were written\); delete it"):
+            precompute_reference(ReferenceCache(written.parent, IDENTITY), dataset(1), never_run)
+
+
+def never_run(row: Row) -> ResponseLogps:
+    raise AssertionError("a row was run")
 
 
 def test_a_foreign_plan(written: Path) -> None:

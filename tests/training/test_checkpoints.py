@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from flexdpo import DPOTrainer, FlexdpoError
-from flexdpo.training.checkpoints import RECORD_FILE, data_digest, last_checkpoint
+from flexdpo.training.checkpoints import RECORD_FILE, data_digest, last_checkpoint, require_same_run
 from tests.conftest import preference_rows
 from tests.training.test_trainer import settings
 
@@ -90,6 +90,92 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, trainer, tokenizer) ->
         trainer().train(resume_from_checkpoint=str(tmp_path))
 
 
+CHANGES: list[dict[str, Any]] = [
+    {"adam_beta2": 0.9},
+    {"lr_scheduler_type": "linear"},
+    {"warmup_steps": 2},
+    {"bf16": True},
+    {"weight_decay": 0.1},
+    {"dataloader_drop_last": True},
+    {"disable_dropout": False},
+    {"max_length": 64},
+]
+
+
+def test_every_setting_that_decides_what_is_learned_is_compared(tmp_path, trainer) -> None:
+    trainer(max_steps=2).train()
+    kept = weights_of(tmp_path / "run" / "checkpoint-2")
+    for change in CHANGES:
+        (name,) = change
+        with pytest.raises(FlexdpoError, match=rf"checkpoint-2 was made with {name}=.* and this run has"):
+            trainer(max_steps=2, **change).train(resume_from_checkpoint=True)
+    free = trainer(max_steps=2, logging_steps=3, save_steps=7, max_tokens_per_row=56, save_total_limit=5)
+    free.train(resume_from_checkpoint=True)
+    # and a run that has all of its steps takes no other
+    assert free.state.global_step == 2
+    assert all(torch.equal(kept[name], weight) for name, weight in free.model.state_dict().items())
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_a_longer_run_keeps_the_rates_of_the_steps_behind_it(tmp_path, trainer) -> None:
+    trainer(max_steps=2).train()
+    longer = trainer(max_steps=3)
+    longer.train(resume_from_checkpoint=True)
+    assert longer.state.global_step == 3
+    falling = {"lr_scheduler_type": "linear", "save_steps": 2}
+    trainer(tmp_path / "falling", max_steps=2, **falling).train()
+    with pytest.raises(FlexdpoError, match=r"belongs to a run of 2 steps and this one would have 3, so.*'linear'"):
+        trainer(tmp_path / "falling", max_steps=3, **falling).train(resume_from_checkpoint=True)
+
+
+def test_every_file_of_a_checkpoint_is_vouched_for(tmp_path, trainer) -> None:
+    trainer(max_steps=2).train()
+    folder = tmp_path / "run" / "checkpoint-2"
+    names = {path.name for path in folder.iterdir()} - {RECORD_FILE}
+    assert {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "model.safetensors"} <= names
+    record = trainer(max_steps=2)._run_record()
+    require_same_run(folder, record)
+    for name in names:
+        whole = (folder / name).read_bytes()
+        (folder / name).unlink()
+        with pytest.raises(FlexdpoError, match=rf"checkpoint-2 lacks {name}, which was saved with it; continue from"):
+            require_same_run(folder, record)
+        (folder / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        with pytest.raises(FlexdpoError, match=rf"{name} is not as it was saved"):
+            require_same_run(folder, record)
+        (folder / name).write_bytes(whole)
+
+
+def test_a_checkpoint_without_the_optimizer_is_no_place_to_go_on_from(trainer) -> None:
+    trainer(max_steps=2, save_only_model=True).train()
+    with pytest.raises(FlexdpoError, match=r"checkpoint-2 was saved with save_only_model=True, without the opt"):
+        trainer(max_steps=4).train(resume_from_checkpoint=True)
+
+
+def test_a_run_goes_on_with_its_own_model(tmp_path, trainer, tokenizer, preferences, small_model) -> None:
+    trainer(max_steps=2).train()
+
+    def again(model: Any, **given: Any) -> None:
+        args = settings(tmp_path / "run", max_steps=4, save_strategy="steps", save_steps=2)
+        run = DPOTrainer(model, args=args, train_dataset=preferences, processing_class=tokenizer, **given)
+        run.train(resume_from_checkpoint=True)
+
+    # what was trained so far is no reference
+    moved = small_model()
+    moved.load_state_dict(weights_of(tmp_path / "run" / "checkpoint-2"))
+    with pytest.raises(FlexdpoError, match=r"checkpoint-2 belongs to a run with other reference weights; give model"):
+        again(moved)
+    with pytest.raises(FlexdpoError, match=r"checkpoint-2 belongs to a run with other reference weights"):
+        again(small_model(), ref_model=small_model(seed=1))
+    model = small_model()
+    model.config.rms_norm_eps = 0.1
+    with pytest.raises(FlexdpoError, match=r"checkpoint-2 belongs to a run with other model settings"):
+        again(model)
+
+
 def test_a_setting_of_a_loss_counts_as_another_run(trainer) -> None:
     trainer(loss_type="simpo", max_steps=2).train()
     with pytest.raises(FlexdpoError, match=r"was made with simpo_gamma=0.5 and this run has 0.9"):
@@ -112,7 +198,7 @@ def test_a_reference_that_moves_is_continued_too(tmp_path, trainer) -> None:
         for name, weight in getattr(whole, part).state_dict().items():
             assert torch.equal(getattr(second, part).state_dict()[name], weight), (part, name)
     (tmp_path / "parts" / "checkpoint-8" / "reference.safetensors").unlink()
-    with pytest.raises(FlexdpoError, match=r"checkpoint-8 does not hold the reference that sync_ref_model had moved"):
+    with pytest.raises(FlexdpoError, match=r"checkpoint-8 lacks reference\.safetensors, which was saved with it"):
         build("parts").train(resume_from_checkpoint=True)
 
 

@@ -1,0 +1,230 @@
+"""Adapters: wrapping a model in one, and going back for a moment to the policy as it was before its first step.
+
+An adapter's kind does not matter here. What training can move is what peft and the user left trainable, wherever it is
+kept; a copy of that, put in its place for the length of a forward pass, is the policy at step 0, bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from flexdpo.errors import FlexdpoError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+AtStart = Callable[[], AbstractContextManager[None]]
+"""Brings a policy back to its first weights for a ``with`` block."""
+
+
+def is_peft_model(model: nn.Module) -> bool:
+    """Whether a model is a ``peft.PeftModel``, without importing peft for models that are not."""
+    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
+def add_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
+    """Wrap a model in a fresh adapter."""
+    try:
+        import peft
+    except ImportError as error:
+        raise FlexdpoError("peft_config needs the peft package; pip install 'flexdpo[peft]'") from error
+    if is_peft_model(model):
+        raise FlexdpoError(
+            "the model is a PeftModel already and peft_config asks for another adapter; merge the first one "
+            "(model.merge_and_unload()) or leave peft_config out"
+        )
+    if not isinstance(peft_config, peft.PeftConfig):
+        raise FlexdpoError(
+            f"peft_config must be a peft.PeftConfig such as LoraConfig, got {type(peft_config).__name__}"
+        )
+    if peft_config.is_prompt_learning:
+        raise FlexdpoError(
+            f"{peft_config.peft_type} puts extra tokens before every prompt, which packed rows do not have; use LoRA"
+        )
+    wrapped: nn.Module = peft.get_peft_model(model, peft_config)
+    return wrapped
+
+
+def require_trainable(model: nn.Module) -> None:
+    """Refuse a policy that nothing could train: its loss would stand at ln 2 for ever.
+
+    Raises:
+        FlexdpoError: with the way out.
+    """
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        return
+    if is_peft_model(model):
+        raise FlexdpoError(
+            "no weight of this PeftModel is trainable, so nothing would be learned; load the adapter with "
+            "PeftModel.from_pretrained(..., is_trainable=True), or choose one with model.set_adapter(name)"
+        )
+    raise FlexdpoError(
+        "no weight of the model is trainable, so nothing would be learned; call requires_grad_(True) on what is to be "
+        "trained, or give peft_config to train an adapter"
+    )
+
+
+def at_start_of(model: nn.Module, *, fresh: bool) -> AtStart:
+    """Return what brings a model with an adapter back to where it stands now, whatever is trained in between.
+
+    Args:
+        model: A ``PeftModel``, before it is wrapped or sharded.
+        fresh: Whether the adapter was made for this run. If so and if it changes nothing yet, as most do, it is
+            switched off instead of copied, which takes no memory.
+    """
+    if fresh and _may_be_switched_off(model):
+        return partial(_switched_off, model)
+    return StartingWeights(model)
+
+
+# --- the adapter switched off ----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _may_be_switched_off(model: Any) -> bool:
+    """Whether the model without its adapter gives the same logits, bit for bit, and none that training could move."""
+    parameters = list(model.parameters())
+    if any(parameter.is_meta or hasattr(parameter, "ds_id") for parameter in parameters):
+        # nothing can be run before it is loaded or brought together; the first examples of the run are asked instead
+        return True
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        input_ids = torch.arange(2, device=parameters[0].device)[None]
+        switched_on = model(input_ids=input_ids, use_cache=False).logits
+        with _switched_off(model), torch.enable_grad():
+            switched_off = model(input_ids=input_ids, use_cache=False).logits
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return torch.equal(switched_on, switched_off) and not switched_off.requires_grad
+
+
+@contextlib.contextmanager
+def _switched_off(model: Any) -> Iterator[None]:
+    # peft makes all weights of the active adapter trainable when it switches them on again
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter, required in trainable:
+            parameter.requires_grad_(required)
+
+
+# --- the adapter as it was -------------------------------------------------------------------------------------------
+
+
+class StartingWeights:
+    """A copy of all weights that training may move, put in their place for the length of a ``with`` block.
+
+    These are the trainable ones, be they an adapter's or not, and whatever else the adapter's layers keep as a weight
+    (AdaLoRA's ranks). The copies stand in no module: nothing finds them to save, shard or train them.
+
+    Args:
+        model: A ``PeftModel`` with its adapters as they are to be remembered.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.values = {name: parameter.detach().clone() for name, parameter in _moving(model).items()}
+        self.adapters = _adapters(model)
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Run the block on the first weights; the trained ones are back afterwards, whatever happened."""
+        now = _adapters(self.model)
+        if now != self.adapters:
+            raise FlexdpoError(
+                f"the policy began with the adapters {self.adapters} and now runs {now}, so the reference cannot be "
+                "what it began with; leave adapters and their scales alone during a run, or give ref_model"
+            )
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        parameters = {_plain(name): parameter for name, parameter in self.model.named_parameters()}
+        with _gathered([parameters[name] for name in self.values]):
+            for name, value in self.values.items():
+                own = parameters[name].detach()
+                first = _like(value, own)
+                self.values[name] = own.clone()
+                # in place: compiled layers, shards and optimizers hold on to where a weight lies
+                _local(own).copy_(_local(first))
+        # what autocast and FSDP have made of the weights before is not to be used again
+        torch.clear_autocast_cache()
+        _reshard(self.model)
+
+
+def _moving(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Weights that training may move, by name."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    kept: set[nn.Parameter] = set()
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            base = layer.get_base_layer()
+            kept |= set(layer.parameters(recurse=False)) - set(base.parameters())
+            for child in layer.children():
+                kept |= set(child.parameters()) - set(base.parameters())
+    return {_plain(name): p for name, p in model.named_parameters() if p.requires_grad or p in kept}
+
+
+def _plain(name: str) -> str:
+    """A weight's name as it was before its layer was wrapped for checkpointing or compiled."""
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+
+
+def _adapters(model: Any) -> dict[str, Any]:
+    """Which adapters run, and the scales that they run with."""
+    scales = {
+        name: dict(scaling)
+        for name, module in model.named_modules()
+        if isinstance(scaling := getattr(module, "scaling", None), dict)
+    }
+    return {"active": tuple(model.active_adapters), "scales": scales}
+
+
+def _like(value: Tensor, own: Tensor) -> Tensor:
+    """``value`` where ``own`` is, in its dtype and spread like it."""
+    if value.is_meta:
+        # a process that waits for the first one's weights
+        value = torch.empty_like(value, device=own.device)
+    if isinstance(own, DTensor) and not isinstance(value, DTensor):
+        return distribute_tensor(value.to(own.device, own.dtype), own.device_mesh, own.placements)
+    return value.to(own.device, own.dtype)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
+    """Where ZeRO-3 has spread weights over the processes, bring them together, and keep what is written there."""
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return contextlib.nullcontext()
+    import deepspeed
+
+    together: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
+    return together
+
+
+def _reshard(model: nn.Module) -> None:
+    if not torch.distributed.is_available():
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
