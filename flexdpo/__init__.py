@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from flexdpo.errors import FlexdpoError, UnsupportedModelError
 from flexdpo.hf.probe import ParityReport, parity_probe
+from flexdpo.hf.randomness import disable_dropout
 from flexdpo.hf.sharing import share_prefixes, sharing_stats, unshare
 from flexdpo.hf.support import prepare_model
 from flexdpo.hf.support import register as _register
@@ -44,6 +45,7 @@ __all__ = [
     "RowLayout",
     "Trie",
     "UnsupportedModelError",
+    "disable_dropout",
     "estimate_dataset",
     "load_preference_dataset",
     "make_train_step",

@@ -19,6 +19,7 @@ def softmax_attention(
     scaling: float | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Attention by the formula, for what SDPA cannot do; the scores are held in memory.
 
@@ -30,6 +31,7 @@ def softmax_attention(
         scaling: Factor on the scores, ``D ** -0.5`` by default.
         softcap: Scores become ``softcap * tanh(score / softcap)``.
         sinks: One extra logit per query head that takes part in the softmax and carries no value, ``[Hq]``.
+        dropout: Chance that a weight is dropped, for models that run without a packed row.
 
     Returns:
         ``[B, Hq, Q, Dv]`` in the dtype of ``value``; the softmax runs in float32 or better.
@@ -44,4 +46,5 @@ def softmax_attention(
         column = sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:-1], 1)
         scores = torch.cat([scores, column], dim=-1)
     weights = scores.softmax(dim=-1)[..., : key.shape[2]]
+    weights = torch.nn.functional.dropout(weights, dropout)
     return weights.to(value.dtype) @ value

@@ -16,6 +16,8 @@ import torch
 from transformers.cache_utils import Cache
 
 from flexdpo.errors import FlexdpoError, UnsupportedModelError
+from flexdpo.hf.draws import RandomState
+from flexdpo.hf.randomness import refuse_draws
 from flexdpo.hf.rules import require_exact
 from flexdpo.layout.row import RowLayout
 
@@ -39,13 +41,17 @@ class Held:
         impl: The kernel that was asked for.
         attention_ran: Whether our attention function ran under a mask of this layout.
         brings_token_types: Whether the call says which tokens are images.
+        states: Of the random number generators when it began; ``None`` where Dynamo traces the hooks.
+        inputs: Its token ids or embeddings.
     """
 
-    module: nn.Module
+    module: Any
     layout: RowLayout | None
     impl: Impl
     attention_ran: bool = False
     brings_token_types: bool = False
+    states: RandomState | None = None
+    inputs: dict[str, Any] = field(default_factory=dict)
 
     def tested(self, grad: bool) -> bool:
         """Whether the model's kernels went through their self-test, in an uncompiled run in this gradient mode."""
@@ -88,7 +94,7 @@ def remove_layout_hooks(module: nn.Module) -> None:
     """Undo :func:`install_layout_hooks`. Safe to call again."""
     for handle in module.__dict__.pop("_flexdpo_hooks", ()):
         handle.remove()
-    for name in ("_flexdpo_impl", "_flexdpo_checked", *_TESTED):
+    for name in ("_flexdpo_impl", "_flexdpo_checked", "_flexdpo_harmless", *_TESTED):
         module.__dict__.pop(name, None)
 
 
@@ -113,7 +119,10 @@ def _take_layout(
     impl: Impl = module._flexdpo_impl  # type: ignore[assignment]
     _forget_interrupted(module)
     types = any(kwargs.get(name) is not None for name in ("token_type_ids", "mm_token_type_ids"))
-    _forwards.held.append(Held(module, layout, impl, brings_token_types=types))
+    held = Held(module, layout, impl, brings_token_types=types)
+    if not torch.compiler.is_compiling():
+        held.states, held.inputs = RandomState.now(), _tokens_of(args, kwargs)
+    _forwards.held.append(held)
     return args, kwargs
 
 
@@ -127,6 +136,11 @@ def _with_all_positions(module: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     if isinstance(kept, int) and kept and module.get_output_embeddings() is None:
         return dict(kwargs, logits_to_keep=0)
     return kwargs
+
+
+def _tokens_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    named = {name: kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None}
+    return named or {"input_ids": args[0]}
 
 
 def _run_without_layout(module: nn.Module) -> None:
@@ -164,6 +178,8 @@ def _release_layout(module: nn.Module, args: Any, kwargs: Any, output: Any) -> N
             f"load it with attn_implementation={ATTN_IMPLEMENTATION!r} and call flexdpo.prepare_model(model), "
             "or train this model without flexdpo"
         )
+    if held.states is not None and output is not None:
+        refuse_draws(held.module, held.states, held.inputs)
 
 
 def _require_single_owner(module: nn.Module) -> None:

@@ -21,6 +21,7 @@ from flexdpo.attention.row_mask import row_mask_for, row_mask_of
 from flexdpo.attention.selftest import is_compared
 from flexdpo.errors import FlexdpoError, UnsupportedModelError
 from flexdpo.hf.holding import held_forward
+from flexdpo.hf.randomness import WAY_OUT
 from flexdpo.layout.row import RowLayout
 
 if TYPE_CHECKING:
@@ -254,9 +255,9 @@ def flexdpo_attention(
 
 def _refuse_unknown(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
     if dropout > 0:
-        raise FlexdpoError(
+        raise UnsupportedModelError(
             f"{type(module).__name__} uses attention dropout {dropout}, which a shared prompt cannot reproduce; "
-            "set attention_dropout=0 in the model's config (the trainer does with disable_dropout=True)"
+            f"{WAY_OUT}"
         )
     for name, value in kwargs.items():
         harmless = value is None or value is False or name in HARMLESS_KWARGS
@@ -292,10 +293,6 @@ def _stock_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return output, None
-    if dropout > 0:
-        raise FlexdpoError(
-            "attn_implementation='flexdpo' has no dropout with softcap or sinks; set attention_dropout=0"
-        )
     queries, keys = query.shape[2], key.shape[2]
     if attention_mask is None:
         # transformers leaves the mask out for a single query, which sees everything, and for plain causal attention
@@ -307,5 +304,5 @@ def _stock_attention(
     if bias.dtype == torch.bool:
         bias = torch.zeros(bias.shape, dtype=query.dtype, device=query.device)
         bias = bias.masked_fill_(~attention_mask, torch.finfo(query.dtype).min)
-    output = softmax_attention(query, key, value, bias, scaling=scaling, softcap=softcap, sinks=s_aux)
+    output = softmax_attention(query, key, value, bias, scaling=scaling, softcap=softcap, sinks=s_aux, dropout=dropout)
     return output.transpose(1, 2).contiguous(), None

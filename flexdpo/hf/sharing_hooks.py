@@ -18,7 +18,9 @@ import torch
 from flexdpo.attention.row_mask import Impl, resolve_impl
 from flexdpo.attention.settings import KernelSettings, exchange_kernel_settings, kernel_settings
 from flexdpo.hf.batch_gather import SharedBatch
+from flexdpo.hf.draws import being_asked
 from flexdpo.hf.holding import held_forward
+from flexdpo.hf.randomness import DrawsWatch
 from flexdpo.hf.sharing_rules import REASONS, Positions, reason_by_arguments
 from flexdpo.layout.batch_trie import row_spans, sort_batch, trie_of
 from flexdpo.layout.row import RowLayout
@@ -95,6 +97,7 @@ class Sharing:
         hooks: To take off again.
         stats: What was done so far.
         warned: Whether it was said that dropout keeps batches from being shared.
+        watch: Knows whether the backbone draws random numbers.
     """
 
     stock: str
@@ -107,6 +110,7 @@ class Sharing:
     hooks: tuple[RemovableHandle, ...] = ()
     stats: SharingStats = field(default_factory=SharingStats)
     warned: bool = False
+    watch: DrawsWatch = field(default_factory=DrawsWatch)
 
     def stats_so_far(self) -> SharingStats:
         """A copy of what was done, which threads that go on do not change."""
@@ -181,12 +185,17 @@ def _share_batch(
     backbone: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     sharing: Sharing = backbone._flexdpo_sharing
+    if being_asked():
+        return None
     # Ctrl-C skips the hook that takes a batch off again
     _finish(backbone)
+    # every process of a sharded model comes here equally often, whatever its batch is
+    random = sharing.watch.draws(backbone)
     named = {**dict(zip(sharing.parameters, args, strict=False)), **kwargs}
     if held_forward() is not None or any(isinstance(value, RowLayout) for value in named.values()):
         return None  # the caller packed a row already
-    planned: SharedBatch | str = reason_by_arguments(backbone, named) or _planned(sharing, named)
+    planned: SharedBatch | str | None = reason_by_arguments(backbone, named) or ("random" if random else None)
+    planned = planned or _planned(sharing, named)
     _count(sharing, named, planned)
     if isinstance(planned, str):
         if planned == "random":
@@ -201,6 +210,8 @@ def _share_batch(
 
 @torch.compiler.disable
 def _place_output(backbone: Any, args: Any, kwargs: Any, output: Any) -> Any:  # noqa: ARG001
+    if being_asked():
+        return None
     batch = _finish(backbone)
     # output is None when the forward raised
     return None if batch is None or output is None else batch.at_padded_places(output)
@@ -237,8 +248,8 @@ def _warn_once(sharing: Sharing, backbone: nn.Module) -> None:
     if not sharing.warned:
         warnings.warn(
             f"{type(backbone).__name__} uses dropout or noise in training, so its batches run without sharing: a "
-            "shared token cannot be dropped differently for each row. Set every dropout (lora_dropout too) to 0 to "
-            "share them.",
+            "shared token cannot be dropped differently for each row. flexdpo.disable_dropout(model) sets every rate "
+            "to 0 (lora_dropout too), and they are shared.",
             stacklevel=2,
         )
         sharing.warned = True

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.modules.dropout import _DropoutNd
 from transformers.cache_utils import Cache
 
 from flexdpo.hf.interface import HARMLESS_KWARGS
@@ -19,7 +18,6 @@ from flexdpo.hf.interface import HARMLESS_KWARGS
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from torch import nn
     from transformers import PreTrainedModel
 
 # why a call passes through, with what to do about it where something can be done
@@ -34,26 +32,11 @@ REASONS = {
     "gaps": "padding stands between the tokens of a row",
     "left_padding": "the model's positions are absolute, and padding on the left moves them",
     "rope_scaling": "the model scales its positions by the padded length",
-    "random": "dropout or noise is on; a shared token cannot be dropped differently for each row",
+    "random": "the model draws random numbers (dropout, noise); a shared token cannot have others for each row",
     "other_inputs": "the call has inputs that flexdpo does not know how to share",
 }
 # switches and counts that change nothing about how tokens are shared
 _HARMLESS_TENSORS = frozenset({"input_ids", "attention_mask", "num_items_in_batch", "logits_to_keep"})
-# what modules call a chance of dropping or a scale of noise that they use without a dropout module
-_RANDOM_ATTRIBUTES = (
-    "attention_dropout",
-    "attn_dropout",
-    "dropout",
-    "dropout_p",
-    "activation_dropout",
-    "layerdrop",
-    "jitter_noise",
-    "router_jitter_noise",
-    "input_jitter_noise",
-    "router_jitter_eps",
-    "moe_jitter_eps",
-    "neftune_noise_alpha",
-)
 # architectures whose positions were measured to be relative: equal results wherever a row begins. Others are taken for
 # absolute, since rotary embeddings alone prove nothing: a norm behind them, or a scale by position, undoes it
 # fmt: off
@@ -117,8 +100,6 @@ def _obstacles(backbone: PreTrainedModel, kwargs: dict[str, Any]) -> Iterator[st
         yield "other_inputs"
     if input_ids.shape[0] == 1:
         yield "one_row"
-    if backbone.training and draws_at_random(backbone):
-        yield "random"
 
 
 def _asked_for(backbone: PreTrainedModel, kwargs: dict[str, Any], name: str) -> bool:
@@ -131,21 +112,6 @@ def _makes_cache(backbone: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
     if kwargs.get("use_cache") is None and backbone.training:
         return False
     return _asked_for(backbone, kwargs, "use_cache")
-
-
-def draws_at_random(backbone: nn.Module) -> bool:
-    """Whether some part of the model in training mode has a chance of dropping, or noise, above 0."""
-    for module in backbone.modules():
-        if not module.training:
-            continue
-        if isinstance(module, _DropoutNd):
-            if module.p > 0:
-                return True
-            continue
-        own = module.__dict__
-        if any(isinstance(value := own.get(name), float | int) and value > 0 for name in _RANDOM_ATTRIBUTES):
-            return True
-    return False
 
 
 @dataclass(frozen=True)

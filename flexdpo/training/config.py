@@ -147,7 +147,10 @@ class DPOConfig(TrainingArguments):
     )
     disable_dropout: bool = field(
         default=True,
-        metadata={"help": "Turn dropout off in the policy and the reference model; shared tokens cannot have it."},
+        metadata={
+            "help": "Set every rate of dropout and noise to 0 in the policy and the reference model. With false, a "
+            "model that has one is refused: shared tokens cannot be dropped differently for each response."
+        },
     )
     prove: bool = field(
         default=True,
@@ -248,6 +251,11 @@ class DPOConfig(TrainingArguments):
                 "copy of the prompt at another place, so nothing would be shared; use 'keep_start'"
             )
         self._check_rows()
+        if self.neftune_noise_alpha is not None:
+            raise FlexdpoError(
+                f"neftune_noise_alpha={self.neftune_noise_alpha} adds noise to every embedding, and a token that "
+                "several responses share cannot have different noise for each; leave it out"
+            )
         # as a YAML file or the command line gives it
         self.fsdp: Any = {"true": True, "false": None}.get(str(self.fsdp).lower(), self.fsdp)
         if self.bf16 is None:

@@ -10,6 +10,7 @@ import torch
 
 from flexdpo.attention.row_mask import Impl
 from flexdpo.errors import FlexdpoError
+from flexdpo.hf.randomness import disable_dropout
 from flexdpo.hf.support import prepare_model, unwrap_model
 from flexdpo.layout.groups import Group
 from flexdpo.objective.logps import response_logps
@@ -65,7 +66,8 @@ def make_train_step(
 ) -> TrainStep:
     """Return a function that takes a batch of groups and runs one exact optimizer step on packed rows.
 
-    The model is prepared here if it was not, and its dropout set to zero. With ``accelerator``, give the model and the
+    The model is prepared here if it was not, and every rate of dropout and noise set to 0; a
+    model that draws random numbers all the same is refused. With ``accelerator``, give the model and the
     optimizer that ``accelerator.prepare`` returned, and prepare the model with :func:`flexdpo.prepare_model` before.
 
     Args:
@@ -89,7 +91,7 @@ def make_train_step(
     objective = Objective(names, **loss_settings)
     inner = accelerator.unwrap_model(model) if accelerator is not None else model
     prepare_model(inner, impl=impl)
-    models.disable_dropout(inner)
+    disable_dropout(inner)
     adapters.require_trainable(inner)
     in_step = accelerator is not None and distribution.runs_in_step(accelerator)
     if in_step and ref_model is None and objective.needs_reference and not adapters.is_peft_model(inner):
@@ -158,7 +160,7 @@ def _reference(
         return first_policy
     reference = models.frozen_copy(model) if ref_model is None else ref_model.requires_grad_(False)
     prepare_model(reference, impl=impl)
-    models.disable_dropout(unwrap_model(reference))
+    disable_dropout(unwrap_model(reference))
     reference.eval()
     return lambda row: response_logps(reference, row)
 

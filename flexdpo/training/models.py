@@ -1,4 +1,4 @@
-"""The policy and its reference: loading, adapters and dropout."""
+"""The policy and its reference: loading and adapters."""
 
 from __future__ import annotations
 
@@ -161,13 +161,6 @@ def require_positions(model: PreTrainedModel, longest: int) -> None:
 _POSITION_TABLES = frozenset({"wpe", "embed_positions", "position_embeddings", "positions_embed"})
 
 
-def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout of a model to zero, modules and the rates that attention layers read alike."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:

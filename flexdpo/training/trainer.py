@@ -17,6 +17,7 @@ from flexdpo.attention.row_mask import Impl
 from flexdpo.attention.settings import kernel_settings_as
 from flexdpo.errors import FlexdpoError
 from flexdpo.hf.compilation import compile_decoder_layers, decoder_layers
+from flexdpo.hf.randomness import disable_dropout, require_no_draws
 from flexdpo.hf.support import prepare_model, unwrap_model
 from flexdpo.objective.fingerprints import model_fingerprint, settings_fingerprint, weights_sample
 from flexdpo.objective.logps import response_logps
@@ -149,8 +150,7 @@ class DPOTrainer(Trainer):
             self._at_start = adapters.at_start_of(model, fresh=peft_config is not None)
         self._fingerprints = self._fingerprints_of(model, reference, args, fresh=peft_config is not None)
         for part in (model, reference):
-            if part is not None and args.disable_dropout:
-                models.disable_dropout(part)
+            _without_draws(part, args)
         precompute = args.precompute_ref_log_probs and self.objective.needs_reference
         # taken before the weights are moved, wrapped or sharded
         fingerprint = self._fingerprint(model, reference) if precompute else ""
@@ -642,6 +642,14 @@ class _GuardedStep(TrainerCallback):
                 "transformers' Trainer did not ask for the gradient's norm before the optimizer's step, so it was not "
                 "looked at; this version of transformers is not supported"
             )
+
+
+def _without_draws(model: nn.Module | None, args: DPOConfig) -> None:
+    """Set what makes a model draw random numbers to 0, or refuse it, as the settings say."""
+    if model is not None and args.disable_dropout:
+        disable_dropout(model)
+    elif model is not None:
+        require_no_draws(model, "disable_dropout=False")
 
 
 class _SyncReference(TrainerCallback):
