@@ -46,7 +46,9 @@ class SharedBatch:
         ends = padded(trie.subtree_end)
         # padding stands at position 0, sees only itself and belongs to no row of the batch
         ends[:, tokens:] = torch.arange(tokens + 1, tokens + missing + 1, device=ends.device)
-        layout = RowLayout(padded(trie.depths), ends, (tokens,), padded(trie.multiplicity))
+        # in a padded batch every row is as long as the longest
+        lengths = padded(torch.full_like(trie.depths, input_ids.shape[1]))
+        layout = RowLayout(padded(trie.depths), ends, (tokens,), padded(trie.multiplicity), lengths, lengths)
         return cls(padded(input_ids.reshape(-1)[trie.sources]), layout, trie.nodes)
 
     def at_padded_places(self, output: Any) -> Any:

@@ -18,7 +18,14 @@ from transformers.cache_utils import Cache
 from flexdpo.errors import FlexdpoError, UnsupportedModelError
 from flexdpo.hf.draws import RandomState
 from flexdpo.hf.randomness import refuse_draws
-from flexdpo.hf.rules import require_exact
+from flexdpo.hf.row_dependence import (
+    LengthLimits,
+    evaluated_by_side,
+    length_limits,
+    require_own_lengths,
+    rotary_modules,
+)
+from flexdpo.hf.rules import backbone_of, require_exact
 from flexdpo.layout.row import RowLayout
 
 if TYPE_CHECKING:
@@ -90,11 +97,34 @@ def install_layout_hooks(module: nn.Module, impl: Impl) -> None:
         )
 
 
+def find_limits(module: Any) -> None:
+    """Ask a backbone's rotary embeddings at which lengths they change, and let them go by each token's sequence.
+
+    Args:
+        module: A causal LM or its backbone; safe to call again.
+    """
+    backbone = backbone_of(module)
+    if "_flexdpo_limits" not in vars(backbone):
+        backbone._flexdpo_limits = limits = length_limits(backbone)
+        if limits.limits:
+            backbone._flexdpo_hooks += tuple(
+                rotary.register_forward_hook(_go_by_sequences, with_kwargs=True) for rotary in rotary_modules(backbone)
+            )
+    module._flexdpo_limits = backbone._flexdpo_limits
+
+
+def _go_by_sequences(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:  # noqa: ARG001
+    held = held_forward()
+    if held is None or held.layout is None or held.layout.longest is None:
+        return None
+    return evaluated_by_side(module, held.module._flexdpo_limits, held.layout, args, kwargs)
+
+
 def remove_layout_hooks(module: nn.Module) -> None:
     """Undo :func:`install_layout_hooks`. Safe to call again."""
     for handle in module.__dict__.pop("_flexdpo_hooks", ()):
         handle.remove()
-    for name in ("_flexdpo_impl", "_flexdpo_checked", "_flexdpo_harmless", *_TESTED):
+    for name in ("_flexdpo_impl", "_flexdpo_checked", "_flexdpo_harmless", "_flexdpo_limits", *_TESTED):
         module.__dict__.pop(name, None)
 
 
@@ -112,6 +142,8 @@ def _take_layout(
     _require_single_owner(module)
     _require_match(layout, args, kwargs)
     _require_known_inputs(kwargs)
+    limits: LengthLimits = module._flexdpo_limits  # type: ignore[assignment]
+    require_own_lengths(limits, layout, type(module).__name__)
     kwargs = _with_all_positions(module, kwargs)
     kwargs = dict(kwargs, attention_mask=_two_dimensional_mask(module, layout, kwargs))
     if kwargs.get("position_ids") is None:
@@ -164,6 +196,7 @@ def _forget_interrupted(module: nn.Module) -> None:
 def _check_once(module: Any) -> None:
     """Apply the static rule to a model that was loaded with our attention but never prepared."""
     require_exact(module)
+    find_limits(module)
     module._flexdpo_checked = True
 
 

@@ -22,6 +22,7 @@ from flexdpo.attention.selftest import is_compared
 from flexdpo.errors import FlexdpoError, UnsupportedModelError
 from flexdpo.hf.holding import held_forward
 from flexdpo.hf.randomness import WAY_OUT
+from flexdpo.hf.row_dependence import scaled_by_position
 from flexdpo.layout.row import RowLayout
 
 if TYPE_CHECKING:
@@ -247,6 +248,7 @@ def flexdpo_attention(
         # a flag and not a count, which a compiled layer would be traced again for
         held.attention_ran = True
     _refuse_unknown(module, dropout, kwargs)
+    query = scaled_by_position(module, query, row_mask.layout)
     output = packed_attention(query, key, value, row_mask, scaling=scaling, softcap=softcap, sinks=s_aux)
     if held is not None and not torch.compiler.is_compiling() and is_compared(row_mask, query.device):
         held.mark_tested(torch.is_grad_enabled())

@@ -328,15 +328,16 @@ def plan_batch(input_ids: Tensor, mask: Tensor | None, plan_key: PlanKey) -> Sha
     rows, columns = input_ids.shape
     spans = row_spans(torch.ones_like(input_ids) if mask is None else mask)
     batch = sort_batch(input_ids, spans, min_prefix=plan_key.min_prefix)
-    facts = torch.stack([batch.num_tokens, spans.starts.max(), spans.lengths.max(), spans.gaps.long()])
+    facts = torch.stack([batch.num_tokens, spans.starts.max(), spans.gaps.long()])
     # the one time that the device is waited for
-    tokens, latest_start, longest, gaps = facts.tolist()
+    tokens, latest_start, gaps = facts.tolist()
     length = -(-tokens // plan_key.multiple) * plan_key.multiple
     if gaps:
         return "gaps"
     if latest_start and not plan_key.positions.relative:
         return "left_padding"
-    if plan_key.positions.by_length and longest < columns:
+    open_end = plan_key.positions.limits.open_end
+    if open_end is not None and columns > open_end:
         return "rope_scaling"
     if tokens == 0 or rows * columns < plan_key.min_gain * length:
         return "little_gain"

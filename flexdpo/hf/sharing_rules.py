@@ -14,6 +14,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from flexdpo.hf.interface import HARMLESS_KWARGS
+from flexdpo.hf.row_dependence import LengthLimits, length_limits
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,7 +32,7 @@ REASONS = {
     "attention_mask": "the mask is not a tensor of the shape of input_ids",
     "gaps": "padding stands between the tokens of a row",
     "left_padding": "the model's positions are absolute, and padding on the left moves them",
-    "rope_scaling": "the model scales its positions by the padded length",
+    "rope_scaling": "the batch is longer than the limit beyond which every length has rotary frequencies of its own",
     "random": "the model draws random numbers (dropout, noise); a shared token cannot have others for each row",
     "other_inputs": "the call has inputs that flexdpo does not know how to share",
 }
@@ -120,11 +121,11 @@ class Positions:
 
     Attributes:
         relative: Only distances matter, so that a row gives the same result wherever it begins.
-        by_length: Frequencies depend on the largest position of the batch.
+        limits: Lengths of a padded batch at which its frequencies change.
     """
 
     relative: bool
-    by_length: bool
+    limits: LengthLimits
 
     @classmethod
     def of(cls, backbone: PreTrainedModel) -> Positions:
@@ -135,7 +136,7 @@ class Positions:
         absolute = any(getattr(config, name, None) for name in _ABSOLUTE_SETTINGS)
         absolute |= any(each.get(name) for each in settings for name in _ABSOLUTE_SETTINGS)
         fixed = kinds <= _RELATIVE_ROPE
-        return cls(relative=config.model_type in _RELATIVE and fixed and not absolute, by_length=not fixed)
+        return cls(relative=config.model_type in _RELATIVE and fixed and not absolute, limits=length_limits(backbone))
 
 
 def _rope_settings(config: Any) -> list[dict[str, Any]]:

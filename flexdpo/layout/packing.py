@@ -33,6 +33,7 @@ def pack(
     pad_to_multiple_of: int = 1,
     buckets: Buckets | None = None,
     sharing: str = "group",
+    limits: Sequence[int] = (),
 ) -> list[Row]:
     """Lay groups out in as few rows as the budget allows.
 
@@ -45,6 +46,8 @@ def pack(
         buckets: Every row is padded to one of these lengths instead, as far as the budget leaves room for it.
         sharing: ``"group"`` shares tokens among the responses of a group; ``"step"`` also among groups whose prompts
             have at least their first 128 tokens in common (a long system prompt, few-shot examples).
+        limits: Increasing lengths at which the model's rotary frequencies change, as
+            :func:`flexdpo.hf.row_dependence.length_limits` finds them; sequences on either side share no tokens.
 
     Returns:
         The rows; inside a row the groups keep the order in which they came, relatives side by side.
@@ -53,7 +56,12 @@ def pack(
         FlexdpoError: if a single group is longer than the budget, or ``sharing`` is unknown.
     """
     packed = pack_numbered(
-        groups, max_tokens_per_row, pad_to_multiple_of=pad_to_multiple_of, buckets=buckets, sharing=sharing
+        groups,
+        max_tokens_per_row,
+        pad_to_multiple_of=pad_to_multiple_of,
+        buckets=buckets,
+        sharing=sharing,
+        limits=limits,
     )
     return [row for row, _ in packed]
 
@@ -65,12 +73,13 @@ def pack_numbered(
     pad_to_multiple_of: int = 1,
     buckets: Buckets | None = None,
     sharing: str = "group",
+    limits: Sequence[int] = (),
 ) -> list[tuple[Row, list[int]]]:
     """:func:`pack` that tells which of ``groups`` each group of a row is; the same group may be given twice."""
     multiple = pad_to_multiple_of if buckets is None else buckets.multiple
     budget = None if max_tokens_per_row is None else max_tokens_per_row // multiple * multiple
     packed = []
-    for families in _planned(groups, budget, max_tokens_per_row, sharing):
+    for families in _planned(groups, budget, max_tokens_per_row, sharing, limits):
         target = multiple
         if buckets is not None:
             target = buckets.length_for(sum(len(family.trie) for family in families), most=max_tokens_per_row)
@@ -111,15 +120,19 @@ class _Family:
     trie: Trie
 
     @classmethod
-    def of(cls, members: list[int], groups: Sequence[Group]) -> _Family:
-        return cls(members, Trie.from_sequences([ids for i in members for ids in groups[i].sequences]))
+    def of(cls, members: list[int], groups: Sequence[Group], limits: Sequence[int]) -> _Family:
+        return cls(members, Trie.from_sequences([ids for i in members for ids in groups[i].sequences], limits=limits))
 
 
 def _planned(
-    groups: Sequence[Group], budget: int | None, max_tokens_per_row: int | None, sharing: str
+    groups: Sequence[Group],
+    budget: int | None,
+    max_tokens_per_row: int | None,
+    sharing: str,
+    limits: Sequence[int] = (),
 ) -> list[list[_Family]]:
     """The families of each row."""
-    families = _families(groups, budget, max_tokens_per_row, sharing)
+    families = _families(groups, budget, max_tokens_per_row, sharing, limits)
     if budget is None:
         return [families] if families else []
     bins = best_fit_decreasing([len(family.trie) for family in families], budget)
@@ -127,18 +140,22 @@ def _planned(
 
 
 def _families(
-    groups: Sequence[Group], budget: int | None, max_tokens_per_row: int | None, sharing: str
+    groups: Sequence[Group],
+    budget: int | None,
+    max_tokens_per_row: int | None,
+    sharing: str,
+    limits: Sequence[int],
 ) -> list[_Family]:
     """Tries of the groups, or of groups with long common beginnings as far as these fit a row together."""
     if sharing not in SHARING:
         raise FlexdpoError(f"sharing must be one of {SHARING}, got {sharing!r}{nearest(sharing, SHARING)}")
     families: list[_Family] = []
     for members in _relatives(groups) if sharing == "step" else [[i] for i in range(len(groups))]:
-        whole = _Family.of(members, groups)
+        whole = _Family.of(members, groups, limits)
         if budget is None or len(whole.trie) <= budget:
             families.append(whole)
         elif len(members) > 1:
-            families += _split(whole, groups, budget, max_tokens_per_row)
+            families += _split(whole, groups, budget, max_tokens_per_row, limits)
         else:
             _require_fit(groups[members[0]], len(whole.trie), budget, max_tokens_per_row)
     return families
@@ -153,7 +170,9 @@ def _relatives(groups: Sequence[Group]) -> list[list[int]]:
     return list(found.values())
 
 
-def _split(family: _Family, groups: Sequence[Group], budget: int, max_tokens_per_row: int | None) -> list[_Family]:
+def _split(
+    family: _Family, groups: Sequence[Group], budget: int, max_tokens_per_row: int | None, limits: Sequence[int]
+) -> list[_Family]:
     """Break a family that fits no row into as many as needed, nearest relatives together."""
     paths = iter(family.trie.paths)
     nodes = {i: np.unique(np.concatenate([next(paths) for _ in groups[i].response_ids])) for i in family.members}
@@ -171,7 +190,7 @@ def _split(family: _Family, groups: Sequence[Group], budget: int, max_tokens_per
             parts.append([i])
             covered[:] = False
             covered[nodes[i]] = True
-    return [_Family.of(sorted(part), groups) for part in parts]
+    return [_Family.of(sorted(part), groups, limits) for part in parts]
 
 
 def _require_fit(group: Group, length: int, budget: int, max_tokens_per_row: int | None) -> None:

@@ -50,6 +50,9 @@ class RowLayout:
         num_tokens: Real tokens of each row; the rest, up to ``S``, is padding.
         multiplicity: How many sequences contain each token, 0 at padding, ``[B, S]`` int64: what an ordinary run, which
             repeats the prompt for every response, counts it as. ``None`` where it is not known.
+        shortest: Tokens of the shortest sequence that contains each token, 0 at padding, ``[B, S]`` int64; ``None``
+            where it is not known. Some rotary embeddings go by it.
+        longest: The same of the longest.
         memo: Masks already built for this layout, shared by all layers and by every model that runs it.
     """
 
@@ -59,11 +62,15 @@ class RowLayout:
         subtree_end: Tensor,
         num_tokens: tuple[int, ...],
         multiplicity: Tensor | None = None,
+        shortest: Tensor | None = None,
+        longest: Tensor | None = None,
     ) -> None:
         self.position_ids = position_ids
         self.subtree_end = subtree_end
         self.num_tokens = num_tokens
         self.multiplicity = multiplicity
+        self.shortest = shortest
+        self.longest = longest
         self.memo: dict[Any, Any] = {}
         self._host: RowLayout | None = None
         self._check()
@@ -144,7 +151,7 @@ class RowLayout:
 
     def without_masks(self) -> RowLayout:
         """The same layout as it comes from a data loader, with no mask built yet."""
-        bare = RowLayout(self.position_ids, self.subtree_end, self.num_tokens, self.multiplicity)
+        bare = self._map_tensors(lambda tensor: tensor)
         bare._host = self._host
         return bare
 
@@ -153,8 +160,13 @@ class RowLayout:
         return self._map_tensors(lambda tensor: tensor.pin_memory())
 
     def _map_tensors(self, change: Callable[[Tensor], Tensor]) -> RowLayout:
-        multiplicity = None if self.multiplicity is None else change(self.multiplicity)
-        return RowLayout(change(self.position_ids), change(self.subtree_end), self.num_tokens, multiplicity)
+        known = (self.multiplicity, self.shortest, self.longest)
+        return RowLayout(
+            change(self.position_ids),
+            change(self.subtree_end),
+            self.num_tokens,
+            *(None if each is None else change(each) for each in known),
+        )
 
     @classmethod
     def stack(cls, layouts: Sequence[RowLayout]) -> RowLayout:
@@ -171,12 +183,12 @@ class RowLayout:
             )
         length = max(layout.length for layout in layouts)
         padded = [layout._padded_to(length) for layout in layouts]
-        multiplicities = [each.multiplicity for each in padded if each.multiplicity is not None]
+        known = ([getattr(each, name) for each in padded] for name in ("multiplicity", "shortest", "longest"))
         return cls(
             torch.cat([each.position_ids for each in padded]),
             torch.cat([each.subtree_end for each in padded]),
             tuple(count for each in padded for count in each.num_tokens),
-            torch.cat(multiplicities) if len(multiplicities) == len(padded) else None,
+            *(None if any(tensor is None for tensor in tensors) else torch.cat(tensors) for tensors in known),
         )
 
     def _padded_to(self, length: int) -> RowLayout:
@@ -247,16 +259,17 @@ class Row:
     response_paths: tuple[NDArray[np.int64], ...]
 
     @classmethod
-    def from_groups(cls, groups: Sequence[Group], *, pad_to_multiple_of: int = 1) -> Row:
+    def from_groups(cls, groups: Sequence[Group], *, pad_to_multiple_of: int = 1, limits: Sequence[int] = ()) -> Row:
         """Build one row that holds all of ``groups``, each as its own token trie.
 
         Args:
             groups: At least one group.
             pad_to_multiple_of: The row is padded to a multiple of this many tokens. Padding sees only itself.
+            limits: Sequences on either side of one of these lengths share no tokens; see :func:`flexdpo.pack`.
         """
         return cls.from_tries(
             groups,
-            [Trie.from_sequences(group.sequences) for group in groups],
+            [Trie.from_sequences(group.sequences, limits=limits) for group in groups],
             pad_to_multiple_of=pad_to_multiple_of,
         )
 
@@ -301,9 +314,10 @@ class Row:
                     np.arange(1, length + 1),
                 ),
                 num_tokens=(stops[-1],),
-                multiplicity=_padded(
-                    np.concatenate([_multiplicity(trie) for trie in tries]), np.zeros(length, dtype=np.int64)
-                ),
+                **{
+                    name: _padded(np.concatenate(values), np.zeros(length, dtype=np.int64))
+                    for name, values in _counts(tries).items()
+                },
             ),
             # the prompt's last token predicts the first token of every response
             predictors=torch.from_numpy(parents[targets.nodes]),
@@ -420,9 +434,19 @@ def _prompt_sizes(family: Sequence[Group]) -> list[int]:
     return [group.prompt_ids.size for group in family for _ in group.response_ids]
 
 
-def _multiplicity(trie: Trie) -> NDArray[np.int64]:
-    """How many of a trie's sequences contain each token, ``[N]``."""
-    return np.bincount(np.concatenate(trie.paths), minlength=len(trie)).astype(np.int64)
+def _counts(tries: Sequence[Trie]) -> dict[str, list[NDArray[np.int64]]]:
+    """How many of a trie's sequences contain each token, and how long the shortest and the longest of them are."""
+    found: dict[str, list[NDArray[np.int64]]] = {"multiplicity": [], "shortest": [], "longest": []}
+    for trie in tries:
+        multiplicity, longest = np.zeros((2, len(trie)), dtype=np.int64)
+        shortest = np.full(len(trie), np.iinfo(np.int64).max)
+        for path in trie.paths:
+            multiplicity[path] += 1
+            shortest[path] = np.minimum(shortest[path], path.size)
+            longest[path] = np.maximum(longest[path], path.size)
+        for name, values in (("multiplicity", multiplicity), ("shortest", shortest), ("longest", longest)):
+            found[name].append(values)
+    return found
 
 
 def _numbered_edges(groups: Sequence[Group]) -> Tensor:

@@ -8,6 +8,7 @@ index just past the last token that descends from ``i``, says all there is to sa
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -43,24 +44,26 @@ class Trie:
         return int(self.token_ids.size)
 
     @classmethod
-    def from_sequences(cls, sequences: Sequence[NDArray[np.int64]]) -> Trie:
+    def from_sequences(cls, sequences: Sequence[NDArray[np.int64]], *, limits: Sequence[int] = ()) -> Trie:
         """Merge sequences by their common beginnings; siblings keep the order in which they first appear.
 
         Equal sequences end at the same node, and a sequence that begins another one ends inside it.
 
         Args:
             sequences: Token ids, arrays ``[L_i]`` of integers; empty ones get an empty path.
+            limits: Increasing lengths; sequences on either side of one share nothing, since their tokens differ in a
+                model that goes by the length.
 
         Returns:
             The trie. Time and memory are linear in the number of tokens times the branching depth.
         """
-        return _TrieBuilder(sequences).build()
+        return _TrieBuilder(sequences, limits).build()
 
 
 class _TrieBuilder:
     """Walks the sequences depth first and writes one run of unbranched tokens at a time."""
 
-    def __init__(self, sequences: Sequence[NDArray[np.int64]]) -> None:
+    def __init__(self, sequences: Sequence[NDArray[np.int64]], limits: Sequence[int] = ()) -> None:
         self.sequences = [np.asarray(sequence, dtype=np.int64) for sequence in sequences]
         total = sum(sequence.size for sequence in self.sequences)
         self.token_ids = np.empty(total, dtype=np.int64)
@@ -68,6 +71,7 @@ class _TrieBuilder:
         self.depths = np.empty(total, dtype=np.int64)
         self.subtree_end = np.empty(total, dtype=np.int64)
         self.paths = [np.empty(sequence.size, dtype=np.int64) for sequence in self.sequences]
+        self.sides = [bisect_left(limits, sequence.size) for sequence in self.sequences]
         self.size = 0
 
     def build(self) -> Trie:
@@ -93,11 +97,11 @@ class _TrieBuilder:
 
     def _children(self, members: list[int], depth: int) -> list[list[int]]:
         """Split sequences that agree on the first ``depth`` tokens by their next one, in order of appearance."""
-        children: dict[int, list[int]] = {}
+        children: dict[tuple[int, int], list[int]] = {}
         for member in members:
             sequence = self.sequences[member]
             if sequence.size > depth:
-                children.setdefault(int(sequence[depth]), []).append(member)
+                children.setdefault((self.sides[member], int(sequence[depth])), []).append(member)
         return list(children.values())
 
     def _write_run(self, members: list[int], depth: int, parent: int) -> tuple[int, int, int]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
@@ -86,12 +87,16 @@ def _common(a: NDArray[np.uint32], b: NDArray[np.uint32]) -> int:
     return int(differs.argmax()) if differs.any() else length
 
 
-def _families(items: Sequence[_Item], budget: int | None, min_shared: int) -> list[list[_Item]]:
+def _families(items: Sequence[_Item], budget: int | None, min_shared: int, limits: Sequence[int]) -> list[list[_Item]]:
     """Runs of sorted sequences that share a prompt, or at least ``min_shared`` tokens, and fit a row together."""
+
+    def side(item: _Item) -> int:
+        return bisect_left(limits, item.sequence.size)
+
     families: list[list[_Item]] = []
     size = 0
     # big-endian bytes sort like the tokens themselves
-    for item in sorted(items, key=lambda item: (item.sequence.astype(">u4").tobytes(), item.tail)):
+    for item in sorted(items, key=lambda item: (side(item), item.sequence.astype(">u4").tobytes(), item.tail)):
         length = item.sequence.size
         if budget is not None and length > budget:
             raise FlexdpoError(
@@ -104,7 +109,8 @@ def _families(items: Sequence[_Item], budget: int | None, min_shared: int) -> li
             same_prompt = shared >= length - item.tail and previous.sequence.size - previous.tail == length - item.tail
             # in sorted order a sequence adds to the trie what its predecessor does not begin with
             added = length - shared
-            if (same_prompt or shared >= min_shared) and (budget is None or size + added <= budget):
+            related = (same_prompt or shared >= min_shared) and side(previous) == side(item)
+            if related and (budget is None or size + added <= budget):
                 families[-1].append(item)
                 size += added
                 continue
@@ -113,9 +119,11 @@ def _families(items: Sequence[_Item], budget: int | None, min_shared: int) -> li
     return families
 
 
-def _plan(items: Sequence[_Item], budget: int | None, min_shared: int, per_row: int) -> list[_PlannedRow]:
+def _plan(
+    items: Sequence[_Item], budget: int | None, min_shared: int, per_row: int, limits: Sequence[int]
+) -> list[_PlannedRow]:
     """Which families share a row."""
-    families = _families(items, budget, min_shared)
+    families = _families(items, budget, min_shared, limits)
     if budget is None:
         return [families[start : start + per_row] for start in range(0, len(families), per_row)]
     rows = []
@@ -207,6 +215,7 @@ def precompute_reference(
     pad_to_multiple_of: int = 1,
     min_shared: int = 128,
     with_beginnings: bool = False,
+    limits: Sequence[int] = (),
     device: torch.device | str = "cpu",
     process_index: int = 0,
     num_processes: int = 1,
@@ -230,6 +239,7 @@ def precompute_reference(
         min_shared: Tokens that sequences with different prompts must share to be brought together; merging on less
             would tie the whole row together and cost more tiles of attention than it saves tokens.
         with_beginnings: Also compute what LD-DPO needs: the beginning of each pair's longer response.
+        limits: As in :func:`flexdpo.pack`.
         device: Where rows are run.
         process_index: Of this process.
         num_processes: That share the work.
@@ -250,7 +260,7 @@ def precompute_reference(
     path = cache.folder / _PLAN
     rows = _load_plan(path, wanted, missing)
     if rows is None:
-        rows = _plan([wanted[key] for key in wanted if key in missing], budget, min_shared, families_per_row)
+        rows = _plan([wanted[key] for key in wanted if key in missing], budget, min_shared, families_per_row, limits)
         if process_index == 0 and rows:
             _save_plan(path, rows)
     mine = [row for row in rows[process_index::num_processes] if row]

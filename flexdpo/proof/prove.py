@@ -28,6 +28,7 @@ from flexdpo.hf.probe import (
     stock_attention,
     token_error,
 )
+from flexdpo.hf.row_dependence import limits_of
 from flexdpo.hf.support import prepare_model
 from flexdpo.layout.packing import pack
 from flexdpo.objective.head import base_model, head_logps, head_plan
@@ -136,7 +137,13 @@ def prove(
     """
     prepare_model(base_model(model))
     device = next(model.parameters()).device
-    rows = pack(groups, max_tokens_per_row, pad_to_multiple_of=pad_to_multiple_of, sharing=sharing)
+    rows = pack(
+        groups,
+        max_tokens_per_row,
+        pad_to_multiple_of=pad_to_multiple_of,
+        sharing=sharing,
+        limits=limits_of(base_model(model)).limits,
+    )
     proof = measure(model, [row.to(device) for row in rows], reference=reference, autocast=autocast)
     require_proof(proof, model)
     return proof

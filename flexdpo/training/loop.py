@@ -11,6 +11,7 @@ import torch
 from flexdpo.attention.row_mask import Impl
 from flexdpo.errors import FlexdpoError
 from flexdpo.hf.randomness import disable_dropout
+from flexdpo.hf.row_dependence import limits_of
 from flexdpo.hf.support import prepare_model, unwrap_model
 from flexdpo.layout.groups import Group
 from flexdpo.objective.logps import response_logps
@@ -93,6 +94,7 @@ def make_train_step(
     prepare_model(inner, impl=impl)
     disable_dropout(inner)
     adapters.require_trainable(inner)
+    limits = limits_of(inner).limits
     in_step = accelerator is not None and distribution.runs_in_step(accelerator)
     if in_step and ref_model is None and objective.needs_reference and not adapters.is_peft_model(inner):
         raise FlexdpoError("a sharded model cannot be copied as its own reference; give ref_model, sharded like it")
@@ -117,6 +119,7 @@ def make_train_step(
             pad_to_multiple_of=multiple,
             sharing=sharing,
             with_idle_row=in_step,
+            limits=limits,
         )
         if device.type == "cuda":
             # a copy from memory that may be paged out waits for the step before

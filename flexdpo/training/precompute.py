@@ -46,6 +46,7 @@ class Precompute:
         model: Fingerprint of the reference's weights, adapter included.
         tokenizer: Fingerprint of the tokenizer.
         max_tokens_per_row: Longest row.
+        limits: As in :func:`flexdpo.pack`.
         rows_at_once: Rows of the dataset whose tokens are in memory together, and so can be brought together.
     """
 
@@ -55,6 +56,7 @@ class Precompute:
     model: str
     tokenizer: str
     max_tokens_per_row: int | None
+    limits: tuple[int, ...] = ()
     rows_at_once: int = 65_536
 
     def add_columns(self, dataset: Any, name: str) -> Any:
@@ -79,6 +81,7 @@ class Precompute:
             groups,
             self.run,
             max_tokens_per_row=self.max_tokens_per_row,
+            limits=self.limits,
             families_per_row=config.precompute_ref_batch_size or config.per_device_train_batch_size,
             pad_to_multiple_of=config.row_multiple,
             with_beginnings=config.ld_alpha is not None,

@@ -61,6 +61,7 @@ class PackedBatch:
         reference: Sequence[Sequence[float]] | None = None,
         reference_pairs: Sequence[Sequence[Sequence[float]]] | None = None,
         with_idle_row: bool = False,
+        limits: Sequence[int] = (),
     ) -> PackedBatch:
         """Pack groups, and bring their precomputed reference log-probabilities into row order.
 
@@ -73,9 +74,15 @@ class PackedBatch:
             reference: For each group, one value per response.
             reference_pairs: For each group, chosen and rejected value per preference; only under ``ld_alpha``.
             with_idle_row: Make :attr:`idle_row`, for processes that must run equal numbers of forward passes.
+            limits: As in :func:`flexdpo.pack`.
         """
         packed = pack_numbered(
-            groups, max_tokens_per_row, pad_to_multiple_of=pad_to_multiple_of, buckets=buckets, sharing=sharing
+            groups,
+            max_tokens_per_row,
+            pad_to_multiple_of=pad_to_multiple_of,
+            buckets=buckets,
+            sharing=sharing,
+            limits=limits,
         )
         rows, members = [row for row, _ in packed], [numbers for _, numbers in packed]
         values = None
@@ -164,6 +171,7 @@ class PackingCollator:
         buckets: Rows are padded to these few lengths instead, as :func:`~flexdpo.layout.packing.choose_buckets` gives.
         sharing: ``"group"`` or ``"step"``, see :func:`flexdpo.pack`.
         with_idle_row: For processes that must run equal numbers of forward passes.
+        limits: As in :func:`flexdpo.pack`.
     """
 
     max_tokens_per_row: int | None = None
@@ -172,6 +180,7 @@ class PackingCollator:
     buckets: Buckets | None = None
     sharing: str = "group"
     with_idle_row: bool = False
+    limits: tuple[int, ...] = ()
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return ``{"example_rows": [B] int64, "batch": PackedBatch}``; the first names the dataset rows."""
@@ -185,6 +194,7 @@ class PackingCollator:
             buckets=self.buckets,
             sharing=self.sharing,
             with_idle_row=self.with_idle_row,
+            limits=self.limits,
             reference=_column(examples, REFERENCE_COLUMN),
             reference_pairs=_column(examples, REFERENCE_PAIR_COLUMN),
         )

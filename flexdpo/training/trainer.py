@@ -18,6 +18,7 @@ from flexdpo.attention.settings import kernel_settings_as
 from flexdpo.errors import FlexdpoError
 from flexdpo.hf.compilation import compile_decoder_layers, decoder_layers
 from flexdpo.hf.randomness import disable_dropout, require_no_draws
+from flexdpo.hf.row_dependence import limits_of
 from flexdpo.hf.support import prepare_model, unwrap_model
 from flexdpo.objective.fingerprints import model_fingerprint, settings_fingerprint, weights_sample
 from flexdpo.objective.logps import response_logps
@@ -162,7 +163,9 @@ class DPOTrainer(Trainer):
         if not precompute:
             self._compile(model, reference)
         collator = PackingCollator(
-            unrelated_responses=self.objective.needs_unrelated_responses, **self.row_plan.collation
+            unrelated_responses=self.objective.needs_unrelated_responses,
+            limits=limits_of(model).limits,
+            **self.row_plan.collation,
         )
         super().__init__(
             model=model,
@@ -375,7 +378,8 @@ class DPOTrainer(Trainer):
                 return self.reference_logps(row)
 
         tokenizer = tokenizer_digest(self.processing_class)
-        work = Precompute(self.args, self.accelerator, run, fingerprint, tokenizer, self.row_plan.max_tokens_per_row)
+        budget, limits = self.row_plan.max_tokens_per_row, limits_of(self.model).limits
+        work = Precompute(self.args, self.accelerator, run, fingerprint, tokenizer, budget, limits)
         # rows of a whole dataset come in all lengths
         with kernel_settings_as(self.row_plan.kernels_of_any_length):
             self.train_dataset = work.add_columns(self.train_dataset, "train")

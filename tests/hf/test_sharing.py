@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import flexdpo
 from flexdpo.errors import FlexdpoError, UnsupportedModelError
 from flexdpo.hf import batch_gather, sharing_hooks
+from flexdpo.hf.row_dependence import LengthLimits
 from flexdpo.hf.rules import backbone_of
 from flexdpo.hf.sharing_rules import REASONS, Positions
 from flexdpo.layout.batch_trie import BatchTrie
@@ -487,7 +488,7 @@ def test_ignoring_absolute_positions_does_not_pass(monkeypatch: pytest.MonkeyPat
     """GPT-2 on left-padded rows, if one took its positions for relative ones."""
     model, batch = build_model("gpt2"), padded_batch("left")
     want = run(model, batch)
-    monkeypatch.setattr(Positions, "of", classmethod(lambda cls, _: cls(relative=True, by_length=False)))
+    monkeypatch.setattr(Positions, "of", classmethod(lambda cls, _: cls(relative=True, limits=LengthLimits())))
     flexdpo.share_prefixes(model, **ALL)
     assert logit_error(run(model, batch), want) > 1e-2
 
@@ -601,9 +602,8 @@ def test_training_mode_needs_no_word_about_the_cache() -> None:
 
 
 def test_positions_that_depend_on_the_padded_length() -> None:
-    """With frequencies that follow the longest position, places of padding count in the padded run."""
+    """Frequencies that follow the longest position, and stay there, are the padded run's own; short batches share."""
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-    # such models remember the longest batch so far
     plain, model = (build_model("llama", rope_parameters=rope, max_position_embeddings=24) for _ in range(2))
     fits = padded_batch()
     longer = Batch({name: torch.nn.functional.pad(each, (0, 5)) for name, each in fits.items()})
@@ -611,14 +611,30 @@ def test_positions_that_depend_on_the_padded_length() -> None:
     with Float64():
         wants, gots = ([run(each, batch) for batch in (fits, longer)] for each in (plain, model))
     assert logit_error(wants[1], wants[0]) > 1e-3
-    assert_same(gots[0], wants[0])
-    assert_identical(gots[1], wants[1])
+    for got, want in zip(gots, wants, strict=True):
+        assert_identical(got, want)
+    assert sharing.stats.passed_through == {"rope_scaling": 2}
+
+
+@pytest.mark.parametrize("longest", [0, 5])
+def test_one_set_of_frequencies_for_long_batches(longest: int) -> None:
+    """The padded length chooses the set, even where every row is shorter than the limit."""
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 0}
+    fits = padded_batch()
+    batch = Batch({name: torch.nn.functional.pad(each, (0, longest)) for name, each in fits.items()})
+    rope["original_max_position_embeddings"] = fits["input_ids"].shape[1]
+    half = build_model("llama").model.rotary_emb.inv_freq.numel()
+    rope |= {"short_factor": [1.0] * half, "long_factor": [3.0] * half}
+    plain, model = (build_model("llama", rope_parameters=rope, max_position_embeddings=512) for _ in range(2))
+    sharing = flexdpo.share_prefixes(model, **ALL)
+    with Float64():
+        assert_same(run(model, batch), run(plain, batch))
     assert sharing.stats.batches_shared == 1
-    assert sharing.stats.passed_through == {"rope_scaling": 1}
 
 
 def _dropout_module(model: Any) -> None:
-    model.model.layers[0].mlp.drop = torch.nn.Dropout(0.1)
+    mlp = model.model.layers[0].mlp
+    mlp.down_proj = torch.nn.Sequential(torch.nn.Dropout(0.1), mlp.down_proj)
 
 
 def _attention_dropout(model: Any) -> None:
@@ -632,7 +648,10 @@ def _lora_dropout(model: Any) -> None:
 
 
 def _embedding_noise(model: Any) -> None:
-    model.get_input_embeddings().neftune_noise_alpha = 5.0
+    def add(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output + 0.1 * torch.rand_like(output) if module.training else output
+
+    model.get_input_embeddings().register_forward_hook(add)
 
 
 @pytest.mark.parametrize("switch_on", [_dropout_module, _attention_dropout, _lora_dropout, _embedding_noise])

@@ -1,0 +1,207 @@
+"""What a model computes from the batch it is given and not from the sequence alone, and how packed rows undo it.
+
+Some rotary embeddings choose their frequencies by the largest position of the batch: longrope has one set for sequences
+up to a limit and one for longer ones, dynamic NTK another set for every length beyond its limit. In a row of many
+documents that position belongs to somebody else. Which modules do so, and from where on, is asked of the modules
+themselves; on a packed row they are then evaluated once for each side of a limit, at that side's tokens. Llama 4 scales
+queries by the row index; on a packed row they are scaled by the position.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from bisect import bisect_left
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from flexdpo.errors import FlexdpoError, UnsupportedModelError
+from flexdpo.hf.rules import backbone_of, unwrap_model
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor, nn
+
+    from flexdpo.layout.row import RowLayout
+
+# longer than any context of today
+_LONGEST = 1 << 24
+
+
+@dataclass(frozen=True)
+class LengthLimits:
+    """At which lengths a model's rotary frequencies change.
+
+    Attributes:
+        limits: Increasing; a sequence of at most so many tokens has other frequencies than a longer one.
+        open_end: The limit beyond which every length has frequencies of its own; ``None`` where there is none.
+    """
+
+    limits: tuple[int, ...] = ()
+    open_end: int | None = None
+
+    def side(self, length: int) -> int:
+        """Between which limits a sequence of ``length`` tokens lies."""
+        return bisect_left(self.limits, length)
+
+
+def length_limits(backbone: nn.Module) -> LengthLimits:
+    """Ask the rotary embeddings of a backbone from which length on their frequencies are others."""
+    found, endings = set(), []
+    for module in rotary_modules(backbone):
+        for kwargs in _variants(module, backbone):
+            limit = _limit_of(module, kwargs)
+            if limit is not None:
+                found.add(limit)
+                if not _same(_at_one(module, limit + 1, kwargs), _at_one(module, _LONGEST, kwargs)):
+                    endings.append(limit)
+    return LengthLimits(tuple(sorted(found)), min(endings, default=None))
+
+
+def limits_of(model: nn.Module) -> LengthLimits:
+    """The limits of a prepared model, which :func:`flexdpo.prepare_model` found."""
+    found: Any = getattr(backbone_of(unwrap_model(model)), "_flexdpo_limits", None)
+    return found if isinstance(found, LengthLimits) else LengthLimits()
+
+
+def rotary_modules(backbone: nn.Module) -> Iterator[nn.Module]:
+    """Modules that make something of positions alone: no weights, no parts, ``position_ids`` among their arguments."""
+    for module in backbone.modules():
+        plain = not module._modules and not module._parameters
+        takes = {"x", "position_ids"} <= set(inspect.signature(module.forward).parameters)
+        if plain and takes and not any(buffer.is_meta for buffer in module.buffers()):
+            yield module
+
+
+def _variants(module: nn.Module, backbone: Any) -> list[dict[str, Any]]:
+    """The other arguments it is called with: one set for each type of layer where they have rotations of their own."""
+    if "layer_type" not in inspect.signature(module.forward).parameters:
+        return [{}]
+    types = sorted(set(getattr(backbone.config, "layer_types", None) or ()))
+    return [{"layer_type": each} for each in types] or [{}]
+
+
+def _limit_of(module: nn.Module, kwargs: dict[str, Any]) -> int | None:
+    """The largest length with the frequencies of a short sequence; ``None`` where all lengths have them."""
+    short = _at_one(module, 2, kwargs)
+    if _same(short, _at_one(module, _LONGEST, kwargs)):
+        return None
+    low, high = 2, _LONGEST
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if _same(short, _at_one(module, middle, kwargs)) else (low, middle)
+    return low
+
+
+def _at_one(module: nn.Module, length: int, kwargs: dict[str, Any]) -> list[Tensor]:
+    """What a fresh copy gives at position 1 beside the last position of a sequence of ``length`` tokens."""
+    fresh = copy.deepcopy(module)
+    device = next((buffer.device for buffer in module.buffers()), torch.device("cpu"))
+    x = torch.zeros(1, 2, 1, device=device)
+    with torch.no_grad():
+        # dynamic frequencies stay what the longest sequence made them, until a short one comes
+        for last in (1, length - 1):
+            output = type(fresh).forward(fresh, x, torch.tensor([[1, last]], device=device), **kwargs)
+    return [each[:, :1].clone() for each in (output if isinstance(output, tuple | list) else (output,))]
+
+
+def _same(some: list[Tensor], others: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
+
+
+# --- on a packed row -------------------------------------------------------------------------------------------------
+
+
+def require_own_lengths(limits: LengthLimits, layout: RowLayout, model: str) -> None:
+    """Refuse a row whose tokens would have other frequencies in each of their sequences.
+
+    Raises:
+        FlexdpoError: if the row does not know its sequences' lengths, or shares a token across a limit; or
+        UnsupportedModelError: if a sequence is longer than the limit beyond which every length has its own.
+    """
+    if not limits.limits:
+        return
+    # every one of these questions would wait for the device
+    layout = layout.on_host()
+    shortest, lengths = layout.shortest, layout.longest
+    if lengths is None or shortest is None:
+        if int(layout.position_ids.max()) < limits.limits[0]:
+            return
+        raise FlexdpoError(
+            f"{model} has other rotary frequencies for sequences of more than {limits.limits[0]} tokens, and this "
+            "layout does not know how long its sequences are; build the row with flexdpo.pack or Row.from_groups"
+        )
+    longest = int(lengths.max())
+    if limits.open_end is not None and longest > limits.open_end:
+        raise UnsupportedModelError(
+            f"a sequence of the row has {longest} tokens, and beyond {limits.open_end} {model} has other rotary "
+            "frequencies for every length and keeps those of the longest sequence it has seen, so that even the "
+            f"unpacked run depends on the order of its batches; set max_length to at most {limits.open_end}"
+        )
+    for limit in limits.limits:
+        if bool(((shortest <= limit) & (lengths > limit)).any()):
+            raise FlexdpoError(
+                f"sequences of at most and of more than {limit} tokens share a prompt in this row, and {model} has "
+                f"other rotary frequencies for each; build it with Row.from_groups(groups, limits=({limit},)) or "
+                f"flexdpo.pack(groups, limits=({limit},)), or set max_length to at most {limit}"
+            )
+
+
+def evaluated_by_side(module: nn.Module, limits: LengthLimits, layout: RowLayout, args: Any, kwargs: Any) -> Any:
+    """What a rotary embedding gives at every token of a row, each by the length of its own sequences.
+
+    Args:
+        module: The embedding.
+        limits: Of the model.
+        layout: Of the row.
+        args: Positional arguments it was called with.
+        kwargs: The others; among both ``position_ids`` ``[B, S]``.
+
+    Returns:
+        What the module returns: tensors ``[B, S, ...]``.
+    """
+    named = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+    positions = named["position_ids"]
+    side = torch.bucketize(layout.longest, torch.tensor(limits.limits, device=positions.device))
+    merged: Any = None
+    for number, first in enumerate((1, *(limit + 1 for limit in limits.limits))):
+        here = side == number
+        if not bool(here.any()):
+            continue
+        # one position more says on which side of the limit all are
+        beside = torch.full_like(positions[..., :1], first - 1)
+        given = torch.cat([torch.where(here, positions, 0), beside], dim=-1)
+        output = type(module).forward(module, **{**named, "position_ids": given})
+        parts = [each[:, :-1] for each in (output if isinstance(output, tuple | list) else (output,))]
+        if merged is not None:
+            wide = [here.reshape(here.shape + (1,) * (each.ndim - 2)) for each in parts]
+            parts = [torch.where(w, new, old) for w, new, old in zip(wide, parts, merged[0], strict=True)]
+        merged = parts, output
+    parts, output = merged
+    return type(output)(parts) if isinstance(output, tuple | list) else parts[0]
+
+
+def scaled_by_position(module: Any, query: Tensor, layout: RowLayout) -> Tensor:
+    """Undo Llama 4's scaling of the queries by the row index, and scale them by the position instead.
+
+    Args:
+        module: The attention that scaled them, or one that did not.
+        query: ``[B, Hq, S, D]``.
+        layout: Of the row.
+
+    Source:
+        ``Llama4TextAttention.forward`` of transformers; it scales only layers without rotations.
+    """
+    tuned = getattr(module, "attn_temperature_tuning", None) and not getattr(module, "use_rope", True)
+    if not tuned or layout.length < module.floor_scale:
+        return query
+    index = torch.arange(layout.length, device=query.device)
+
+    def scale(places: Tensor) -> Tensor:
+        return torch.log1p(torch.floor((places.double() + 1) / module.floor_scale)) * module.attn_scale + 1
+
+    factor = scale(layout.position_ids) / scale(index)
+    return (query * factor[:, None, :, None]).to(query.dtype)
