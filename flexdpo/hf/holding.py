@@ -9,7 +9,7 @@ before, and each thread holds its own: what the backward pass runs again in a th
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -116,8 +116,8 @@ def find_limits(module: Any) -> None:
 def _go_by_sequences(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:  # noqa: ARG001
     held = held_forward()
     if held is None or held.layout is None or held.layout.longest is None:
-        return None
-    return evaluated_by_side(module, held.module._flexdpo_limits, held.layout, args, kwargs)
+        return None  # without lengths all sequences were found to be short
+    return evaluated_by_side(module, held.module._flexdpo_limits, held.layout.longest, args, kwargs)
 
 
 def remove_layout_hooks(module: nn.Module) -> None:

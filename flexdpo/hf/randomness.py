@@ -6,7 +6,6 @@ is set to 0, or the model is refused, and packed forwards are watched.
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -218,14 +217,10 @@ def _named(model: nn.Module, draws: Counter[str], when: str) -> str:
 # --- watching --------------------------------------------------------------------------------------------------------
 
 
-_RUNNING = "while a packed row runs"
-
-
 def refuse_draws(module: PreTrainedModel, before: RandomState, inputs: dict[str, Any]) -> None:
     """Stop after a packed forward during which a module drew random numbers.
 
-    Other threads may have drawn them, so the backbone is run once more, without a layout, and looked at alone; what
-    lies around it (the head may be in use just now) is blamed where there are no other threads.
+    Others may have drawn them meanwhile, so the backbone is run once more, without a layout, and looked at alone.
 
     Args:
         module: That ran.
@@ -249,16 +244,13 @@ def refuse_draws(module: PreTrainedModel, before: RandomState, inputs: dict[str,
     with left_as_it_is(backbone, None):
         answers = [ask(backbone, inputs, torch_only=torch_only).draws for _ in range(1 if torch_only else 3)]
         found = set.intersection(*map(set, answers))
-        if not found and threading.active_count() > 1:
-            return
-        if found and harmless(backbone, inputs):
+        if not found or harmless(backbone, inputs):
             # other lengths are looked at when they are much longer
             known[mark] = 2 * length
             return
-    who = _named(backbone, Counter(found), _RUNNING) if found else _named(module, Counter([""]), _RUNNING)
     raise UnsupportedModelError(
-        f"{who}: a token that several responses share would be drawn once where an ordinary run draws for each; "
-        f"{WAY_OUT}"
+        f"{_named(backbone, Counter(found), 'while a packed row runs')}: a token that several responses share would "
+        f"be drawn once where an ordinary run draws for each; {WAY_OUT}"
     )
 
 

@@ -150,13 +150,13 @@ def require_own_lengths(limits: LengthLimits, layout: RowLayout, model: str) -> 
             )
 
 
-def evaluated_by_side(module: nn.Module, limits: LengthLimits, layout: RowLayout, args: Any, kwargs: Any) -> Any:
+def evaluated_by_side(module: nn.Module, limits: LengthLimits, longest: Tensor, args: Any, kwargs: Any) -> Any:
     """What a rotary embedding gives at every token of a row, each by the length of its own sequences.
 
     Args:
         module: The embedding.
         limits: Of the model.
-        layout: Of the row.
+        longest: Tokens of the longest sequence of each token of a row, ``[B, S]``.
         args: Positional arguments it was called with.
         kwargs: The others; among both ``position_ids`` ``[B, S]``.
 
@@ -165,7 +165,7 @@ def evaluated_by_side(module: nn.Module, limits: LengthLimits, layout: RowLayout
     """
     named = inspect.signature(module.forward).bind(*args, **kwargs).arguments
     positions = named["position_ids"]
-    side = torch.bucketize(layout.longest, torch.tensor(limits.limits, device=positions.device))
+    side = torch.bucketize(longest, torch.tensor(limits.limits, device=positions.device))
     merged: Any = None
     for number, first in enumerate((1, *(limit + 1 for limit in limits.limits))):
         here = side == number
@@ -201,7 +201,9 @@ def scaled_by_position(module: Any, query: Tensor, layout: RowLayout) -> Tensor:
     index = torch.arange(layout.length, device=query.device)
 
     def scale(places: Tensor) -> Tensor:
-        return torch.log1p(torch.floor((places.double() + 1) / module.floor_scale)) * module.attn_scale + 1
+        found: Tensor = torch.log1p(torch.floor((places.double() + 1) / module.floor_scale)) * module.attn_scale + 1
+        return found
 
     factor = scale(layout.position_ids) / scale(index)
-    return (query * factor[:, None, :, None]).to(query.dtype)
+    scaled: Tensor = query * factor[:, None, :, None]
+    return scaled.to(query.dtype)

@@ -151,7 +151,7 @@ def test_unknown_kernel() -> None:
 
 def test_attention_dropout() -> None:
     dropping = prepare_model(build_model("mistral", attention_dropout=0.1)).train()
-    with pytest.raises(FlexdpoError, match=r"attention dropout 0\.1, .* set attention_dropout=0"):
+    with pytest.raises(FlexdpoError, match=r"attention dropout 0\.1, .* flexdpo\.disable_dropout\(model\)"):
         dropping(**example_row().inputs())
 
 

@@ -16,7 +16,7 @@ from datasets import Dataset
 from flexdpo import DPOConfig, DPOTrainer, FlexdpoError, Row, RowLayout, prepare_model, prove
 from flexdpo.attention import row_mask
 from flexdpo.hf.probe import token_error
-from flexdpo.training.models import disable_dropout
+from flexdpo.hf.randomness import disable_dropout
 from flexdpo.training.step import REFERENCE_COLUMN
 from tests.conftest import odd_groups, preference_rows
 from tests.hf.architectures import build_or_skip
