@@ -80,15 +80,21 @@ def _variants(module: nn.Module, backbone: Any) -> list[dict[str, Any]]:
     """The other arguments it is called with: one set for each type of layer where they have rotations of their own."""
     if "layer_type" not in inspect.signature(module.forward).parameters:
         return [{}]
-    types = sorted(set(getattr(backbone.config, "layer_types", None) or ()))
+    # transformers keeps one entry for each type of layer that it rotates
+    rotated = getattr(module, "rope_type", None)
+    known = rotated if isinstance(rotated, dict) else getattr(backbone.config, "layer_types", None)
+    types = sorted(set(known or ()))
     return [{"layer_type": each} for each in types] or [{}]
 
 
 def _limit_of(module: nn.Module, kwargs: dict[str, Any]) -> int | None:
     """The largest length with the frequencies of a short sequence; ``None`` where all lengths have them."""
     short = _at_one(module, 2, kwargs)
-    if _same(short, _at_one(module, _LONGEST, kwargs)):
-        return None
+    try:
+        if _same(short, _at_one(module, _LONGEST, kwargs)):
+            return None
+    except IndexError:
+        return None  # a table, which has one entry for each position
     low, high = 2, _LONGEST
     while high - low > 1:
         middle = (low + high) // 2
@@ -98,13 +104,13 @@ def _limit_of(module: nn.Module, kwargs: dict[str, Any]) -> int | None:
 
 def _at_one(module: nn.Module, length: int, kwargs: dict[str, Any]) -> list[Tensor]:
     """What a fresh copy gives at position 1 beside the last position of a sequence of ``length`` tokens."""
-    fresh = copy.deepcopy(module)
-    device = next((buffer.device for buffer in module.buffers()), torch.device("cpu"))
-    x = torch.zeros(1, 2, 1, device=device)
+    # a position beyond a table stops a GPU for good
+    fresh = copy.deepcopy(module).to("cpu")
+    x = torch.zeros(1, 2, 1)
     with torch.no_grad():
         # dynamic frequencies stay what the longest sequence made them, until a short one comes
         for last in (1, length - 1):
-            output = type(fresh).forward(fresh, x, torch.tensor([[1, last]], device=device), **kwargs)
+            output = type(fresh).forward(fresh, x, torch.tensor([[1, last]]), **kwargs)
     return [each[:, :1].clone() for each in (output if isinstance(output, tuple | list) else (output,))]
 
 
