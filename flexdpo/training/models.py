@@ -161,8 +161,6 @@ def require_positions(model: PreTrainedModel, longest: int) -> None:
 _POSITION_TABLES = frozenset({"wpe", "embed_positions", "position_embeddings", "positions_embed"})
 
 
-
-
 def frozen_copy(model: nn.Module) -> nn.Module:
     """A reference model: the policy as it is now, without gradients and in evaluation mode."""
     with _whole_weights(model):
