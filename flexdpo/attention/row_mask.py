@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
+from torch.nn.attention.flex_attention import BlockMask
 
 from flexdpo.attention.block_masks import DEFAULT_BLOCK_SIZE, build_block_mask
 from flexdpo.attention.flash import flash_block_size
@@ -14,7 +15,6 @@ from flexdpo.errors import FlexdpoError, nearest
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch.nn.attention.flex_attention import BlockMask
 
     from flexdpo.attention.mask_mods import MaskKind
     from flexdpo.layout.row import RowLayout
@@ -66,6 +66,9 @@ def row_mask_for(layout: RowLayout, kind: MaskKind, impl: Impl = "auto") -> RowM
     block_mask = build_block_mask(layout, kind, block_size=_block_size(resolved, layout.device))
     row_mask = RowMask(layout, kind, resolved, block_mask, kernel_settings(), torch.compiler.is_compiling())
     setattr(block_mask, _ATTRIBUTE, row_mask)
+    if not row_mask.traced:
+        # what BlockMask.to() returns is a new object with the same mask_mod: offloading moves every layer's inputs
+        setattr(block_mask.mask_mod, _ATTRIBUTE, row_mask)
     if memo_key is not None:
         layout.memo[memo_key] = row_mask
     return row_mask
@@ -78,8 +81,12 @@ def _block_size(impl: str, device: torch.device) -> int | tuple[int, int]:
 
 
 def row_mask_of(attention_mask: object) -> RowMask | None:
-    """Return the row mask that a BlockMask was built for, or ``None`` for anybody else's mask."""
+    """Return the row mask that a BlockMask, or a copy of it on the same device, was built for; ``None`` for others."""
     found = getattr(attention_mask, _ATTRIBUTE, None)
+    if found is None and isinstance(attention_mask, BlockMask):
+        found = getattr(attention_mask.mask_mod, _ATTRIBUTE, None)
+        if found is not None and attention_mask.kv_num_blocks.device != found.layout.device:
+            return None
     return found if isinstance(found, RowMask) else None
 
 

@@ -1,21 +1,25 @@
 """Finds a model's language-model head and what the model does to the head's output, so that logits need never exist.
 
-The model runs through its own forward, wrappers and hooks included. For the duration of one call the head's ``forward``
-is replaced: it receives the hidden states of the whole row, keeps those at the predicting positions and returns their
-log-probabilities. Since the head is called once, FSDP and ZeRO-3 gather its weight once. What the model does after the
-head (softcap, scale) cannot be read off its class, so it is measured once per model, with made-up logits.
+The model runs through its own forward, wrappers and hooks included. For the duration of one call, and in the calling
+thread only, the head's ``forward`` is replaced: it receives the hidden states of the whole row, keeps those at the
+predicting positions and returns their log-probabilities. Since the head is called once, FSDP and ZeRO-3 gather its
+weight once. What the model does after the head (softcap, scale) cannot be read off its class, so it is measured with
+made-up logits, again whenever the config or an attribute of the model has another value, and every call holds what the
+model did to the log-probabilities against it.
 """
 
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
+from flexdpo.errors import FlexdpoError
 from flexdpo.objective.linear_logps import IDENTITY, LogitTransform, TargetLogps, linear_logps, module_logps
 
 if TYPE_CHECKING:
@@ -39,7 +43,8 @@ class HeadPlan:
     obstacle: str | None = None
 
 
-_plans: WeakKeyDictionary[nn.Module, HeadPlan] = WeakKeyDictionary()
+# each with what it was measured under
+_plans: WeakKeyDictionary[nn.Module, tuple[Any, HeadPlan]] = WeakKeyDictionary()
 
 # made-up logits reach beyond every softcap in use (Gemma's is 30), so that bending shows
 _RAMP_HEIGHT = 40.0
@@ -63,12 +68,37 @@ def head_of(model: nn.Module) -> nn.Module | None:
     return head if isinstance(head, nn.Module) else None
 
 
-def head_plan(model: nn.Module) -> HeadPlan:
-    """Return how to use a model's head, measured at the first call for each model and remembered."""
+def head_plan(model: nn.Module, device: torch.device | None = None) -> HeadPlan:
+    """Return how to use a model's head, measured at the first call and whenever the model has other settings.
+
+    Args:
+        model: Wrapped or not.
+        device: Of its inputs; by default that of its first weight that is in memory.
+    """
     base = base_model(model)
-    if base not in _plans:
-        _plans[base] = _measure(model)
-    return _plans[base]
+    settings = _settings(base)
+    known = _plans.get(base)
+    if known is None or known[0] != settings:
+        if device is None:
+            devices = (parameter.device for parameter in base.parameters())
+            device = next((d for d in devices if d.type != "meta"), torch.device("cpu"))
+        known = settings, _measure(model, device)
+        _plans[base] = known
+    return known[1]
+
+
+def _settings(base: Any) -> Any:
+    """All plain values of a model and its config, and the code that runs: what may decide on what follows the head."""
+    plain = (bool, int, float, str, type(None), list, tuple, dict)
+    holders = [base.config, base.config.get_text_config()] if hasattr(base.config, "get_text_config") else [base.config]
+    values = [
+        repr(value)
+        for holder in (*holders, base)
+        for name, value in vars(holder).items()
+        # a policy that is its own reference goes to and fro between its modes, and bookkeeping says nothing of logits
+        if isinstance(value, plain) and name != "training" and not name.startswith("_")
+    ]
+    return values, type(base).forward, id(vars(base).get("forward")), tuple(base._forward_hooks)
 
 
 def head_logps(
@@ -93,13 +123,11 @@ def head_logps(
     head = head_of(model)
     assert head is not None
     found: list[TargetLogps] = []
-    original = head.forward
-    plain = _is_plain_linear(head)
 
-    def forward(hidden: Tensor) -> Tensor:
+    def forward(original: Callable[..., Tensor], hidden: Tensor) -> Tensor:
         # a model spread over devices has its head on another one than its inputs
         states, wanted = hidden[0, predictors.to(hidden.device)], labels.to(hidden.device)
-        if plain:
+        if _is_plain_linear(head, original):
             values = linear_logps(
                 states,
                 head.weight,  # type: ignore[arg-type]
@@ -120,10 +148,29 @@ def head_logps(
         found.append(values)
         return values.logps[None, :, None]
 
-    with _replaced_forward(head, torch.compiler.disable(forward)):
+    with replaced_forward(head, forward):
         output = model(**inputs).logits
     (values,) = found
-    return TargetLogps(anchored(values.logps, output), values.log_sum_squares)
+    logps = _held_against(plan.transform, values.logps, output, base_model(model))
+    return TargetLogps(anchored(logps, output), values.log_sum_squares)
+
+
+def _held_against(transform: LogitTransform, logps: Tensor, output: Tensor, base: nn.Module) -> Tensor:
+    """Return log-probabilities only if the model did to them what it was expected to do to logits.
+
+    A GPU is not waited for: there they become NaN, which no loss accepts.
+    """
+    seen, expected = output.detach().reshape(-1).to(logps), transform(logps.detach())
+    same = torch.isclose(seen, expected, rtol=1e-4, atol=1e-5, equal_nan=True).all()
+    if logps.device.type != "cpu":
+        return torch.where(same, logps, torch.nan)
+    if not same:
+        raise FlexdpoError(
+            f"{type(base).__name__} does something else to its logits than when it was measured ({transform}), and "
+            "neither its config nor its attributes tell; keep what follows the head fixed while training, or put it "
+            "into the config"
+        )
+    return logps
 
 
 def anchored(value: Tensor, output: Tensor) -> Tensor:
@@ -150,55 +197,92 @@ class _Anchored(torch.autograd.Function):
         return gradient, torch.zeros(shape, dtype=dtype, device=device)
 
 
-def _is_plain_linear(head: nn.Module) -> bool:
+def _is_plain_linear(head: nn.Module, forward: Callable[..., Tensor]) -> bool:
     """Whether the head is a matrix and a bias and nothing else; tensor-parallel weights and offloading are more."""
     plain_weight = type(getattr(head, "weight", None)) in (nn.Parameter, torch.Tensor)
-    return type(head) is nn.Linear and "forward" not in vars(head) and plain_weight
+    return type(head) is nn.Linear and getattr(forward, "__func__", None) is nn.Linear.forward and plain_weight
+
+
+@dataclass(eq=False)
+class _Replacement:
+    """What stands in for a module's ``forward`` while some thread has replaced it.
+
+    Attributes:
+        original: The forward that all other threads go on running.
+        own: The module's instance attribute of that name, if it had one.
+        by_thread: The replacements of each thread, innermost last.
+    """
+
+    original: Callable[..., Tensor]
+    own: Callable[..., Tensor] | None
+    by_thread: dict[int, list[Callable[..., Tensor]]] = field(default_factory=dict)
+
+    def run(self, *args: Any, **kwargs: Any) -> Tensor:
+        mine = self.by_thread.get(threading.get_ident())
+        return mine[-1](self.original, *args, **kwargs) if mine else self.original(*args, **kwargs)
+
+
+_replacements: WeakKeyDictionary[nn.Module, _Replacement] = WeakKeyDictionary()
+_replacing = threading.Lock()
 
 
 @contextlib.contextmanager
-def _replaced_forward(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
-    """Let ``module(...)`` call ``forward``, with the module's hooks around it as ever."""
-    before = vars(module).get("forward")
-    module.forward = forward
+def replaced_forward(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
+    """Let ``module(...)`` in this thread call ``forward(original, ...)``, with the module's hooks around it as ever."""
+    thread = threading.get_ident()
+    with _replacing:
+        replacement = _replacements.get(module)
+        if replacement is None:
+            replacement = _Replacement(module.forward, vars(module).get("forward"))
+            _replacements[module] = replacement
+            module.forward = torch.compiler.disable(replacement.run)
+        replacement.by_thread.setdefault(thread, []).append(forward)
     try:
         yield
     finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before
+        with _replacing:
+            replacement.by_thread[thread].pop()
+            if not replacement.by_thread[thread]:
+                del replacement.by_thread[thread]
+            if not replacement.by_thread:
+                del _replacements[module]
+                if replacement.own is None:
+                    del module.forward
+                else:
+                    module.forward = replacement.own
 
 
 # --- what follows the head -------------------------------------------------------------------------------------------
 
 
-def _measure(model: nn.Module) -> HeadPlan:
+def _measure(model: nn.Module, device: torch.device) -> HeadPlan:
     head = head_of(model)
     if head is None:
         return HeadPlan(obstacle="it names no output embeddings")
     seen: list[tuple[int, Tensor]] = []
-    original = head.forward
 
-    def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(original: Callable[..., Tensor], hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         vocabulary = original(hidden, *args, **kwargs).shape[-1]
         wide = torch.float32 if hidden.device.type == "mps" else torch.float64
         ramp = torch.linspace(-_RAMP_HEIGHT, _RAMP_HEIGHT, vocabulary, dtype=wide, device=hidden.device)
         seen.append((hidden.shape[-2], ramp))
+        # until the end of the model's forward: a weight that takes part in what follows shows by its gradient
+        torch.set_grad_enabled(True)
         return ramp.expand(*hidden.shape[:-1], vocabulary)
 
     base = base_model(model)
-    device = next(base.parameters()).device
     tokens = torch.zeros(1, 2, dtype=torch.int64, device=device)
     # compiled layers run as they are here: they would be compiled for these two tokens alone
     eager = torch.compiler.set_stance("force_eager")
-    with torch.no_grad(), eager, _replaced_forward(head, forward):
+    with torch.no_grad(), eager, replaced_forward(head, forward):
         output = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits
     if len(seen) != 1:
         return HeadPlan(obstacle=f"it calls its output embeddings {len(seen)} times per forward pass")
     ((positions, ramp),) = seen
     if positions != 2 or output.shape[-2:] != (2, len(ramp)):
         return HeadPlan(obstacle="it changes the shape of what goes into or comes out of its head")
+    if output.requires_grad:
+        return HeadPlan(obstacle="a trained weight takes part in what it does to its logits")
     transform = recognise_transform(ramp, output[0, -1], base.config)
     if transform is None:
         return HeadPlan(obstacle="it changes its logits in a way that is neither a scale nor a softcap")

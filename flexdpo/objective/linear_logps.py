@@ -1,8 +1,10 @@
 """Log-probabilities of labels under a linear head, a chunk of targets at a time, forward and backward.
 
-Full logits of ``T`` targets over ``V`` words are the largest tensor of a training step. Here they exist for one chunk
-of targets only: the forward pass keeps one normaliser per target, and the backward pass projects each chunk again.
-Memory beyond inputs and gradients is one chunk, whatever ``T * V`` is.
+Full logits of ``T`` targets over ``V`` words are the largest tensor of a training step. Here a bounded number of them
+exists at a time. The forward pass takes a few targets with all words and keeps one normaliser per target. The backward
+pass projects again, a tile of targets and words at a time, words in the outer loop: the weight's gradient, the largest
+by far, is finished block by block, where targets in the outer loop would read and write all of it for each of them.
+``flexdpo/insight/bench_head.py`` counts what this costs on a GPU.
 
 ``torch.nn.functional.linear_cross_entropy`` (torch 2.13) needs as little memory. It is not used: on one CPU
 core, with 8192 targets, 131072 words and hidden size 512, it took 102 s, this 41 s and full logits 80 s; and
@@ -11,6 +13,8 @@ it knows no softcap.
 
 from __future__ import annotations
 
+import contextlib
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,8 +29,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-# logits of one chunk, in elements: enough that the projection runs at full speed, few beside the weight's gradient
-_CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**26}
+# logits held at a time, in elements: enough that products run at full speed, few beside the weight's gradient; meta
+# tensors stand for a GPU's where the work is counted
+_CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**26, "meta": 2**26}
+# devices that multiply half matrices into float32; elsewhere halves are multiplied as float32
+_MULTIPLY_HALVES = ("cuda", "meta")
 
 
 @dataclass(frozen=True)
@@ -41,25 +48,11 @@ class LogitTransform:
     scale: float = 1.0
     softcap: float | None = None
 
-    def apply_(self, logits: Tensor) -> Tensor:
-        """Transform logits in place, and return them."""
-        if self.scale != 1.0:
-            logits.mul_(self.scale)
-        if self.softcap is not None:
-            logits.div_(self.softcap).tanh_().mul_(self.softcap)
-        return logits
-
     def __call__(self, logits: Tensor) -> Tensor:
         """Transform logits, differentiably."""
         if self.scale != 1.0:
             logits = logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-
-    def slope(self, transformed: Tensor) -> Tensor | None:
-        """Derivative at given transformed logits; ``None`` where it is 1 everywhere."""
-        if self.softcap is not None:
-            return (1 - (transformed / self.softcap).square_()).mul_(self.scale)
-        return transformed.new_tensor(self.scale) if self.scale != 1.0 else None
 
 
 IDENTITY = LogitTransform()
@@ -122,7 +115,8 @@ def linear_logps(
         labels: ``[T]`` int64.
         transform: What follows the projection.
         with_log_sum_squares: Also return ``log(sum p^2)``.
-        chunk_size: Targets per chunk; by default as many as keep a chunk's logits at a fixed size.
+        chunk_size: Targets per chunk of the forward pass, whose number of logits the backward pass does not exceed; by
+            default that number is fixed.
 
     Returns:
         Differentiable (once) in ``hidden``, ``weight`` and ``bias``. Frozen weight and bias save the second projection.
@@ -182,43 +176,47 @@ def targets_per_chunk(vocabulary: int, device: torch.device) -> int:
     return max(1, _CHUNK_ELEMENTS.get(device.type, 2**25) // vocabulary)
 
 
+def tile_shape(targets: int, vocabulary: int, elements: int) -> tuple[int, int]:
+    """Targets and words of a tile of at most so many logits, near a square.
+
+    Each product of a tile reads and writes a block of a gradient, ``[targets, H]`` or ``[words, H]``; the longer the
+    tile's other side, the less that is beside the multiplications.
+    """
+    side = max(math.isqrt(elements), elements // vocabulary, 1)
+    # all alike, since a last tile of a few targets costs nearly as much as a full one
+    rows = -(-targets // max(1, round(targets / side), -(-targets // elements))) or 1
+    words = max(1, min(vocabulary, elements // rows))
+    # whole tensor-core tiles, and rows that begin at multiples of 16 bytes
+    return rows, words if words == vocabulary else words - words % 128 or words
+
+
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _chunks(total: int, size: int) -> Iterator[slice]:
-    return (slice(start, min(start + size, total)) for start in range(0, total, size))
+    """Slices that cover ``total``; one empty slice where that is 0."""
+    return (slice(start, min(start + size, total)) for start in range(0, max(total, 1), size))
 
 
-class _Projection:
-    """The head's matrix in the dtype it is multiplied in, and the products that forward and backward need of it."""
+class _Products:
+    """Products of matrices of one dtype, with results in float32 or better.
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, transform: LogitTransform) -> None:
+    Attributes:
+        wide: Dtype of the results.
+        half: Whether the factors stay in half precision.
+        dtype: Of the factors.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.wide = torch.promote_types(dtype, torch.float32)
-        # only CUDA multiplies half matrices into float32; elsewhere one float32 copy serves the whole pass
-        self.half = dtype != self.wide and weight.device.type == "cuda"
+        self.half = dtype != self.wide and device.type in _MULTIPLY_HALVES
         self.dtype = dtype if self.half else self.wide
-        self.weight = weight.to(self.dtype)
-        self.bias = None if bias is None else bias.to(self.wide)
-        self.transform = transform
-        self._buffer: Tensor | None = None
 
-    def multiply(self, left: Tensor, right: Tensor) -> Tensor:
-        """A product in float32 or better, ``[M, K] x [K, N]``."""
-        left, right = left.to(self.dtype), right.to(self.dtype)
-        return torch.mm(left, right, out_dtype=torch.float32) if self.half else torch.mm(left, right)
-
-    def logits(self, states: Tensor) -> Tensor:
-        """Transformed logits of a chunk, ``[C, V]``; the memory is used again by the next call."""
-        if self.half:
-            logits = self.multiply(states, self.weight.t())
-        else:
-            if self._buffer is None or len(self._buffer) < len(states):
-                self._buffer = states.new_empty(len(states), len(self.weight), dtype=self.wide)
-            logits = torch.mm(states.to(self.dtype), self.weight.t(), out=self._buffer[: len(states)])
-        if self.bias is not None:
-            logits.add_(self.bias)
-        return self.transform.apply_(logits)
+    def multiply(self, left: Tensor, right: Tensor, out: Tensor, *, add: bool = False, scale: float = 1.0) -> Tensor:
+        """Write ``scale * left @ right`` into ``out``, or add it there."""
+        form: dict[str, Any] = {"out_dtype": self.wide} if self.half else {}
+        return torch.addmm(out, left, right, beta=int(add), alpha=scale, out=out, **form)
 
 
 class _LinearLogps(torch.autograd.Function):
@@ -233,32 +231,39 @@ class _LinearLogps(torch.autograd.Function):
         chunk: int,
         with_squares: bool,
     ) -> tuple[Tensor, Tensor]:
-        device = hidden.device.type
         dtype = torch.promote_types(hidden.dtype, weight.dtype)
-        if dtype == torch.float32 and torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-        ctx.transform, ctx.chunk, ctx.dtype = transform, chunk, dtype
+        if dtype == torch.float32 and _autocast_enabled(hidden.device.type):
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+        ctx.transform, ctx.elements, ctx.dtype = transform, chunk * len(weight), dtype
         # with a frozen head the gradient of each target is known now, up to the factor that comes from behind
         ctx.direct = ctx.needs_input_grad[0] and not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2])
-        with torch.autocast(device, enabled=False):
-            projection = _Projection(weight, bias, dtype, transform)
-            logps = hidden.new_empty(len(hidden), dtype=projection.wide)
+        with _no_autocast(hidden.device.type):
+            products = _Products(dtype, hidden.device)
+            matrix = weight.to(products.dtype)
+            logps = hidden.new_empty(len(hidden), dtype=products.wide)
             normaliser = torch.empty_like(logps)
             squares = torch.empty_like(logps) if with_squares else logps.new_empty(0)
-            slopes = hidden.new_empty(hidden.shape, dtype=projection.wide) if ctx.direct else None
+            slopes = hidden.new_empty(hidden.shape, dtype=products.wide) if ctx.direct else None
+            logits, log_p = logps.new_empty(2, min(chunk, len(hidden)), len(weight))
             for part in _chunks(len(hidden), chunk):
-                logits = projection.logits(hidden[part])
-                normaliser[part] = logits.logsumexp(dim=1)
-                logps[part] = logits.gather(1, labels[part, None])[:, 0] - normaliser[part]
+                rows = part.stop - part.start
+                states, columns = hidden[part].to(products.dtype), labels[part, None]
+                scores = _logits(products, states, matrix, bias, transform, logits[:rows])
+                if transform.softcap is not None:
+                    scores.mul_(transform.softcap)
+                chosen = torch.log_softmax(scores, dim=1, out=log_p[:rows])
+                logps[part] = chosen.gather(1, columns)[:, 0]
+                normaliser[part] = scores.gather(1, columns)[:, 0] - logps[part]
                 if with_squares:
-                    squares[part] = (2 * logits).logsumexp(dim=1) - 2 * normaliser[part]
+                    squares[part] = (2 * chosen).logsumexp(dim=1)
                 if slopes is not None:
-                    error = _logit_gradient_(logits, normaliser[part], labels[part], None, transform)
-                    slopes[part] = projection.multiply(error, projection.weight)
+                    slope = None if transform.softcap is None else _slope_(scores.div_(transform.softcap))
+                    error = _error(products, chosen, labels[part], 0, logps[part].expm1(), slope)
+                    products.multiply(error, matrix, slopes[part])
         if slopes is not None:
             ctx.save_for_backward(slopes)
         elif any(ctx.needs_input_grad):
-            ctx.save_for_backward(hidden, weight, bias, labels, normaliser)
+            ctx.save_for_backward(hidden, weight, bias, labels, normaliser, logps)
         ctx.hidden_dtype = hidden.dtype
         ctx.mark_non_differentiable(squares)
         return logps, squares
@@ -266,53 +271,143 @@ class _LinearLogps(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        # the gradient in the raw logits is this factor times p, or times p - 1 at the label
+        factor = -ctx.transform.scale * gradient
         if ctx.direct:
             (slopes,) = ctx.saved_tensors
-            return (slopes * gradient[:, None]).to(ctx.hidden_dtype), None, None, None, None, None, None
-        hidden, weight, bias, labels, normaliser = ctx.saved_tensors
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        with torch.autocast(hidden.device.type, enabled=False):
-            projection = _Projection(weight, bias, ctx.dtype, ctx.transform)
-            wide = projection.wide
-            to_hidden = hidden.new_empty(hidden.shape) if wants_hidden else None
-            to_weight = weight.new_zeros(weight.shape, dtype=wide) if wants_weight else None
-            to_bias = bias.new_zeros(bias.shape, dtype=wide) if wants_bias else None
-            for part in _chunks(len(hidden), ctx.chunk):
-                states = hidden[part]
-                logits = projection.logits(states)
-                error = _logit_gradient_(logits, normaliser[part], labels[part], gradient[part], ctx.transform)
-                if to_hidden is not None:
-                    to_hidden[part] = projection.multiply(error, projection.weight)
-                if to_weight is not None:
-                    _add_product_(to_weight, error.t(), states, projection)
-                if to_bias is not None:
-                    to_bias += error.sum(dim=0)
-        return (
-            to_hidden,
-            None if to_weight is None else to_weight.to(weight.dtype),
-            None if to_bias is None else to_bias.to(bias.dtype),
-            *(None,) * 4,
-        )
+            return (slopes * factor[:, None]).to(ctx.hidden_dtype), *(None,) * 6
+        with _no_autocast(gradient.device.type):
+            return *_weighted_gradients(ctx, factor), *(None,) * 4
 
 
-def _logit_gradient_(
-    logits: Tensor, normaliser: Tensor, labels: Tensor, gradient: Tensor | None, transform: LogitTransform
+def _weighted_gradients(ctx: Any, factor: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of hidden states, weight and bias, tile by tile.
+
+    The factor's size goes into the exponent that makes ``p``, which costs no pass over the tile, and its sign to the
+    hidden states, where it is exact in every dtype.
+    """
+    hidden, weight, bias, labels, normaliser, logps = ctx.saved_tensors
+    products = _Products(ctx.dtype, hidden.device)
+    shift, sign = normaliser - factor.abs().log(), factor.sign()[:, None]
+    at_labels = logps.expm1() * factor.abs()
+    states, signed = hidden.to(products.dtype), (hidden * sign).to(products.dtype)
+    wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+    to_hidden = hidden.new_empty(hidden.shape, dtype=products.wide) if wants_hidden else None
+    to_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if wants_weight else None
+    to_bias = bias.new_zeros(bias.shape, dtype=products.wide) if wants_bias else None
+    height, width = tile_shape(len(hidden), len(weight), ctx.elements)
+    memory = normaliser.new_empty(height * width)
+    for words in _chunks(len(weight), width):
+        matrix = weight[words].to(products.dtype)
+        block = None if to_weight is None else to_weight[words]
+        if block is not None and block.dtype != products.wide:
+            block = torch.empty_like(block, dtype=products.wide)
+        for part in _chunks(len(hidden), height):
+            rows = part.stop - part.start
+            scores = memory[: rows * len(matrix)].view(rows, len(matrix))
+            exponents, slope = _exponents(
+                products,
+                states[part],
+                matrix,
+                bias if bias is None else bias[words],
+                ctx.transform,
+                shift[part],
+                scores,
+            )
+            error = _error(products, exponents, labels[part], words.start, at_labels[part], slope, keep=wants_bias)
+            if to_bias is not None:
+                to_bias[words] += (error * sign[part]).sum(dim=0)
+            error = error.to(products.dtype)
+            if to_hidden is not None:
+                products.multiply(error, matrix, to_hidden[part], add=words.start > 0)
+            if block is not None:
+                products.multiply(error.t(), signed[part], block, add=part.start > 0)
+        if to_weight is not None and block is not None and block.dtype != to_weight.dtype:
+            to_weight[words] = block
+    return (
+        None if to_hidden is None else to_hidden.mul_(sign).to(hidden.dtype),
+        to_weight,
+        None if to_bias is None else to_bias.to(bias.dtype),
+    )
+
+
+def _logits(
+    products: _Products, states: Tensor, matrix: Tensor, bias: Tensor | None, transform: LogitTransform, out: Tensor
 ) -> Tensor:
-    """Gradient of ``logps * gradient`` in the head's raw output, written over the transformed ``logits``."""
-    slope = transform.slope(logits)
-    error = logits.sub_(normaliser[:, None]).exp_()
-    rows = torch.arange(len(labels), device=labels.device)
-    if gradient is None:
-        error.neg_()
-        error[rows, labels] += 1
-    else:
-        error.mul_(-gradient[:, None])
-        error[rows, labels] += gradient
-    return error if slope is None else error.mul_(slope)
+    """Write scaled logits; with a softcap, divided by it and bent."""
+    scale = transform.scale if transform.softcap is None else transform.scale / transform.softcap
+    if bias is not None:
+        out.copy_(bias.to(out.dtype) * scale)
+    products.multiply(states, matrix.t(), out, add=bias is not None, scale=scale)
+    return out if transform.softcap is None else out.tanh_()
 
 
-def _add_product_(total: Tensor, left: Tensor, right: Tensor, projection: _Projection) -> None:
-    if projection.half:
-        total += projection.multiply(left, right)
-    else:
-        total.addmm_(left, right.to(projection.dtype))
+def _exponents(
+    products: _Products,
+    states: Tensor,
+    matrix: Tensor,
+    bias: Tensor | None,
+    transform: LogitTransform,
+    shift: Tensor,
+    out: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """Logits minus ``shift``, ``[T, B]``, and what a softcap multiplies their derivative with."""
+    if transform.softcap is None:
+        # written first, so that the product adds itself to it and nothing else goes over the tile
+        if bias is None:
+            out.copy_(-shift[:, None])
+        else:
+            torch.sub(bias.to(out.dtype) * transform.scale, shift[:, None], out=out)
+        return products.multiply(states, matrix.t(), out, add=True, scale=transform.scale), None
+    bent = _logits(products, states, matrix, bias, transform, out)
+    return torch.sub(bent * transform.softcap, shift[:, None]), _slope_(bent)
+
+
+def _slope_(bent: Tensor) -> Tensor:
+    """Derivative of the hyperbolic tangent, written over its value."""
+    return torch.addcmul(bent.new_ones(()), bent, bent, value=-1, out=bent)
+
+
+def _error(
+    products: _Products,
+    exponents: Tensor,
+    labels: Tensor,
+    first_word: int,
+    at_labels: Tensor,
+    slope: Tensor | None,
+    *,
+    keep: bool = False,
+) -> Tensor:
+    """Return ``exp(exponents)`` with other values at the labels, times ``slope``.
+
+    Args:
+        products: Says the dtype of the result, unless ``keep``.
+        exponents: ``[T, B]``, overwritten where the result has their dtype.
+        labels: ``[T]``; those that are none of the ``B`` words from ``first_word`` on change nothing.
+        first_word: Number of the first column.
+        at_labels: ``[T]``.
+        slope: ``[T, B]`` or ``None``.
+        keep: Keep the dtype of ``exponents``.
+    """
+    narrow = slope is None and not keep
+    # one pass that also rounds: on a GPU the cast costs nothing there
+    error = torch.exp(
+        exponents, out=torch.empty_like(exponents, dtype=products.dtype) if narrow and products.half else exponents
+    )
+    columns = (labels[:, None] - first_word).clamp(0, exponents.shape[1] - 1)
+    there = labels[:, None] == columns + first_word
+    error.scatter_(1, columns, at_labels[:, None].to(error.dtype).where(there, error.gather(1, columns)))
+    if slope is not None:
+        error.mul_(slope)
+    return error if keep else error.to(products.dtype)
+
+
+def _autocast_enabled(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def _no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    """No autocast, on devices that have it; meta tensors have none."""
+    return (
+        torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else contextlib.nullcontext()
+    )

@@ -74,7 +74,7 @@ def response_logps(model: nn.Module, row: Row, *, with_log_sum_squares: bool = F
     Source:
         Rafailov et al. 2023, arXiv:2305.18290, Eq. 7.
     """
-    plan = head_plan(model)
+    plan = head_plan(model, row.input_ids.device)
     if plan.obstacle is None:
         values = head_logps(
             model, row.inputs(), row.predictors, row.labels, plan, with_log_sum_squares=with_log_sum_squares

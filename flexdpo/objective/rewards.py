@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from flexdpo.errors import FlexdpoError, UnsupportedModelError
-from flexdpo.objective.head import anchored, base_model
+from flexdpo.objective.head import anchored, base_model, replaced_forward
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor, nn
 
     from flexdpo.layout.row import Row
@@ -73,14 +75,13 @@ def response_rewards(model: nn.Module, row: Row) -> Tensor:
     last = torch.tensor([int(path[-1]) for path in row.response_paths], device=row.input_ids.device)
     found: list[Tensor] = []
 
-    def keep(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:  # noqa: ARG001
+    def forward(original: Callable[..., Tensor], hidden: Tensor) -> Tensor:
+        output = original(hidden)
         found.append(output[0, last])
+        return output
 
-    handle = head.register_forward_hook(keep)
-    try:
+    with replaced_forward(head, forward):
         pooled = model(**row.inputs()).logits
-    finally:
-        handle.remove()
     (scores,) = found
     if scores.shape[-1] != 1:
         raise FlexdpoError(

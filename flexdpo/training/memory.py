@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flexdpo.errors import FlexdpoError, first_line, found
-from flexdpo.objective.linear_logps import targets_per_chunk
+from flexdpo.objective.linear_logps import targets_per_chunk, tile_shape
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -340,15 +340,25 @@ def _working_bytes(size: ModelSize, setup: TrainingSetup) -> int:
 
 
 def _head_bytes(size: ModelSize, setup: TrainingSetup, targets: int) -> int:
-    """A chunk of logits in float32, its gradient, and the gradients of the head's weight and of the hidden states."""
+    """The larger of the head's forward pass (logits and their logarithms, a weight of another dtype) and its backward.
+
+    That one holds a tile of logits in float32 and in half precision, the gradients of weight and hidden states, and of
+    a half weight one block in float32.
+    """
     if not targets:
         return 0
-    chunk = min(targets, targets_per_chunk(size.vocabulary, torch.device(setup.device_type))) * size.vocabulary
+    device = torch.device(setup.device_type)
+    chunk = targets_per_chunk(size.vocabulary, device)
+    rows, words = tile_shape(targets, size.vocabulary, chunk * size.vocabulary)
     half = setup.compute_bytes < 4
-    # half matrices are multiplied into float32, whose slope is a second copy of the chunk in half precision
-    logits = chunk * (4 + (2 if half else 0))
-    weight = size.vocabulary * size.hidden * (4 + (4 if half else 0))
-    return logits + weight + 8 * targets * size.hidden
+    # only a GPU multiplies halves as they are
+    factor_bytes = setup.compute_bytes if half and device.type == "cuda" else 4
+    copied = size.vocabulary * size.hidden * factor_bytes if factor_bytes != setup.weight_bytes else 0
+    forward = 8 * min(targets, chunk) * size.vocabulary + copied
+    block = words * size.hidden * 4 if setup.weight_bytes < 4 else 0
+    weight = size.vocabulary * size.hidden * setup.weight_bytes
+    backward = rows * words * (4 + (2 if half else 0)) + weight + block + 8 * targets * size.hidden
+    return max(forward, backward)
 
 
 def _gathered_bytes(size: ModelSize, setup: TrainingSetup) -> int:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from flexdpo.objective.linear_logps import linear_logps
+from flexdpo.objective.head import _held_against
+from flexdpo.objective.linear_logps import LogitTransform, linear_logps
 from flexdpo.objective.logps import target_logps
 
 
@@ -44,3 +45,12 @@ def test_halves_on_a_gpu_err_no_more_than_the_ordinary_way(how: str) -> None:
         assert (got - exact).abs().max() <= 1.2 * budget
     # inputs are exact in bf16, so the values themselves keep float32
     assert (ours[0] - want[0]).abs().max() < 1e-4
+
+
+@pytest.mark.gpu
+def test_what_changes_behind_the_head_cannot_pass_as_a_number() -> None:
+    """Without waiting for the device: NaN, which every loss refuses."""
+    logps = torch.tensor([-1.0, -2.0], device="cuda")
+    model = torch.nn.Identity()
+    assert torch.equal(_held_against(LogitTransform(2.0), logps, (2 * logps)[None, :, None], model), logps)
+    assert _held_against(LogitTransform(2.0), logps, logps[None, :, None], model).isnan().all()

@@ -12,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig
 
 from flexdpo import FlexdpoError, Group, Row, prepare_model, response_logps
 from flexdpo.objective import head as heads
+from flexdpo.objective import linear_logps as linear
 from flexdpo.objective.linear_logps import (
     LogitTransform,
     linear_logps,
@@ -153,6 +155,77 @@ def test_a_chunk_holds_a_bounded_number_of_logits() -> None:
     for vocabulary in (1000, 32_000, 128_256, 262_144):
         assert vocabulary * targets_per_chunk(vocabulary, torch.device("cpu")) <= 2**24
     assert targets_per_chunk(2**30, torch.device("cpu")) == 1
+
+
+@pytest.mark.parametrize("kind", TRANSFORMS)
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_halves_multiplied_as_on_a_gpu_are_rounded_once(
+    kind: str, half: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products of halves with float32 results, written out; the error of a product is that of rounding one factor."""
+
+    def multiply(self, left, right, out, *, add=False, scale=1.0):
+        assert left.dtype == right.dtype == half
+        assert out.dtype == torch.float32
+        return torch.addmm(out, left.float(), right.float(), beta=int(add), alpha=scale, out=out)
+
+    monkeypatch.setattr(linear, "_MULTIPLY_HALVES", ("cpu",))
+    monkeypatch.setattr(linear._Products, "multiply", multiply)
+    *tensors, labels, gradient = made_up(half, targets=64)
+    gradient[3] = 0.0
+    for trained in (3, 2, 1):
+        inputs = [x.detach().requires_grad_(number < trained) for number, x in enumerate(tensors)]
+        exact = [x.detach().double().requires_grad_(number < trained) for number, x in enumerate(tensors)]
+        got = linear_logps(*inputs, labels, transform=TRANSFORMS[kind], chunk_size=5).logps
+        want = by_full_logits(*exact, labels, TRANSFORMS[kind])
+        torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=2e-6)
+        found = torch.autograd.grad(got, inputs[:trained], gradient.float())
+        for x, y in zip(found, torch.autograd.grad(want, exact[:trained], gradient), strict=True):
+            assert (x.double() - y).abs().max() <= 2 * torch.finfo(half).eps * y.abs().max()
+
+
+def test_no_tensor_grows_with_targets_times_words() -> None:
+    """At sizes of a GPU, on meta tensors: weight, hidden states and a bounded number of logits, nothing larger."""
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            output = func(*args, **(kwargs or {}))
+            if isinstance(output, torch.Tensor):
+                largest = max(largest, output.untyped_storage().nbytes() // output.element_size())
+            return output
+
+    with torch.device("meta"):
+        hidden = torch.empty(20_000, 512, dtype=torch.bfloat16, requires_grad=True)
+        weight = torch.empty(128_256, 512, dtype=torch.bfloat16, requires_grad=True)
+        labels = torch.empty(20_000, dtype=torch.int64)
+        with Watch():
+            linear_logps(hidden, weight, None, labels).logps.sum().backward()
+    # logits and their logarithms lie side by side
+    assert largest <= 2 * 2**26
+
+
+def test_tiles_are_near_squares_of_at_most_so_many_logits() -> None:
+    assert linear.tile_shape(8192, 128_256, 2**26) == (8192, 8192)
+    assert linear.tile_shape(300, 128_256, 2**26) == (300, 128_256)
+    assert linear.tile_shape(100_000, 2048, 2**24) == (8334, 1920)
+    for targets in (0, 1, 7, 129, 5000, 200_000):
+        for vocabulary in (1, 29, 2048, 262_144):
+            for elements in (vocabulary, 100 * vocabulary, 2**24):
+                rows, words = linear.tile_shape(targets, vocabulary, elements)
+                assert 1 <= words <= vocabulary
+                assert 1 <= rows <= max(targets, 1)
+                assert rows * words <= elements
+
+
+def test_no_targets() -> None:
+    hidden, weight, bias, labels, _ = made_up()
+    inputs = [x.requires_grad_() for x in (hidden, weight, bias)]
+    got = linear_logps(hidden[:0], weight, bias, labels[:0]).logps
+    assert got.shape == (0,)
+    for gradient in torch.autograd.grad(got.sum(), inputs):
+        assert not gradient.any()
 
 
 def test_shapes_that_do_not_fit() -> None:
