@@ -6,7 +6,7 @@ from argparse import ArgumentParser
 from typing import NoReturn
 
 from flexdpo.errors import FlexdpoError
-from flexdpo.insight.results_page import load_results, render_page, update_page
+from flexdpo.insight.results_page import load_files, render_page, update_page
 
 
 class _Parser(ArgumentParser):
@@ -18,7 +18,7 @@ def run(argv: list[str]) -> int:
     """Run ``flexdpo results`` with the words after it; returns 1 where ``--check`` finds README out of date."""
     parser = _Parser(
         prog="flexdpo results",
-        description="Write every result file of flexdpo bench in a folder as a table between two marker comments in "
+        description="Write every result file in a folder as a table between two marker comments in "
         "README, next to the figures that the paper published.",
     )
     parser.add_argument(
@@ -29,7 +29,7 @@ def run(argv: list[str]) -> int:
         "--check", action="store_true", help="write nothing; exit code 1 if the file does not say what the results say"
     )
     options = parser.parse_args(argv)
-    results = load_results(options.folder)
+    results = load_files(options.folder)
     current = update_page(options.readme, render_page(results), check=options.check)
     if options.check and not current:
         print(f"{options.readme} is out of date; run flexdpo results {options.folder} --readme {options.readme}")

@@ -173,7 +173,7 @@ def count_head(size: HeadSize = HeadSize(), card: Card = H100, transform: LogitT
             logps = linear_logps(states, weight, None, labels, transform=transform).logps
             logps.backward(torch.empty_like(logps))
     ideal = 8.0 * size.targets * size.vocabulary * size.hidden / card.flops
-    moved = dict(count.moved.most_common())
+    moved = {name: moved for name, moved in count.moved.most_common() if moved}
     return HeadWork(
         ideal, count.product_seconds, sum(moved.values()), count.seconds, moved, sum(count.launches.values())
     )
@@ -181,13 +181,15 @@ def count_head(size: HeadSize = HeadSize(), card: Card = H100, transform: LogitT
 
 def result(size: HeadSize = HeadSize(), card: Card = H100) -> dict[str, Any]:
     """What the result file says."""
+    from flexdpo import __version__
+
     work = count_head(size, card)
     return {
         "kind": KIND,
         "card": asdict(card),
         "size": asdict(size),
         "dtype": "bfloat16",
-        "versions": {"torch": torch.__version__},
+        "versions": {"flexdpo": __version__, "torch": torch.__version__},
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         **asdict(work),
         "efficiency": work.efficiency,

@@ -1,4 +1,7 @@
-"""The results page: what ``flexdpo bench`` measured, next to what the paper published, as Markdown in README."""
+"""The results page: what ``flexdpo bench`` measured, next to what the paper published, as Markdown in README.
+
+Result files that say their ``kind`` hold what was computed and not timed: :mod:`flexdpo.insight.results_computed`.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,13 @@ import json
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flexdpo.errors import FlexdpoError
+from flexdpo.insight.results_computed import ComputedFile
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 BEGIN = "<!-- results: written by `flexdpo results` from the files of `flexdpo bench`; edits here are lost -->"
 END = "<!-- end of results -->"
@@ -163,10 +170,15 @@ def outside_figures() -> list[OutsideFigure]:
 
 
 def load_results(folder: str | Path) -> list[BenchFile]:
-    """Read every ``*.json`` of a folder as a result of ``flexdpo bench --json``.
+    """Read the results of ``flexdpo bench --json`` in a folder; see :func:`load_files`."""
+    return [found for found in load_files(folder) if isinstance(found, BenchFile)]
+
+
+def load_files(folder: str | Path) -> list[BenchFile | ComputedFile]:
+    """Read every ``*.json`` of a folder as a result of ``flexdpo bench --json``, or of the kind it names.
 
     Returns:
-        The files, sorted by name.
+        The files, sorted by name, those that were timed before those that were computed.
 
     Raises:
         FlexdpoError: if the folder or its files are missing, or one is no such result; nothing is passed over.
@@ -179,11 +191,11 @@ def load_results(folder: str | Path) -> list[BenchFile]:
         raise FlexdpoError(
             f"{folder} has no *.json; make one with flexdpo bench --json {folder / 'bench-cpu-tiny.json'}"
         )
-    return [load_result(path) for path in paths]
+    return sorted((load_result(path) for path in paths), key=lambda found: isinstance(found, ComputedFile))
 
 
-def load_result(path: str | Path) -> BenchFile:
-    """Read one result of ``flexdpo bench --json``.
+def load_result(path: str | Path) -> BenchFile | ComputedFile:
+    """Read one result of ``flexdpo bench --json``, or of the kind it names.
 
     Raises:
         FlexdpoError: if the file cannot be read or is something else.
@@ -195,6 +207,8 @@ def load_result(path: str | Path) -> BenchFile:
         raise FlexdpoError(f"{path} cannot be read: {error.strerror}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise FlexdpoError(f"{path} is not JSON ({error}); write it again with flexdpo bench --json") from error
+    if isinstance(data, dict) and "kind" in data:
+        return ComputedFile.of(path, data)
     _require_bench_result(path, data)
     try:
         return BenchFile(
@@ -245,10 +259,11 @@ def _profile(name: str, figures: dict[str, Any]) -> ProfileResult:
 # --- Markdown --------------------------------------------------------------------------------------------------------
 
 
-def render_page(results: list[BenchFile]) -> str:
+def render_page(results: Sequence[BenchFile | ComputedFile]) -> str:
     """Write all results as Markdown: a table per file, how to read it, and what others published."""
-    tables = [_section(result) for result in results]
-    return "\n\n".join([*tables, f"{_LEGEND} {_PAPER}", _outside()])
+    timed = [_section(result) for result in results if isinstance(result, BenchFile)]
+    computed = [result.section() for result in results if isinstance(result, ComputedFile)]
+    return "\n\n".join([*timed, f"{_LEGEND} {_PAPER}", _outside(), *computed])
 
 
 def _outside() -> str:

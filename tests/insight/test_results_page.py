@@ -8,7 +8,16 @@ import pytest
 from flexdpo import FlexdpoError
 from flexdpo.cli import main
 from flexdpo.insight.bench import BenchResult, BenchSettings, describe_environment
-from flexdpo.insight.results_page import BEGIN, END, load_result, load_results, paper_figures, render_page, update_page
+from flexdpo.insight.results_page import (
+    BEGIN,
+    END,
+    load_files,
+    load_result,
+    load_results,
+    paper_figures,
+    render_page,
+    update_page,
+)
 
 
 def speedup(median: float, ideal: float) -> dict[str, dict[str, float]]:
@@ -170,3 +179,60 @@ def test_markers_are_needed_once_each_in_order(tmp_path: Path, text: str) -> Non
     with pytest.raises(FlexdpoError, match="needs these two lines once each"):
         update_page(path, "page")
     assert path.read_text() == text
+
+
+# --- computed, not timed ---------------------------------------------------------------------------------------------
+
+
+def kernel(**changes) -> dict:
+    figures = {
+        "arch": "sm_90a", "tile": [128, 64], "warps": 8, "registers": 255, "spilled_bytes": 1024,
+        "shared_bytes": 131_072, "shared_limit": 232_448,
+    }  # fmt: skip
+    return figures | changes
+
+
+def compiled() -> dict:
+    backward = kernel(tile=[64, 128, 128, 64], spilled_bytes=0)
+    cards = {"H100": {"sliding": {"forward": kernel(), "backward": backward}}}
+    versions = {"torch": "2.13.0", "triton": "3.7.1"}
+    return {"kind": "compiled kernels", "versions": versions, "date": "2026-11-29", "dtype": "bfloat16", "cards": cards}
+
+
+def test_compiled_kernels_have_a_table_that_says_so(folder: Path) -> None:
+    write(folder, compiled(), "a-compiled.json")
+    page = render_page(load_files(folder))
+    # what was timed comes first, whatever the files are called
+    assert page.index("A Processor") < page.index("Attention kernels as compiled, bfloat16, not timed")
+    assert (
+        "| H100 (sm_90a) | sliding | 128 x 64 | 255 | 1,024 B | 128 of 227 KB | 64 x 128, 128 x 64 | 255 | 0 B "
+        "| 128 of 227 KB |" in page
+    )
+    assert len(load_results(folder)) == 1
+    assert page.endswith("torch 2.13.0, triton 3.7.1; 2026-11-29; `a-compiled.json`.")
+
+
+def test_the_heads_counted_work_has_a_table(tmp_path: Path) -> None:
+    from flexdpo.insight.bench_head import HeadSize, result
+
+    path = write(tmp_path / "results", result(HeadSize(targets=512, vocabulary=32_000, hidden=1024)), "head.json")
+    page = render_page(load_files(path.parent))
+    assert page.index("Published by others") < page.index(
+        "**The head on an H100 SXM by arithmetic, not timed: 512 targets, 32000 words, hidden size"
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"kind": "else"}, "holds results of the kind 'else'; known: compiled kernels, head counted"),
+        (
+            {**compiled(), "cards": {"H100": {"sliding": {"forward": kernel()}}}},
+            "no complete result of the kind 'compiled kernels': KeyError",
+        ),
+        ({**compiled(), "versions": None}, "no complete result of the kind 'compiled kernels'"),
+    ],
+)
+def test_a_computed_file_that_lacks_something_is_named(tmp_path: Path, data: dict, message: str) -> None:
+    with pytest.raises(FlexdpoError, match=message):
+        load_result(write(tmp_path / "results", data))
