@@ -16,7 +16,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from flexdpo.errors import FlexdpoError, UnsupportedModelError
-from flexdpo.hf.draws import RandomState
+from flexdpo.hf.draws import RandomState, being_asked
 from flexdpo.hf.randomness import refuse_draws
 from flexdpo.hf.row_dependence import (
     LengthLimits,
@@ -82,6 +82,8 @@ _forwards = _Forwards()
 
 def held_forward() -> Held | None:
     """Return the packed forward in progress in this thread, or ``None`` when a model runs without a layout."""
+    if being_asked():
+        return None
     held = _forwards.held[-1] if _forwards.held else None
     return None if held is None or held.layout is None else held
 

@@ -189,11 +189,11 @@ def _share_batch(
         return None
     # Ctrl-C skips the hook that takes a batch off again
     _finish(backbone)
-    # every process of a sharded model comes here equally often, whatever its batch is
-    random = sharing.watch.draws(backbone)
     named = {**dict(zip(sharing.parameters, args, strict=False)), **kwargs}
     if held_forward() is not None or any(isinstance(value, RowLayout) for value in named.values()):
         return None  # the caller packed a row already
+    # every process of a sharded model comes here equally often, whatever its batch is
+    random = sharing.watch.draws(backbone)
     planned: SharedBatch | str | None = reason_by_arguments(backbone, named) or ("random" if random else None)
     planned = planned or _planned(sharing, named)
     _count(sharing, named, planned)

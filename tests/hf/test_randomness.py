@@ -112,7 +112,7 @@ SOURCES = {
     "numpy": lambda _: float(np.random.rand()),  # noqa: NPY002
     "python": lambda _: random.random(),
     "its own generator": lambda noise: torch.randn((), generator=noise.generator),
-    "none that can be looked at": lambda _: float(np.random.default_rng().random()),
+    "none that can be looked at": lambda _: 10 * float(np.random.default_rng().random()),
 }
 
 

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import flexdpo
 from flexdpo.errors import FlexdpoError, UnsupportedModelError
 from flexdpo.hf import batch_gather, sharing_hooks
+from flexdpo.hf.draws import being_asked
 from flexdpo.hf.row_dependence import LengthLimits
 from flexdpo.hf.rules import backbone_of
 from flexdpo.hf.sharing_rules import REASONS, Positions
@@ -874,10 +875,13 @@ def test_kernels_for_any_length_while_a_shared_batch_runs(monkeypatch: pytest.Mo
     model, seen = build_model("llama"), []
     flexdpo.share_prefixes(model, impl="flex", **ALL)
     settings = sharing_hooks.kernel_settings()
-    model.model.layers[0].register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append((args[0].shape[1], sharing_hooks.kernel_settings().lengths)) or 1 / 0,
-        with_kwargs=True,
-    )
+
+    def look_and_stop(module: Any, args: Any) -> None:
+        if not being_asked():
+            seen.append((args[0].shape[1], sharing_hooks.kernel_settings().lengths))
+            raise ZeroDivisionError
+
+    model.model.layers[0].register_forward_pre_hook(look_and_stop)
     for _ in range(2):
         with pytest.raises(ZeroDivisionError):
             model(**padded_batch(), use_cache=False)
