@@ -1,4 +1,4 @@
-"""Runs cases in a process of its own: ``python -m tests.codegen.child MODULE OUT CASE...``.
+"""Runs cases in a process of its own: ``python -m tests.codegen.child MODULE CARD OUT CASE...``.
 
 The harness replaces parts of torch for a whole process, and triton chooses between interpreter and compiler when it is
 imported. Start-up costs more than most cases, so one process runs all cases of a module:
@@ -16,14 +16,14 @@ import warnings
 from importlib import import_module
 from pathlib import Path
 
-from tests.codegen import as_if_cuda
+from tests.codegen import as_if_cuda, fake_card
 
 
 def main() -> None:
-    module_name, out, *names = sys.argv[1:]
+    module_name, card, out, *names = sys.argv[1:]
     warnings.filterwarnings("ignore", message=".*force_disable_caches.*")
     module = import_module(module_name)
-    recording = as_if_cuda.install()
+    recording = as_if_cuda.install(getattr(fake_card, card))
     with Path(out).open("a", encoding="utf-8") as sink:
         for name in names:
             start = time.process_time()

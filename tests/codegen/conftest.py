@@ -27,10 +27,12 @@ class Suite(NamedTuple):
     Attributes:
         module: Where ``CASES`` is; see :mod:`tests.codegen.child`.
         interpret: Whether triton interprets kernels or compiles them.
+        card: Which of :mod:`tests.codegen.fake_card` they are for; a test's parameter ``card`` comes before it.
     """
 
     module: str
     interpret: bool
+    card: str = "H100"
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -46,15 +48,21 @@ def outcomes(
     selected: dict[Suite, dict[str, None]] = {}
     for item in request.session.items:
         if "outcome" in getattr(item, "fixturenames", ()):
-            selected.setdefault(item.module.SUITE, {})[item.callspec.params["case"]] = None  # type: ignore[attr-defined]
+            selected.setdefault(_suite_of(item), {})[item.callspec.params["case"]] = None  # type: ignore[attr-defined]
     pool = ThreadPoolExecutor(2)
     return {
-        suite: pool.submit(_run, suite, list(names), tmp_path_factory.mktemp("codegen"))
+        suite: pool.submit(run_suite, suite, list(names), tmp_path_factory.mktemp("codegen"))
         for suite, names in selected.items()
     }
 
 
-def _run(suite: Suite, names: list[str], folder: Path) -> dict[str, Any]:
+def _suite_of(item: Any) -> Suite:
+    suite: Suite = item.module.SUITE
+    return suite._replace(card=item.callspec.params.get("card", suite.card))
+
+
+def run_suite(suite: Suite, names: list[str], folder: Path) -> dict[str, Any]:
+    """Run cases in a child: by name the lines that it wrote."""
     out = folder / "outcomes.jsonl"
     settings = {
         "OMP_NUM_THREADS": "1",
@@ -62,7 +70,7 @@ def _run(suite: Suite, names: list[str], folder: Path) -> dict[str, Any]:
         "TRITON_CACHE_DIR": str(folder / "triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
     }
-    command = [sys.executable, "-m", "tests.codegen.child", suite.module, str(out), *names]
+    command = [sys.executable, "-m", "tests.codegen.child", suite.module, suite.card, str(out), *names]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True, check=False)
     lines = out.read_text(encoding="utf-8").splitlines() if out.exists() else []
     found = {line["case"]: line for line in map(json.loads, lines)}
@@ -73,7 +81,7 @@ def _run(suite: Suite, names: list[str], folder: Path) -> dict[str, Any]:
 @pytest.fixture
 def outcome(request: pytest.FixtureRequest, outcomes: dict[Suite, Future[dict[str, Any]]]) -> Any:
     """What the case of this test returned in its child."""
-    line = outcomes[request.module.SUITE].result()[request.node.callspec.params["case"]]
+    line = outcomes[_suite_of(request.node)].result()[request.node.callspec.params["case"]]
     if "error" in line:
         pytest.fail(line["error"], pytrace=False)
     return line["result"]
