@@ -12,17 +12,20 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch.nn.modules.dropout import _DropoutNd
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flexdpo.errors import FlexdpoError, UnsupportedModelError
 from flexdpo.hf.holding import ATTN_IMPLEMENTATION
+from flexdpo.hf.randomness import disable_dropout
+from flexdpo.hf.row_dependence import length_limits
 from flexdpo.hf.rules import backbone_of, refusal_reason, unwrap_model
+from flexdpo.hf.small import small_model
 from flexdpo.hf.support import prepare_model
 from flexdpo.layout.groups import Group
 from flexdpo.layout.row import Row, RowLayout
@@ -58,8 +61,9 @@ class ParityReport:
         wrong_value_error: Of the logits under the wrong mask.
         wrong_gradient_error: Of the gradients under the wrong mask.
         tokens: Longest sequence of the probe, prompt and response, in tokens.
-        window: Largest window or chunk of the model's attention, in tokens; 0 where it has none. A window that is not
-            shorter than that was not put to the test.
+        threshold: Largest length at which the model changes what it does, in tokens: a window or chunk of its
+            attention, a limit of its rotary frequencies; 0 where it has none. Where the probe does not reach beyond, a
+            small copy of the model was probed too, whose thresholds are short.
         seconds: Wall time.
     """
 
@@ -72,7 +76,7 @@ class ParityReport:
     wrong_value_error: float = float("nan")
     wrong_gradient_error: float = float("nan")
     tokens: int = 0
-    window: int = 0
+    threshold: int = 0
     seconds: float = 0.0
 
     @property
@@ -90,7 +94,7 @@ def parity_probe(model: nn.Module, *, max_tokens: int = 2048, seed: int = 0) -> 
         model: A ``PreTrainedModel``, or a ``PeftModel`` around one, on any device. In half precision the comparison is
             blunter; a float32 or float64 model gives the sharper answer.
         max_tokens: Longest sequence, prompt and response, in tokens. It is a little longer than the model's largest
-            window where this and the model's position limit allow.
+            threshold where this and the model's position limit allow.
         seed: Chooses the random tokens.
 
     Returns:
@@ -105,6 +109,8 @@ def parity_probe(model: nn.Module, *, max_tokens: int = 2048, seed: int = 0) -> 
     if reason is None:
         try:
             report = _compare(model, max_tokens, seed)
+            if report.exact and report.threshold >= report.tokens:
+                report = _with_short_thresholds(base, report, seed)
         except UnsupportedModelError as error:
             reason = str(error)
     if reason is not None:
@@ -119,21 +125,38 @@ class _Outcome(NamedTuple):
     gradients: Tensor
 
 
+def _with_short_thresholds(base: Any, report: ParityReport, seed: int) -> ParityReport:
+    """The report, or that of a small copy with short thresholds where the copy is not exact."""
+    try:
+        copy = small_model(base.config, seed=seed)
+    except Exception:
+        # a model class may say anything about a config that was cut; the report names the threshold
+        return report
+    found = _compare(copy, 2048, seed)
+    if found.exact:
+        return report
+    return replace(found, reason=f"{found.reason} (on a small copy whose thresholds are short)")
+
+
 def _compare(model: nn.Module, max_tokens: int, seed: int) -> ParityReport:
     base = unwrap_model(model)
-    window = _largest_window(base)
-    row = _probe_row(base, _document_length(base, window, max_tokens), seed).to(base.device)
+    limits = length_limits(backbone_of(base))
+    threshold = max(_largest_window(base), *(limit for limit in limits.limits if limit != limits.open_end), 0)
+    length = _document_length(base, threshold, max_tokens)
+    if limits.open_end is not None:
+        length = min(length, limits.open_end)
+    row = _probe_row(base, length, seed, limits.limits).to(base.device)
     with _without_dropout(model), torch.enable_grad():
         with stock_attention(base):
-            with coarsest_rounding(base) as rounding:
+            with CoarsestRounding() as rounding:
                 want = _unpacked(model, row)
-            noise = _errors(_unpacked(model, row, rounding=rounding()), want)
+            noise = _errors(_unpacked(model, row, rounding=rounding.eps), want)
         prepare_model(model, impl=getattr(base, "_flexdpo_impl", "auto"))
         packed = _errors(_packed(model, row, row.layout), want)
         wrong = _errors(_packed(model, row, _leaking(row.layout)), want)
-    verdict, reason = _judge(packed, noise, wrong, rounding())
+    verdict, reason = _judge(packed, noise, wrong, rounding.eps)
     longest = max(sequence.size for group in row.groups for sequence in group.sequences)
-    return ParityReport(verdict, reason, *packed, *noise, *wrong, tokens=longest, window=window)
+    return ParityReport(verdict, reason, *packed, *noise, *wrong, tokens=longest, threshold=threshold)
 
 
 def _judge(
@@ -158,17 +181,18 @@ def _judge(
 
 def _largest_window(base: Any) -> int:
     config = backbone_of(base).config
-    sizes = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
-    return max((size for size in sizes if isinstance(size, int)), default=0)
+    # Llama 4 scales its queries from floor_scale on
+    names = ("sliding_window", "attention_chunk_size", "floor_scale")
+    return max((size for name in names if isinstance(size := getattr(config, name, None), int)), default=0)
 
 
-def _document_length(base: Any, window: int, max_tokens: int) -> int:
-    """Tokens of a prompt with one response: more than the window, within what the model and the caller allow."""
+def _document_length(base: Any, threshold: int, max_tokens: int) -> int:
+    """Tokens of a prompt with one response: beyond the threshold, within what the model and the caller allow."""
     limit = getattr(backbone_of(base).config, "max_position_embeddings", None) or max_tokens
-    return max(min(window + 24, limit, max_tokens), 24)
+    return max(min(threshold + 24, limit, max_tokens), 24)
 
 
-def _probe_row(base: Any, length: int, seed: int) -> Row:
+def _probe_row(base: Any, length: int, seed: int, limits: Sequence[int]) -> Row:
     """Three documents and some padding: a pair, a trie of depth three, and segments of one token each."""
     generator = np.random.default_rng(seed)
     vocabulary = int(base.get_input_embeddings().weight.shape[0])
@@ -194,23 +218,19 @@ def _probe_row(base: Any, length: int, seed: int) -> Row:
         ),
         Group.from_lists([one], [[one, one, other], [one, other], [other]], [(0, 1)]),
     ]
-    return Row.from_groups(groups, pad_to_multiple_of=16)
+    return Row.from_groups(groups, pad_to_multiple_of=16, limits=limits)
 
 
 def _leaking(layout: RowLayout) -> RowLayout:
     """Let every token see all that stand before it in the row: responses and documents mix."""
     ends = torch.full_like(layout.subtree_end, layout.length)
-    return RowLayout(layout.position_ids, ends, layout.num_tokens, layout.multiplicity)
+    return RowLayout(layout.position_ids, ends, layout.num_tokens, layout.multiplicity, layout.shortest, layout.longest)
 
 
-def _paths(row: Row) -> list[Tensor]:
-    """Row indices of every token of every sequence of a row, prompt included."""
-    paths: list[Tensor] = []
-    for group, (start, _) in zip(row.groups, row.documents, strict=True):
-        prompt = np.arange(start, start + group.prompt_ids.size)
-        responses = row.response_paths[len(paths) : len(paths) + len(group.response_ids)]
-        paths += [torch.from_numpy(np.concatenate([prompt, path])) for path in responses]
-    return paths
+def path_of(row: Row, response: int) -> Tensor:
+    """Row indices of a whole sequence, prompt included: the last token of a response and its ancestors."""
+    last = int(row.response_paths[response][-1])
+    return (row.subtree_end[0, : last + 1] > last).nonzero()[:, 0]
 
 
 # --- how it is run ---------------------------------------------------------------------------------------------------
@@ -218,16 +238,14 @@ def _paths(row: Row) -> list[Tensor]:
 
 @contextlib.contextmanager
 def _without_dropout(model: nn.Module) -> Iterator[None]:
-    """Run in train mode, as in training, but for dropout."""
+    """Run in train mode, as in training, with everything random at 0."""
     modes = [(module, module.training) for module in model.modules()]
+    put_back = disable_dropout(model)
     model.train()
     try:
-        for module in model.modules():
-            # rates that modules hold as numbers are looked at in train mode only, and so is what else differs there
-            if isinstance(module, _DropoutNd):
-                module.eval()
         yield
     finally:
+        put_back()
         for module, training in modes:
             module.training = training
 
@@ -249,24 +267,22 @@ def stock_attention(base: Any) -> Iterator[None]:
             backbone.set_attn_implementation(before)
 
 
-@contextlib.contextmanager
-def coarsest_rounding(base: nn.Module) -> Iterator[Callable[[], float]]:
-    """Watch what modules put out: the function returns the ``eps`` of the coarsest dtype among them.
+class CoarsestRounding(TorchDispatchMode):
+    """Watches every operation for the coarsest dtype: autocast cannot be asked, and norms compute in one of their own.
 
-    Autocast hides in places that cannot be asked, and some modules compute in float32 whatever comes in.
+    Attributes:
+        eps: Of that dtype.
     """
-    found = [0.0]
 
-    def note(module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001
+    def __init__(self) -> None:
+        super().__init__()
+        self.eps = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
         if isinstance(output, torch.Tensor) and output.is_floating_point():
-            found.append(torch.finfo(output.dtype).eps)
-
-    handles = [module.register_forward_hook(note) for module in base.modules() if not any(module.children())]
-    try:
-        yield lambda: max(found)
-    finally:
-        for handle in handles:
-            handle.remove()
+            self.eps = max(self.eps, torch.finfo(output.dtype).eps)
+        return output
 
 
 def rounded_otherwise(embedded: Tensor, rounding: float) -> Tensor:
@@ -310,7 +326,10 @@ def _unpacked(model: Any, row: Row, *, rounding: float = 0.0) -> _Outcome:
         with _embeddings_captured(unwrap_model(model), rounding) as captured:
             logits.append(model(**inputs, use_cache=False).logits[0])
         gradients.append(torch.autograd.grad(_scores(logits[-1], number), _only(captured))[0][0])
-    return _Outcome(torch.cat(logits).detach(), _summed(gradients, _paths(row), row))
+    return _Outcome(
+        torch.cat(logits).detach(),
+        _summed(gradients, [path_of(row, response) for response in range(row.num_responses)], row),
+    )
 
 
 def beside_another(ids: Tensor) -> dict[str, Tensor]:
@@ -323,7 +342,7 @@ def beside_another(ids: Tensor) -> dict[str, Tensor]:
 def _packed(model: Any, row: Row, layout: RowLayout) -> _Outcome:
     with _embeddings_captured(unwrap_model(model)) as captured:
         all_logits = model(**{**row.inputs(), "attention_mask": layout}).logits[0]
-    logits = [all_logits[path] for path in _paths(row)]
+    logits = [all_logits[path] for path in [path_of(row, response) for response in range(row.num_responses)]]
     score = torch.stack([_scores(each, number) for number, each in enumerate(logits)]).sum()
     gradient = torch.autograd.grad(score, _only(captured))[0][0]
     return _Outcome(torch.cat(logits).detach(), gradient[: row.num_tokens])

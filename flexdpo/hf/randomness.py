@@ -29,7 +29,7 @@ WAY_OUT = "call flexdpo.disable_dropout(model), which sets every rate to 0 that 
 # --- setting to zero -------------------------------------------------------------------------------------------------
 
 
-def disable_dropout(model: nn.Module) -> None:
+def disable_dropout(model: nn.Module) -> Callable[[], None]:
     """Set to 0 whatever makes a model draw random numbers in training: dropout, layer drop, jitter, noise.
 
     Dropout modules are set to 0. Where numbers are still drawn, the settings of the modules that draw them, and of
@@ -41,26 +41,34 @@ def disable_dropout(model: nn.Module) -> None:
     Args:
         model: A ``PreTrainedModel`` or a ``PeftModel`` around one, in any mode.
 
+    Returns:
+        Puts every setting back.
+
     Raises:
         UnsupportedModelError: naming the modules that draw random numbers however they are set; the model is left as
             it was.
     """
     base = unwrap_model(model)
     changed = [_Rate([(vars(m), "p")], "p") for m in base.modules() if isinstance(m, _DropoutNd) and m.p > 0]
-    kept = [rate.zero() for rate in changed]
+    undoes = [rate.zero() for rate in changed]
+
+    def put_back() -> None:
+        while undoes:
+            undoes.pop()()
+
     draws = draws_by_module(base)
     if draws is None:
-        for rate in _called_random(base):
-            rate.zero()
+        undoes += [rate.zero() for rate in _called_random(base)]
     elif draws:
         draws, more = _search(base, draws)
+        undoes += more
         if draws:
-            for undo in (*more, *kept):
-                undo()
+            put_back()
             raise UnsupportedModelError(
                 f"{_named(base, draws, 'in training')}, and no setting stops it: shared tokens would be drawn once "
                 "where an ordinary run draws for each response, so train this model without flexdpo"
             )
+    return put_back
 
 
 def require_no_draws(model: nn.Module, setting: str) -> None:

@@ -24,6 +24,7 @@ _CAPS = {
     "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64, "intermediate_size_mlp": 128,
     "moe_shared_expert_intermediate_size": 64, "expert_ffn_hidden_size": 64, "shared_intermediate_size": 64,
     "max_position_embeddings": 4096, "sliding_window": _WINDOW, "attention_chunk_size": _WINDOW,
+    "floor_scale": _WINDOW, "original_max_position_embeddings": 2 * _WINDOW,
     "vocab_size_per_layer_input": _VOCABULARY, "hidden_size_per_layer_input": 16,
 }
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -86,6 +87,9 @@ def shrunk_config(config: Any) -> Any:
     _cut_heads(text)
     for name, size in _CAPS.items():
         _cap(text, name, size)
+    for rope in _rope_settings(text):
+        if rope.get("original_max_position_embeddings", 0) > 2 * _WINDOW:
+            rope["original_max_position_embeddings"] = 2 * _WINDOW
     for name in _EXPERTS:
         _cap(text, name, 8)
     for name in ("n_group", "topk_group"):
@@ -101,6 +105,12 @@ def shrunk_config(config: Any) -> Any:
             # a pad token's embedding gets no gradient, so it is one that no probe draws
             _cap(each, name, _VOCABULARY - 1)
     return cut
+
+
+def _rope_settings(config: Any) -> list[dict[str, Any]]:
+    """The rotary settings of a config: one for all layers, or one for each type of layer."""
+    found = getattr(config, "rope_parameters", None) or {}
+    return [found, *(each for each in found.values() if isinstance(each, dict))]
 
 
 def _cap(config: Any, name: str, size: int) -> None:

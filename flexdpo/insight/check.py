@@ -199,8 +199,12 @@ def _probe_lines(probed: str, report: ParityReport) -> list[str]:
         f"            {'under a wrong mask, for scale':<34} {report.wrong_value_error:>9.1e} "
         f"{report.wrong_gradient_error:>10.1e}",
     ]
-    if report.window >= report.tokens:
-        lines += _wrapped("note", f"the documents were not longer than the window of {report.window} tokens")
+    if report.threshold >= report.tokens:
+        lines += _wrapped(
+            "note",
+            f"the documents do not reach the model's threshold of {report.threshold} tokens; a small copy with short "
+            "thresholds was probed too, if one could be built",
+        )
     return lines
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -65,6 +65,7 @@ def check_objective(objective: Objective) -> None:
     _check_weights(objective.loss_type, objective.loss_weights)
     _check_numbers(objective)
     _check_combinations(objective)
+    _check_effects(objective)
 
 
 def _check_names(names: tuple[str, ...]) -> None:
@@ -89,16 +90,52 @@ def _check_weights(names: tuple[str, ...], weights: tuple[float, ...] | None) ->
 
 
 def _check_numbers(objective: Objective) -> None:
-    if not objective.beta > 0:
-        raise FlexdpoError(f"beta must be positive, got {objective.beta}")
+    for name, value in vars(objective).items():
+        if isinstance(value, float | int) and not math.isfinite(value):
+            raise FlexdpoError(f"{name} must be a finite number, got {value}")
+    for name in ("beta", "discopop_tau"):
+        if not getattr(objective, name) > 0:
+            raise FlexdpoError(f"{name} must be positive, got {getattr(objective, name)}")
+    for name in ("rpo_alpha", "cpo_alpha", "desirable_weight", "undesirable_weight"):
+        if (getattr(objective, name) or 0) < 0:
+            raise FlexdpoError(f"{name} must not be negative, got {getattr(objective, name)}")
     if not 0 <= objective.label_smoothing < 0.5:
         raise FlexdpoError(f"label_smoothing must be in [0, 0.5), got {objective.label_smoothing}")
     if objective.ld_alpha is not None and not 0 <= objective.ld_alpha <= 1:
         raise FlexdpoError(f"ld_alpha must be in [0, 1], got {objective.ld_alpha}")
-    if not objective.discopop_tau > 0:
-        raise FlexdpoError(f"discopop_tau must be positive, got {objective.discopop_tau}")
     # an unknown divergence names the known ones
     divergence_scores(torch.zeros(1), objective.f_divergence_type, objective.f_alpha_divergence_coef)
+
+
+def _settings_read(names: set[str], f_divergence_type: str) -> set[str]:
+    """The settings that some of the losses read; any other is without effect."""
+    pair_losses: Mapping[str, Any] = PAIR_LOSSES
+    # a pair loss says in its own code what it takes
+    read = {word for name in names & pair_losses.keys() for word in pair_losses[name].__code__.co_names}
+    if names - {"sft"}:
+        read.add("beta")
+    if "cpo" in names:
+        read.add("cpo_alpha")
+    if names & set(LABELLED_LOSSES):
+        read |= {"desirable_weight", "undesirable_weight"}
+    if f_divergence_type == "alpha_divergence":
+        read.add("f_alpha_divergence_coef")
+    # what these can be combined with is said above
+    return read | {"f_divergence_type", "ld_alpha", "use_weighting", "rpo_alpha", "loss_type", "loss_weights"}
+
+
+def _check_effects(objective: Objective) -> None:
+    """Refuse a setting that no loss reads, instead of training as if it had not been given."""
+    divergence = objective.f_divergence_type
+    for unread in sorted(vars(objective).keys() - _settings_read(set(objective.loss_type), divergence)):
+        value, default = getattr(objective, unread), getattr(type(objective), unread)
+        if value != default:
+            takers = [name for name in LOSS_TYPES if unread in _settings_read({name}, divergence)]
+            place = f"loss_type {', '.join(takers)}" if takers else "f_divergence_type 'alpha_divergence'"
+            raise FlexdpoError(
+                f"{unread}={value} has no effect with loss_type {', '.join(objective.loss_type)}, it belongs to "
+                f"{place}; leave it out"
+            )
 
 
 def _check_combinations(objective: Objective) -> None:

@@ -318,7 +318,7 @@ def rpo_loss(chosen_means: Tensor) -> Tensor:
     return -chosen_means
 
 
-def sft_loss(logps: Tensor, total_tokens: int) -> Tensor:
+def sft_loss(logps: Tensor, total_tokens: int | Tensor) -> Tensor:
     """Negative log-likelihood of supervised responses, averaged over all tokens of the batch.
 
     Args:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 
@@ -41,14 +41,15 @@ class BatchTotals:
 
     Attributes:
         pairs: Preferences in the batch.
-        supervised_tokens: Tokens of the responses that the ``sft`` loss learns, each counted as often as it is used.
+        supervised_tokens: Tokens of the responses that the ``sft`` loss learns, each counted as often as it is used; a
+            mean over the batches and processes of a step where it has several (see :attr:`averages_tokens`).
         labelled: Labels, by themselves or by edges, that ``kto`` learns from.
         rankings: Groups with preferences, for ``plackett_luce``.
         responses: Responses in the batch.
     """
 
     pairs: int
-    supervised_tokens: int
+    supervised_tokens: int | Tensor
     labelled: int = 0
     rankings: int = 0
     responses: int = 0
@@ -169,6 +170,9 @@ class Objective:
     undesirable_weight: float = 1.0
 
     def __post_init__(self) -> None:
+        given: Any = self.loss_type
+        if isinstance(given, str):
+            object.__setattr__(self, "loss_type", (given,))
         check_objective(self)
 
     # --- what the losses need ----------------------------------------------------------------------------------------
@@ -202,6 +206,11 @@ class Objective:
     def needs_log_sum_squares(self) -> bool:
         """Whether ``response_logps`` must be called with ``with_log_sum_squares=True`` for the policy."""
         return self.use_weighting
+
+    @property
+    def averages_tokens(self) -> bool:
+        """Whether a term is a mean over the tokens of a step, whose batches and processes hold unequal numbers."""
+        return "sft" in self.loss_type or ("cpo" in self.loss_type and self.cpo_alpha != 0)
 
     @property
     def couples_batch(self) -> bool:

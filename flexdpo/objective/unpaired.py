@@ -89,28 +89,36 @@ def labelled_responses(groups: Sequence[Group], device: torch.device) -> Labelle
 
 
 def with_unrelated_responses(groups: Sequence[Group]) -> list[LabelledGroup]:
-    """Give every labelled response's prompt the response before it in the batch, for KTO's estimate of the KL.
+    """Give every labelled response's prompt a response to another prompt of the batch, for KTO's estimate of the KL.
 
-    Responses are taken in order and moved on by one, the last to the first. Behind the shared prompt each costs its own
-    tokens only.
+    The first labelled response of a group gets the nearest one before it in the batch that belongs to another prompt,
+    the second the one before that, and so on; before the first comes the last. Behind the shared prompt each costs its
+    own tokens only.
 
     Args:
-        groups: One batch, with labels or edges and at least two labelled responses.
+        groups: One batch, with labels or edges and at least two different prompts.
 
     Raises:
-        FlexdpoError: if there are fewer than two labelled responses: the only one would be compared with itself.
+        FlexdpoError: if the batch holds one prompt only, whose own responses say nothing about others.
     """
     labelled = [[k for k, _ in labels_of(group)] for group in groups]
-    responses = [group.response_ids[k] for group, members in zip(groups, labelled, strict=True) for k in members]
-    if len(responses) < 2:
-        raise FlexdpoError(
-            f"loss_type 'kto' estimates the KL from responses to other prompts, but the batch has {len(responses)} "
-            "labelled responses; use per_device_train_batch_size of 2 or more, or loss_type 'apo_zero_unpaired'"
-        )
-    moved = iter([responses[-1], *responses[:-1]])
-    return [
-        _with_responses(group, [next(moved) for _ in members]) for group, members in zip(groups, labelled, strict=True)
+    prompts = [group.prompt_ids.tobytes() for group in groups]
+    responses = [
+        (prompts[number], groups[number].response_ids[k]) for number, members in enumerate(labelled) for k in members
     ]
+    found, first = [], 0
+    for group, prompt, members in zip(groups, prompts, labelled, strict=True):
+        before = [*responses[:first][::-1], *responses[first:][::-1]]
+        foreign = [response for other, response in before if other != prompt]
+        if members and not foreign:
+            raise FlexdpoError(
+                f"loss_type 'kto' estimates the KL from responses to other prompts, but the batch has none for "
+                f"{group.name}: all its {len(responses)} labelled responses answer the same prompt; use a larger "
+                "per_device_train_batch_size, or loss_type 'apo_zero_unpaired'"
+            )
+        found.append(_with_responses(group, [foreign[place % len(foreign)] for place in range(len(members))]))
+        first += len(members)
+    return found
 
 
 def _with_responses(group: Group, added: list[object]) -> LabelledGroup:

@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from flexdpo.errors import FlexdpoError
+from flexdpo.hf.draws import RandomState, draws_by_module
 from flexdpo.hf.probe import (
     NOISE_FACTOR,
     ROUNDINGS,
+    CoarsestRounding,
     beside_another,
-    coarsest_rounding,
+    path_of,
     rounded_otherwise,
     stock_attention,
     token_error,
@@ -181,19 +183,23 @@ def measure(
     """
     started = time.perf_counter()
     base = base_model(model)
-    with _random_states_kept(rows[0].input_ids.device) as have_moved, _listening(model, with_gradients) as listener:
+    before = RandomState.now()
+    with _listening(model, with_gradients) as listener:
         runs = _Runs(model, listener, autocast)
         packed = [runs.packed(row) for row in rows]
-        drew, adapter = have_moved(), listener.take_adapter_gradients()
+        # a number that is compared with a rate of 0 changes nothing
+        drew = RandomState.now().differs(before) and bool(draws_by_module(base))
+        adapter = listener.take_adapter_gradients()
         # a compiled layer would be compiled again for every length of a sequence
         with stock_attention(base), torch.compiler.set_stance("force_eager"):
-            with coarsest_rounding(base) as rounding:
+            with CoarsestRounding() as rounding:
                 alone = [_joined([runs.alone(row, response) for response in range(row.num_responses)]) for row in rows]
-            listener.rounding = rounding()
+            listener.rounding = rounding.eps
             adapter_alone = listener.take_adapter_gradients()
             noise = [runs.twice(row, response) for row in rows for response in _first_responses(row)]
         with torch.no_grad(), autocast():
             references = [] if reference is None else [reference(row) for row in rows]
+    before.restore()
 
     def error(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
         return token_error(pairs, listener.rounding)
@@ -253,12 +259,12 @@ class _Runs:
 
     def alone(self, row: Row, response: int) -> _Run:
         """One sequence, as an ordinary trainer gives it to the model."""
-        path, size = _path(row, response), len(row.response_paths[response])
+        path, size = path_of(row, response), len(row.response_paths[response])
         return self._sequence({"input_ids": row.input_ids[:, path]}, size, _direction(row, response))
 
     def twice(self, row: Row, response: int) -> tuple[_Run, _Run]:
         """One sequence alone, and beside another one in a padded batch from embeddings that are rounded otherwise."""
-        path, size = _path(row, response), len(row.response_paths[response])
+        path, size = path_of(row, response), len(row.response_paths[response])
         ids = row.input_ids[:, path]
         direction = _direction(row, response)
         once = self._sequence({"input_ids": ids}, size, direction)
@@ -287,13 +293,6 @@ def _joined(runs: Sequence[_Run]) -> _Run:
     return _Run(torch.cat([run.logps for run in runs]), torch.cat(gradients) if gradients else None)
 
 
-def _path(row: Row, response: int) -> Tensor:
-    """Row indices of a whole sequence, prompt included: the last token and its ancestors."""
-    last = int(row.response_paths[response][-1])
-    ends = row.subtree_end[0, : last + 1]
-    return (ends > last).nonzero()[:, 0]
-
-
 def _first_responses(row: Row) -> list[int]:
     """The first response of every group."""
     counts = [len(group.response_ids) for group in row.groups]
@@ -308,7 +307,7 @@ def _direction(row: Row, response: int) -> Tensor:
 
 def _summed_by_token(gradient: Tensor, row: Row) -> Tensor:
     """Add the gradients of all copies of a token, ``[S, H]``."""
-    paths = torch.cat([_path(row, response) for response in range(row.num_responses)])
+    paths = torch.cat([path_of(row, response) for response in range(row.num_responses)])
     return gradient.new_zeros(row.num_tokens, gradient.shape[-1]).index_add_(0, paths, gradient)
 
 
@@ -384,21 +383,3 @@ def _listening(model: nn.Module, with_gradients: bool) -> Iterator[_Listener]:
         for weight, gradient in zip(learning, kept, strict=True):
             weight.requires_grad_(True)
             weight.grad = gradient
-
-
-@contextlib.contextmanager
-def _random_states_kept(device: torch.device) -> Iterator[Callable[[], bool]]:
-    """Put torch's random states back at the end; the function says whether they have moved since."""
-    cpu = torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-    def have_moved() -> bool:
-        same = torch.equal(cpu, torch.get_rng_state())
-        return not (same and (cuda is None or torch.equal(cuda, torch.cuda.get_rng_state(device))))
-
-    try:
-        yield have_moved
-    finally:
-        torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state(cuda, device)

@@ -143,8 +143,9 @@ class StartingWeights:
         now = _adapters(self.model)
         if now != self.adapters:
             raise FlexdpoError(
-                f"the policy began with the adapters {self.adapters} and now runs {now}, so the reference cannot be "
-                "what it began with; leave adapters and their scales alone during a run, or give ref_model"
+                f"the policy no longer runs the adapters that it began with ({_difference(self.adapters, now)}), so "
+                "the reference cannot be what it began with; leave adapters and their scales alone during a run, "
+                "or give ref_model"
             )
         self._exchange()
         try:
@@ -187,13 +188,19 @@ def _plain(name: str) -> str:
 
 
 def _adapters(model: Any) -> dict[str, Any]:
-    """Which adapters run, and the scales that they run with."""
+    """Which adapters run, and the scales that they run with in each module."""
     scales = {
         name: dict(scaling)
         for name, module in model.named_modules()
         if isinstance(scaling := getattr(module, "scaling", None), dict)
     }
-    return {"active": tuple(model.active_adapters), "scales": scales}
+    return {"active adapters": tuple(model.active_adapters), **scales}
+
+
+def _difference(then: dict[str, Any], now: dict[str, Any]) -> str:
+    """The first place where they differ."""
+    place = next(name for name in {**then, **now} if then.get(name) != now.get(name))
+    return f"{place}: {then.get(place)} then, {now.get(place)} now"
 
 
 def _like(value: Tensor, own: Tensor) -> Tensor:

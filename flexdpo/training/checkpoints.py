@@ -45,7 +45,7 @@ _FREE_SETTINGS = frozenset({
     "fp16_full_eval", "bf16_full_eval", "use_cache", "accelerator_config",
     "parallelism_config", "trust_remote_code", "local_rank", "average_tokens_across_devices",
     "remove_unused_columns", "label_names", "length_column_name", "eval_on_start",
-    "torch_empty_cache_steps",
+    "torch_empty_cache_steps", "prove",
 })  # fmt: skip
 _FREE_PREFIXES = ("logging_", "save_", "eval_", "log_", "hub_", "push_to_hub", "include_", "trackio_", "dataloader_",
                   "ddp_", "fsdp", "deepspeed", "attn_", "torch_compile")  # fmt: skip

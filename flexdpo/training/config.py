@@ -244,6 +244,11 @@ class DPOConfig(TrainingArguments):
         loss_type: list[str] | str = self.loss_type
         self.loss_type = [loss_type] if isinstance(loss_type, str) else list(loss_type)
         self._check_reference(self.objective())
+        if self.label_smoothing_factor:
+            raise FlexdpoError(
+                f"label_smoothing_factor={self.label_smoothing_factor} is for a language model's own loss, which "
+                "preference losses do not use; set label_smoothing, the probability of a wrong preference"
+            )
         resolve_impl(self.attn_impl, torch.device("cpu"))
         if self.truncation_mode not in TRUNCATION_MODES:
             raise FlexdpoError(

@@ -41,8 +41,8 @@ def tokens_needed(dataset: Dataset, *, unrelated_responses: bool = False) -> NDA
 
     Args:
         dataset: A tokenised dataset.
-        unrelated_responses: Count the longest response of the others too, since
-            :func:`~flexdpo.objective.unpaired.with_unrelated_responses` may put it there.
+        unrelated_responses: Count the longest response of the others too, once for each label, since
+            :func:`~flexdpo.objective.unpaired.with_unrelated_responses` may put as many there.
     """
     counts = token_counts(dataset, shared=True)
     if not unrelated_responses or not len(counts):
@@ -50,8 +50,7 @@ def tokens_needed(dataset: Dataset, *, unrelated_responses: bool = False) -> NDA
     own = _longest_responses(dataset)
     first, *others = np.argsort(own)[::-1][:2]
     longest = np.where(np.arange(len(own)) == first, own[others].sum(), own[first])
-    # responses move on by one, so an example's first label gets another's and the rest get what is there already
-    added: NDArray[np.int64] = np.minimum(_label_counts(dataset), 1) * longest
+    added: NDArray[np.int64] = _label_counts(dataset) * longest
     return counts + added
 
 

@@ -24,19 +24,11 @@ class MeanMetrics:
     def __init__(self) -> None:
         self._sums: dict[str, list[Tensor]] = defaultdict(list)
 
-    def add(self, metrics: Mapping[str, Tensor], kept: Mapping[str, Tensor] | None = None) -> None:
-        """Add one value per pair or response.
-
-        Args:
-            metrics: ``[N]`` each, on the device; nothing waits for them here.
-            kept: By the last part of a name (``"chosen"`` of ``"rewards/chosen"``), which of its values count,
-                ``[N]`` bool; all of what is not named.
-        """
+    def add(self, metrics: Mapping[str, Tensor]) -> None:
+        """Add one value per pair or response, ``[N]`` each, on the device; nothing waits for them here."""
         for name, values in metrics.items():
-            mask = None if kept is None else kept.get(name.rsplit("/", 1)[-1])
-            counted = values if mask is None else values[mask]
-            if len(counted):
-                self._sums[name].append(torch.stack([counted.sum(), counted.new_full((), len(counted))]))
+            if len(values):
+                self._sums[name].append(torch.stack([values.sum(), values.new_full((), len(values))]))
 
     def clear(self) -> None:
         """Forget what was added."""

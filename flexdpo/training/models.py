@@ -51,7 +51,12 @@ def load_parts(
 
 
 def load_model(name_or_path: str, *, trust_remote_code: bool = False, **init_kwargs: Any) -> PreTrainedModel:
-    """Load a causal LM from a local folder or the hub; ``prepare_model`` decides later whether it can be exact."""
+    """Load a causal LM from a local folder or the hub; ``prepare_model`` decides later whether it can be exact.
+
+    In float32 unless ``dtype`` says otherwise, as in TRL: at a learning rate of 1e-6, most updates of a bfloat16 weight
+    round to nothing.
+    """
+    init_kwargs.setdefault("dtype", torch.float32)
     requested = init_kwargs.pop("attn_implementation", ATTN_IMPLEMENTATION)
     if requested != ATTN_IMPLEMENTATION:
         raise FlexdpoError(

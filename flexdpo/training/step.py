@@ -16,7 +16,7 @@ from flexdpo.layout.packing import pack_numbered
 from flexdpo.layout.row import Row
 from flexdpo.objective.logps import ResponseLogps, response_logps
 from flexdpo.objective.objective import BatchTotals, Objective, Reference, ReferenceLogps, surrogate_loss
-from flexdpo.objective.unpaired import labels_of, with_unrelated_responses
+from flexdpo.objective.unpaired import with_unrelated_responses
 from flexdpo.training.data import group_from_row
 
 if TYPE_CHECKING:
@@ -101,25 +101,33 @@ class PackedBatch:
         """Tokens that an ordinary trainer would run for the same responses, padding not counted."""
         return sum(row.unshared_tokens for row in self.rows)
 
-    def logged_examples(self, *, by_label: bool) -> dict[str, list[int]]:
-        """Which example of the batch each logged value belongs to, by the last part of the value's name.
+    def only(
+        self, kept: Sequence[bool]
+    ) -> tuple[list[Group], list[list[float]] | None, list[list[list[float]]] | None]:
+        """The groups of some examples and their precomputed values, as :meth:`from_groups` takes them.
 
         Args:
-            by_label: Whether values belong to labelled responses, and not to pairs; see ``Objective.logs_labels``.
+            kept: For each example of the batch, whether to keep it.
         """
-        placed = [
-            (number, group)
-            for row, members in zip(self.rows, self.members or (), strict=True)
-            for number, group in zip(members, row.groups, strict=True)
-        ]
-        if not by_label:
-            pairs = [number for number, group in placed for _ in group.edges]
-            return dict.fromkeys(("chosen", "rejected", "accuracies", "margins"), pairs)
-        labels = [(number, desirable) for number, group in placed for _, desirable in labels_of(group)]
-        return {
-            name: [number for number, desirable in labels if desirable == wanted]
-            for name, wanted in (("chosen", True), ("rejected", False))
-        }
+        groups: dict[int, Group] = {}
+        values: dict[int, list[float]] = {}
+        pairs: dict[int, list[list[float]]] = {}
+        for place, row in enumerate(self.rows):
+            numbers = (self.members or ())[place]
+            groups |= dict(zip(numbers, row.groups, strict=True))
+            if self.reference is not None:
+                sums, of_pairs = self.reference[place]
+                counts = [len(group.response_ids) for group in row.groups]
+                values |= {n: part.tolist() for n, part in zip(numbers, sums.split(counts), strict=True)}
+                if of_pairs is not None:
+                    edges = [len(group.edges) for group in row.groups]
+                    pairs |= {n: part.tolist() for n, part in zip(numbers, of_pairs.split(edges), strict=True)}
+        order = [number for number in sorted(groups) if kept[number]]
+        return (
+            [groups[number] for number in order],
+            [values[number] for number in order] if values else None,
+            [pairs[number] for number in order] if pairs else None,
+        )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """Return the batch with all tensors on ``device``."""
@@ -187,7 +195,17 @@ class PackingCollator:
         groups: Sequence[Group] = [group_from_row(example) for example in examples]
         if self.unrelated_responses:
             groups = with_unrelated_responses(groups)
-        batch = PackedBatch.from_groups(
+        batch = self.packed(groups, _column(examples, REFERENCE_COLUMN), _column(examples, REFERENCE_PAIR_COLUMN))
+        return {"example_rows": torch.tensor([int(example["row"]) for example in examples]), "batch": batch}
+
+    def packed(
+        self,
+        groups: Sequence[Group],
+        reference: Sequence[Sequence[float]] | None = None,
+        reference_pairs: Sequence[Sequence[Sequence[float]]] | None = None,
+    ) -> PackedBatch:
+        """Pack groups by these settings; the arguments are those of :meth:`PackedBatch.from_groups`."""
+        return PackedBatch.from_groups(
             groups,
             max_tokens_per_row=self.max_tokens_per_row,
             pad_to_multiple_of=self.pad_to_multiple_of,
@@ -195,10 +213,9 @@ class PackingCollator:
             sharing=self.sharing,
             with_idle_row=self.with_idle_row,
             limits=self.limits,
-            reference=_column(examples, REFERENCE_COLUMN),
-            reference_pairs=_column(examples, REFERENCE_PAIR_COLUMN),
+            reference=reference,
+            reference_pairs=reference_pairs,
         )
-        return {"example_rows": torch.tensor([int(example["row"]) for example in examples]), "batch": batch}
 
 
 def _column(examples: Sequence[Mapping[str, Any]], name: str) -> list[Any] | None:
@@ -251,6 +268,12 @@ class Runner:
 
     def __call__(self, batch: PackedBatch) -> BatchLoss:
         """Run a batch that is on the model's device."""
+        if self.objective.averages_tokens and self.average is not None:
+            # gradients become a mean over processes, so each divides by the mean of their tokens
+            tokens = torch.as_tensor(
+                batch.totals.supervised_tokens, dtype=torch.float64, device=batch.rows[0].input_ids.device
+            )
+            batch = replace(batch, totals=replace(batch.totals, supervised_tokens=self.average(tokens)))
         passes = len(batch.rows)
         if self.agree is not None and batch.idle_row is not None:
             passes = self.agree(passes)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
@@ -132,6 +133,8 @@ class DPOTrainer(Trainer):
         self.objective = args.objective()
         self.impl: Impl = args.attn_impl  # type: ignore[assignment]
         self._metrics = {"train": MeanMetrics(), "eval": MeanMetrics()}
+        # sum of the losses of the examples that were evaluated, and their number
+        self._eval_loss = torch.zeros(2, dtype=torch.float64)
         # this process's, in training
         self.tokens = {"run": 0, "unshared": 0}
         self._record: dict[str, Any] | None = None
@@ -392,6 +395,16 @@ class DPOTrainer(Trainer):
 
     # --- the step ----------------------------------------------------------------------------------------------------
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """As ``Trainer``'s; a mean over tokens is one over the tokens of all batches of the step."""
+        samples, items = super().get_batch_samples(*args, **kwargs)
+        if self.objective.averages_tokens and samples:
+            tokens = sum(sample["batch"].totals.supervised_tokens for sample in samples) / len(samples)
+            for sample in samples:
+                totals = replace(sample["batch"].totals, supervised_tokens=tokens)
+                sample["batch"] = replace(sample["batch"], totals=totals)
+        return samples, items
+
     def training_step(
         self,
         model: nn.Module,
@@ -421,6 +434,9 @@ class DPOTrainer(Trainer):
         with kernel_settings_as(self.row_plan.kernels):
             result = runner(batch)
         self._guard.add(runner, batch, result)
+        every = self.args.torch_empty_cache_steps
+        if every is not None and self.state.global_step % every == 0:
+            clear_device_cache()
         self.tokens["run"] += batch.tokens_run
         self.tokens["unshared"] += batch.tokens_unshared
         self._metrics["train"].add(result.metrics)
@@ -469,11 +485,20 @@ class DPOTrainer(Trainer):
         ignore_keys: list[str] | None = None,  # noqa: ARG002
     ) -> tuple[Tensor, None, None]:
         """Compute the loss and the metrics of an evaluation batch."""
+        distinct = self._distinct_examples(inputs["example_rows"])
+        # a process that has only repeats runs them along with the others and counts none
+        repeats = not any(distinct)
+        if not repeats and not all(distinct):
+            inputs = {**inputs, "batch": self.data_collator.packed(*inputs["batch"].only(distinct))}
         batch = self._on_device(inputs)
         # the lengths were chosen for the batches of training
         with torch.no_grad(), kernel_settings_as(self.row_plan.kernels_of_any_length):
             result: BatchLoss = self._runner(model)(batch)
-        self._metrics["eval"].add(result.metrics, self._distinct_values(batch, inputs["example_rows"]))
+        if not repeats:
+            self._metrics["eval"].add(result.metrics)
+        self._eval_loss = self._eval_loss + torch.stack(
+            [result.loss.double() * sum(distinct), result.loss.new_full((), sum(distinct), dtype=torch.float64)]
+        )
         return result.loss.to(torch.float32), None, None
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
@@ -583,21 +608,16 @@ class DPOTrainer(Trainer):
 
     # --- metrics -----------------------------------------------------------------------------------------------------
 
-    def _distinct_values(self, batch: PackedBatch, example_rows: Tensor) -> dict[str, Tensor] | None:
-        """Which values of an evaluation batch count: all but the repeats that fill up the last batch of some ranks."""
+    def _distinct_examples(self, example_rows: Tensor) -> list[bool]:
+        """Which examples of an evaluation batch count: all but repeats that fill up the last batch of some ranks."""
         state = self.accelerator.gradient_state
         if (example_rows < 0).any():
             # a stream marks its repeats itself, for nobody knows its length
-            counted = (example_rows >= 0).tolist()
-        elif self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
-            return None
-        else:
-            distinct = state.remainder - self.args.process_index * self.args.eval_batch_size
-            counted = [example < distinct for example in range(len(example_rows))]
-        return {
-            name: torch.tensor([counted[example] for example in examples], dtype=torch.bool, device=self.args.device)
-            for name, examples in batch.logged_examples(by_label=self.objective.logs_labels).items()
-        }
+            return [row >= 0 for row in example_rows.tolist()]
+        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return [True] * len(example_rows)
+        distinct = state.remainder - self.args.process_index * self.args.eval_batch_size
+        return [example < distinct for example in range(len(example_rows))]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the training metrics added to the lines that carry a training loss."""
@@ -615,9 +635,14 @@ class DPOTrainer(Trainer):
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Evaluate as ``Trainer`` does, with the preference metrics added."""
         self._metrics["eval"].clear()
+        self._eval_loss = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         with plain_worker_errors(self.args.dataloader_num_workers):
             output: EvalLoopOutput = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         found = self._metrics["eval"].collect(self.accelerator)
+        if self.args.world_size > 1:
+            # transformers' own counts what fills up the last batches
+            total, examples = self.accelerator.reduce(self._eval_loss, reduction="sum").tolist()
+            output.metrics[f"{metric_key_prefix}_loss"] = total / max(examples, 1)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
         return output
 

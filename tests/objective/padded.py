@@ -213,7 +213,11 @@ def padded_pair_objective(model: Any, reference: Any, groups: list[Group], s: di
 
 
 def padded_labelled_objective(model: Any, reference: Any, groups: list[Group], s: dict[str, Any]) -> Tensor:
-    """KTO and APO-zero on single labels: prompts, responses and labels in one flat list, responses moved on by one."""
+    """KTO and APO-zero on single labels: prompts, responses and labels in one flat list.
+
+    For the KL, a prompt's k-th labelled response is paired with the k-th one before the prompt's own that answers
+    another prompt, the end of the batch standing before its beginning.
+    """
     flat = [
         (g.prompt_ids, g.response_ids[k], good)
         for g in groups
@@ -221,7 +225,13 @@ def padded_labelled_objective(model: Any, reference: Any, groups: list[Group], s
         for k, good in zip(edge, (True, False), strict=True)
     ]
     sequences = [(p, r) for p, r, _ in flat]
-    moved = [(p, flat[i - 1][1]) for i, (p, _, _) in enumerate(flat)]
+    moved, first = [], 0
+    for g in groups:
+        count = 2 * len(g.edges)
+        before = [flat[i] for i in [*range(first - 1, -1, -1), *range(len(flat) - 1, first - 1, -1)]]
+        foreign = [r for p, r, _ in before if p.tolist() != g.prompt_ids.tolist()]
+        moved += [(g.prompt_ids, foreign[k % len(foreign)]) for k in range(count)]
+        first += count
     policy = run_padded(model, sequences)
     with torch.no_grad():
         ref = run_padded(reference, sequences)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -9,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from flexdpo import FlexdpoError, Group, Row, response_logps
 from flexdpo.objective.logps import ResponseLogps, require_finite
-from flexdpo.objective.loss_types import LOSS_TYPES
+from flexdpo.objective.loss_types import LOSS_TYPES, _settings_read
 from flexdpo.objective.objective import BatchTotals, Objective, ReferenceLogps, surrogate_loss
 from flexdpo.objective.unpaired import LabelledGroup, with_unrelated_responses
 from tests.objective import padded
@@ -112,7 +113,9 @@ def rows_of(groups: list[Group], apart: bool) -> list[Row]:
 
 
 def objective_of(s: dict[str, Any]) -> Objective:
-    s = {**COMMON, **s, "loss_type": tuple(s["loss_type"])}
+    # a setting that the losses do not read is refused
+    read = _settings_read(set(s["loss_type"]), s.get("f_divergence_type", "reverse_kl"))
+    s = {name: value for name, value in {**COMMON, **s, "loss_type": tuple(s["loss_type"])}.items() if name in read}
     if s.get("loss_weights"):
         s["loss_weights"] = tuple(s["loss_weights"])
     return Objective(**s)
@@ -133,6 +136,7 @@ def test_pairwise_losses_are_the_padded_ones(name: str, groups: list[Group], apa
 def test_labelled_losses_are_the_padded_ones(name: str, groups: list[Group], apart: bool, swapped: bool) -> None:
     """Policy and reference either way round: the estimated KL is negative in one of them, and then counts as 0."""
     s = {"loss_type": [name]}
+    assume(len({group.prompt_ids.tobytes() for group in groups}) > 1)
     want = ordinary(padded.padded_labelled_objective, groups, COMMON | s, swapped)
     if name == "kto":
         groups = with_unrelated_responses(groups)
@@ -285,7 +289,19 @@ def test_labels_log_rewards_of_good_and_bad_responses() -> None:
         ({"loss_weights": (1.0, 2.0)}, r"loss_weights has 2 values for 1 losses \(sigmoid\); give one weight for each"),
         ({"loss_weights": (float("nan"),)}, "loss_weights gives sigmoid the weight nan"),
         ({"beta": 0.0}, "beta must be positive, got 0.0"),
-        ({"beta": float("nan")}, "beta must be positive, got nan"),
+        ({"beta": float("nan")}, "beta must be a finite number, got nan"),
+        ({"beta": float("inf")}, "beta must be a finite number, got inf"),
+        ({"rpo_alpha": float("nan")}, "rpo_alpha must be a finite number, got nan"),
+        ({"rpo_alpha": -1.0}, "rpo_alpha must not be negative, got -1.0"),
+        ({"loss_type": ("kto",), "desirable_weight": -1.0}, "desirable_weight must not be negative"),
+        ({"label_smoothing": 0.1, "loss_type": ("hinge",)}, "label_smoothing=0.1 has no effect with loss_type hinge"),
+        ({"simpo_gamma": 1.0}, "simpo_gamma=1.0 has no effect with loss_type sigmoid, it belongs to loss_type simpo"),
+        ({"cpo_alpha": 0.5}, "cpo_alpha=0.5 has no effect .* it belongs to loss_type cpo; leave it out"),
+        ({"discopop_tau": 0.1}, "discopop_tau=0.1 has no effect"),
+        ({"desirable_weight": 2.0}, "desirable_weight=2.0 has no effect .* kto, apo_zero_unpaired"),
+        ({"undesirable_weight": 2.0}, "undesirable_weight=2.0 has no effect"),
+        ({"f_alpha_divergence_coef": 0.3}, "f_alpha_divergence_coef=0.3 has no effect .* 'alpha_divergence'"),
+        ({"loss_type": ("sft",), "beta": 0.5}, "beta=0.5 has no effect with loss_type sft"),
         ({"label_smoothing": 0.5}, r"label_smoothing must be in \[0, 0.5\), got 0.5"),
         ({"ld_alpha": 1.5}, r"ld_alpha must be in \[0, 1\], got 1.5"),
         ({"discopop_tau": 0.0}, "discopop_tau must be positive"),
@@ -304,6 +320,29 @@ def test_labels_log_rewards_of_good_and_bad_responses() -> None:
 def test_settings_that_cannot_be(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(FlexdpoError, match=message):
         Objective(**settings)
+
+
+@pytest.mark.parametrize("name", LOSS_TYPES)
+def test_a_setting_that_is_accepted_has_an_effect(name: str) -> None:
+    """Each loss with each setting changed: another value, or a refusal."""
+    groups = with_unrelated_responses(
+        [Group.from_lists([3], [[4, 5], [6]]), Group.from_lists([7], [[8], [9, 10, 11]], [(1, 0)])]
+    )
+    row, totals = Row.from_groups(groups), BatchTotals.of(groups)
+    policy, reference = (response_logps(model, row, with_log_sum_squares=True).detach() for model in models()[2:])
+
+    def loss(**settings: Any) -> float:
+        base = {"label_smoothing": 0.01} if name == "exo_pair" else {}
+        return float(Objective(name, **base | settings).row_loss(policy, reference, row, totals).loss)
+
+    for field in dataclasses.fields(Objective):
+        if isinstance(field.default, float) and not isinstance(field.default, bool):
+            try:
+                changed = loss(**{field.name: field.default + 0.07})
+            except FlexdpoError as error:
+                assert f"{field.name}=" in str(error)  # noqa: PT017
+            else:
+                assert changed != loss(), field.name
 
 
 def computed(groups: list[Group], with_reference: bool = True, **settings: Any) -> None:

@@ -22,10 +22,10 @@ def test_edges_label_both_of_their_ends() -> None:
     assert labels_of(twice) == [(0, True), (1, False), (0, True), (2, False)]
 
 
-def test_responses_move_on_by_one_and_share_the_prompt() -> None:
+def test_every_prompt_gets_responses_to_others_and_shares_its_own() -> None:
     groups = with_unrelated_responses([PAIR, SINGLE])
     assert [[response.tolist() for response in group.response_ids] for group in groups] == [
-        [[4], [5, 5], [7, 7], [4]],
+        [[4], [5, 5], [7, 7], [7, 7]],
         [[7, 7], [5, 5]],
     ]
     assert [group.unrelated for group in groups] == [(2, 3), (1,)]
@@ -33,15 +33,29 @@ def test_responses_move_on_by_one_and_share_the_prompt() -> None:
     assert groups[1].labels == (False, None)
     row = Row.from_groups(groups)
     assert row.num_tokens == (1 + 1 + 2 + 2) + (1 + 2 + 2)
+    # the nearest before it, the one before that, and from the first on to the last
+    three = [Group.from_lists([n], [[10 * n], [10 * n + 1]]) for n in (1, 2, 3)]
+    added = [[r.tolist() for r in group.response_ids[2:]] for group in with_unrelated_responses(three)]
+    assert added == [[[31], [30]], [[11], [10]], [[21], [20]]]
     found = labelled_responses(row.groups, torch.device("cpu"))
     assert found.responses.tolist() == [0, 1, 4]
     assert found.desirable.tolist() == [True, False, False]
     assert found.unrelated.tolist() == [2, 3, 5]
 
 
-def test_one_response_has_no_other_prompt() -> None:
-    with pytest.raises(FlexdpoError, match="the batch has 1 labelled responses; use per_device_train_batch_size of 2"):
-        with_unrelated_responses([SINGLE])
+@pytest.mark.parametrize("batch", [[SINGLE], [PAIR], [SINGLE, SINGLE]])
+def test_responses_to_the_same_prompt_are_not_unrelated(batch: list[Group]) -> None:
+    with pytest.raises(FlexdpoError, match="labelled responses answer the same prompt; use a larger per_device_train"):
+        with_unrelated_responses(batch)
+
+
+def test_another_row_of_the_same_prompt_is_passed_over() -> None:
+    rows = [
+        LabelledGroup(np.array([prompt]), (np.array([response]),), labels=(good,))
+        for prompt, response, good in ((1, 10, True), (2, 20, True), (2, 21, False), (2, 22, True))
+    ]
+    added = [group.response_ids[1].tolist() for group in with_unrelated_responses(rows)]
+    assert added == [[22], [10], [10], [10]]
 
 
 @pytest.mark.parametrize(

@@ -13,15 +13,16 @@ import pytest
 import torch
 from datasets import Dataset
 
-from flexdpo import DPOConfig, DPOTrainer, FlexdpoError, Row, RowLayout, prepare_model, prove
+from flexdpo import DPOConfig, DPOTrainer, FlexdpoError, Group, Row, RowLayout, prepare_model, prove
 from flexdpo.attention import row_mask
 from flexdpo.hf.probe import token_error
 from flexdpo.hf.randomness import disable_dropout
 from flexdpo.training.step import REFERENCE_COLUMN
-from tests.conftest import odd_groups, preference_rows
+from tests.conftest import odd_groups, preference_rows, random_ids
 from tests.hf.architectures import build_or_skip
 from tests.hf.equivalence import example_groups
 from tests.hf.test_architectures import EXACT, SPREAD
+from tests.hf.test_row_dependence import LIMIT, build
 
 
 def settings(folder: Path, **changes: Any) -> DPOConfig:
@@ -46,13 +47,9 @@ def train(tmp_path: Path, tokenizer: Any) -> Any:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in SPREAD else pytest.mark.zoo) for n in EXACT])
 def test_exact_models_pass(name: str, dtype: torch.dtype) -> None:
-    """In train mode; one model draws random numbers whatever its settings are."""
+    """In train mode, as it is trained."""
     model = build_or_skip(name, dtype=dtype).train()
     disable_dropout(prepare_model(model))
-    if name == "phimoe":
-        with pytest.raises(FlexdpoError, match="random numbers were drawn"):
-            prove(model, example_groups())
-        return
     proof = prove(model, example_groups(), pad_to_multiple_of=16)
     assert proof.examples == 2
     assert proof.sequences == 5
@@ -191,20 +188,57 @@ def test_a_wrong_packed_run_is_stopped(
         assert torch.equal(value, before[name])
 
 
+def test_a_row_that_mixes_the_rotations_of_short_and_long_sequences_is_stopped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = build("longrope")
+    rng = np.random.default_rng(0)
+    groups = [
+        Group.from_lists(random_ids(rng, length), [random_ids(rng, 5), random_ids(rng, 6)])
+        for length in (LIMIT // 2, 2 * LIMIT)
+    ]
+    assert prove(model, groups).value_error < 1e-6
+    # as transformers rotates: the longest position of the row decides for all
+    monkeypatch.setattr("flexdpo.hf.holding.evaluated_by_side", lambda module, limits, longest, args, kwargs: None)
+    with pytest.raises(FlexdpoError, match="packed log-probabilities are off by"):
+        prove(model, groups)
+
+
 def test_dropout_that_was_left_on_is_stopped(train: Any, small_model: Any) -> None:
     trainer = train(small_model("gpt2"))
     trainer.model.transformer.drop.p = 0.1
-    with pytest.raises(FlexdpoError, match="random numbers were drawn in the forward pass"):
+    with pytest.raises(FlexdpoError, match=r"Dropout \(drop\) draws random numbers while a packed row runs"):
         trainer.train()
 
 
-def test_a_reference_of_another_adapter_scale_is_stopped(train: Any, small_model: Any) -> None:
+def test_a_reference_of_another_adapter_scale_is_stopped(
+    train: Any, small_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     trainer = train(peft.get_peft_model(small_model(), config))
-    for module in trainer.model.modules():
-        if isinstance(module, peft.tuners.lora.LoraLayer):
-            module.scaling["default"] *= 1.5
+    layers = [module for module in trainer.model.modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
+
+    def scale(by: float) -> None:
+        for layer in layers:
+            layer.scaling["default"] *= by
+
+    # a change of the policy's own scale is named for what it is
+    scale(1.5)
+    with pytest.raises(FlexdpoError, match="no longer runs the adapters that it began with"):
+        trainer.train()
+    scale(1 / 1.5)
+    monkeypatch.setattr("flexdpo.training.adapters._adapters", lambda model: trainer._at_start.adapters)
+    run = trainer.reference_logps
+
+    def scaled(row: Row) -> Any:
+        scale(1.5)
+        try:
+            return run(row)
+        finally:
+            scale(1 / 1.5)
+
+    monkeypatch.setattr(trainer, "reference_logps", scaled)
     with pytest.raises(FlexdpoError, match="the reference's log-probabilities, which are the policy's"):
         trainer.train()
 

@@ -363,7 +363,9 @@ def test_single_labels_train(tmp_path, tokenizer, small_model, loss_type) -> Non
     trainer.train()
     gained = {True: [], False: []}
     for row in trainer.train_dataset:
-        packed = trainer.data_collator([row] * 2)["batch"].rows[0]
+        # kto wants a response to another prompt
+        other = next(each for each in trainer.train_dataset if each["prompt_ids"] != row["prompt_ids"])
+        packed = trainer.data_collator([row, other])["batch"].rows[0]
         with torch.no_grad():
             difference = trainer._runner(trainer.model)._policy(packed).sums - trainer.reference_logps(packed).sums
         gained[row["labels"][0]].append(difference[0].item())
