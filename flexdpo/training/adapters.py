@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from flexdpo.errors import FlexdpoError
+from flexdpo.errors import FlexdpoError, UnsupportedModelError, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -48,17 +48,29 @@ def add_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
         raise FlexdpoError(
             f"{peft_config.peft_type} puts extra tokens before every prompt, which packed rows do not have; use LoRA"
         )
-    wrapped: nn.Module = peft.get_peft_model(model, peft_config)
+    try:
+        wrapped: nn.Module = peft.get_peft_model(model, peft_config)
+    except Exception as error:  # each kind has conditions of its own, and errors for them
+        raise FlexdpoError(
+            f"peft cannot put the adapter {_kind(peft_config)} into {type(model).__name__} "
+            f"({type(error).__name__}: {first_line(error)}); change its config, or what it asks of the model"
+        ) from error
     return wrapped
 
 
+def _kind(peft_config: Any) -> str:
+    return str(getattr(peft_config.peft_type, "value", peft_config.peft_type))
+
+
 def require_trainable(model: nn.Module) -> None:
-    """Refuse a policy that nothing could train: its loss would stand at ln 2 for ever.
+    """Refuse a policy that nothing could train: its loss would stand at ln 2 for ever, or it runs on no tokens alone.
 
     Raises:
         FlexdpoError: with the way out.
     """
     if any(parameter.requires_grad for parameter in model.parameters()):
+        if is_peft_model(model):
+            _require_runs_on_tokens(model)
         return
     if is_peft_model(model):
         raise FlexdpoError(
@@ -69,6 +81,42 @@ def require_trainable(model: nn.Module) -> None:
         "no weight of the model is trainable, so nothing would be learned; call requires_grad_(True) on what is to be "
         "trained, or give peft_config to train an adapter"
     )
+
+
+@torch.no_grad()
+def _require_runs_on_tokens(model: Any) -> None:
+    """Ask an adapter whether token ids are all it needs: some want a task's number, or layers of another form."""
+    config = model.active_peft_config
+    if config.is_prompt_learning or _is_elsewhere(model):
+        return
+    try:
+        with _evaluating(model):
+            model(input_ids=_two_tokens(model), use_cache=False)
+    except Exception as error:  # adapters raise what they like
+        raise UnsupportedModelError(
+            f"with the adapter {_kind(config)} the model does not run on token ids alone, and a packed row has nothing "
+            f"else ({type(error).__name__}: {first_line(error)}); use another kind of adapter, such as LoRA"
+        ) from error
+
+
+def _is_elsewhere(model: nn.Module) -> bool:
+    """Whether weights are not loaded yet, or spread over processes, so that nothing can be run."""
+    return any(parameter.is_meta or hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def _two_tokens(model: nn.Module) -> Tensor:
+    return torch.arange(2, device=next(model.parameters()).device)[None]
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def at_start_of(model: nn.Module, *, fresh: bool) -> AtStart:
@@ -90,20 +138,14 @@ def at_start_of(model: nn.Module, *, fresh: bool) -> AtStart:
 @torch.no_grad()
 def _may_be_switched_off(model: Any) -> bool:
     """Whether the model without its adapter gives the same logits, bit for bit, and none that training could move."""
-    parameters = list(model.parameters())
-    if any(parameter.is_meta or hasattr(parameter, "ds_id") for parameter in parameters):
-        # nothing can be run before it is loaded or brought together; the first examples of the run are asked instead
+    if _is_elsewhere(model):
+        # the first examples of the run are asked instead
         return True
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        input_ids = torch.arange(2, device=parameters[0].device)[None]
+    input_ids = _two_tokens(model)
+    with _evaluating(model):
         switched_on = model(input_ids=input_ids, use_cache=False).logits
         with _switched_off(model), torch.enable_grad():
             switched_off = model(input_ids=input_ids, use_cache=False).logits
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     return torch.equal(switched_on, switched_off) and not switched_off.requires_grad
 
 

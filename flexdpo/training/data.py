@@ -11,7 +11,9 @@ from flexdpo.errors import FlexdpoError, nearest, quoted
 from flexdpo.layout.groups import Group
 from flexdpo.objective.unpaired import LabelledGroup
 from flexdpo.training.cache import map_settings, tokenizer_digest
+from flexdpo.training.columns import prompt_like, require_prompts, unread_note
 from flexdpo.training.dataset_rows import (
+    EMPTY_PROMPT,
     ID_FORMS,
     LABELLED_FORM,
     LABELS_COLUMN,
@@ -20,6 +22,7 @@ from flexdpo.training.dataset_rows import (
     READERS,
     SKIP_REASONS,
     STATUS_COLUMNS,
+    TEMPLATE_COLUMNS,
     TOKENISED_COLUMNS,
     TRL_ID_FORM,
     Settings,
@@ -45,6 +48,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from datasets import Dataset
+    from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
 
@@ -175,7 +179,7 @@ def tokenize_preferences(
     except FlexdpoError as error:
         # rows are tokenised without the name, so that it does not change what the cache finds
         raise FlexdpoError(f"{name}: {error}") from error
-    return _account(mapped, name)
+    return _account(mapped, settings, name, has_prompt="prompt" in dataset.column_names)
 
 
 def require_settings(max_length: int | None, truncation_mode: str, num_proc: int | None) -> None:
@@ -205,7 +209,13 @@ def settings_for(
         FlexdpoError: if no known set of columns is among them.
     """
     form = _form_of(columns, name)
-    return Settings(form, max_length, max(tokenizer.get_vocab().values()) if form in ID_FORMS else None)
+    if form in ID_FORMS:
+        read = columns if form == OWN_FORM else form.split()
+        unread = tuple(column for column in columns if column not in read)
+        return Settings(form, max_length, max(tokenizer.get_vocab().values()), unread)
+    unread = tuple(c for c in columns if c not in ("prompt", *form.split(), *TEMPLATE_COLUMNS))
+    like = prompt_like(unread, has_prompt="prompt" in columns)
+    return Settings(form, max_length, unread=unread, prompt_like=like)
 
 
 def _form_of(columns: Sequence[str], name: str) -> str:
@@ -261,7 +271,7 @@ def _map(
     )
 
 
-def _account(mapped: Dataset, name: str) -> TokenizedPreferences:
+def _account(mapped: Dataset, settings: Settings, name: str, *, has_prompt: bool) -> TokenizedPreferences:
     """Count the status columns, then drop them and the rows that cannot be used."""
     status: dict[str, Any] = mapped.with_format("numpy", columns=[*STATUS_COLUMNS, "row"])[:]
     rows, skip = status["row"], status["_skip"]
@@ -269,11 +279,20 @@ def _account(mapped: Dataset, name: str) -> TokenizedPreferences:
     skipped = {reason: int((skip == code).sum()) for code, reason in enumerate(SKIP_REASONS, start=1)}
     skipped = {reason: count for reason, count in skipped.items() if count}
     first = {reason: int(rows[np.argmax(skip == SKIP_REASONS.index(reason) + 1)]) for reason in skipped}
+    if not kept.size and (has_prompt or settings.form in ID_FORMS):
+        raise none_usable(name, len(rows), skipped, first)
+    if settings.form not in ID_FORMS:
+        empty = skipped.get(EMPTY_PROMPT, 0) + int(status["_promptless"][kept].sum())
+        require_prompts(name, len(rows), empty, has_prompt=has_prompt, unread=settings.unread)
     if not kept.size:
         raise none_usable(name, len(rows), skipped, first)
-    truncated, longest = int(status["_truncated"][kept].sum()), int(status["_longest"][kept].max())
+    truncated, longest = int((status["_cut"][kept] > 0).sum()), int(status["_longest"][kept].max())
     dataset = mapped.remove_columns(list(STATUS_COLUMNS))
-    notes = _notes({column: values[kept] for column, values in status.items()})
+    notes = unread_note(settings.unread)
+    if truncated:
+        keeps = fitting_length(status["_whole"])
+        notes.append(cut_note(status["_cut"][kept].sum(), status["_responses"][kept].sum(), settings.max_length, keeps))
+    notes += _notes({column: values[kept] for column, values in status.items()})
     stale = [column for column in dataset.column_names if column not in (*TOKENISED_COLUMNS, LABELS_COLUMN)]
     if truncated and stale:
         dataset = dataset.remove_columns(stale)
@@ -282,6 +301,26 @@ def _account(mapped: Dataset, name: str) -> TokenizedPreferences:
         dataset = dataset.select(kept)
     report = DataReport(name, len(rows), len(kept), skipped, first, truncated, longest, tuple(notes))
     return TokenizedPreferences(dataset, report)
+
+
+def fitting_length(whole: NDArray[np.int64]) -> int:
+    """The ``max_length`` that would cut no response of 95 % of the rows.
+
+    Args:
+        whole: Tokens of each row's longest response and its prompt, uncut; 0 where they are not known.
+    """
+    return int(np.quantile(whole[whole > 0], 0.95, method="inverted_cdf"))
+
+
+def cut_note(cut: int, responses: int, max_length: int | None, keeps: int | None = None) -> str:
+    """Say how many responses lost their end to ``max_length``, and which one would keep 95 % of the rows whole."""
+    way_out = (
+        f"; max_length={keeps} would keep 95 % of the rows whole" if keeps and keeps > (max_length or keeps) else ""
+    )
+    said = f"{cut} of {responses} responses cut to max_length={max_length}, and without the token that ends them"
+    if 2 * cut > responses:
+        said += ": more than half of all, so that the model would not learn to end a response"
+    return said + way_out
 
 
 def none_usable(name: str, rows: int, skipped: Mapping[str, int], first: Mapping[str, int]) -> FlexdpoError:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from flexdpo.errors import FlexdpoError, first_line, found, quoted
+from flexdpo.training.columns import require_nothing_lost
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,23 +18,34 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TOKENISED_COLUMNS = ("prompt_ids", "response_ids", "edges", "row")
-_EMPTY_PROMPT = "empty prompt"
+EMPTY_PROMPT = "empty prompt"
 _EMPTY_RESPONSE = "empty response"
 _IDENTICAL = "identical responses"
 _PROMPT_FILLS = "prompt alone fills max_length"
 _IDENTICAL_CUT = "identical responses once cut to max_length"
-SKIP_REASONS = (_EMPTY_PROMPT, _EMPTY_RESPONSE, _IDENTICAL, _PROMPT_FILLS, _IDENTICAL_CUT)
+SKIP_REASONS = (EMPTY_PROMPT, _EMPTY_RESPONSE, _IDENTICAL, _PROMPT_FILLS, _IDENTICAL_CUT)
 # raise it when the same row gives other tokens than before: `datasets` caches by settings, not by this file's code
-_REVISION = 1
+_REVISION = 2
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All that decides, beside the tokenizer, what a row becomes; part of the cache's key."""
+    """All that decides, beside the tokenizer, what a row becomes; part of the cache's key.
+
+    Attributes:
+        form: One of ``READERS``.
+        max_length: Most tokens of prompt and response.
+        largest_id: Of the tokenizer, for rows of token ids.
+        unread: Columns that the form does not read.
+        prompt_like: Those of them that must hold no text of their own.
+        revision: Of this file's code.
+    """
 
     form: str
     max_length: int | None
     largest_id: int | None = None
+    unread: tuple[str, ...] = ()
+    prompt_like: tuple[str, ...] = ()
     revision: int = _REVISION
 
 
@@ -51,9 +63,13 @@ class Draft:
     edges: list[list[int]] = field(default_factory=list)
     labels: list[bool] = field(default_factory=list)
     skip: str = ""
-    truncated: bool = False
+    cut: int = 0
+    whole: int = 0
     extracted: bool = False
+    repeated: bool = False
     retokenised: bool = False
+    untold: bool = False
+    promptless: bool = False
     ties: int = 0
     longest: int = 0
 
@@ -63,10 +79,17 @@ class Draft:
         return f"row {self.row} (counted from 0)"
 
 
-STATUS_COLUMNS = ("_skip", "_truncated", "_extracted", "_retokenised", "_ties", "_longest")
+# `_cut` of `_responses` were cut to max_length; `_whole` tokens had the longest, its prompt included, before that
+STATUS_COLUMNS = (
+    "_skip", "_responses", "_cut", "_whole", "_extracted", "_repeated", "_retokenised", "_untold", "_promptless",
+    "_ties", "_longest",
+)  # fmt: skip
 # what happened to rows that are used all the same
 NOTES = {
     "_extracted": "prompt taken from the common beginning of chosen and rejected",
+    "_repeated": "prompt taken off the beginning of responses that repeat its messages",
+    "_untold": "tools and chat_template_kwargs left out, since text goes through no chat template,",
+    "_promptless": "empty prompt, before which the tokenizer puts a token of its own,",
     "_retokenised": "prompt end re-tokenised, because it renders or merges otherwise before a response,",
     "_ties": "preferences between identical responses left out",
 }
@@ -101,8 +124,13 @@ def tokenize_batch(
         "row": [draft.row for draft in drafts],
         **({LABELS_COLUMN: [draft.labels for draft in drafts]} if settings.form == LABELLED_FORM else {}),
         "_skip": [SKIP_REASONS.index(draft.skip) + 1 if draft.skip else 0 for draft in drafts],
-        "_truncated": [int(draft.truncated) for draft in drafts],
+        "_responses": [len(draft.response_ids) for draft in drafts],
+        "_cut": [draft.cut for draft in drafts],
+        "_whole": [draft.whole for draft in drafts],
         "_extracted": [int(draft.extracted) for draft in drafts],
+        "_repeated": [int(draft.repeated) for draft in drafts],
+        "_untold": [int(draft.untold) for draft in drafts],
+        "_promptless": [int(draft.promptless) for draft in drafts],
         "_retokenised": [int(draft.retokenised) for draft in drafts],
         "_ties": [draft.ties for draft in drafts],
         "_longest": [draft.longest for draft in drafts],
@@ -114,8 +142,9 @@ def _settle(draft: Draft, max_length: int | None) -> None:
     if draft.skip:
         return
     compared = bool(draft.edges)
+    draft.whole = len(draft.prompt_ids) + max(map(len, draft.response_ids), default=0)
     if not draft.prompt_ids:
-        draft.skip = _EMPTY_PROMPT
+        draft.skip = EMPTY_PROMPT
     elif not draft.response_ids or not all(draft.response_ids):
         draft.skip = _EMPTY_RESPONSE
     elif _drop_ties(draft) and compared and not draft.edges:
@@ -124,7 +153,7 @@ def _settle(draft: Draft, max_length: int | None) -> None:
         draft.skip = _PROMPT_FILLS
     elif max_length is not None:
         room = max_length - len(draft.prompt_ids)
-        draft.truncated = any(len(ids) > room for ids in draft.response_ids)
+        draft.cut = sum(len(ids) > room for ids in draft.response_ids)
         draft.response_ids = [ids[:room] for ids in draft.response_ids]
         if _drop_ties(draft) and compared and not draft.edges:
             draft.skip = _IDENTICAL_CUT
@@ -140,12 +169,12 @@ def _drop_ties(draft: Draft) -> int:
     return dropped
 
 
-def _read_pair(row: int, values: Mapping[str, Any], settings: Settings) -> Draft:  # noqa: ARG001
-    return _read_texts(row, values, ("chosen", "rejected"), [[0, 1]])
+def _read_pair(row: int, values: Mapping[str, Any], settings: Settings) -> Draft:
+    return _read_texts(row, values, settings, ("chosen", "rejected"), [[0, 1]])
 
 
-def _read_completion(row: int, values: Mapping[str, Any], settings: Settings) -> Draft:  # noqa: ARG001
-    return _read_texts(row, values, ("completion",), [])
+def _read_completion(row: int, values: Mapping[str, Any], settings: Settings) -> Draft:
+    return _read_texts(row, values, settings, ("completion",), [])
 
 
 def _read_labelled(row: int, values: Mapping[str, Any], settings: Settings) -> Draft:
@@ -156,16 +185,19 @@ def _read_labelled(row: int, values: Mapping[str, Any], settings: Settings) -> D
     return draft
 
 
-def _read_texts(row: int, values: Mapping[str, Any], columns: tuple[str, ...], edges: list[list[int]]) -> Draft:
+def _read_texts(
+    row: int, values: Mapping[str, Any], settings: Settings, columns: tuple[str, ...], edges: list[list[int]]
+) -> Draft:
     """Check the types of a row of text or messages, and find its prompt."""
     draft = Draft(row, values.get("prompt"), [values[column] for column in columns], edges=edges)
+    require_nothing_lost(draft.place, values, settings.unread, settings.prompt_like)
     prompt_is_chat = "prompt" in values and _is_chat(draft.prompt, draft.place, "prompt")
     chats = [_is_chat(value, draft.place, column) for value, column in zip(draft.responses, columns, strict=True)]
     if any(_says_nothing(value) for value in draft.responses):
         draft.skip = _EMPTY_RESPONSE
         return draft
     if draft.prompt == []:
-        draft.skip = _EMPTY_PROMPT
+        draft.skip = EMPTY_PROMPT
         return draft
     draft.is_chat = chats[0]
     if len(set(chats)) > 1 or (prompt_is_chat and not draft.is_chat):
@@ -183,10 +215,37 @@ def _read_texts(row: int, values: Mapping[str, Any], columns: tuple[str, ...], e
         draft.extracted = True
         draft.prompt, *draft.responses = _split_common_beginning(*draft.responses)
     if draft.prompt is None or draft.prompt == []:
-        draft.skip = _EMPTY_PROMPT
+        draft.skip = EMPTY_PROMPT
     elif draft.is_chat:
-        draft.template_kwargs = _template_kwargs(values, draft.place)
+        _settle_messages(draft, values)
+    else:
+        draft.promptless = not draft.prompt
+        draft.untold = any(values.get(column) for column in TEMPLATE_COLUMNS)
     return draft
+
+
+def _settle_messages(draft: Draft, values: Mapping[str, Any]) -> None:
+    """Take out what a response repeats of the prompt and what Arrow has put in, and read the template's variables."""
+    draft.prompt, *draft.responses = ([_without_nulls(m) for m in part] for part in (draft.prompt, *draft.responses))
+    size = len(draft.prompt)
+    repeats = [len(response) > size and response[:size] == draft.prompt for response in draft.responses]
+    if any(repeats) and not all(repeats):
+        raise FlexdpoError(
+            f"{draft.place}: response {repeats.index(True)} (counted from 0) repeats the messages of the prompt and "
+            f"response {repeats.index(False)} does not; let all responses begin behind the prompt, or none"
+        )
+    if repeats[0]:
+        draft.repeated = True
+        draft.responses = [response[size:] for response in draft.responses]
+    draft.template_kwargs = _template_kwargs(values, draft.place)
+
+
+def _without_nulls(value: Any) -> Any:
+    """A message or a tool without the fields that are null: Arrow gives every row the fields of all others."""
+    if isinstance(value, dict):
+        # a message that only calls tools has a content, which is null
+        return {key: _without_nulls(part) for key, part in value.items() if part is not None or key == "content"}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
 def _is_chat(value: object, place: str, column: str) -> bool:
@@ -236,6 +295,8 @@ def _template_kwargs(values: Mapping[str, Any], place: str) -> dict[str, Any]:
             tools = json.loads(tools)
         except (json.JSONDecodeError, RecursionError) as error:
             raise FlexdpoError(f"{place}, column 'tools': not valid JSON ({error})") from error
+    else:
+        tools = _without_nulls(tools)
     more = values.get("chat_template_kwargs") or {}
     for column, value, kind in (("tools", tools, list), ("chat_template_kwargs", more, dict)):
         if value is not None and not isinstance(value, kind):
@@ -321,6 +382,8 @@ def _token_ids(value: Any, place: str, column: str, largest_id: int | None) -> l
     return value if isinstance(value, list) else cast("list[int]", ids.tolist())
 
 
+# read beside text or messages of any form
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 OWN_FORM = "prompt_ids response_ids edges"
 LABELLED_FORM = "prompt completion label"
 # beside the other columns, only for responses that are labelled one by one

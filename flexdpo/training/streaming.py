@@ -10,8 +10,19 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from flexdpo.errors import FlexdpoError, first_line
-from flexdpo.training.data import TOKENISED_COLUMNS, DataReport, none_usable, require_settings, settings_for
+from flexdpo.training.columns import FEWEST_ROWS, require_prompts, unread_note
+from flexdpo.training.data import (
+    TOKENISED_COLUMNS,
+    DataReport,
+    cut_note,
+    fitting_length,
+    none_usable,
+    require_settings,
+    settings_for,
+)
 from flexdpo.training.dataset_rows import (
+    EMPTY_PROMPT,
+    ID_FORMS,
     LABELLED_FORM,
     LABELS_COLUMN,
     NOTES,
@@ -31,6 +42,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from flexdpo.training.config import DPOConfig
+    from flexdpo.training.dataset_rows import Settings
 
 _ROWS_AT_ONCE = 64
 
@@ -99,7 +111,7 @@ class StreamedPreferences(IterableDataset[dict[str, Any]]):
         self.closed = False
         self.columns = self._find_columns()
         self.settings = settings_for(self.columns, tokenizer, max_length, name)
-        self._counts = _Counts()
+        self._counts = _Counts(self.settings)
 
     @classmethod
     def for_run(
@@ -138,11 +150,21 @@ class StreamedPreferences(IterableDataset[dict[str, Any]]):
         """Choose the order of the next iteration's first pass; the passes after it count on from there."""
         self.epoch = epoch
 
+    def preview(self, rows: int) -> DataReport:
+        """What becomes of the source's beginning, up to so many usable rows, for a word before training."""
+        counts = _Counts(self.settings)
+        whole: list[int] = []
+        for _ in islice(self._usable(0, counts, whole), rows):
+            pass
+        return counts.as_report(
+            f"{self.name}, its beginning", fitting_length(np.asarray(whole)) if any(whole) else None
+        )
+
     def sample(self, rows: int) -> Dataset:
         """The first usable rows of the source as a tokenised dataset, to look at before training or to compare by."""
         from datasets import Dataset
 
-        found = list(islice(self._usable(0, _Counts()), rows))
+        found = list(islice(self._usable(0, _Counts(self.settings)), rows))
         if not found:
             raise self._nothing_usable()
         return Dataset.from_list(found)
@@ -192,12 +214,12 @@ class StreamedPreferences(IterableDataset[dict[str, Any]]):
         epoch = self.epoch + number
         worker = get_worker_info()
         # every worker reads every row, so one of them counts for all; a later pass meets the same rows again
-        counts = self._counts if number == 0 and (worker is None or worker.id == 0) else _Counts()
+        counts = self._counts if number == 0 and (worker is None or worker.id == 0) else _Counts(self.settings)
         rows = self._usable(epoch, counts)
         return _shuffled(rows, self.shuffle_buffer, (self.seed, epoch)) if self.shuffle_buffer else rows
 
-    def _usable(self, epoch: int, counts: _Counts) -> Iterator[dict[str, Any]]:
-        """Tokenised rows in the order of the source; the others are counted."""
+    def _usable(self, epoch: int, counts: _Counts, whole: list[int] | None = None) -> Iterator[dict[str, Any]]:
+        """Tokenised rows in the order of the source; the others are counted, and uncut lengths put into ``whole``."""
         counts.clear()
         self.source.set_epoch(epoch)
         kept = [c for c in self.columns if c not in TOKENISED_COLUMNS] if self.settings.form == OWN_FORM else []
@@ -211,12 +233,25 @@ class StreamedPreferences(IterableDataset[dict[str, Any]]):
             tokenised = self._tokenize(batch, range(start, start + rows))
             start += rows
             counts.add(tokenised)
+            if whole is not None:
+                whole += tokenised["_whole"]
+            if start >= FEWEST_ROWS:
+                self._require_prompts(counts)
             columns = {column: tokenised[column] for column in (*TOKENISED_COLUMNS, *labels)}
             columns |= {column: batch[column] for column in kept}
             for number, skip in enumerate(tokenised["_skip"]):
                 if not skip:
                     self._require_usable(tokenised, number, kept)
                     yield {column: values[number] for column, values in columns.items()}
+        if start:
+            self._require_prompts(counts)
+
+    def _require_prompts(self, counts: _Counts) -> None:
+        has_prompt = "prompt" in self.columns
+        if self.settings.form in ID_FORMS or (has_prompt and not counts.of("used")):
+            return
+        empty = counts.of(EMPTY_PROMPT) + counts.of("_promptless")
+        require_prompts(self.name, counts.of("rows"), empty, has_prompt=has_prompt, unread=self.settings.unread)
 
     def _read(self) -> Iterator[dict[str, list[Any]]]:
         start = 0
@@ -261,7 +296,7 @@ class StreamedPreferences(IterableDataset[dict[str, Any]]):
                 f"{place} has {longest} tokens but the model has {self.max_positions} positions; set max_length to at "
                 f"most {self.max_positions}"
             )
-        if kept and tokenised["_truncated"][number]:
+        if kept and tokenised["_cut"][number]:
             raise FlexdpoError(
                 f"{place} is longer than max_length={self.settings.max_length}, and column {kept[0]!r} belongs to the "
                 "uncut responses; raise max_length or drop the column"
@@ -300,9 +335,10 @@ def _shuffled(rows: Iterator[dict[str, Any]], size: int, seed: tuple[int, int]) 
 class _Counts:
     """Counters in memory that a loader's worker processes share with the one that reports."""
 
-    _NUMBERS = ("rows", "used", "truncated", "longest")
+    _NUMBERS = ("rows", "used", "truncated", "responses", "cut", "longest")
 
-    def __init__(self) -> None:
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
         fields = [*self._NUMBERS, *SKIP_REASONS, *NOTES]
         self._place = {name: number for number, name in enumerate(fields)}
         # how often, and the row where first
@@ -321,7 +357,9 @@ class _Counts:
                 self._count(values, SKIP_REASONS[skip - 1], row)
                 continue
             values[self._place["used"], 0] += 1
-            values[self._place["truncated"], 0] += tokenised["_truncated"][number]
+            values[self._place["truncated"], 0] += tokenised["_cut"][number] > 0
+            values[self._place["responses"], 0] += tokenised["_responses"][number]
+            values[self._place["cut"], 0] += tokenised["_cut"][number]
             longest = self._place["longest"], 0
             values[longest] = max(values[longest], tokenised["_longest"][number])
             for column in NOTES:
@@ -336,11 +374,18 @@ class _Counts:
             entry[1] = row
         entry[0] += 1
 
-    def as_report(self, name: str) -> DataReport:
+    def of(self, name: str) -> int:
+        """How many there are of one of the numbers, the reasons to skip and the notes."""
+        return int(self._values[self._place[name], 0])
+
+    def as_report(self, name: str, keeps: int | None = None) -> DataReport:
         values = {field: self._values[place].tolist() for field, place in self._place.items()}
-        rows, used, truncated, longest = (values[field][0] for field in self._NUMBERS)
+        rows, used, truncated, responses, cut, longest = (values[field][0] for field in self._NUMBERS)
         skipped = {reason: values[reason] for reason in SKIP_REASONS if values[reason][0]}
-        notes = tuple(note_of(column, *values[column]) for column in NOTES if values[column][0])
+        notes = unread_note(self._settings.unread)
+        if cut:
+            notes.append(cut_note(cut, responses, self._settings.max_length, keeps))
+        notes += [note_of(column, *values[column]) for column in NOTES if values[column][0]]
         return DataReport(
             name,
             rows,
@@ -349,7 +394,7 @@ class _Counts:
             {reason: first for reason, (_, first) in skipped.items()},
             truncated,
             longest,
-            notes,
+            tuple(notes),
         )
 
 

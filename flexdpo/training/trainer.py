@@ -85,6 +85,9 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
+# of a stream, before training
+_PREVIEWED_ROWS = 64
+
 
 class DPOTrainer(Trainer):
     """Trains a causal LM on preferences; every distinct token of a group runs once, and groups share packed rows.
@@ -299,7 +302,7 @@ class DPOTrainer(Trainer):
             return None
         args = self._start_settings
         if is_stream(dataset):
-            return StreamedPreferences.for_run(
+            stream = StreamedPreferences.for_run(
                 dataset,
                 tokenizer,
                 args,
@@ -308,6 +311,9 @@ class DPOTrainer(Trainer):
                 max_positions=models.position_limit(unwrap_model(model)),
                 shuffle_buffer=args.stream_shuffle_buffer,
             )
+            beginning = stream.preview(_PREVIEWED_ROWS)
+            (logger.warning if beginning.skipped or beginning.notes else logger.info)(beginning.summary())
+            return stream
         # one process fills the cache that the others read
         with args.main_process_first(desc=f"tokenising {name}"):
             tokenised = tokenize_preferences(

@@ -26,19 +26,31 @@ SIZES: dict[str, dict[str, Any]] = {
     "SHIRA": {"r": 2},
     "VBLORA": {"vector_length": 16, "num_vectors": 8, "topk": 2},
     "WAVEFT": {"n_frequency": 64},
+    "ADAPTION_PROMPT": {"adapter_len": 2, "adapter_layers": 1, "target_modules": None},
     "TRAINABLE_TOKENS": {"token_indices": [0, 2, 5, 40], "target_modules": ["embed_tokens"]},
     "LN_TUNING": {"target_modules": ["input_layernorm", "post_attention_layernorm"]},
 }
+EXTRA_TOKENS = r"{kind} puts extra tokens before every (prompt|sequence), which packed rows do not have; use LoRA"
+ON_TOKENS_ALONE = r"with the adapter {kind} the model does not run on token ids alone.*\({why}.*such as LoRA"
 # what puts tokens of its own into every sequence, draws random numbers, or runs on no causal LM without more inputs
-REFUSED = frozenset({
-    "ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "POLY", "PREFIX_TUNING", "PROMPT_TUNING",
-    "PVERA", "P_TUNING", "SHADOW", "XLORA",
-})  # fmt: skip
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "CARTRIDGE": ({"num_virtual_tokens": 2}, EXTRA_TOKENS),
+    "CPT": ({"cpt_token_ids": [3, 4], "cpt_mask": [1, 1], "cpt_tokens_type_mask": [1, 1]}, EXTRA_TOKENS),
+    "MULTITASK_PROMPT_TUNING": ({"num_virtual_tokens": 2, "num_tasks": 2}, EXTRA_TOKENS),
+    "POLY": ({"n_tasks": 2}, ON_TOKENS_ALONE.replace("{why}", "ValueError: task_ids should not be None")),
+    "PREFIX_TUNING": ({"num_virtual_tokens": 2}, EXTRA_TOKENS),
+    "PROMPT_TUNING": ({"num_virtual_tokens": 2}, EXTRA_TOKENS),
+    "PVERA": ({}, r"draw random numbers in training, and no setting stops it"),
+    "P_TUNING": ({"num_virtual_tokens": 2}, EXTRA_TOKENS),
+    "SHADOW": ({}, ON_TOKENS_ALONE.replace("{why}", "AttributeError")),
+}
+# mixes other adapters, which it loads from disk
+MIXED = "XLORA"
 CHEAP = frozenset({"ADALORA", "IA3", "LOHA", "OSF", "TRAINABLE_TOKENS", "UNILORA"})
 EXACT = [
     pytest.param(kind, marks=[] if kind in CHEAP else pytest.mark.slow)
     for kind in sorted(kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING)
-    if kind not in REFUSED
+    if kind not in REFUSED and kind != MIXED
 ]
 
 
@@ -88,6 +100,22 @@ def test_a_trained_adapter_of_every_kind_starts_at_ln_2(losses: Any, small_model
 @pytest.mark.parametrize("kind", EXACT)
 def test_a_fresh_adapter_of_every_kind_starts_at_ln_2(losses: Any, small_model: Any, kind: str) -> None:
     first, second = losses(small_model(), config_of(kind), learning_rate=5e-2)
+    assert first == LN_2
+    assert second != LN_2
+
+
+def test_an_adapter_that_mixes_others_starts_at_ln_2(tmp_path: Path, losses: Any, small_model: Any) -> None:
+    for number in range(2):
+        parts = trained(get_peft_model(small_model(), config_of("LORA")), seed=number)
+        parts.save_pretrained(tmp_path / str(number))
+    base = small_model()
+    folders = {str(number): str(tmp_path / str(number)) for number in range(2)}
+    config = config_of(MIXED, hidden_size=base.config.hidden_size, adapters=folders)
+    with pytest.raises(FlexdpoError, match=r"peft cannot put the adapter XLORA into LlamaForCausalLM .*`use_cache`"):
+        losses(base, config)
+    base.config.use_cache = False
+    model = trained(get_peft_model(base, config))
+    first, second = losses(model, max_tokens_per_row=56)
     assert first == LN_2
     assert second != LN_2
 
@@ -171,6 +199,17 @@ def test_a_step_of_ones_own_keeps_the_adapter_it_was_given(small_model: Any) -> 
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_kinds_that_packed_rows_cannot_run_are_refused(losses: Any, small_model: Any, kind: str) -> None:
+    given, why = REFUSED[kind]
+    why = why.replace("{kind}", kind)
+    with pytest.raises(FlexdpoError, match=why):
+        losses(small_model(), config_of(kind, **given))
+    # trained before, as the policy
+    with pytest.raises(FlexdpoError, match=why):
+        losses(trained(get_peft_model(small_model(), config_of(kind, **given))))
 
 
 def test_what_cannot_be_trained_is_refused(tmp_path: Path, losses: Any, small_model: Any) -> None:

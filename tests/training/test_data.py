@@ -484,7 +484,12 @@ def test_own_output_passes_through_with_its_extra_columns(tokenizer: PreTrainedT
     # values that were computed on longer responses must not survive the cut
     cut = tokenize_preferences(carrying, tokenizer, max_length=twice.report.longest - 1)
     assert cut.dataset.column_names == list(TOKENISED_COLUMNS)
-    assert cut.report.notes == ("dropped 'ref_response_logps', which belonged to the responses before they were cut",)
+    whole = twice.report.longest
+    assert cut.report.notes == (
+        f"1 of 6 responses cut to max_length={whole - 1}, and without the token that ends them; max_length={whole} "
+        "would keep 95 % of the rows whole",
+        "dropped 'ref_response_logps', which belonged to the responses before they were cut",
+    )
 
 
 def test_group_of_many_responses(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -598,16 +603,22 @@ def test_unusable_chat_rows_are_counted(tokenizer: PreTrainedTokenizerFast, row:
 
 
 def test_implicit_prompt_that_is_not_there(byte_pairs: Tokenizer) -> None:
-    texts = Dataset.from_list([{"chosen": "yes ", "rejected": "no"}, {"chosen": "why yes", "rejected": "why no"}])
+    with_prompt = [{"chosen": f"{word}? yes", "rejected": f"{word}? no"} for word in WORDS[:9]]
+    texts = Dataset.from_list([{"chosen": "yes ", "rejected": "no"}, *with_prompt])
     question = [{"role": "user", "content": "why?"}]
     answers = {column: [{"role": "assistant", "content": column}] for column in ("chosen", "rejected")}
-    chats = Dataset.from_list([answers, {column: question + answer for column, answer in answers.items()}])
+    chats = Dataset.from_list([answers, *[{column: question + answer for column, answer in answers.items()}] * 9])
     tokenizer = build_tokenizer(byte_pairs)
     for dataset in (texts, chats):
         assert tokenize_preferences(dataset, tokenizer, max_length=None).report.skipped == {"empty prompt": 1}
     # a BOS token is prompt enough to predict the first token of a response
     with_bos = tokenize_preferences(texts, build_tokenizer(byte_pairs, bos=True), max_length=None).dataset
     assert with_bos[0]["prompt_ids"] == [tokenizer.bos_token_id]
+    for dataset in (texts.select(range(9)), chats.select(range(9))):
+        with pytest.raises(FlexdpoError, match=r"1 of 9 rows have an empty prompt: there is no column 'prompt' and"):
+            tokenize_preferences(dataset, tokenizer, max_length=None)
+    with pytest.raises(FlexdpoError, match=r"1 of 9 rows have an empty prompt: there is no column 'prompt' and"):
+        tokenize_preferences(texts.select(range(9)), build_tokenizer(byte_pairs, bos=True), max_length=None)
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -72,7 +74,9 @@ def test_rows_and_report_are_those_of_the_whole_dataset(
     assert {"empty response", "identical responses", "prompt alone fills max_length"} <= set(want.report.skipped)
     got = streamed(load_preference_dataset(str(path), streaming=True), max_length=20, endless=False)
     assert list(got) == want.dataset.to_list()
-    assert got.report == want.report
+    # what no later row can change is known while they come, and not which length would have been enough
+    advice = r"; max_length=\d+ would keep 95 % of the rows whole$"
+    assert got.report == replace(want.report, notes=tuple(re.sub(advice, "", note) for note in want.report.notes))
 
 
 def test_every_form_of_rows_streams(tokenizer: Any, streamed: Any) -> None:
