@@ -107,6 +107,13 @@ class DPOConfig(TrainingArguments):
     undesirable_weight: float = field(
         default=1.0, metadata={"help": "Weight of undesirable responses in the kto loss."}
     )
+    router_aux_loss_coef: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the load-balancing loss of a mixture of experts; by default the model config's own, 0 "
+            "leaves it out."
+        },
+    )
     sync_ref_model: bool = field(
         default=False, metadata={"help": "TR-DPO: let the reference model follow the policy every few steps."}
     )

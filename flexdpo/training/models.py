@@ -46,7 +46,6 @@ def load_parts(
         tokenizer = load_tokenizer(name, trust_remote_code=args.trust_remote_code)
     require_special_tokens(tokenizer)
     require_vocabulary(base, tokenizer)
-    warn_of_router_loss(base)
     return model, tokenizer
 
 
@@ -129,17 +128,6 @@ def require_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
         raise FlexdpoError(
             f"the tokenizer has {len(tokenizer)} tokens but the {what} embeds {rows}; use the tokenizer that it was "
             f"made with, or call resize_token_embeddings({len(tokenizer)}) on it"
-        )
-
-
-def warn_of_router_loss(model: PreTrainedModel) -> None:
-    """Say that a mixture of experts is trained without its load-balancing loss, which TRL would add."""
-    config = model.config.get_text_config()
-    coefficient = getattr(config, "router_aux_loss_coef", 0.0)
-    if hasattr(config, "output_router_logits") and coefficient:
-        logger.warning(
-            f"{type(model).__name__} has router_aux_loss_coef={coefficient}; this trainer does not add the "
-            "load-balancing loss; in your own loop, model(**row.inputs(), output_router_logits=True).aux_loss is it"
         )
 
 

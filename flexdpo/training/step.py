@@ -16,6 +16,7 @@ from flexdpo.layout.packing import pack_numbered
 from flexdpo.layout.row import Row
 from flexdpo.objective.logps import ResponseLogps, response_logps
 from flexdpo.objective.objective import BatchTotals, Objective, Reference, ReferenceLogps, surrogate_loss
+from flexdpo.objective.router import Routed, RouterLoss
 from flexdpo.objective.unpaired import with_unrelated_responses
 from flexdpo.training.data import group_from_row
 
@@ -253,6 +254,7 @@ class Runner:
         no_sync: Entered around every pass but the last, to keep gradient synchronisation for the end.
         autocast: Entered around the forward passes.
         average: Mean of a scalar over all processes, for losses that compare with a mean over the whole batch.
+        router: The load-balancing loss of a mixture of experts, added to the batch's.
         agree: The largest of the numbers that all processes give. Sharded models need it, since all processes gather
             each weight together and so must run equal numbers of passes; losses that couple a batch need it too.
     """
@@ -264,30 +266,32 @@ class Runner:
     no_sync: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
     autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
     average: Callable[[Tensor], Tensor] | None = None
+    router: RouterLoss | None = None
     agree: Callable[[int], int] | None = None
 
     def __call__(self, batch: PackedBatch) -> BatchLoss:
         """Run a batch that is on the model's device."""
         if self.objective.averages_tokens and self.average is not None:
             # gradients become a mean over processes, so each divides by the mean of their tokens
-            tokens = torch.as_tensor(
-                batch.totals.supervised_tokens, dtype=torch.float64, device=batch.rows[0].input_ids.device
-            )
+            tokens = batch.rows[0].input_ids.new_full((), batch.totals.supervised_tokens, dtype=torch.float64)
             batch = replace(batch, totals=replace(batch.totals, supervised_tokens=self.average(tokens)))
         passes = len(batch.rows)
         if self.agree is not None and batch.idle_row is not None:
             passes = self.agree(passes)
         if self.objective.couples_batch and passes > 1:
             return self._in_two_passes(batch, passes)
+        routed = self._routed(batch, passes)
         losses, metrics, policy_sums, reference_sums = [], [], [], []
         for number, row in enumerate(batch.rows):
             with self._sync(number, passes):
                 reference = self._reference(batch, number)
-                policy = self._policy(row)
+                with self._listening() as own:
+                    policy = self._policy(row)
                 result = self.objective.row_loss(policy, reference, row, batch.totals, average=self.average)
+                loss = self._with_router_loss(result.loss, number, own, routed, batch)
                 if self.backward is not None:
-                    _require_gradient(result.loss)
-                    self.backward(result.loss)
+                    _require_gradient(loss)
+                    self.backward(loss)
             losses.append(result.loss.detach())
             metrics.append(result.metrics)
             policy_sums += _sums(policy)
@@ -297,7 +301,8 @@ class Runner:
                 self._idle_reference(batch)
                 self._idle_policy(batch)
         merged = {name: torch.cat([m[name] for m in metrics]) for name in metrics[0]}
-        return BatchLoss(torch.stack(losses).sum(), merged, policy_sums, reference_sums)
+        total = torch.stack(losses).sum()
+        return self._total(total, merged, routed, batch, policy_sums, reference_sums)
 
     def _in_two_passes(self, batch: PackedBatch, passes: int) -> BatchLoss:
         """Where a row's gradient depends on the others: all values first, then every row again with its gradient."""
@@ -306,22 +311,77 @@ class Runner:
         references = [self._reference(batch, number) for number in range(len(batch.rows))]
         for _ in idle:
             self._idle_reference(batch)
+        first, routed = [], []
         with torch.no_grad():
-            first = [self._policy(row) for row in batch.rows]
+            for row in batch.rows:
+                with self._listening() as own:
+                    first.append(self._policy(row))
+                routed.append(own)
             for _ in idle:
                 self._idle_policy(batch)
         found = self.objective.target_gradients(first, references, batch.rows, batch.totals, average=self.average)
         if self.backward is not None:
             for number, (row, gradient) in enumerate(zip(batch.rows, found.targets, strict=True)):
                 with self._sync(number, passes):
-                    share = surrogate_loss(self._policy(row), gradient)
+                    with self._listening() as own:
+                        policy = self._policy(row)
+                    share = self._with_router_loss(surrogate_loss(policy, gradient), number, own, routed, batch)
                     _require_gradient(share)
                     self.backward(share)
             for number in idle:
                 with self._sync(number, passes):
                     self._idle_policy(batch)
         sums = [values for logps in first for values in _sums(logps)]
-        return BatchLoss(found.loss, found.metrics, sums, [values for logps in references for values in _sums(logps)])
+        of_reference = [values for logps in references for values in _sums(logps)]
+        return self._total(found.loss, dict(found.metrics), routed, batch, sums, of_reference)
+
+    # --- the routers of a mixture of experts -------------------------------------------------------------------------
+
+    def _listening(self) -> AbstractContextManager[Routed]:
+        return contextlib.nullcontext(Routed()) if self.router is None else self.router.listening()
+
+    def _routed(self, batch: PackedBatch, passes: int) -> list[Routed]:
+        """The routers' logits of all rows without gradients, where a batch of several rows needs them."""
+        routed: list[Routed] = []
+        if self.router is None:
+            return routed
+        if passes > 1:
+            with torch.no_grad():
+                for row in batch.rows:
+                    with self._listening() as own:
+                        self._policy(row)
+                    routed.append(own)
+                for _ in range(len(batch.rows), passes):
+                    self._idle_policy(batch)
+        return routed
+
+    def _with_router_loss(
+        self, loss: Tensor, number: int, own: Routed, routed: list[Routed], batch: PackedBatch
+    ) -> Tensor:
+        """A row's loss plus the whole batch's router loss, in which only this row's routers have a gradient."""
+        if self.router is None:
+            return loss
+        if not routed:
+            routed.append(own)
+            return loss + self.router.of_row(own)
+        added = self.router.of_batch([*routed[:number], own, *routed[number + 1 :]], batch.rows)
+        return loss + added
+
+    def _total(
+        self,
+        loss: Tensor,
+        metrics: dict[str, Tensor],
+        routed: list[Routed],
+        batch: PackedBatch,
+        policy_sums: list[Tensor],
+        reference_sums: list[Tensor],
+    ) -> BatchLoss:
+        if self.router is not None:
+            one = len(batch.rows) == 1
+            added = self.router.of_row(routed[0]) if one else self.router.of_batch(routed, batch.rows)
+            metrics = {**metrics, "aux_loss": (added.detach() / self.router.coefficient)[None]}
+            loss = loss + added.detach()
+        return BatchLoss(loss, metrics, policy_sums, reference_sums)
 
     def _idle_reference(self, batch: PackedBatch) -> None:
         """Take part in the others' reference pass."""

@@ -24,6 +24,7 @@ from flexdpo.hf.support import prepare_model, unwrap_model
 from flexdpo.objective.fingerprints import model_fingerprint, settings_fingerprint, weights_sample
 from flexdpo.objective.logps import response_logps
 from flexdpo.objective.reference_sync import mix_into_reference
+from flexdpo.objective.router import RouterLoss
 from flexdpo.training import adapters, distribution, models
 from flexdpo.training.cache import tokenizer_digest
 from flexdpo.training.checkpoints import (
@@ -113,6 +114,8 @@ class DPOTrainer(Trainer):
 
     train_dataset: Any
     eval_dataset: Any
+    # what the run proved before its first step
+    proof: Proof | None = None
 
     def __init__(
         self,
@@ -150,6 +153,7 @@ class DPOTrainer(Trainer):
             model = adapters.add_adapter(model, peft_config)
         adapters.require_trainable(model)
         prepare_model(model, impl=self.impl)
+        self._router = RouterLoss.of(model, args.router_aux_loss_coef)
         reference = self._reference_for(model, ref_model, args, processing_class)
         # what an adapter's policy was before its first step takes no second model
         self._at_start: adapters.AtStart | None = None
@@ -195,7 +199,6 @@ class DPOTrainer(Trainer):
             self._precompute(fingerprint)
             # rows of a whole dataset come in more lengths than those of a step
             self._compile(model)
-        self.proof: Proof | None = None
         if args.prove:
             agrees = ref_model is None and self.objective.needs_reference
             self.add_callback(ProofAtStart(self, reference_is_policy=agrees))
@@ -373,6 +376,8 @@ class DPOTrainer(Trainer):
         loader: DataLoader[Any] = super().get_train_dataloader()
         args = self.args
         wanted = args.balance_processes and args.world_size > 1 and self.objective.is_mean_over_pairs
+        # which tokens stand together decides what balances them
+        wanted = wanted and self._router is None
         if wanted and hasattr(self.train_dataset, "num_rows") and has_one_pair_each(self.train_dataset):
             hidden = unwrap_model(self.model).config.get_text_config().hidden_size
             balance(loader, predicted_costs(self.train_dataset, hidden), args.world_size)
@@ -480,6 +485,7 @@ class DPOTrainer(Trainer):
             reference=self.reference_logps,
             autocast=self.compute_loss_context_manager,
             average=lambda value: self.accelerator.reduce(value, reduction="mean"),
+            router=self._router,
             agree=(lambda rows: distribution.largest(self.accelerator, rows)) if self._in_step else None,
         )
 
