@@ -273,7 +273,7 @@ class Runner:
         """Run a batch that is on the model's device."""
         if self.objective.averages_tokens and self.average is not None:
             # gradients become a mean over processes, so each divides by the mean of their tokens
-            tokens = batch.rows[0].input_ids.new_full((), batch.totals.supervised_tokens, dtype=torch.float64)
+            tokens = batch.rows[0].input_ids.new_full((), float(batch.totals.supervised_tokens), dtype=torch.float64)
             batch = replace(batch, totals=replace(batch.totals, supervised_tokens=self.average(tokens)))
         passes = len(batch.rows)
         if self.agree is not None and batch.idle_row is not None:
