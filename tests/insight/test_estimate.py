@@ -357,7 +357,7 @@ def test_the_benchmark_carries_the_prediction() -> None:
     assert figures["speedups"]["packed"]["total"]["predicted"] > 1
 
 
-RESULTS = sorted((Path(__file__).parents[2] / "notebooks" / "results").glob("*.json"))
+RESULTS = sorted((Path(__file__).parents[2] / "notebooks" / "results").glob("bench-*.json"))
 
 
 @pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.stem)

@@ -68,8 +68,9 @@ def _imported(tree: ast.AST) -> dict[str, str]:
                     names[alias.asname or "torch"] = alias.name if alias.asname else "torch"
         elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch":
             names |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
-    # a class of ours has its base's constructors
-    derived = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and len(node.bases) == 1]
+    # a class of ours has its base's constructors, unless it has one of its own
+    classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and len(node.bases) == 1]
+    derived = [node for node in classes if _member(node, ["__init__"]) is None]
     found = {node.name: _dotted(node.bases[0], names) for node in derived}
     return names | {name: base for name, base in found.items() if base is not None}
 
