@@ -193,10 +193,14 @@ def measure(
         # a compiled layer would be compiled again for every length of a sequence
         with stock_attention(base), torch.compiler.set_stance("force_eager"):
             with CoarsestRounding() as rounding:
-                alone = [_joined([runs.alone(row, response) for response in range(row.num_responses)]) for row in rows]
+                one_by_one = [[runs.alone(row, response) for response in range(row.num_responses)] for row in rows]
             listener.rounding = rounding.eps
             adapter_alone = listener.take_adapter_gradients()
-            noise = [runs.twice(row, response) for row in rows for response in _first_responses(row)]
+            noise = [
+                (runs.again(row, response), once[response])
+                for row, once in zip(rows, one_by_one, strict=True)
+                for response in _first_responses(row)
+            ]
         with torch.no_grad(), autocast():
             references = [] if reference is None else [reference(row) for row in rows]
     before.restore()
@@ -204,20 +208,21 @@ def measure(
     def error(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
         return token_error(pairs, listener.rounding)
 
+    alone = [_joined(runs_of_row) for runs_of_row in one_by_one]
     gradients = [
-        (run.gradient[: row.num_tokens], _summed_by_token(one_by_one.gradient, row))
-        for run, one_by_one, row in zip(packed, alone, rows, strict=True)
-        if run.gradient is not None and one_by_one.gradient is not None
+        (run.gradient[: row.num_tokens], _summed_by_token(other.gradient, row))
+        for run, other, row in zip(packed, alone, rows, strict=True)
+        if run.gradient is not None and other.gradient is not None
     ]
     return Proof(
         examples=sum(len(row.groups) for row in rows),
         sequences=sum(row.num_responses for row in rows),
         value_error=error((run.logps, other.logps) for run, other in zip(packed, alone, strict=True)),
-        value_noise=error((again.logps, once.logps) for once, again in noise),
+        value_noise=error((again.logps, once.logps) for again, once in noise),
         gradient_error=error(gradients),
         gradient_noise=error(
             (again.gradient, once.gradient)
-            for once, again in noise
+            for again, once in noise
             if once.gradient is not None and again.gradient is not None
         ),
         adapter_error=error([(adapter, adapter_alone)] if adapter.any() else []),
@@ -259,21 +264,18 @@ class _Runs:
 
     def alone(self, row: Row, response: int) -> _Run:
         """One sequence, as an ordinary trainer gives it to the model."""
-        path, size = path_of(row, response), len(row.response_paths[response])
-        return self._sequence({"input_ids": row.input_ids[:, path]}, size, _direction(row, response))
+        ids = row.input_ids[:, path_of(row, response)]
+        return self._sequence({"input_ids": ids}, row, response)
 
-    def twice(self, row: Row, response: int) -> tuple[_Run, _Run]:
-        """One sequence alone, and beside another one in a padded batch from embeddings that are rounded otherwise."""
-        path, size = path_of(row, response), len(row.response_paths[response])
-        ids = row.input_ids[:, path]
-        direction = _direction(row, response)
-        once = self._sequence({"input_ids": ids}, size, direction)
+    def again(self, row: Row, response: int) -> _Run:
+        """The sequence beside another one in a padded batch, from embeddings that are rounded otherwise."""
+        ids = row.input_ids[:, path_of(row, response)]
         with self.listener.rounding_otherwise():
-            return once, self._sequence(beside_another(ids), size, direction)
+            return self._sequence(beside_another(ids), row, response)
 
-    def _sequence(self, inputs: dict[str, Tensor], size: int, direction: Tensor) -> _Run:
-        """Run inputs whose first sequence ends with a response of ``size`` tokens."""
-        ids = inputs["input_ids"][0]
+    def _sequence(self, inputs: dict[str, Tensor], row: Row, response: int) -> _Run:
+        """Run inputs whose first sequence ends with the response."""
+        ids, size = inputs["input_ids"][0], len(row.response_paths[response])
         predictors = torch.arange(len(ids) - size - 1, len(ids) - 1, device=ids.device)
         plan, labels = head_plan(self.model), ids[predictors + 1]
         with self.autocast():
@@ -281,7 +283,7 @@ class _Runs:
                 values = head_logps(self.model, {**inputs, "use_cache": False}, predictors, labels, plan)
             else:
                 values = logits_logps(self.model(**inputs, use_cache=False).logits[0, predictors], labels)
-        run = self._run(values.logps.double(), direction)
+        run = self._run(values.logps.double(), _direction(row, response))
         return run if run.gradient is None else run._replace(gradient=run.gradient[: len(ids)])
 
     def _run(self, logps: Tensor, direction: Tensor) -> _Run:

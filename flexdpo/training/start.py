@@ -43,19 +43,22 @@ class ProofAtStart(TrainerCallback):
         model = trainer.model_wrapped if sharded else trainer.model
         was_training = model.training
         model.train()
-        batch = self._first_batch()
+        batches = self._first_batches()
         compare = self.reference_is_policy and state.global_step == 0
+        precomputed = {
+            row: logps
+            for batch in batches
+            for row, logps in zip(batch.rows, batch.reference or (), strict=batch.reference is not None)
+        }
 
         def reference(row: Row) -> Tensor:
-            if batch.reference is not None:
-                return batch.reference[batch.rows.index(row)].sums
-            return trainer.reference_logps(row).sums
+            return (precomputed[row] if row in precomputed else trainer.reference_logps(row)).sums
 
         # the first examples may need lengths that the batches do not
         with kernel_settings_as(trainer.row_plan.kernels_of_any_length):
             proof = measure(
                 model,
-                batch.rows,
+                [row for batch in batches for row in batch.rows],
                 reference=reference if compare else None,
                 with_gradients=not sharded,
                 autocast=trainer.compute_loss_context_manager,
@@ -67,16 +70,21 @@ class ProofAtStart(TrainerCallback):
             # at a level that transformers shows by default
             logger.warning(proof.line())
 
-    def _first_batch(self) -> PackedBatch:
+    def _first_batches(self) -> list[PackedBatch]:
+        """The first examples in micro-batches as in training: rows are no longer, and as many documents share one."""
         trainer, args = self.trainer, self.trainer.args
         # half a step's pairs or fewer: all passes of the proof together then cost less than two steps
-        pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        half = args.per_device_train_batch_size * args.gradient_accumulation_steps // 2
         # a loss that compares with other examples needs one
-        fewest = 2 if trainer.objective.needs_unrelated_responses else 1
-        count = max(fewest, min(_MOST_EXAMPLES, pairs // 2))
+        size = max(args.per_device_train_batch_size, 2 if trainer.objective.needs_unrelated_responses else 1)
+        # one example alone would not show that the documents of a row keep apart
+        count = max(min(size, 2), min(_MOST_EXAMPLES, half))
         data = trainer.train_dataset
         if isinstance(data, StreamedPreferences):
             data = data.sample(count)
-        collated = trainer.data_collator([data[index] for index in range(min(count, len(data)))])
-        batch: PackedBatch = collated["batch"].to(args.device)
-        return batch
+        count = min(count, len(data))
+        if count > size:
+            count -= count % size  # whole ones
+        micro_batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
+        collated = [trainer.data_collator([data[index] for index in indices]) for indices in micro_batches]
+        return [each["batch"].to(args.device) for each in collated]

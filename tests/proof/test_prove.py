@@ -17,6 +17,8 @@ from flexdpo import DPOConfig, DPOTrainer, FlexdpoError, Group, Row, RowLayout, 
 from flexdpo.attention import row_mask
 from flexdpo.hf.probe import token_error
 from flexdpo.hf.randomness import disable_dropout
+from flexdpo.proof.prove import measure
+from flexdpo.training import start
 from flexdpo.training.step import REFERENCE_COLUMN
 from tests.conftest import odd_groups, preference_rows, random_ids
 from tests.hf.architectures import build_or_skip
@@ -93,6 +95,7 @@ def test_nothing_is_left_behind(small_model: Any) -> None:
         {"bf16": True},
         {"precompute_ref_log_probs": True},
         {"per_device_train_batch_size": 1},
+        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "precompute_ref_log_probs": True},
         {"max_tokens_per_row": 56, "gradient_accumulation_steps": 2},
         {"loss_type": ["kto"], "per_device_train_batch_size": 2},
         {"loss_type": ["simpo"]},
@@ -153,6 +156,18 @@ def _leaking(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(row_mask, "build_block_mask", leaking)
 
 
+def _documents_mixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that comes later in the row sees the first token of the first document."""
+    build = row_mask.build_block_mask
+
+    def mixing(layout: Any, kind: Any, **kwargs: Any) -> Any:
+        ends = layout.subtree_end.clone()
+        ends[0, 0] = layout.num_tokens[0]
+        return build(RowLayout(layout.position_ids, ends, layout.num_tokens), kind, **kwargs)
+
+    monkeypatch.setattr(row_mask, "build_block_mask", mixing)
+
+
 def _off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every response but a prompt's first begins one position too late."""
     inputs = Row.inputs
@@ -202,6 +217,36 @@ def test_a_row_that_mixes_the_rotations_of_short_and_long_sequences_is_stopped(
     monkeypatch.setattr("flexdpo.hf.holding.evaluated_by_side", lambda module, limits, longest, args, kwargs: None)
     with pytest.raises(FlexdpoError, match="packed log-probabilities are off by"):
         prove(model, groups)
+
+
+@pytest.mark.parametrize("per_device_train_batch_size", [2, 3])
+def test_documents_that_mix_are_stopped_in_small_batches_too(
+    per_device_train_batch_size: int, train: Any, small_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = train(small_model(), per_device_train_batch_size=per_device_train_batch_size)
+    _documents_mixed(monkeypatch)
+    with pytest.raises(FlexdpoError, match="packed log-probabilities are off by"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("micro_batch", "accumulation", "documents"),
+    [(1, 1, [1]), (1, 8, [1, 1, 1, 1]), (2, 1, [2]), (2, 3, [2]), (3, 3, [3]), (2, 8, [2, 2]), (8, 1, [4])],
+)
+def test_rows_hold_as_many_documents_as_in_training(
+    micro_batch: int, accumulation: int, documents: list[int], train: Any, small_model: Any, monkeypatch: Any
+) -> None:
+    """Never more, which memory might not hold, and two at least where documents share rows."""
+    settings = {"per_device_train_batch_size": micro_batch, "gradient_accumulation_steps": accumulation}
+    trainer, found = train(small_model(), **settings), []
+
+    def note(model: Any, rows: list[Row], **kwargs: Any) -> Any:
+        found.extend(len(row.groups) for row in rows)
+        return measure(model, rows, **kwargs)
+
+    monkeypatch.setattr(start, "measure", note)
+    start.ProofAtStart(trainer, reference_is_policy=True).on_train_begin(trainer.args, trainer.state, None)
+    assert found == documents
 
 
 def test_dropout_that_was_left_on_is_stopped(train: Any, small_model: Any) -> None:
