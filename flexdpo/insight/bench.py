@@ -12,6 +12,7 @@ import torch
 
 from flexdpo.attention.settings import KernelSettings, kernel_settings_as
 from flexdpo.errors import FlexdpoError, nearest
+from flexdpo.hf.checkpointing import enable_checkpointing
 from flexdpo.insight.bench_arms import Arm, PackedArm, PaddedArm, PaddedLabelsArm
 from flexdpo.insight.bench_flops import Work
 from flexdpo.insight.bench_kernels import kernel_rows
@@ -172,7 +173,7 @@ def run_bench(
     result = BenchResult(settings, describe_environment(device))
     model = shape.build(device, settings.torch_dtype, seed=settings.seed)
     if settings.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(model)
     with kernel_settings_as(KernelSettings(lengths=settings.lengths)):  # type: ignore[arg-type]
         for profile in find_profiles(settings.profile):
             progress(profile.name)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flexdpo.errors import FlexdpoError
+from flexdpo.hf.checkpointing import checkpointing_name
 from flexdpo.insight.bench_flops import Work, padded_work
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def _trainer(model: PreTrainedModel, device: torch.device, checkpointing: bool) 
     config = DPOConfig(
         tempfile.mkdtemp(prefix="flexdpo-bench-"),
         max_length=None,
-        gradient_checkpointing=checkpointing,
+        **{checkpointing_name(DPOConfig): checkpointing},
         use_cpu=device.type == "cpu",
         report_to=[],
         bf16=False,

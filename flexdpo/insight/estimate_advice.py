@@ -35,7 +35,7 @@ class Suggestion:
         per_device_train_batch_size: Groups of a step; rows bound the memory, so no accumulation is needed.
         gradient_accumulation_steps: 1.
         max_tokens_per_row: Longest row; ``None`` where a batch fits into one, or nothing fits.
-        gradient_checkpointing: Whether layers should run again in the backward pass.
+        activation_checkpointing: Whether layers should run again in the backward pass.
         precompute_ref_log_probs: Whether the reference should be run beforehand, so that its weights need not stay.
         regroup_prompts: Whether rows with equal prompts should be merged.
         sharing: ``"group"`` or ``"step"``.
@@ -47,7 +47,7 @@ class Suggestion:
     per_device_train_batch_size: int
     gradient_accumulation_steps: int
     max_tokens_per_row: int | None
-    gradient_checkpointing: bool
+    activation_checkpointing: bool
     precompute_ref_log_probs: bool
     regroup_prompts: bool
     sharing: str
@@ -60,7 +60,7 @@ class Suggestion:
         words = [f"--per_device_train_batch_size {self.per_device_train_batch_size}"]
         if self.max_tokens_per_row is not None:
             words.append(f"--max_tokens_per_row {self.max_tokens_per_row}")
-        for name in ("gradient_checkpointing", "precompute_ref_log_probs", "regroup_prompts"):
+        for name in ("activation_checkpointing", "precompute_ref_log_probs", "regroup_prompts"):
             if getattr(self, name):
                 words.append(f"--{name} true")
         if self.sharing != "group":
@@ -90,7 +90,7 @@ def suggest(
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=1,
         max_tokens_per_row=bound,
-        gradient_checkpointing=setup.gradient_checkpointing,
+        activation_checkpointing=setup.gradient_checkpointing,
         precompute_ref_log_probs=settings.training_setup.reference and not setup.reference,
         regroup_prompts=features["regrouping"].speedup >= _WORTH_A_SWITCH
         and features["regrouping"].seconds <= features["across"].seconds,
@@ -228,8 +228,8 @@ def _memory_advice(
         name
         for name, now, before in (
             (
-                "gradient_checkpointing",
-                suggestion.gradient_checkpointing,
+                "activation_checkpointing",
+                suggestion.activation_checkpointing,
                 settings.training_setup.gradient_checkpointing,
             ),
             ("precompute_ref_log_probs", suggestion.precompute_ref_log_probs, False),

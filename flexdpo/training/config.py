@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 from flexdpo.attention.row_mask import resolve_impl
 from flexdpo.attention.settings import KernelSettings
 from flexdpo.errors import FlexdpoError, nearest
+from flexdpo.hf.checkpointing import checkpointing_name
 from flexdpo.layout.packing import SHARING
 from flexdpo.objective.divergences import F_DIVERGENCES
 from flexdpo.objective.loss_types import LOSS_TYPES
@@ -67,6 +68,18 @@ class DPOConfig(TrainingArguments):
     bf16: bool | None = field(
         default=None,
         metadata={"help": "bfloat16 mixed precision; by default on where the GPU has it and fp16 is off."},
+    )
+
+    activation_checkpointing: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Run layers again in the backward pass.",
+            "nargs": "?",
+            "const": True,
+        },
+    )
+    activation_checkpointing_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Keyword arguments of torch.utils.checkpoint.checkpoint."}
     )
 
     beta: float = field(
@@ -276,7 +289,14 @@ class DPOConfig(TrainingArguments):
         copies_unsaid = self.accelerator_config is None
         for name, nothing in _COMPILE_SETTINGS.items():
             setattr(self, name, nothing)
+        # transformers before 5.23 knows the older names only
+        known = checkpointing_name(TrainingArguments)
+        for suffix in ("", "_kwargs"):
+            if getattr(self, f"activation_checkpointing{suffix}") is not None:
+                setattr(self, known + suffix, getattr(self, f"activation_checkpointing{suffix}"))
         super().__post_init__()
+        for suffix in ("", "_kwargs"):
+            setattr(self, f"activation_checkpointing{suffix}", getattr(self, known + suffix))
         wanted = asked.pop("torch_compile")
         given = any(value is not None for value in asked.values())
         if wanted is False and given:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flexdpo.errors import FlexdpoError, first_line, found
+from flexdpo.hf.checkpointing import checkpointing_name
 from flexdpo.objective.linear_logps import targets_per_chunk, tile_shape
 
 if TYPE_CHECKING:
@@ -194,7 +195,7 @@ class TrainingSetup:
         return cls(
             weight_bytes=weight_bytes,
             compute_bytes=min(2, weight_bytes) if half else weight_bytes,
-            gradient_checkpointing=bool(args.gradient_checkpointing),
+            gradient_checkpointing=bool(getattr(args, checkpointing_name(args))),
             reference=reference,
             trainable=None if trained is None else sum(p.numel() for p in trained),
             optimizer=str(getattr(args.optim, "value", args.optim)),
@@ -463,7 +464,7 @@ def _no_room(size: ModelSize, setup: TrainingSetup, tokens: int, free: int, usab
     )
     ways = ["lower max_length"]
     if not setup.gradient_checkpointing:
-        ways.append("set gradient_checkpointing=True")
+        ways.append("set activation_checkpointing=True")
     if setup.reference:
         ways.append("set precompute_ref_log_probs=True, which keeps no reference in memory")
     if setup.trainable is None or setup.trainable == size.parameters:

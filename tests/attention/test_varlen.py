@@ -19,6 +19,7 @@ from flexdpo.attention.row_mask import RowMask, row_mask_for
 from flexdpo.attention.selftest import Shape, compare_kernel
 from flexdpo.attention.settings import KernelSettings, kernel_settings_as
 from flexdpo.attention.varlen import plan_for, varlen_attention
+from flexdpo.hf.checkpointing import enable_checkpointing
 from flexdpo.hf.compilation import compile_decoder_layers
 from tests.conftest import build_model, odd_groups
 
@@ -228,7 +229,7 @@ def test_a_model_gives_the_same_log_probabilities_and_gradients(name: str, how: 
     def run(impl: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
         model = flexdpo.prepare_model(build_model(name), impl=impl).train()
         if how == "checkpointed":
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            enable_checkpointing(model)
         if how == "compiled" and impl == "varlen":
             compile_decoder_layers(model, backend="eager")
         sums = flexdpo.response_logps(model, row).sums

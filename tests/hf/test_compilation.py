@@ -13,6 +13,7 @@ from flexdpo.attention import kernels, selftest
 from flexdpo.attention.piecewise import piecewise_attention
 from flexdpo.attention.selftest import AttentionCall, Shape
 from flexdpo.attention.settings import KernelSettings, kernel_settings_as
+from flexdpo.hf.checkpointing import enable_checkpointing
 from flexdpo.hf.compilation import compile_decoder_layers
 from flexdpo.objective.head import head_plan
 
@@ -173,7 +174,7 @@ def test_compiled_layers_are_compared_once_before_they_first_run(compared, check
     compile_decoder_layers(compiled, backend="eager")
     if checkpointing is not None:
         compiled.train()
-        compiled.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": checkpointing})
+        enable_checkpointing(compiled, use_reentrant=checkpointing)
         compiled.enable_input_require_grads()
     row = some_row()
     for part in (eager, compiled):

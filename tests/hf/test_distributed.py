@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from flexdpo import prepare_model
+from flexdpo.hf.checkpointing import enable_checkpointing
 from tests.hf.architectures import build_model
 from tests.hf.equivalence import Run, example_row, gradient_error, packed_run, unpacked_run
 from tests.processes import free_port, spawn_processes
@@ -41,7 +42,7 @@ def _fsdp2(model: Any) -> Any:
 
 def _fsdp2_checkpointed(model: Any) -> Any:
     model.train()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    enable_checkpointing(model)
     return _fsdp2(model)
 
 

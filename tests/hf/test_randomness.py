@@ -24,6 +24,7 @@ from flexdpo import (
     share_prefixes,
     sharing_stats,
 )
+from flexdpo.hf.checkpointing import enable_checkpointing
 from flexdpo.hf.draws import RandomState, draws_by_module
 from tests.hf.architectures import build_model, build_or_skip, zoo
 from tests.hf.equivalence import example_groups, example_row
@@ -174,7 +175,7 @@ def test_a_model_without_weights_is_taken_by_its_names() -> None:
 
 def test_half_precision_and_checkpointing() -> None:
     model = build_random("mixtral").to(torch.bfloat16)
-    model.gradient_checkpointing_enable()
+    enable_checkpointing(model)
     disable_dropout(model)
     assert not draws_by_module(model)
     prepare_model(model)(**example_row().inputs())

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import flexdpo
 from flexdpo.errors import FlexdpoError, UnsupportedModelError
 from flexdpo.hf import batch_gather, sharing_hooks
+from flexdpo.hf.checkpointing import enable_checkpointing
 from flexdpo.hf.draws import being_asked
 from flexdpo.hf.row_dependence import LengthLimits
 from flexdpo.hf.rules import backbone_of
@@ -237,7 +238,7 @@ def test_gradient_checkpointing_of_the_layers(name: str, use_reentrant: bool) ->
     sharing = flexdpo.share_prefixes(model, **ALL)
     without = run(model, batch)
     model.train()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    enable_checkpointing(model, use_reentrant=use_reentrant)
     if use_reentrant:
         model.enable_input_require_grads()
     got = run(model, batch)

@@ -19,6 +19,7 @@ from flexdpo import Group, Row
 from flexdpo.attention.row_mask import row_mask_for
 from flexdpo.attention.settings import KernelSettings, kernel_settings, kernel_settings_as
 from flexdpo.hf import holding, sharing_hooks
+from flexdpo.hf.checkpointing import enable_checkpointing
 from tests.conftest import strengthen
 
 Job = Callable[[], Any]
@@ -177,7 +178,7 @@ def test_a_backward_pass_in_another_thread(use_reentrant: bool, whole: bool) -> 
     want = [p.grad.clone() for p in weights]
     model.zero_grad()
     if not whole:
-        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        enable_checkpointing(model, use_reentrant=use_reentrant)
     found = loss(again=whole)
     # in the meantime this thread runs another model without a row, and one with another row
     thread = threading.Thread(target=found.backward)

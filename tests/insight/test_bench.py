@@ -7,6 +7,7 @@ import torch
 
 from flexdpo import FlexdpoError, Group
 from flexdpo.commands import bench as command
+from flexdpo.hf.checkpointing import enable_checkpointing
 from flexdpo.insight import bench_arms, bench_kernels
 from flexdpo.insight.bench import BenchSettings, profile_table, run_bench
 from flexdpo.insight.bench_arms import PackedArm, PaddedArm, PaddedLabelsArm, pack_pairs
@@ -120,7 +121,7 @@ def test_all_arms_give_the_same_values_and_gradients(checkpointing: bool, monkey
     replace_varlen_attn(monkeypatch)
     model = SMALL.build(CPU, torch.float64)
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(model)
     found = {name: result_of(arm, model) for name, arm in arms(model, [pairs(4)]).items()}
     want = found.pop("padded")
     assert want[1] == pytest.approx(-math.log(1 / (1 + math.exp(-0.1 * -(0.1 - 0.5)))), rel=1e-6)

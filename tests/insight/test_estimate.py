@@ -259,7 +259,7 @@ def test_what_does_not_fit_is_said(rng) -> None:
     assert any("precompute_ref_log_probs=True, so that a row fits into 80.00 GB" in line for line in middle.advice)
     large = estimate_tokenised(data, EstimateSettings(shape="llama-8b", memory=10**12))
     assert not large.suggestion.precompute_ref_log_probs
-    assert not large.suggestion.gradient_checkpointing
+    assert not large.suggestion.activation_checkpointing
 
 
 def test_accumulated_batches_become_one_step(rng) -> None:

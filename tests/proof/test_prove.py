@@ -90,8 +90,8 @@ def test_nothing_is_left_behind(small_model: Any) -> None:
     "changes",
     [
         {},
-        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
-        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+        {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}},
+        {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}},
         {"bf16": True},
         {"precompute_ref_log_probs": True},
         {"per_device_train_batch_size": 1},

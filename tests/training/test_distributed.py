@@ -155,7 +155,7 @@ def test_several_processes_give_the_curve_of_one(tmp_path, common, one_process, 
 CHANGES = [
     {"gradient_accumulation_steps": 2},
     {"loss_type": ["aot"], "beta": 0.5},
-    {"lora": True, "gradient_checkpointing": True},
+    {"lora": True, "activation_checkpointing": True},
     {"bf16": True},
 ]
 

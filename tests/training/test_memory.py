@@ -12,6 +12,7 @@ from transformers import LlamaConfig, TrainingArguments
 
 from flexdpo import Group, Row, prepare_model, response_logps
 from flexdpo.errors import FlexdpoError
+from flexdpo.hf.checkpointing import checkpointing_name, enable_checkpointing
 from flexdpo.insight.bench_models import SHAPES
 from flexdpo.training import memory
 from flexdpo.training.memory import (
@@ -55,7 +56,7 @@ def test_activations_per_token_are_what_autograd_keeps(name, checkpointing, dtyp
     prepare_model(model)
     model.train()
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(model)
     short, long = row_of(20), row_of(80)
     slope = (kept_by_autograd(model, long) - kept_by_autograd(model, short)) / (long.num_tokens - short.num_tokens)
     setup = TrainingSetup(dtype.itemsize, dtype.itemsize, gradient_checkpointing=checkpointing)
@@ -139,7 +140,7 @@ def test_a_padded_step_holds_all_logits() -> None:
 
 
 def test_a_model_that_is_trained_in_part_says_so(tmp_path) -> None:
-    args = TrainingArguments(str(tmp_path), bf16=False, use_cpu=True, gradient_checkpointing=True)
+    args = TrainingArguments(str(tmp_path), bf16=False, use_cpu=True, **{checkpointing_name(TrainingArguments): True})
     model = build_model("llama").float()
     everything = TrainingSetup.from_arguments(args, model)
     assert everything.trainable == ModelSize.of(model).parameters
@@ -187,7 +188,7 @@ def test_too_little_memory_is_refused_with_ways_out() -> None:
         FlexdpoError, match=r"no row fits: 1 tokens of llama need about 163.* GB more \(weights 32.12 GB"
     ):
         auto_row_budget(config, device="cpu", free=20 * GIGABYTE)
-    with pytest.raises(FlexdpoError, match="set gradient_checkpointing=True, or set precompute_ref_log_probs=True"):
+    with pytest.raises(FlexdpoError, match="set activation_checkpointing=True, or set precompute_ref_log_probs=True"):
         auto_row_budget(config, device="cpu", free=20 * GIGABYTE)
     tiny = SHAPES["tiny"].config()
     with pytest.raises(FlexdpoError, match=r"no row fits: 50000 tokens .* lower max_length"):

@@ -79,7 +79,7 @@ WAYS: list[dict[str, Any]] = [
     {"max_tokens_per_row": 56},
     {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
     {"precompute_ref_log_probs": True},
-    {"gradient_checkpointing": True},
+    {"activation_checkpointing": True},
     {"pad_to_multiple_of": 128},
     {"sharing": "step"},
     {"max_tokens_per_row": "auto"},
