@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 
 from flexdpo import UnsupportedModelError
 from tests.hf import test_architectures as architectures
-from tests.hf.architectures import BECAME_EXACT, NOT_IN_THE_ZOO, RECORDED_UP_TO, newer_than_recorded, zoo
+
+# transformers replaces its own module object once a model is imported: this is the one whose version is read
+from tests.hf.architectures import BECAME_EXACT, NOT_IN_THE_ZOO, RECORDED_UP_TO, newer_than_recorded, transformers, zoo
 
 pytest_plugins = ["pytester"]
 
