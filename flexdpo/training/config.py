@@ -264,11 +264,7 @@ class DPOConfig(TrainingArguments):
         loss_type: list[str] | str = self.loss_type
         self.loss_type = [loss_type] if isinstance(loss_type, str) else list(loss_type)
         self._check_reference(self.objective())
-        if self.label_smoothing_factor:
-            raise FlexdpoError(
-                f"label_smoothing_factor={self.label_smoothing_factor} is for a language model's own loss, which "
-                "preference losses do not use; set label_smoothing, the probability of a wrong preference"
-            )
+        self._check_effects()
         resolve_impl(self.attn_impl, torch.device("cpu"))
         if self.truncation_mode not in TRUNCATION_MODES:
             raise FlexdpoError(
@@ -320,6 +316,35 @@ class DPOConfig(TrainingArguments):
         settings = {name: getattr(self, name) for name in _OBJECTIVE_SETTINGS}
         weights = None if self.loss_weights is None else tuple(self.loss_weights)
         return Objective(tuple(self.loss_type), weights, **settings)
+
+    def _check_effects(self) -> None:
+        """Refuse what transformers' own step would act on and this trainer's does not."""
+        asked = {
+            "label_smoothing_factor": (
+                bool(self.label_smoothing_factor),
+                "it is for a language model's own loss; set label_smoothing, the probability of a wrong preference",
+            ),
+            "include_num_input_tokens_seen": (
+                str(self.include_num_input_tokens_seen).lower() not in ("no", "false"),
+                "it counts padded batches, which do not exist; the log has tokens/run and tokens/unshared",
+            ),
+            "include_for_metrics": (
+                bool(self.include_for_metrics),
+                "it feeds compute_metrics, which gets no logits here",
+            ),
+            "batch_eval_metrics": (self.batch_eval_metrics, "it feeds compute_metrics, which gets no logits here"),
+            "average_tokens_across_devices": (
+                not self.average_tokens_across_devices,
+                "a mean over tokens is always one over those of all processes; leave it at True",
+            ),
+            "optim": (
+                "lomo" in str(self.optim),
+                "it takes its step inside the backward pass, of which a step of several rows has several",
+            ),
+        }
+        for name, (given, reason) in asked.items():
+            if given:
+                raise FlexdpoError(f"{name}={getattr(self, name)!r} would have no effect: {reason}")
 
     def _check_rows(self) -> None:
         budget = self.max_tokens_per_row
