@@ -22,7 +22,7 @@ def test_exact_in_every_dtype(dtype: torch.dtype) -> None:
     assert report.reason == ""
     assert report.threshold == 8
     assert report.tokens > report.threshold
-    assert 0 < report.seconds < 10
+    assert report.seconds > 0
 
 
 def test_refused_models_get_a_report() -> None:

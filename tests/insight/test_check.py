@@ -127,4 +127,5 @@ def test_full_sized_configs_are_cut_built_and_found_exact(name: str) -> None:
     if not architecture.available:
         pytest.skip(f"transformers {transformers.__version__} has no {architecture.class_name}")
     report = parity_probe(small_model(getattr(transformers, architecture.config_class)()))
-    assert report.exact, report
+    # its router draws random numbers in training, however it is set
+    assert report.exact == (name != "phimoe"), report

@@ -220,7 +220,8 @@ def train_packed(
     recipe = recipe or recipe_of(kind, with_lora)
     args = DPOConfig(
         str(folder), use_cpu=True, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True,
-        logging_steps=1, beta=recipe.beta, **settings_of(recipe, **changes),
+        logging_steps=1, beta=recipe.beta, prove=False,  # its passes are not the run's
+        **settings_of(recipe, **changes),
     )  # fmt: skip
     trainer = DPOTrainer(
         example.model(kind), None, args, train_dataset=as_dataset(pairs or example.pairs),
