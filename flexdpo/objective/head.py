@@ -98,7 +98,11 @@ def _settings(base: Any) -> Any:
         # a policy that is its own reference goes to and fro between its modes, and bookkeeping says nothing of logits
         if isinstance(value, plain) and name != "training" and not name.startswith("_")
     ]
-    return values, type(base).forward, id(vars(base).get("forward")), tuple(base._forward_hooks)
+    # our own hooks come and go with a pass and leave logits alone
+    foreign = (
+        key for key, hook in base._forward_hooks.items() if not getattr(hook, "__module__", "").startswith("flexdpo.")
+    )
+    return values, type(base).forward, id(vars(base).get("forward")), tuple(foreign)
 
 
 def head_logps(

@@ -11,6 +11,7 @@ from datasets import Dataset
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from flexdpo import DPOTrainer, FlexdpoError
+from flexdpo.objective import head
 from tests.conftest import preference_rows, strengthen
 from tests.training.test_trainer import settings
 
@@ -106,3 +107,11 @@ def test_a_model_without_routers(tmp_path: Path, tokenizer: Any, preferences: An
     args = settings(tmp_path, router_aux_loss_coef=-0.1)
     with pytest.raises(FlexdpoError, match="router_aux_loss_coef must not be negative"):
         DPOTrainer(mixtral(), None, args, train_dataset=preferences, processing_class=tokenizer)
+
+
+def test_the_head_is_measured_once(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+    measure = head._measure
+    monkeypatch.setattr(head, "_measure", lambda model, device: measured.append(id(model)) or measure(model, device))
+    run(tmp_path, tokenizer, prove=False)
+    assert len(measured) == len(set(measured)) == 2

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from transformers import MambaConfig, MambaForCausalLM, MixtralConfig, MixtralForCausalLM, TrainerCallback
+from transformers import MambaConfig, MambaForCausalLM, TrainerCallback
 
 from flexdpo import DPOConfig, DPOTrainer, FlexdpoError, UnsupportedModelError
 from flexdpo.objective.loss_types import LOSS_TYPES
@@ -457,17 +457,6 @@ def test_bad_combinations(tmp_path, tokenizer, preferences, small_model) -> None
     supervised = Dataset.from_list(rows).cast_column("edges", _edges_feature())
     with pytest.raises(FlexdpoError, match="needs preferences, but the batch has no chosen and rejected"):
         train(given={"train_dataset": supervised})
-
-
-def test_the_missing_router_loss_is_said(tmp_path, tokenizer, preferences, caplog) -> None:
-    config = MixtralConfig(
-        vocab_size=97, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, num_local_experts=2, router_aux_loss_coef=0.02,
-    )  # fmt: skip
-    model = MixtralForCausalLM(config)
-    with caplog.at_level("WARNING"):
-        DPOTrainer(model, None, settings(tmp_path), train_dataset=preferences, processing_class=tokenizer)
-    assert "router_aux_loss_coef=0.02; this trainer does not add the load-balancing loss" in caplog.text
 
 
 def test_a_tokenizer_larger_than_the_model(tmp_path, tokenizer, preferences, small_model) -> None:

@@ -77,7 +77,11 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def on_meta(name: str) -> Any:
     model = flexdpo.prepare_model(flexdpo_model(name), impl="flex")
-    # measured once per model, before the first step
+    # as the step does, since the head is measured once per model and its settings: here, before the first step
+    flexdpo.disable_dropout(model)
+    # a rate that nothing reads: a model on this device cannot be asked, so the step sets it to 0 as well
+    if hasattr(model.config, "summary_first_dropout"):
+        model.config.summary_first_dropout = 0.0
     head_plan(model)
     return model.to(META)
 
