@@ -9,13 +9,14 @@ from pathlib import Path
 # a module may import from its own layer and from those before it
 # fmt: off
 LAYERS = [
-    "errors", "layout", "attention", "hf", "objective", "proof", "training", "trl", "insight", "commands", "cli",
-    "__main__",
+    "errors", "layout", "attention", "hf", "dropin", "trl", "objective", "reference", "proof", "config", "data",
+    "example",
+    "show", "training", "estimate", "runs", "bench", "commands", "cli", "__main__",
 ]
 # fmt: on
 # what `import flexdpo` must not need
 HEAVY = {"datasets", "trl", "peft", "matplotlib"}
-AT_IMPORT = {"errors", "layout", "attention", "hf", "objective", "proof", "__init__"}
+AT_IMPORT = {"errors", "layout", "attention", "hf", "dropin", "objective", "proof", "__init__"}
 
 
 def layer_of(module: str) -> str:

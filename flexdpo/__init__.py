@@ -8,26 +8,26 @@ from __future__ import annotations
 import importlib as _importlib
 from typing import TYPE_CHECKING, Any
 
+from flexdpo.dropin.share import share_prefixes, sharing_stats, unshare
 from flexdpo.errors import FlexdpoError, UnsupportedModelError
-from flexdpo.hf.probe import ParityReport, parity_probe
+from flexdpo.hf.prepare import prepare_model
+from flexdpo.hf.prepare import register as _register
 from flexdpo.hf.randomness import disable_dropout
-from flexdpo.hf.sharing import share_prefixes, sharing_stats, unshare
-from flexdpo.hf.support import prepare_model
-from flexdpo.hf.support import register as _register
 from flexdpo.layout.groups import Group
 from flexdpo.layout.packing import pack
 from flexdpo.layout.row import Row, RowLayout
 from flexdpo.layout.trie import Trie
 from flexdpo.objective.logps import response_logps
+from flexdpo.proof.probe import ParityReport, parity_probe
 from flexdpo.proof.prove import Proof, prove
 
 if TYPE_CHECKING:
-    from flexdpo.insight.estimate import EstimateSettings, estimate_dataset
-    from flexdpo.training.config import DPOConfig
-    from flexdpo.training.data import load_preference_dataset, tokenize_preferences
-    from flexdpo.training.loop import make_train_step
-    from flexdpo.training.regroup import regroup_by_prompt
+    from flexdpo.config import DPOConfig
+    from flexdpo.data.regroup import regroup_by_prompt
+    from flexdpo.data.tokenize import load_preference_dataset, tokenize_preferences
+    from flexdpo.estimate.estimate import EstimateSettings, estimate_dataset
     from flexdpo.training.step import PackingCollator
+    from flexdpo.training.train_step import make_train_step
     from flexdpo.training.trainer import DPOTrainer
 
 __version__ = "0.1.0"
@@ -63,15 +63,15 @@ __all__ = [
 
 # the trainer brings transformers.Trainer and datasets along, so it is loaded when it is asked for
 _LAZY = {
-    "DPOConfig": "flexdpo.training.config",
+    "DPOConfig": "flexdpo.config",
     "DPOTrainer": "flexdpo.training.trainer",
-    "EstimateSettings": "flexdpo.insight.estimate",
+    "EstimateSettings": "flexdpo.estimate.estimate",
     "PackingCollator": "flexdpo.training.step",
-    "estimate_dataset": "flexdpo.insight.estimate",
-    "load_preference_dataset": "flexdpo.training.data",
-    "make_train_step": "flexdpo.training.loop",
-    "regroup_by_prompt": "flexdpo.training.regroup",
-    "tokenize_preferences": "flexdpo.training.data",
+    "estimate_dataset": "flexdpo.estimate.estimate",
+    "load_preference_dataset": "flexdpo.data.tokenize",
+    "make_train_step": "flexdpo.training.train_step",
+    "regroup_by_prompt": "flexdpo.data.regroup",
+    "tokenize_preferences": "flexdpo.data.tokenize",
 }
 
 _register()

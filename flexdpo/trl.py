@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import Trainer, TrainerCallback
 
+from flexdpo.dropin.hooks import SharingStats
+from flexdpo.dropin.share import is_shared, share_backbone, sharing_stats, taker_of, unshare, unwrapped
 from flexdpo.errors import FlexdpoError
 from flexdpo.hf.rules import unwrap_model
-from flexdpo.hf.sharing import is_shared, share_backbone, sharing_stats, taker_of, unshare, unwrapped
-from flexdpo.hf.sharing_hooks import SharingStats
 
 if TYPE_CHECKING:
     from torch import nn

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, MambaConfig
 
 from flexdpo import DPOConfig, DPOTrainer, load_preference_dataset
 from flexdpo.cli import main
-from flexdpo.insight.dry_run import dry_run
-from flexdpo.insight.jobs import Job
-from flexdpo.training.models import load_model, load_tokenizer
+from flexdpo.runs.dry_run import dry_run
+from flexdpo.runs.job import Job
+from flexdpo.training.model_loading import load_model, load_tokenizer
 from tests.conftest import preference_rows
 from tests.test_cli import complaint
 

@@ -323,8 +323,8 @@ def test_a_reference_that_the_trainer_loads_itself(tmp_path: Path, tokenizer: An
 
 def test_the_comparison_can_fail(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """With responses that see each other, losses are others from the first step on."""
-    from flexdpo.hf import sharing_hooks
-    from flexdpo.layout.batch_trie import BatchTrie
+    from flexdpo.dropin import hooks as sharing_hooks
+    from flexdpo.dropin.batch_trie import BatchTrie
 
     trie_of = sharing_hooks.trie_of
 

@@ -13,13 +13,12 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from flexdpo.attention.mask_mods import CAUSAL, MaskKind, mask_mod_for
 from flexdpo.errors import UnsupportedModelError
+from flexdpo.layout.row import TILE
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from flexdpo.layout.row import RowLayout
-
-DEFAULT_BLOCK_SIZE = 128
 
 
 class RowBlockMask(BlockMask):
@@ -49,7 +48,7 @@ class RowBlockMask(BlockMask):
 
 
 def build_block_mask(
-    layout: RowLayout, kind: MaskKind = CAUSAL, *, block_size: int | tuple[int, int] = DEFAULT_BLOCK_SIZE
+    layout: RowLayout, kind: MaskKind = CAUSAL, *, block_size: int | tuple[int, int] = TILE
 ) -> BlockMask:
     """Build the BlockMask of one mask kind on a batch of packed rows, on the layout's device, without synchronising.
 

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_mask
 
+from flexdpo.attention.blockwise import piecewise_attention
 from flexdpo.attention.flex import run_flex
 from flexdpo.attention.formula import softmax_attention
-from flexdpo.attention.piecewise import piecewise_attention
 from flexdpo.attention.selftest import AttentionCall, Shape, is_compared, require_correct_kernel
 from flexdpo.attention.varlen import require_varlen, varlen_attention
 from flexdpo.errors import FlexdpoError

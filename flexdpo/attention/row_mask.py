@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
-from flexdpo.attention.block_masks import DEFAULT_BLOCK_SIZE, build_block_mask
+from flexdpo.attention.block_masks import build_block_mask
 from flexdpo.attention.flash import flash_block_size
 from flexdpo.attention.settings import KernelSettings, kernel_settings
 from flexdpo.errors import FlexdpoError, nearest
+from flexdpo.layout.row import TILE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,7 +78,7 @@ def row_mask_for(layout: RowLayout, kind: MaskKind, impl: Impl = "auto") -> RowM
 def _block_size(impl: str, device: torch.device) -> int | tuple[int, int]:
     if impl == "flex" and kernel_settings().backend == "FLASH" and device.type == "cuda":
         return flash_block_size(torch.cuda.get_device_capability(device))
-    return DEFAULT_BLOCK_SIZE
+    return TILE
 
 
 def row_mask_of(attention_mask: object) -> RowMask | None:

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from flexdpo.attention.blockwise import bias_between
 from flexdpo.attention.flash import FlashCall, require_flash
 from flexdpo.attention.flex import KernelKey, kernel_key_of, run_flex, wants_gradients
 from flexdpo.attention.formula import softmax_attention
-from flexdpo.attention.piecewise import bias_between
 from flexdpo.errors import FlexdpoError
 
 if TYPE_CHECKING:

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from flexdpo.bench.bench import BASELINES, BenchSettings, run_bench
+from flexdpo.bench.profiles import load_profiles
 from flexdpo.commands.options import OptionParser
 from flexdpo.errors import FlexdpoError
-from flexdpo.insight.bench import BASELINES, BenchSettings, run_bench
-from flexdpo.insight.bench_models import SHAPES
-from flexdpo.insight.bench_profiles import load_profiles
+from flexdpo.estimate.model_shapes import SHAPES
 
 
 @dataclass
@@ -94,7 +94,7 @@ def run(argv: list[str]) -> int:
 
 
 def _bench_drop_in(arguments: BenchArguments) -> int:
-    from flexdpo.insight.bench_sharing import SharingBenchSettings, bench_sharing
+    from flexdpo.bench.dropin import SharingBenchSettings, bench_sharing
 
     settings = SharingBenchSettings(
         device=_device(arguments),

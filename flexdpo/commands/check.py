@@ -6,7 +6,7 @@ from argparse import ArgumentParser
 from typing import NoReturn
 
 from flexdpo.errors import FlexdpoError
-from flexdpo.insight.check import run_check
+from flexdpo.proof.check import run_check
 
 
 class _Parser(ArgumentParser):

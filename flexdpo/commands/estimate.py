@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flexdpo.commands.options import OptionParser
+from flexdpo.data.load import load_preference_dataset
 from flexdpo.errors import FlexdpoError
-from flexdpo.insight.bench_models import SHAPES
-from flexdpo.insight.estimate import Estimate, EstimateSettings, estimate_dataset
-from flexdpo.insight.estimate_costs import MACHINES
-from flexdpo.insight.estimate_sources import find_config, find_tokenizer
-from flexdpo.training.sources import load_preference_dataset
+from flexdpo.estimate.costs import MACHINES
+from flexdpo.estimate.estimate import Estimate, EstimateSettings, estimate_dataset
+from flexdpo.estimate.model_shapes import SHAPES
+from flexdpo.estimate.sources import find_config, find_tokenizer
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -5,8 +5,8 @@ from __future__ import annotations
 from argparse import ArgumentParser
 from typing import NoReturn
 
+from flexdpo.bench.results_page import load_files, render_page, update_page
 from flexdpo.errors import FlexdpoError
-from flexdpo.insight.results_page import load_files, render_page, update_page
 
 
 class _Parser(ArgumentParser):

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from flexdpo.commands.options import OptionParser
+from flexdpo.data.load import load_preference_dataset
 from flexdpo.errors import FlexdpoError
-from flexdpo.insight.estimate_sources import find_tokenizer
-from flexdpo.insight.show_overview import VIEWS, draw_overview, first_row, picture_block_size
-from flexdpo.insight.show_packing import batch_layouts
-from flexdpo.insight.show_sources import example_groups, groups_of_dataset, read_lengths
-from flexdpo.insight.show_text import overview_text
-from flexdpo.training.sources import load_preference_dataset
+from flexdpo.estimate.sources import find_tokenizer
+from flexdpo.show.overview import VIEWS, draw_overview, first_row, picture_block_size
+from flexdpo.show.packing import batch_layouts
+from flexdpo.show.sources import example_groups, groups_of_dataset, read_lengths
+from flexdpo.show.text import overview_text
 
 if TYPE_CHECKING:
     from flexdpo.layout.groups import Group

@@ -9,11 +9,11 @@ from typing import Any
 from transformers import TrainingArguments
 
 from flexdpo.commands.options import OptionParser, field_names
+from flexdpo.config import DPOConfig
 from flexdpo.errors import FlexdpoError
-from flexdpo.insight.dry_run import dry_run
-from flexdpo.insight.example import run_example
-from flexdpo.insight.jobs import Job, run_job
-from flexdpo.training.config import DPOConfig
+from flexdpo.runs.dry_run import dry_run
+from flexdpo.runs.example import run_example
+from flexdpo.runs.job import Job, run_job
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """What ``attn_implementation="flexdpo"`` stands for in transformers: an attention function and a mask function.
 
-While a packed row is being run (:mod:`flexdpo.hf.holding`), the mask function returns a BlockMask for every mask kind
-the model asks for, and the attention function runs what that BlockMask says. Without a layout both do what transformers
-does, so that ``generate()`` and evaluation just work.
+While a packed row is being run (:mod:`flexdpo.hf.forward_layout`), the mask function returns a BlockMask for every mask
+kind the model asks for, and the attention function runs what that BlockMask says. Without a layout both do what
+transformers does, so that ``generate()`` and evaluation just work.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from flexdpo.attention.mask_mods import CAUSAL, MaskKind
 from flexdpo.attention.row_mask import row_mask_for, row_mask_of
 from flexdpo.attention.selftest import is_compared
 from flexdpo.errors import FlexdpoError, UnsupportedModelError
-from flexdpo.hf.holding import held_forward
+from flexdpo.hf.forward_layout import held_forward
 from flexdpo.hf.randomness import WAY_OUT
 from flexdpo.hf.row_dependence import scaled_by_position
 from flexdpo.layout.row import RowLayout

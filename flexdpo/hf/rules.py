@@ -1,6 +1,6 @@
 """The static rule: which models can be exact on shared, packed rows, judged by class and config alone.
 
-Whatever the rule cannot see is closed at run time, by :mod:`flexdpo.hf.holding` and :mod:`flexdpo.hf.interface`.
+Whatever the rule cannot see is closed at run time, by :mod:`flexdpo.hf.forward_layout` and :mod:`flexdpo.hf.interface`.
 """
 
 from __future__ import annotations

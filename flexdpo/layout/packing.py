@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flexdpo.errors import FlexdpoError, nearest
-from flexdpo.layout.row import Row
+from flexdpo.layout.row import TILE, Row
 from flexdpo.layout.trie import Trie
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 SHARING = ("group", "step")
 # groups that begin alike share a trie only if they do so for a whole tile of attention: merging on less (a BOS token)
 # would tie the whole row together and cost more tiles than it saves tokens
-MIN_SHARED = 128
+MIN_SHARED = TILE
 
 
 def pack(
@@ -264,7 +264,7 @@ class Buckets:
 
 
 def choose_buckets(
-    lengths: Sequence[int], *, max_waste: float = 0.03, max_buckets: int = 16, multiple: int = 128
+    lengths: Sequence[int], *, max_waste: float = 0.03, max_buckets: int = 16, multiple: int = TILE
 ) -> Buckets:
     """Choose the fewest lengths to pad rows to that keep padding below a share of all tokens.
 

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
     from flexdpo.layout.groups import Group
 
+# tokens to a side of a tile of FlexAttention
+TILE = 128
+
 # what a model that was not prepared would ask of its attention_mask first
 # fmt: off
 _TENSOR_ATTRIBUTES = frozenset(
@@ -31,6 +34,14 @@ _TENSOR_ATTRIBUTES = frozenset(
     )
 )
 # fmt: on
+
+
+def tile_multiple(device: torch.device | str) -> int:
+    """Rows are padded to a multiple of this many tokens.
+
+    On CUDA whole tiles, which let FlexAttention skip its bounds checks; the CPU path has no tiles.
+    """
+    return TILE if torch.device(device).type == "cuda" else 1
 
 
 class RowLayout:

@@ -4,7 +4,7 @@ Full logits of ``T`` targets over ``V`` words are the largest tensor of a traini
 exists at a time. The forward pass takes a few targets with all words and keeps one normaliser per target. The backward
 pass projects again, a tile of targets and words at a time, words in the outer loop: the weight's gradient, the largest
 by far, is finished block by block, where targets in the outer loop would read and write all of it for each of them.
-``flexdpo/insight/bench_head.py`` counts what this costs on a GPU.
+``flexdpo/bench/lm_head.py`` counts what this costs on a GPU.
 
 ``torch.nn.functional.linear_cross_entropy`` (torch 2.13) needs as little memory. It is not used: on one CPU
 core, with 8192 targets, 131072 words and hidden size 512, it took 102 s, this 41 s and full logits 80 s; and

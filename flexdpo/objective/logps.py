@@ -13,8 +13,8 @@ import torch
 from transformers.utils import logging
 
 from flexdpo.errors import FlexdpoError
-from flexdpo.objective.head import base_model, head_logps, head_plan
 from flexdpo.objective.linear_logps import TargetLogps, logits_logps
+from flexdpo.objective.lm_head import base_model, head_logps, head_plan
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from flexdpo.errors import FlexdpoError, UnsupportedModelError
-from flexdpo.objective.head import anchored, base_model, replaced_forward
+from flexdpo.objective.lm_head import anchored, base_model, replaced_forward
 
 if TYPE_CHECKING:
     from collections.abc import Callable

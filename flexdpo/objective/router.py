@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flexdpo.errors import FlexdpoError
-from flexdpo.objective.head import base_model
+from flexdpo.objective.lm_head import base_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -20,7 +20,13 @@ import torch
 
 from flexdpo.errors import FlexdpoError
 from flexdpo.hf.draws import RandomState, draws_by_module
-from flexdpo.hf.probe import (
+from flexdpo.hf.prepare import prepare_model
+from flexdpo.hf.row_dependence import limits_of
+from flexdpo.layout.packing import pack
+from flexdpo.objective.linear_logps import logits_logps
+from flexdpo.objective.lm_head import base_model, head_logps, head_plan
+from flexdpo.objective.logps import member_values, require_finite, response_logps
+from flexdpo.proof.probe import (
     NOISE_FACTOR,
     ROUNDINGS,
     CoarsestRounding,
@@ -30,12 +36,6 @@ from flexdpo.hf.probe import (
     stock_attention,
     token_error,
 )
-from flexdpo.hf.row_dependence import limits_of
-from flexdpo.hf.support import prepare_model
-from flexdpo.layout.packing import pack
-from flexdpo.objective.head import base_model, head_logps, head_plan
-from flexdpo.objective.linear_logps import logits_logps
-from flexdpo.objective.logps import member_values, require_finite, response_logps
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -19,7 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from flexdpo.errors import FlexdpoError, first_line
-from flexdpo.objective.head import base_model
+from flexdpo.objective.lm_head import base_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from torch import Tensor, nn
 
-    from flexdpo.training.config import DPOConfig
+    from flexdpo.config import DPOConfig
 
 RECORD_FILE = "flexdpo_run.json"
 # settings with no say in what is learned: where and when a run writes and looks, and how it is laid out on a machine.

@@ -15,6 +15,7 @@ import torch
 
 from flexdpo.errors import FlexdpoError, first_line, found
 from flexdpo.hf.checkpointing import checkpointing_name
+from flexdpo.layout.row import TILE, tile_multiple
 from flexdpo.objective.linear_logps import targets_per_chunk, tile_shape
 
 if TYPE_CHECKING:
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 
     from transformers import TrainingArguments
 
-# tokens to a side of a tile of FlexAttention
-TILE = 128
 # what is left free: the allocator's fragments, other processes on the device, and what the count does not see
 MARGIN = 0.12
 # what a CPU's allocator holds between blocks in use, as a share of them: on steps of six length profiles, padded,
@@ -439,7 +438,7 @@ def auto_row_budget(
     device = torch.device(device)
     setup = setup or TrainingSetup(device_type=device.type)
     size = ModelSize.of(model_or_config)
-    unit = multiple or (TILE if device.type == "cuda" else 1)
+    unit = multiple or tile_multiple(device)
     free = free_memory(device) if free is None else free
     usable = int(free * (1 - margin))
 

@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import DistributedType
 
-from flexdpo.objective.reference import precompute_reference
-from flexdpo.objective.reference_cache import ReferenceCache, ReferenceIdentity
-from flexdpo.training.cache import cache_folder
-from flexdpo.training.data import group_from_row
+from flexdpo.data.cache import cache_folder
+from flexdpo.data.tokenize import group_from_row
+from flexdpo.reference.cache import ReferenceCache, ReferenceIdentity
+from flexdpo.reference.logps import precompute_reference
 from flexdpo.training.step import REFERENCE_COLUMN, REFERENCE_PAIR_COLUMN
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from flexdpo.config import DPOConfig
     from flexdpo.layout.groups import Group
     from flexdpo.layout.row import Row
     from flexdpo.objective.logps import ResponseLogps
-    from flexdpo.training.config import DPOConfig
 
 
 def cache_root(config: DPOConfig) -> Path:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from transformers.utils import logging
 
+from flexdpo.data.tokenize import group_from_row
 from flexdpo.layout.packing import Buckets, choose_buckets, row_lengths
 from flexdpo.objective.unpaired import with_unrelated_responses
 from flexdpo.training import memory
-from flexdpo.training.data import group_from_row
 from flexdpo.training.distribution import shards_of, smallest
 from flexdpo.training.memory import TrainingSetup, auto_row_budget
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from flexdpo.attention.settings import KernelSettings
+    from flexdpo.config import DPOConfig
     from flexdpo.layout.groups import Group
-    from flexdpo.training.config import DPOConfig
 
 logger = logging.get_logger(__name__)
 # padding as a share of all tokens run, above which one kernel for all lengths is the better bargain

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from flexdpo.data.tokenize import group_from_row
 from flexdpo.errors import FlexdpoError
 from flexdpo.layout.groups import Group
 from flexdpo.layout.packing import pack_numbered
@@ -18,7 +19,6 @@ from flexdpo.objective.logps import ResponseLogps, response_logps
 from flexdpo.objective.objective import BatchTotals, Objective, Reference, ReferenceLogps, surrogate_loss
 from flexdpo.objective.router import Routed, RouterLoss
 from flexdpo.objective.unpaired import with_unrelated_responses
-from flexdpo.training.data import group_from_row
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

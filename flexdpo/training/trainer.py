@@ -16,17 +16,31 @@ from transformers.utils import logging
 
 from flexdpo.attention.row_mask import Impl
 from flexdpo.attention.settings import kernel_settings_as
+from flexdpo.config import DPOConfig
+from flexdpo.data.balance import balance
+from flexdpo.data.cache import tokenizer_digest
+from flexdpo.data.lengths import (
+    has_one_pair_each,
+    predicted_costs,
+    require_company,
+    require_room,
+    token_counts,
+    tokens_needed,
+)
+from flexdpo.data.regroup import regroup_by_prompt
+from flexdpo.data.stream import StreamedPreferences, is_stream
+from flexdpo.data.tokenize import LABELS_COLUMN, TOKENISED_COLUMNS, tokenize_preferences
+from flexdpo.data.workers import plain_worker_errors
 from flexdpo.errors import FlexdpoError
 from flexdpo.hf.compilation import compile_decoder_layers, decoder_layers
+from flexdpo.hf.prepare import prepare_model, unwrap_model
 from flexdpo.hf.randomness import disable_dropout, require_no_draws
 from flexdpo.hf.row_dependence import limits_of
-from flexdpo.hf.support import prepare_model, unwrap_model
-from flexdpo.objective.fingerprints import model_fingerprint, settings_fingerprint, weights_sample
 from flexdpo.objective.logps import response_logps
-from flexdpo.objective.reference_sync import mix_into_reference
 from flexdpo.objective.router import RouterLoss
-from flexdpo.training import adapters, distribution, models
-from flexdpo.training.cache import tokenizer_digest
+from flexdpo.reference.fingerprints import model_fingerprint, settings_fingerprint, weights_sample
+from flexdpo.reference.sync import mix_into_reference
+from flexdpo.training import adapters, distribution, model_loading
 from flexdpo.training.checkpoints import (
     data_digest,
     file_record,
@@ -41,24 +55,12 @@ from flexdpo.training.checkpoints import (
     write_record,
     writing_checkpoint,
 )
-from flexdpo.training.config import DPOConfig
-from flexdpo.training.data import LABELS_COLUMN, TOKENISED_COLUMNS, tokenize_preferences
 from flexdpo.training.finite import StepGuard, require_finite_weights
-from flexdpo.training.lengths import (
-    has_one_pair_each,
-    predicted_costs,
-    require_company,
-    require_room,
-    token_counts,
-    tokens_needed,
-)
 from flexdpo.training.metrics import MeanMetrics
 from flexdpo.training.output_lock import holding_output
 from flexdpo.training.precompute import Precompute
-from flexdpo.training.regroup import regroup_by_prompt
 from flexdpo.training.row_plan import RowPlan
-from flexdpo.training.sampling import balance
-from flexdpo.training.start import ProofAtStart
+from flexdpo.training.start_proof import ProofAtStart
 from flexdpo.training.step import (
     REFERENCE_COLUMN,
     REFERENCE_PAIR_COLUMN,
@@ -67,8 +69,6 @@ from flexdpo.training.step import (
     PackingCollator,
     Runner,
 )
-from flexdpo.training.streaming import StreamedPreferences, is_stream
-from flexdpo.training.workers import plain_worker_errors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -79,10 +79,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
     from transformers.trainer_utils import EvalLoopOutput
 
+    from flexdpo.data.tokenize import DataReport
     from flexdpo.layout.row import Row
     from flexdpo.objective.logps import ResponseLogps
     from flexdpo.proof.prove import Proof
-    from flexdpo.training.data import DataReport
 
 logger = logging.get_logger(__name__)
 
@@ -100,7 +100,7 @@ class DPOTrainer(Trainer):
         ref_model: The reference; by default a frozen copy of the model, or the model without its adapter.
         args: Settings.
         train_dataset: Preferences as text or messages, or tokenised (see :func:`tokenize_preferences`); or a stream of
-            them (see :class:`~flexdpo.training.streaming.StreamedPreferences`).
+            them (see :class:`~flexdpo.data.stream.StreamedPreferences`).
         eval_dataset: The same, or a dict of them.
         processing_class: The tokenizer; by default loaded from the model's name.
         peft_config: Wrap the model in this adapter.
@@ -131,7 +131,7 @@ class DPOTrainer(Trainer):
         optimizers: tuple[Any, Any] = (None, None),
         compute_metrics: Any = None,
     ) -> None:
-        args = args if args is not None else DPOConfig(f"{models.model_name(model)}-DPO")
+        args = args if args is not None else DPOConfig(f"{model_loading.model_name(model)}-DPO")
         if compute_metrics is not None:
             raise FlexdpoError("compute_metrics needs full logits, which are never computed; read the logged metrics")
         if ref_model is not None and ref_model is model:
@@ -148,7 +148,7 @@ class DPOTrainer(Trainer):
 
         # adapters draw their first weights from this seed
         set_seed(args.seed)
-        model, processing_class = models.load_parts(model, processing_class, args)
+        model, processing_class = model_loading.load_parts(model, processing_class, args)
         if peft_config is not None:
             model = adapters.add_adapter(model, peft_config)
         adapters.require_trainable(model)
@@ -227,7 +227,7 @@ class DPOTrainer(Trainer):
                 raise FlexdpoError(f"loss_type {', '.join(args.loss_type)} uses no reference; leave ref_model out")
             return None
         if ref_model is not None:
-            models.require_vocabulary(unwrap_model(ref_model), tokenizer, "reference model")
+            model_loading.require_vocabulary(unwrap_model(ref_model), tokenizer, "reference model")
             prepare_model(ref_model, impl=self.impl)
             ref_model.requires_grad_(False)
             evaluated: nn.Module = ref_model.eval()
@@ -243,7 +243,7 @@ class DPOTrainer(Trainer):
         if args.precompute_ref_log_probs and not sharded:
             # the policy itself is the reference before its first step
             return None
-        return models.frozen_copy(model)
+        return model_loading.frozen_copy(model)
 
     def reference_logps(self, row: Row) -> ResponseLogps:
         """Log-probabilities of the responses of a row under the reference, without gradients."""
@@ -311,7 +311,7 @@ class DPOTrainer(Trainer):
                 args,
                 name=name,
                 training=name == "train",
-                max_positions=models.position_limit(unwrap_model(model)),
+                max_positions=model_loading.position_limit(unwrap_model(model)),
                 shuffle_buffer=args.stream_shuffle_buffer,
             )
             beginning = stream.preview(_PREVIEWED_ROWS)
@@ -332,7 +332,7 @@ class DPOTrainer(Trainer):
         # what was left out is said at a level that transformers shows by default
         (logger.warning if report.skipped or report.notes else logger.info)(report.summary())
         self.data_reports[name] = report
-        models.require_positions(unwrap_model(model), report.longest)
+        model_loading.require_positions(unwrap_model(model), report.longest)
         budget = args.max_tokens_per_row
         unrelated = self.objective.needs_unrelated_responses
         if isinstance(budget, int):

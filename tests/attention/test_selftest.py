@@ -9,10 +9,10 @@ from torch.utils.checkpoint import checkpoint
 from flexdpo import FlexdpoError, Group, Row
 from flexdpo.attention import flash, selftest
 from flexdpo.attention import row_mask as row_mask_module
+from flexdpo.attention.blockwise import piecewise_attention
 from flexdpo.attention.flash import FlashCall
 from flexdpo.attention.flex import run_flex
 from flexdpo.attention.mask_mods import CAUSAL, MaskKind
-from flexdpo.attention.piecewise import piecewise_attention
 from flexdpo.attention.row_mask import RowMask, row_mask_for
 from flexdpo.attention.selftest import Shape, compare_kernel, require_correct_kernel
 from flexdpo.attention.settings import KernelSettings, kernel_settings_as

@@ -12,7 +12,7 @@ import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from flexdpo import Row, UnsupportedModelError, parity_probe, prepare_model
-from flexdpo.hf import holding, support
+from flexdpo.hf import forward_layout, prepare
 from tests.hf.architectures import (
     BECAME_EXACT,
     NOT_IN_THE_ZOO,
@@ -166,7 +166,7 @@ def test_the_stock_model_never_runs_a_row(name: str) -> None:
 @pytest.mark.parametrize("name", ["git", "blt", "doge"])
 def test_the_run_time_checks_close_what_the_rule_accepts(name: str) -> None:
     model = build_or_skip(name)
-    assert support.refusal_reason(support.backbone_of(model)) is None
+    assert prepare.refusal_reason(prepare.backbone_of(model)) is None
     with pytest.raises(UnsupportedModelError, match="mask"):
         prepare_model(model)(**example_row().inputs())
 
@@ -186,9 +186,9 @@ def test_the_probe_makes_no_mistake(name: str, record_property: Any) -> None:
 @pytest.mark.parametrize("name", OTHERS)
 def test_the_probe_needs_no_rule(name: str, monkeypatch: pytest.MonkeyPatch, record_property: Any) -> None:
     """With the static rule switched off, the probe still calls no wrong model exact."""
-    for module in (support, holding):
+    for module in (prepare, forward_layout):
         monkeypatch.setattr(module, "require_exact", lambda model: None)
-    monkeypatch.setattr("flexdpo.hf.probe.refusal_reason", lambda backbone: None)
+    monkeypatch.setattr("flexdpo.proof.probe.refusal_reason", lambda backbone: None)
     try:
         report = parity_probe(build_or_skip(name, dtype=torch.float32))
     except (TypeError, RuntimeError, ValueError, KeyError, AttributeError, IndexError):

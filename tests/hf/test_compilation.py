@@ -10,12 +10,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from flexdpo import FlexdpoError, Group, pack, prepare_model, response_logps
 from flexdpo.attention import kernels, selftest
-from flexdpo.attention.piecewise import piecewise_attention
+from flexdpo.attention.blockwise import piecewise_attention
 from flexdpo.attention.selftest import AttentionCall, Shape
 from flexdpo.attention.settings import KernelSettings, kernel_settings_as
 from flexdpo.hf.checkpointing import enable_checkpointing
 from flexdpo.hf.compilation import compile_decoder_layers
-from flexdpo.objective.head import head_plan
+from flexdpo.objective.lm_head import head_plan
 
 STEPS = 50
 

@@ -18,7 +18,8 @@ import flexdpo
 from flexdpo import Group, Row
 from flexdpo.attention.row_mask import row_mask_for
 from flexdpo.attention.settings import KernelSettings, kernel_settings, kernel_settings_as
-from flexdpo.hf import holding, sharing_hooks
+from flexdpo.dropin import hooks
+from flexdpo.hf import forward_layout
 from flexdpo.hf.checkpointing import enable_checkpointing
 from tests.conftest import strengthen
 
@@ -203,21 +204,21 @@ def test_a_forward_inside_of_another_ones_forward() -> None:
 
     def look(*_: Any) -> None:
         def run() -> None:
-            assert holding.held_forward() is None
+            assert forward_layout.held_forward() is None
             with torch.no_grad():
                 inner.append(other(**padded(0), use_cache=False).logits)
 
         thread = threading.Thread(target=run)
         thread.start()
         thread.join()
-        assert holding.held_forward().module is model
+        assert forward_layout.held_forward().module is model
 
     model.model.layers[0].register_forward_pre_hook(look)
     with torch.no_grad():
         got = model(**row(0).inputs()).logits
     torch.testing.assert_close(got, want[0])
     torch.testing.assert_close(inner[0], want[1])
-    assert holding.held_forward() is None
+    assert forward_layout.held_forward() is None
 
 
 def test_an_interrupted_thread_leaves_the_others_alone() -> None:
@@ -234,7 +235,7 @@ def test_an_interrupted_thread_leaves_the_others_alone() -> None:
         elsewhere = pool.submit(model, **padded(0), use_cache=False).result()
         torch.testing.assert_close(elsewhere.logits.detach(), want)
         torch.testing.assert_close(model(**padded(0), use_cache=False).logits, want)
-    assert not sharing_hooks._in_thread.running
+    assert not hooks._in_thread.running
 
 
 def test_kernel_settings_are_a_threads_own() -> None:

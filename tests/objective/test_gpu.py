@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from flexdpo.objective.head import _held_against
 from flexdpo.objective.linear_logps import LogitTransform, linear_logps
+from flexdpo.objective.lm_head import _held_against
 from flexdpo.objective.logps import target_logps
 
 

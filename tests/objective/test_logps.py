@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig
 
 from flexdpo import FlexdpoError, Group, Row, prepare_model, response_logps
-from flexdpo.objective import head as heads
 from flexdpo.objective import linear_logps as linear
+from flexdpo.objective import lm_head as heads
 from flexdpo.objective.linear_logps import (
     LogitTransform,
     linear_logps,

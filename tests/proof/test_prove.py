@@ -25,10 +25,10 @@ from flexdpo import (
     prove,
 )
 from flexdpo.attention import row_mask
-from flexdpo.hf.probe import token_error
 from flexdpo.hf.randomness import disable_dropout
+from flexdpo.proof.probe import token_error
 from flexdpo.proof.prove import measure
-from flexdpo.training import start
+from flexdpo.training import start_proof
 from flexdpo.training.step import REFERENCE_COLUMN
 from tests.conftest import odd_groups, preference_rows, random_ids
 from tests.hf.architectures import build_or_skip
@@ -228,7 +228,9 @@ def test_a_row_that_mixes_the_rotations_of_short_and_long_sequences_is_stopped(
     ]
     assert prove(model, groups).value_error < 1e-6
     # as transformers rotates: the longest position of the row decides for all
-    monkeypatch.setattr("flexdpo.hf.holding.evaluated_by_side", lambda module, limits, longest, args, kwargs: None)
+    monkeypatch.setattr(
+        "flexdpo.hf.forward_layout.evaluated_by_side", lambda module, limits, longest, args, kwargs: None
+    )
     with pytest.raises(FlexdpoError, match="packed log-probabilities are off by"):
         prove(model, groups)
 
@@ -258,8 +260,8 @@ def test_rows_hold_as_many_documents_as_in_training(
         found.extend(len(row.groups) for row in rows)
         return measure(model, rows, **kwargs)
 
-    monkeypatch.setattr(start, "measure", note)
-    start.ProofAtStart(trainer, reference_is_policy=True).on_train_begin(trainer.args, trainer.state, None)
+    monkeypatch.setattr(start_proof, "measure", note)
+    start_proof.ProofAtStart(trainer, reference_is_policy=True).on_train_begin(trainer.args, trainer.state, None)
     assert found == documents
 
 

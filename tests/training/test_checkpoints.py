@@ -250,7 +250,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from flexdpo import DPOConfig, DPOTrainer, FlexdpoError
-from flexdpo.training.models import load_model, load_tokenizer
+from flexdpo.training.model_loading import load_model, load_tokenizer
 torch.set_num_threads(1)
 data, model, output = sys.argv[1:]
 args = DPOConfig(output, max_steps=40, save_steps=1, save_total_limit=2, per_device_train_batch_size=4, use_cpu=True,

@@ -20,7 +20,7 @@ import json, os, sys
 import torch
 from datasets import Dataset
 from flexdpo import DPOConfig, DPOTrainer
-from flexdpo.training.models import load_model, load_tokenizer
+from flexdpo.training.model_loading import load_model, load_tokenizer
 from tests.processes import leave
 torch.set_num_threads(1)
 settings = json.loads(sys.argv[1])

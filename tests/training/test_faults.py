@@ -22,11 +22,11 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from flexdpo import DPOTrainer, FlexdpoError
+from flexdpo.data.workers import plain_worker_errors
 from flexdpo.training import checkpoints, precompute
 from flexdpo.training.checkpoints import RECORD_FILE, last_checkpoint
-from flexdpo.training.models import load_model
+from flexdpo.training.model_loading import load_model
 from flexdpo.training.step import PackingCollator
-from flexdpo.training.workers import plain_worker_errors
 from tests.conftest import preference_rows
 from tests.processes import run_processes
 from tests.training.test_trainer import settings
@@ -133,7 +133,7 @@ import torch
 from datasets import Dataset
 from flexdpo import DPOConfig, DPOTrainer
 from flexdpo.training import precompute
-from flexdpo.training.models import load_model, load_tokenizer
+from flexdpo.training.model_loading import load_model, load_tokenizer
 torch.set_num_threads(1)
 data, model, output = sys.argv[1:]
 precompute.precompute_reference = partial(precompute.precompute_reference, save_every_s=0)
@@ -260,7 +260,7 @@ import json, sys
 import torch
 from datasets import Dataset
 from flexdpo import DPOConfig, DPOTrainer
-from flexdpo.training.models import load_model, load_tokenizer
+from flexdpo.training.model_loading import load_model, load_tokenizer
 from tests.processes import leave
 torch.set_num_threads(1)
 data, model, output = sys.argv[1:]

@@ -15,8 +15,8 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 from flexdpo import DPOTrainer, FlexdpoError
-from flexdpo.training.loop import make_train_step
 from flexdpo.training.step import REFERENCE_COLUMN
+from flexdpo.training.train_step import make_train_step
 from tests.conftest import build_model, odd_groups, preference_rows
 from tests.processes import run_processes
 from tests.training.test_trainer import settings
@@ -312,7 +312,7 @@ import sys
 import torch
 from datasets import Dataset
 from flexdpo import DPOConfig, DPOTrainer, FlexdpoError
-from flexdpo.training.models import load_model, load_tokenizer
+from flexdpo.training.model_loading import load_model, load_tokenizer
 from tests.conftest import preference_rows
 from tests.processes import leave
 torch.set_num_threads(1)

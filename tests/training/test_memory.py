@@ -12,8 +12,8 @@ from transformers import LlamaConfig, TrainingArguments
 
 from flexdpo import Group, Row, prepare_model, response_logps
 from flexdpo.errors import FlexdpoError
+from flexdpo.estimate.model_shapes import SHAPES
 from flexdpo.hf.checkpointing import checkpointing_name, enable_checkpointing
-from flexdpo.insight.bench_models import SHAPES
 from flexdpo.training import memory
 from flexdpo.training.memory import (
     ModelSize,

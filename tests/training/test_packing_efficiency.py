@@ -8,7 +8,7 @@ from functools import cache
 import numpy as np
 import pytest
 
-from flexdpo.insight.bench_profiles import load_profiles
+from flexdpo.bench.profiles import load_profiles
 from flexdpo.layout.groups import Group
 from flexdpo.layout.packing import Buckets, choose_buckets, pack, row_lengths
 from flexdpo.training.row_plan import FEW_LENGTHS, MAX_WASTE

@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from flexdpo import DPOTrainer, FlexdpoError
-from flexdpo.objective import head
+from flexdpo.objective import lm_head
 from tests.conftest import preference_rows, strengthen
 from tests.training.test_trainer import settings
 
@@ -111,7 +111,7 @@ def test_a_model_without_routers(tmp_path: Path, tokenizer: Any, preferences: An
 
 def test_the_head_is_measured_once(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = []
-    measure = head._measure
-    monkeypatch.setattr(head, "_measure", lambda model, device: measured.append(id(model)) or measure(model, device))
+    measure = lm_head._measure
+    monkeypatch.setattr(lm_head, "_measure", lambda model, device: measured.append(id(model)) or measure(model, device))
     run(tmp_path, tokenizer, prove=False)
     assert len(measured) == len(set(measured)) == 2

@@ -16,8 +16,8 @@ from datasets import Dataset
 from transformers import MambaConfig, MambaForCausalLM, TrainerCallback
 
 from flexdpo import DPOConfig, DPOTrainer, FlexdpoError, UnsupportedModelError
+from flexdpo.data.lengths import token_counts
 from flexdpo.objective.loss_types import LOSS_TYPES
-from flexdpo.training.lengths import token_counts
 from flexdpo.training.metrics import MetricsFile
 from tests.conftest import preference_rows
 

@@ -16,11 +16,11 @@ from datasets import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback, set_seed
 
 from flexdpo import DPOConfig, DPOTrainer
+from flexdpo.example.model import small_llama
+from flexdpo.example.stdlib import SourceFunction, StandardLibrary, read_standard_library
+from flexdpo.example.task import BodyPair, BodyTask, as_dataset, build_task
 from flexdpo.layout.row import Row
 from flexdpo.objective.objective import BatchTotals, Objective
-from flexdpo.training.example.model import small_llama
-from flexdpo.training.example.stdlib import SourceFunction, StandardLibrary, read_standard_library
-from flexdpo.training.example.task import BodyPair, BodyTask, as_dataset, build_task
 from flexdpo.training.step import PackingCollator
 from tests.conftest import strengthen
 from tests.training.unpacked import (
@@ -512,7 +512,7 @@ def unscaled_accumulation(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def a_moving_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flexdpo.training.models.frozen_copy", lambda model: model)
+    monkeypatch.setattr("flexdpo.training.model_loading.frozen_copy", lambda model: model)
 
 
 def siblings_see_each_other(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import flexdpo
 from flexdpo import Group
 from flexdpo.attention import kernels
-from flexdpo.objective.head import head_plan
+from flexdpo.objective.lm_head import head_plan
 from flexdpo.objective.unpaired import LabelledGroup
 from flexdpo.training.finite import StepGuard
 from tests.conftest import CONFIGS

@@ -1,0 +1,1 @@
+"""Timings side by side, and the results page made of them."""

@@ -1,0 +1,200 @@
+"""What the head costs on a GPU by arithmetic: products and bytes of one pass, counted on meta tensors, nothing timed.
+
+``python -m flexdpo.bench.lm_head notebooks/results/head-h100.json`` writes the committed result.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import sys
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from flexdpo.objective.linear_logps import IDENTITY, LogitTransform, linear_logps
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a GPU can do at best.
+
+    Attributes:
+        name: Of the card.
+        flops: Of dense bfloat16 products, per second, as measured on large matrices.
+        bandwidth: Of its memory, bytes per second.
+    """
+
+    name: str
+    flops: float
+    bandwidth: float
+
+
+KIND = "head counted"
+H100 = Card("H100 SXM", 798e12, 3.35e12)
+
+
+@dataclass(frozen=True)
+class HeadSize:
+    """The pass that is counted.
+
+    Attributes:
+        targets: Tokens to predict, ``T``.
+        vocabulary: Words, ``V``.
+        hidden: Size of the hidden states, ``H``.
+    """
+
+    targets: int = 8192
+    vocabulary: int = 128_256
+    hidden: int = 4096
+
+
+_PRODUCTS = ("mm", "addmm")
+# torch's kernels that go over their input more than once: passes beyond reading each input and writing the output once
+_MORE_PASSES = {"log_softmax": 2, "_log_softmax": 2, "_softmax": 2, "logsumexp": 5}
+# they touch as many elements as they have indices, not all of their input
+_BY_INDEX = ("gather", "scatter", "scatter_", "index", "index_put", "index_put_", "index_add", "index_add_")
+
+
+@dataclass
+class CountWork(TorchDispatchMode):
+    """Counts products and bytes of every operation under it; views and allocations are free.
+
+    Attributes:
+        card: What a second is worth.
+        product_seconds: Each product at the slower of its multiplications and its bytes.
+        moved: Bytes of everything else by operation.
+        launches: Kernels by operation, products included.
+    """
+
+    card: Card
+    product_seconds: float = 0.0
+    moved: Counter[str] = field(default_factory=Counter)
+    launches: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    @property
+    def seconds(self) -> float:
+        """Everything, one kernel after the other, at the card's full speed."""
+        return self.product_seconds + sum(self.moved.values()) / self.card.bandwidth
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        name = func._schema.name.split("::")[1]
+        written = [
+            argument for argument in func._schema.arguments if argument.alias_info and argument.alias_info.is_write
+        ]
+        returns_view = any(result.alias_info is not None for result in func._schema.returns) and not written
+        if returns_view or name.startswith(("empty", "new_empty")):
+            return output
+        self.launches[name] += 1
+        inputs, outputs = _tensors((args, {k: v for k, v in (kwargs or {}).items() if k != "out"})), _tensors(output)
+        if name in _PRODUCTS:
+            left, right = inputs[-2:]
+            flops = 2.0 * left.shape[0] * left.shape[1] * right.shape[1]
+            # addmm reads what it adds to
+            read = inputs[-2:] if (kwargs or {}).get("beta") == 0 else inputs
+            moved = sum(map(_bytes, read)) + sum(map(_bytes, outputs))
+            self.product_seconds += max(flops / self.card.flops, moved / self.card.bandwidth)
+        elif name in _BY_INDEX:
+            self.moved[name] += _bytes_by_index(inputs)
+        else:
+            # what is written in place is among the inputs, so it counts as read and as written
+            if name == "copy_":
+                inputs = inputs[1:]
+            elif name.startswith("new_"):
+                inputs = []
+            self.moved[name] += sum(map(_bytes, inputs)) + sum(map(_bytes, outputs))
+            self.moved[name] += _MORE_PASSES.get(name, 0) * sum(map(_bytes, inputs))
+        return output
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def _bytes(x: torch.Tensor) -> int:
+    """Memory that a tensor covers; an expanded dimension covers no more than one of its elements."""
+    return math.prod(size for size, stride in zip(x.shape, x.stride(), strict=True) if stride) * x.element_size()
+
+
+def _bytes_by_index(inputs: list[torch.Tensor]) -> int:
+    """Reads the indices, and reads and writes as many elements."""
+    indices = max((x for x in inputs if x.dtype == torch.int64), key=torch.Tensor.numel)
+    return indices.numel() * (8 + 2 * inputs[0].element_size())
+
+
+@dataclass(frozen=True)
+class HeadWork:
+    """One counted pass, forward and backward.
+
+    Attributes:
+        ideal_seconds: The four products (logits, logits again, two gradients) at the card's full speed.
+        product_seconds: The products as they are made.
+        other_bytes: What everything else reads and writes.
+        seconds: In all.
+        moved: ``other_bytes`` by operation.
+        launches: Kernels.
+    """
+
+    ideal_seconds: float
+    product_seconds: float
+    other_bytes: int
+    seconds: float
+    moved: dict[str, int]
+    launches: int
+
+    @property
+    def efficiency(self) -> float:
+        """Share of the card's full speed at which the four products could run."""
+        return self.ideal_seconds / self.seconds
+
+
+def count_head(size: HeadSize = HeadSize(), card: Card = H100, transform: LogitTransform = IDENTITY) -> HeadWork:
+    """Count one forward and backward pass of the head in bfloat16, weight and hidden states trained."""
+    with torch.device("meta"):
+        states = torch.empty(size.targets, size.hidden, dtype=torch.bfloat16, requires_grad=True)
+        weight = torch.empty(size.vocabulary, size.hidden, dtype=torch.bfloat16, requires_grad=True)
+        labels = torch.empty(size.targets, dtype=torch.int64)
+        with CountWork(card) as count:
+            logps = linear_logps(states, weight, None, labels, transform=transform).logps
+            logps.backward(torch.empty_like(logps))
+    ideal = 8.0 * size.targets * size.vocabulary * size.hidden / card.flops
+    moved = {name: moved for name, moved in count.moved.most_common() if moved}
+    return HeadWork(
+        ideal, count.product_seconds, sum(moved.values()), count.seconds, moved, sum(count.launches.values())
+    )
+
+
+def result(size: HeadSize = HeadSize(), card: Card = H100) -> dict[str, Any]:
+    """What the result file says."""
+    from flexdpo import __version__
+
+    work = count_head(size, card)
+    return {
+        "kind": KIND,
+        "card": asdict(card),
+        "size": asdict(size),
+        "dtype": "bfloat16",
+        "versions": {"flexdpo": __version__, "torch": torch.__version__},
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        **asdict(work),
+        "efficiency": work.efficiency,
+    }
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(json.dumps(result(), indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,142 @@
+"""How long the examples of a tokenised dataset are, read from its Arrow columns without touching a token."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from flexdpo.data.tokenize import LABELS_COLUMN, group_from_row
+from flexdpo.errors import FlexdpoError
+from flexdpo.layout.trie import Trie
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from numpy.typing import NDArray
+
+    from flexdpo.config import DPOConfig
+
+
+def token_counts(dataset: Dataset, *, shared: bool) -> NDArray[np.int64]:
+    """Tokens of each example, ``[N]`` int64.
+
+    Args:
+        dataset: A tokenised dataset.
+        shared: Count the prompt once (at most what a trie of the example holds), or once for each response.
+    """
+    counts = []
+    for table in dataset.with_format("arrow").iter(batch_size=8192):
+        prompts = _lengths(table.column("prompt_ids"))
+        responses = table.column("response_ids").combine_chunks()
+        number = _lengths(responses)
+        tokens = _lengths(responses.flatten())
+        first = np.concatenate([[0], number.cumsum()])
+        running = np.concatenate([[0], tokens.cumsum()])
+        counts.append(prompts * (1 if shared else number) + running[first[1:]] - running[first[:-1]])
+    return np.concatenate(counts) if counts else np.zeros(0, dtype=np.int64)
+
+
+def tokens_needed(dataset: Dataset, *, unrelated_responses: bool = False) -> NDArray[np.int64]:
+    """Most tokens that the trie of each example can hold, ``[N]`` int64.
+
+    Args:
+        dataset: A tokenised dataset.
+        unrelated_responses: Count the longest response of the others too, once for each label, since
+            :func:`~flexdpo.objective.unpaired.with_unrelated_responses` may put as many there.
+    """
+    counts = token_counts(dataset, shared=True)
+    if not unrelated_responses or not len(counts):
+        return counts
+    own = _longest_responses(dataset)
+    first, *others = np.argsort(own)[::-1][:2]
+    longest = np.where(np.arange(len(own)) == first, own[others].sum(), own[first])
+    added: NDArray[np.int64] = _label_counts(dataset) * longest
+    return counts + added
+
+
+def _label_counts(dataset: Dataset) -> NDArray[np.int64]:
+    """How many labelled responses each example has, by its labels or else by its edges."""
+    counts = []
+    for table in dataset.with_format("arrow").iter(batch_size=8192):
+        found = 2 * _lengths(table.column("edges"))
+        if LABELS_COLUMN in table.column_names:
+            found = np.maximum(found, _lengths(table.column(LABELS_COLUMN)))
+        counts.append(found)
+    return np.concatenate(counts)
+
+
+def _longest_responses(dataset: Dataset) -> NDArray[np.int64]:
+    """Tokens of the longest response of each example."""
+    found = []
+    for table in dataset.with_format("arrow").iter(batch_size=8192):
+        responses = table.column("response_ids").combine_chunks()
+        starts = np.concatenate([[0], _lengths(responses).cumsum()[:-1]])
+        found.append(np.maximum.reduceat(_lengths(responses.flatten()), starts))
+    return np.concatenate(found)
+
+
+def predicted_costs(dataset: Dataset, hidden_size: int) -> NDArray[np.float64]:
+    """What each example costs to run, in units of a short example's token, ``[N]`` float64.
+
+    The linear layers of a decoder take about ``24 * hidden_size**2`` operations per token forward, and attention
+    ``2 * hidden_size`` for each token before it, half of them on average.
+    """
+    tokens = token_counts(dataset, shared=True).astype(np.float64)
+    return tokens * (1 + tokens / (12 * hidden_size))
+
+
+def has_one_pair_each(dataset: Dataset) -> bool:
+    """Whether every example of a tokenised dataset holds exactly one preference."""
+    tables = dataset.with_format("arrow").iter(batch_size=8192)
+    return all((_lengths(table.column("edges")) == 1).all() for table in tables)
+
+
+def _lengths(column: Any) -> NDArray[np.int64]:
+    array = column.combine_chunks() if hasattr(column, "combine_chunks") else column
+    return np.asarray(array.value_lengths().to_numpy(zero_copy_only=False), dtype=np.int64)
+
+
+def require_room(
+    dataset: Dataset, max_tokens_per_row: int, pad_to_multiple_of: int, *, unrelated_responses: bool = False
+) -> None:
+    """Refuse a dataset with an example that fits no row, before anything is trained on it.
+
+    Args:
+        dataset: A tokenised dataset.
+        max_tokens_per_row: Longest row.
+        pad_to_multiple_of: Of which a row's length is a multiple.
+        unrelated_responses: Leave room for other examples' responses, see :func:`tokens_needed`.
+
+    Raises:
+        FlexdpoError: naming the first such example, its size and the room.
+    """
+    room = max_tokens_per_row // pad_to_multiple_of * pad_to_multiple_of
+    alone = token_counts(dataset, shared=True)
+    needed = tokens_needed(dataset, unrelated_responses=unrelated_responses)
+    # responses may share their beginnings, so only the tries of the suspects are counted
+    for index in np.flatnonzero(needed > room):
+        group = group_from_row(dataset[int(index)])
+        own, added = len(Trie.from_sequences(group.sequences)), int(needed[index] - alone[index])
+        if own + added > room:
+            others = f", and may get {added} of other examples' responses for the kto loss," if added else ""
+            raise FlexdpoError(
+                f"{group.name} has {own} distinct tokens{others} but max_tokens_per_row={max_tokens_per_row} leaves "
+                f"room for {room}; raise max_tokens_per_row or lower max_length"
+            )
+
+
+def require_company(dataset: Dataset, args: DPOConfig, name: str) -> None:
+    """Refuse a dataset whose last batch would hold one labelled response, which the kto loss could compare with none.
+
+    Raises:
+        FlexdpoError: before anything is trained on it.
+    """
+    size = args.train_batch_size if name == "train" else args.eval_batch_size
+    # with several processes the last batch is filled up
+    if args.world_size > 1 or args.dataloader_drop_last or size == 1 or len(dataset) % size != 1:
+        return
+    if _label_counts(dataset).min() < 2:
+        raise FlexdpoError(
+            f"{name}: the last batch of {len(dataset)} examples in batches of {size} may hold one labelled response, "
+            "and the kto loss compares it with others of its batch; set dataloader_drop_last=True or another batch size"
+        )

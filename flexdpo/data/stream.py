@@ -1,0 +1,450 @@
+"""Preferences from a stream: read, tokenised and shuffled through bounded buffers, never held as a whole."""
+
+from __future__ import annotations
+
+from itertools import count, cycle, islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from flexdpo.data.columns import FEWEST_ROWS, require_prompts, unread_note
+from flexdpo.data.formats import (
+    EMPTY_PROMPT,
+    ID_FORMS,
+    LABELLED_FORM,
+    LABELS_COLUMN,
+    NOTES,
+    OWN_FORM,
+    SKIP_REASONS,
+    note_of,
+    tokenize_batch,
+)
+from flexdpo.data.load import silent_json_reader
+from flexdpo.data.tokenize import (
+    TOKENISED_COLUMNS,
+    DataReport,
+    cut_note,
+    fitting_length,
+    none_usable,
+    require_settings,
+    settings_for,
+)
+from flexdpo.errors import FlexdpoError, first_line
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from datasets import Dataset
+    from datasets import IterableDataset as Stream
+    from numpy.typing import NDArray
+    from transformers import PreTrainedTokenizerBase
+
+    from flexdpo.config import DPOConfig
+    from flexdpo.data.formats import Settings
+
+_ROWS_AT_ONCE = 64
+
+
+class StreamedPreferences(IterableDataset[dict[str, Any]]):
+    """Tokenised rows of a stream, as :func:`~flexdpo.data.tokenize.tokenize_preferences` makes them, in bounded memory.
+
+    Every process and every worker of a ``DataLoader`` reads the whole stream and takes its share of whole batches, so
+    the pairs of each batch do not depend on how many there are: batch ``k`` of one process without workers is batch
+    ``k`` of all. The rows that are passed over cost their tokenisation. The order is a function of the source, ``seed``
+    and the epoch, so a run that skips the batches it has seen goes on exactly where it stopped.
+
+    A training stream has no end: after the last row it begins again with the next epoch, and a batch may reach across
+    the border. A stream for evaluation ends; where the last batch does not fill all processes, the first rows are
+    repeated with their number ``row`` turned into ``-1 - row``, so that nobody counts them twice.
+
+    Args:
+        source: A ``datasets.IterableDataset``, not split by process. One that was shuffled is shuffled anew each epoch.
+        tokenizer: Tokenizes the rows.
+        max_length: Most tokens of prompt + response; ``None`` for no limit.
+        truncation_mode: ``"keep_start"``, the only one.
+        name: How errors and the report call this stream.
+        endless: Begin again after the last row.
+        batch_size: Rows of a batch of one process.
+        num_processes: Processes that share the stream.
+        shuffle_buffer: Shuffle through a buffer of this many tokenised rows; 0 keeps the order of the source.
+        seed: Of the buffer.
+        max_positions: Refuse an example with more tokens, as a model with learned positions must.
+
+    Attributes:
+        report: What became of the rows read so far in the first pass, over all workers; used and skipped always add up.
+        closed: Give no more rows: a run that continues from its last step would otherwise take one step more, since
+            transformers counts a stream's steps when it has taken them.
+
+    Raises:
+        FlexdpoError: for settings, columns or a source that cannot be used; while iterating, for a row of the wrong
+            type or length (with its number) and a source that breaks off.
+    """
+
+    def __init__(
+        self,
+        source: Stream,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_length: int | None,
+        truncation_mode: str = "keep_start",
+        name: str = "train",
+        endless: bool = True,
+        batch_size: int = 1,
+        num_processes: int = 1,
+        shuffle_buffer: int = 0,
+        seed: int = 0,
+        max_positions: int | None = None,
+    ) -> None:
+        require_settings(max_length, truncation_mode, None)
+        _require_whole(source, name)
+        if shuffle_buffer < 0:
+            raise FlexdpoError(f"shuffle_buffer={shuffle_buffer}: use 0 to keep the order, or a number of rows")
+        self.source = source.with_format(None)
+        self.tokenizer = tokenizer
+        self.name, self.endless = name, endless
+        self.batch_size, self.num_processes = batch_size, num_processes
+        self.shuffle_buffer, self.seed = shuffle_buffer, seed
+        self.max_positions = max_positions
+        self.epoch = 0
+        self.closed = False
+        self.columns = self._find_columns()
+        self.settings = settings_for(self.columns, tokenizer, max_length, name)
+        self._counts = _Counts(self.settings)
+
+    @classmethod
+    def for_run(
+        cls,
+        source: Stream,
+        tokenizer: PreTrainedTokenizerBase,
+        config: DPOConfig,
+        *,
+        name: str,
+        training: bool,
+        max_positions: int | None = None,
+        shuffle_buffer: int = 0,
+    ) -> StreamedPreferences:
+        """The stream of a run with these settings, which are checked first (see :func:`settle_config`)."""
+        settle_config(config, training=training)
+        return cls(
+            source,
+            tokenizer,
+            max_length=config.max_length,
+            truncation_mode=config.truncation_mode,
+            name=name,
+            endless=training,
+            batch_size=config.train_batch_size if training else config.eval_batch_size,
+            num_processes=config.world_size,
+            shuffle_buffer=shuffle_buffer if training else 0,
+            seed=config.seed if config.data_seed is None else config.data_seed,
+            max_positions=max_positions,
+        )
+
+    @property
+    def report(self) -> DataReport:
+        """The account of the rows read so far in the first pass."""
+        return self._counts.as_report(self.name)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the next iteration's first pass; the passes after it count on from there."""
+        self.epoch = epoch
+
+    def preview(self, rows: int) -> DataReport:
+        """What becomes of the source's beginning, up to so many usable rows, for a word before training."""
+        counts = _Counts(self.settings)
+        whole: list[int] = []
+        for _ in islice(self._usable(0, counts, whole), rows):
+            pass
+        return counts.as_report(
+            f"{self.name}, its beginning", fitting_length(np.asarray(whole)) if any(whole) else None
+        )
+
+    def sample(self, rows: int) -> Dataset:
+        """The first usable rows of the source as a tokenised dataset, to look at before training or to compare by."""
+        from datasets import Dataset
+
+        found = list(islice(self._usable(0, _Counts(self.settings)), rows))
+        if not found:
+            raise self._nothing_usable()
+        return Dataset.from_list(found)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        if self.closed:
+            return
+        rows = self._endless() if self.endless else self._once()
+        worker = get_worker_info()
+        if worker is None or worker.num_workers == 1:
+            yield from rows
+            return
+        size = self.batch_size * self.num_processes
+        for number, row in enumerate(rows):
+            # the loader takes one batch from each worker in turn
+            if number // size % worker.num_workers == worker.id:
+                yield row
+
+    # --- passes over the source --------------------------------------------------------------------------------------
+
+    def _endless(self) -> Iterator[dict[str, Any]]:
+        for number in count():
+            empty = True
+            for row in self._pass(number):
+                empty = False
+                yield row
+            if empty:
+                raise self._nothing_usable()
+
+    def _once(self) -> Iterator[dict[str, Any]]:
+        size = self.batch_size * self.num_processes
+        first: list[dict[str, Any]] = []
+        total = 0
+        for row in self._pass(0):
+            total += 1
+            if len(first) < size:
+                first.append(row)
+            yield row
+        if not total:
+            raise self._nothing_usable()
+        if self.num_processes > 1:
+            for row in islice(cycle(first), -total % size):
+                yield {**row, "row": -1 - row["row"]}
+
+    def _pass(self, number: int) -> Iterator[dict[str, Any]]:
+        """One pass over the source, in the order of its epoch."""
+        epoch = self.epoch + number
+        worker = get_worker_info()
+        # every worker reads every row, so one of them counts for all; a later pass meets the same rows again
+        counts = self._counts if number == 0 and (worker is None or worker.id == 0) else _Counts(self.settings)
+        rows = self._usable(epoch, counts)
+        return _shuffled(rows, self.shuffle_buffer, (self.seed, epoch)) if self.shuffle_buffer else rows
+
+    def _usable(self, epoch: int, counts: _Counts, whole: list[int] | None = None) -> Iterator[dict[str, Any]]:
+        """Tokenised rows in the order of the source; the others are counted, and uncut lengths put into ``whole``."""
+        counts.clear()
+        self.source.set_epoch(epoch)
+        kept = [c for c in self.columns if c not in TOKENISED_COLUMNS] if self.settings.form == OWN_FORM else []
+        labels = [LABELS_COLUMN] if self.settings.form == LABELLED_FORM else []
+        start = 0
+        for batch in self._read():
+            rows = len(next(iter(batch.values())))
+            for column in self.columns:
+                # a file without a value anywhere in this part of it has no such column here
+                batch.setdefault(column, [None] * rows)
+            tokenised = self._tokenize(batch, range(start, start + rows))
+            start += rows
+            counts.add(tokenised)
+            if whole is not None:
+                whole += tokenised["_whole"]
+            if start >= FEWEST_ROWS:
+                self._require_prompts(counts)
+            columns = {column: tokenised[column] for column in (*TOKENISED_COLUMNS, *labels)}
+            columns |= {column: batch[column] for column in kept}
+            for number, skip in enumerate(tokenised["_skip"]):
+                if not skip:
+                    self._require_usable(tokenised, number, kept)
+                    yield {column: values[number] for column, values in columns.items()}
+        if start:
+            self._require_prompts(counts)
+
+    def _require_prompts(self, counts: _Counts) -> None:
+        has_prompt = "prompt" in self.columns
+        if self.settings.form in ID_FORMS or (has_prompt and not counts.of("used")):
+            return
+        empty = counts.of(EMPTY_PROMPT) + counts.of("_promptless")
+        require_prompts(self.name, counts.of("rows"), empty, has_prompt=has_prompt, unread=self.settings.unread)
+
+    def _read(self) -> Iterator[dict[str, list[Any]]]:
+        start = 0
+        # iterated by batches, because a stream shares itself out among a loader's workers by files otherwise
+        batches = iter(self.source.iter(batch_size=_ROWS_AT_ONCE))
+        while True:
+            try:
+                with silent_json_reader():
+                    batch = next(batches, None)
+            except FlexdpoError:
+                raise
+            except Exception as error:  # formats, file systems and functions mapped over a stream may raise anything
+                raise FlexdpoError(
+                    f"{self.name}: the stream broke off in its rows {start} to {start + _ROWS_AT_ONCE - 1} (counted "
+                    f"from 0): {type(error).__name__}: {first_line(error)}"
+                ) from error
+            if batch is None:
+                return
+            start += len(next(iter(batch.values())))
+            yield batch
+
+    def _find_columns(self) -> list[str]:
+        if self.source.column_names is not None:
+            return list(self.source.column_names)
+        first = next(self._read(), None)
+        if first is None:
+            raise FlexdpoError(f"{self.name}: the stream has no rows; give one with at least one")
+        return list(first)
+
+    def _tokenize(self, batch: dict[str, list[Any]], indices: range) -> dict[str, list[Any]]:
+        try:
+            return tokenize_batch(batch, list(indices), tokenizer=self.tokenizer, settings=self.settings)
+        except FlexdpoError as error:
+            raise FlexdpoError(f"{self.name}: {error}") from error
+
+    def _require_usable(self, tokenised: dict[str, list[Any]], number: int, kept: list[str]) -> None:
+        """What a dataset that is there as a whole is asked before training."""
+        place = f"{self.name}: row {tokenised['row'][number]} (counted from 0)"
+        longest = tokenised["_longest"][number]
+        if self.max_positions is not None and longest > self.max_positions:
+            raise FlexdpoError(
+                f"{place} has {longest} tokens but the model has {self.max_positions} positions; set max_length to at "
+                f"most {self.max_positions}"
+            )
+        if kept and tokenised["_cut"][number]:
+            raise FlexdpoError(
+                f"{place} is longer than max_length={self.settings.max_length}, and column {kept[0]!r} belongs to the "
+                "uncut responses; raise max_length or drop the column"
+            )
+
+    def _nothing_usable(self) -> FlexdpoError:
+        report = self.report
+        return none_usable(self.name, report.rows, report.skipped, report.first_skipped)
+
+
+def _require_whole(source: Any, name: str) -> None:
+    if not is_stream(source):
+        raise FlexdpoError(
+            f"{name}: expected a datasets.IterableDataset, found {type(source).__name__}; pick one split, or wrap a "
+            "Python generator with IterableDataset.from_generator"
+        )
+    if getattr(source, "_distributed", None) is not None:
+        raise FlexdpoError(
+            f"{name}: the stream was already split by process; give the whole stream to every process, batches are "
+            "shared out here"
+        )
+
+
+def _shuffled(rows: Iterator[dict[str, Any]], size: int, seed: tuple[int, int]) -> Iterator[dict[str, Any]]:
+    """Fill a buffer, then hand out a random one of its rows for every row that comes."""
+    generator = np.random.default_rng(seed)
+    buffer: list[dict[str, Any]] = list(islice(rows, size))
+    for row in rows:
+        place = int(generator.integers(size))
+        buffer[place], out = row, buffer[place]
+        yield out
+    for place in generator.permutation(len(buffer)):
+        yield buffer[place]
+
+
+class _Counts:
+    """Counters in memory that a loader's worker processes share with the one that reports."""
+
+    _NUMBERS = ("rows", "used", "truncated", "responses", "cut", "longest")
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        fields = [*self._NUMBERS, *SKIP_REASONS, *NOTES]
+        self._place = {name: number for number, name in enumerate(fields)}
+        # how often, and the row where first
+        self._values = torch.zeros(len(fields), 2, dtype=torch.int64).share_memory_()
+
+    def clear(self) -> None:
+        self._values.zero_()
+
+    def add(self, tokenised: dict[str, list[Any]]) -> None:
+        """Count a batch of :func:`~flexdpo.data.formats.tokenize_batch`."""
+        values = self._values.numpy().copy()
+        for number, skip in enumerate(tokenised["_skip"]):
+            values[self._place["rows"], 0] += 1
+            row = tokenised["row"][number]
+            if skip:
+                self._count(values, SKIP_REASONS[skip - 1], row)
+                continue
+            values[self._place["used"], 0] += 1
+            values[self._place["truncated"], 0] += tokenised["_cut"][number] > 0
+            values[self._place["responses"], 0] += tokenised["_responses"][number]
+            values[self._place["cut"], 0] += tokenised["_cut"][number]
+            longest = self._place["longest"], 0
+            values[longest] = max(values[longest], tokenised["_longest"][number])
+            for column in NOTES:
+                if tokenised[column][number]:
+                    self._count(values, column, row)
+        # in one go, so that whoever looks meanwhile finds sums that fit
+        self._values.copy_(torch.from_numpy(values))
+
+    def _count(self, values: NDArray[np.int64], name: str, row: int) -> None:
+        entry = values[self._place[name]]
+        if entry[0] == 0:
+            entry[1] = row
+        entry[0] += 1
+
+    def of(self, name: str) -> int:
+        """How many there are of one of the numbers, the reasons to skip and the notes."""
+        return int(self._values[self._place[name], 0])
+
+    def as_report(self, name: str, keeps: int | None = None) -> DataReport:
+        values = {field: self._values[place].tolist() for field, place in self._place.items()}
+        rows, used, truncated, responses, cut, longest = (values[field][0] for field in self._NUMBERS)
+        skipped = {reason: values[reason] for reason in SKIP_REASONS if values[reason][0]}
+        notes = unread_note(self._settings.unread)
+        if cut:
+            notes.append(cut_note(cut, responses, self._settings.max_length, keeps))
+        notes += [note_of(column, *values[column]) for column in NOTES if values[column][0]]
+        return DataReport(
+            name,
+            rows,
+            used,
+            {reason: number for reason, (number, _) in skipped.items()},
+            {reason: first for reason, (_, first) in skipped.items()},
+            truncated,
+            longest,
+            tuple(notes),
+        )
+
+
+def settle_config(config: DPOConfig, *, training: bool = True) -> None:
+    """Refuse settings that need the whole dataset, and have each process read the stream for itself.
+
+    accelerate would otherwise read a stream in the first process and send it around, which it can do with tensors and
+    not with packed rows.
+
+    Args:
+        config: Is changed: ``accelerator_config.dispatch_batches`` becomes false.
+        training: Whether the stream is trained on, and not only evaluated.
+
+    Raises:
+        FlexdpoError: naming the setting and what to do instead.
+    """
+    if config.precompute_ref_log_probs:
+        raise _needs_everything("precompute_ref_log_probs")
+    if training:
+        _require_trainable(config)
+    accelerator: Any = config.accelerator_config
+    for name in ("dispatch_batches", "split_batches"):
+        if getattr(accelerator, name):
+            raise FlexdpoError(
+                f"accelerator_config {name}=True sends tensors around, and a batch of packed rows is none; leave it out"
+            )
+    accelerator.dispatch_batches = False
+
+
+def _require_trainable(config: DPOConfig) -> None:
+    if config.max_steps <= 0:
+        raise FlexdpoError("a stream has no length, so say how long to train: set max_steps")
+    if config.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
+        raise _needs_everything(f"train_sampling_strategy={config.train_sampling_strategy!r}")
+    if config.regroup_prompts:
+        raise _needs_everything("regroup_prompts")
+    for name in ("eval_strategy", "save_strategy", "logging_strategy"):
+        if getattr(config, name) == "epoch":
+            raise FlexdpoError(f"{name}='epoch' has no meaning for a stream, which has no end; use 'steps'")
+
+
+def _needs_everything(setting: str) -> FlexdpoError:
+    return FlexdpoError(
+        f"{setting} looks at the whole dataset, and a stream is read once; leave it out, or load the dataset without "
+        "streaming"
+    )
+
+
+def is_stream(dataset: object) -> bool:
+    """Whether this is a ``datasets.IterableDataset``."""
+    from datasets import IterableDataset as Stream
+
+    return isinstance(dataset, Stream)

@@ -1,0 +1,339 @@
+"""Preference data to tokenised groups, with every unusable row counted; rows are counted from 0."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from flexdpo.data.cache import map_settings, tokenizer_digest
+from flexdpo.data.columns import prompt_like, require_prompts, unread_note
+from flexdpo.data.formats import (
+    EMPTY_PROMPT,
+    ID_FORMS,
+    LABELLED_FORM,
+    LABELS_COLUMN,
+    NOTES,
+    OWN_FORM,
+    READERS,
+    SKIP_REASONS,
+    STATUS_COLUMNS,
+    TEMPLATE_COLUMNS,
+    TOKENISED_COLUMNS,
+    TRL_ID_FORM,
+    Settings,
+    note_of,
+    tokenize_batch,
+    tokenizer_name,
+)
+from flexdpo.data.load import load_preference_dataset
+from flexdpo.errors import FlexdpoError, nearest, quoted
+from flexdpo.layout.groups import Group
+from flexdpo.objective.unpaired import LabelledGroup
+
+__all__ = [
+    "LABELS_COLUMN",
+    "SKIP_REASONS",
+    "TOKENISED_COLUMNS",
+    "DataReport",
+    "TokenizedPreferences",
+    "group_from_row",
+    "load_preference_dataset",
+    "require_special_tokens",
+    "tokenize_preferences",
+]
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from datasets import Dataset
+    from numpy.typing import NDArray
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What became of every row of a dataset; ``used + sum(skipped.values()) == rows``.
+
+    Attributes:
+        name: Which dataset, for instance ``"train"``.
+        rows: Rows of the source dataset.
+        used: Rows that can be trained on.
+        skipped: Number of rows left out, by reason (see ``SKIP_REASONS``); reasons that never occurred are absent.
+        first_skipped: The first row left out for each of those reasons, counted from 0.
+        truncated: Used rows of which at least one response was cut to fit ``max_length``.
+        longest: Tokens of the longest used prompt with one response behind it.
+        notes: What else happened to the rows, one sentence each.
+    """
+
+    name: str
+    rows: int
+    used: int
+    skipped: dict[str, int] = field(default_factory=dict)
+    first_skipped: dict[str, int] = field(default_factory=dict)
+    truncated: int = 0
+    longest: int = 0
+    notes: tuple[str, ...] = ()
+
+    def summary(self) -> str:
+        """Return one line for people, and one more for each note."""
+        parts = [f"{self.used} of {self.rows} rows used"]
+        if self.truncated:
+            parts.append(f"{self.truncated} of them cut to max_length")
+        parts += [
+            f"skipped {count} ({reason}, first at row {self.first_skipped[reason]})"
+            for reason, count in self.skipped.items()
+        ]
+        return "\n".join([f"{self.name}: {'; '.join(parts)}", *(f"  note: {note}" for note in self.notes)])
+
+
+@dataclass(frozen=True)
+class TokenizedPreferences:
+    """A tokenised dataset and the account of its rows.
+
+    Attributes:
+        dataset: Columns ``prompt_ids: list[int]``, ``response_ids: list[list[int]]``, ``edges: list[list[int]]`` (pairs
+            ``[chosen, rejected]`` of indices into ``response_ids``) and ``row: int`` (row of the source, from 0).
+        report: How many rows were used, cut and skipped, and why.
+    """
+
+    dataset: Dataset
+    report: DataReport
+
+
+def group_from_row(row: Mapping[str, Any]) -> Group:
+    """Build the group of one row of a tokenised dataset (see :class:`TokenizedPreferences`)."""
+    group = Group.from_lists(
+        row["prompt_ids"],
+        row["response_ids"],
+        [(chosen, rejected) for chosen, rejected in row["edges"]],
+        name=f"row {row['row']}",
+    )
+    if not row.get(LABELS_COLUMN):
+        return group
+    return LabelledGroup(group.prompt_ids, group.response_ids, group.edges, group.name, tuple(row[LABELS_COLUMN]))
+
+
+def require_special_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give a tokenizer without a pad token its EOS token as one.
+
+    The choice is free: padding is never attended to and never scored.
+
+    Raises:
+        FlexdpoError: if the tokenizer has neither.
+    """
+    if tokenizer.pad_token is not None:
+        return
+    if tokenizer.eos_token is None:
+        raise FlexdpoError(
+            f"the tokenizer {tokenizer_name(tokenizer)} has neither a pad nor an EOS token; set tokenizer.eos_token "
+            "to the token that ends a text in this vocabulary"
+        )
+    tokenizer.pad_token = tokenizer.eos_token
+
+
+def tokenize_preferences(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None,
+    truncation_mode: str = "keep_start",
+    num_proc: int | None = None,
+    name: str = "train",
+) -> TokenizedPreferences:
+    """Turn a preference dataset into token ids, as TRL's ``DPOTrainer`` does, and account for every row.
+
+    Columns taken, the first that fits: ``prompt_ids, response_ids, edges`` (this function's own output, whose other
+    columns are kept); ``prompt_ids, chosen_ids, rejected_ids``; ``prompt, chosen, rejected``; ``chosen, rejected``
+    (the prompt is their common beginning); ``prompt, completion, label`` (each response good or bad by itself);
+    ``prompt, completion`` (no preferences). The last four hold text or lists
+    of messages; with messages, ``tools`` and ``chat_template_kwargs`` are honoured. Text responses end with the EOS
+    token. A response is what follows the tokens that the prompt alone and prompt + response have in common.
+
+    Args:
+        dataset: The rows, a ``datasets.Dataset``.
+        tokenizer: Tokenizes them; with BOS or whatever else it adds by default.
+        max_length: Most tokens of prompt + response, the response is cut on the right; ``None`` for no limit.
+        truncation_mode: ``"keep_start"``, the only one.
+        num_proc: Processes that tokenise, ``None`` for this one alone.
+        name: How errors, the progress bar and the report call this dataset.
+
+    Returns:
+        The usable rows in their order, and a report that counts the others by reason.
+
+    Raises:
+        FlexdpoError: for a setting or a column that cannot be used, a value of the wrong type (with its row), or when
+            no row is left.
+    """
+    from datasets import Dataset
+
+    if not isinstance(dataset, Dataset):
+        raise FlexdpoError(f"{name}: expected a datasets.Dataset, found {type(dataset).__name__}; pick one split")
+    require_settings(max_length, truncation_mode, num_proc)
+    if len(dataset) == 0:
+        raise FlexdpoError(f"{name}: the dataset has no rows; give a dataset with at least one")
+    settings = settings_for(dataset.column_names, tokenizer, max_length, name)
+    try:
+        mapped = _map(dataset.with_format(None), tokenizer, settings, num_proc, name)
+    except FlexdpoError as error:
+        # rows are tokenised without the name, so that it does not change what the cache finds
+        raise FlexdpoError(f"{name}: {error}") from error
+    return _account(mapped, settings, name, has_prompt="prompt" in dataset.column_names)
+
+
+def require_settings(max_length: int | None, truncation_mode: str, num_proc: int | None) -> None:
+    """Refuse settings of :func:`tokenize_preferences` that have no meaning."""
+    if truncation_mode == "keep_end":
+        raise FlexdpoError(
+            "truncation_mode='keep_end' cuts every response's copy of the prompt at another place, so that nothing "
+            "can be shared, and TRL has deprecated it; use 'keep_start'"
+        )
+    if truncation_mode != "keep_start":
+        raise FlexdpoError(
+            f"unknown truncation_mode {truncation_mode!r}{nearest(truncation_mode, ['keep_start'])}; "
+            "the only one is 'keep_start'"
+        )
+    if max_length is not None and max_length < 2:
+        raise FlexdpoError(f"max_length={max_length} has no room for a prompt and a response; use at least 2")
+    if num_proc is not None and num_proc < 1:
+        raise FlexdpoError(f"num_proc={num_proc}: use at least 1, or None for this process alone")
+
+
+def settings_for(
+    columns: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int | None, name: str
+) -> Settings:
+    """Find how rows with these columns are read.
+
+    Raises:
+        FlexdpoError: if no known set of columns is among them.
+    """
+    form = _form_of(columns, name)
+    if form in ID_FORMS:
+        read = columns if form == OWN_FORM else form.split()
+        unread = tuple(column for column in columns if column not in read)
+        return Settings(form, max_length, max(tokenizer.get_vocab().values()), unread)
+    unread = tuple(c for c in columns if c not in ("prompt", *form.split(), *TEMPLATE_COLUMNS))
+    like = prompt_like(unread, has_prompt="prompt" in columns)
+    return Settings(form, max_length, unread=unread, prompt_like=like)
+
+
+def _form_of(columns: Sequence[str], name: str) -> str:
+    """Name the first of ``READERS`` whose columns are all there."""
+    images = [column for column in ("images", "image") if column in columns]
+    if images:
+        raise FlexdpoError(f"{name}: column {images[0]!r}: images are not supported; drop the column to train on text")
+    for form in READERS:
+        if set(form.split()) <= set(columns):
+            return form
+    wanted = sorted({column for form in READERS for column in form.split()})
+    strange = [column for column in columns if column not in wanted]
+    hints = [f"; {column!r}:{hint[1:]}" for column in strange if (hint := nearest(column, wanted))]
+    raise FlexdpoError(
+        f"{name}: no preference columns; found {quoted(columns)}; wanted 'prompt' (or none, if the others begin with "
+        f"it), 'chosen', 'rejected'; or 'prompt', 'completion'; or {quoted(TRL_ID_FORM.split())}; or "
+        f"{quoted(OWN_FORM.split())}{''.join(hints)}"
+    )
+
+
+def _map(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Settings,
+    num_proc: int | None,
+    name: str,
+) -> Dataset:
+    from datasets import Features, Value
+
+    # a dataset of ours may carry precomputed columns along; anything else has served its purpose
+    kept = [c for c in dataset.column_names if c not in TOKENISED_COLUMNS] if settings.form == OWN_FORM else []
+    features = Features(
+        {
+            "prompt_ids": [Value("int32")],
+            "response_ids": [[Value("int32")]],
+            "edges": [[Value("int32")]],
+            "row": Value("int64"),
+            **({LABELS_COLUMN: [Value("bool")]} if settings.form == LABELLED_FORM else {}),
+            **{column: dataset.features[column] for column in kept},
+            **{column: Value("int64") for column in STATUS_COLUMNS},
+        }
+    )
+    return dataset.map(
+        tokenize_batch,
+        with_indices=True,
+        batched=True,
+        fn_kwargs={"tokenizer": tokenizer, "settings": settings},
+        remove_columns=[column for column in dataset.column_names if column not in kept],
+        features=features,
+        num_proc=num_proc,
+        desc=f"Tokenizing {name} dataset",
+        **map_settings(dataset, (tokenizer_digest(tokenizer), astuple(settings), kept), "tokenized"),
+    )
+
+
+def _account(mapped: Dataset, settings: Settings, name: str, *, has_prompt: bool) -> TokenizedPreferences:
+    """Count the status columns, then drop them and the rows that cannot be used."""
+    status: dict[str, Any] = mapped.with_format("numpy", columns=[*STATUS_COLUMNS, "row"])[:]
+    rows, skip = status["row"], status["_skip"]
+    kept = np.flatnonzero(skip == 0)
+    skipped = {reason: int((skip == code).sum()) for code, reason in enumerate(SKIP_REASONS, start=1)}
+    skipped = {reason: count for reason, count in skipped.items() if count}
+    first = {reason: int(rows[np.argmax(skip == SKIP_REASONS.index(reason) + 1)]) for reason in skipped}
+    if not kept.size and (has_prompt or settings.form in ID_FORMS):
+        raise none_usable(name, len(rows), skipped, first)
+    if settings.form not in ID_FORMS:
+        empty = skipped.get(EMPTY_PROMPT, 0) + int(status["_promptless"][kept].sum())
+        require_prompts(name, len(rows), empty, has_prompt=has_prompt, unread=settings.unread)
+    if not kept.size:
+        raise none_usable(name, len(rows), skipped, first)
+    truncated, longest = int((status["_cut"][kept] > 0).sum()), int(status["_longest"][kept].max())
+    dataset = mapped.remove_columns(list(STATUS_COLUMNS))
+    notes = unread_note(settings.unread)
+    if truncated:
+        keeps = fitting_length(status["_whole"])
+        notes.append(cut_note(status["_cut"][kept].sum(), status["_responses"][kept].sum(), settings.max_length, keeps))
+    notes += _notes({column: values[kept] for column, values in status.items()})
+    stale = [column for column in dataset.column_names if column not in (*TOKENISED_COLUMNS, LABELS_COLUMN)]
+    if truncated and stale:
+        dataset = dataset.remove_columns(stale)
+        notes.append(f"dropped {quoted(stale)}, which belonged to the responses before they were cut")
+    if skipped:
+        dataset = dataset.select(kept)
+    report = DataReport(name, len(rows), len(kept), skipped, first, truncated, longest, tuple(notes))
+    return TokenizedPreferences(dataset, report)
+
+
+def fitting_length(whole: NDArray[np.int64]) -> int:
+    """The ``max_length`` that would cut no response of 95 % of the rows.
+
+    Args:
+        whole: Tokens of each row's longest response and its prompt, uncut; 0 where they are not known.
+    """
+    return int(np.quantile(whole[whole > 0], 0.95, method="inverted_cdf"))
+
+
+def cut_note(cut: int, responses: int, max_length: int | None, keeps: int | None = None) -> str:
+    """Say how many responses lost their end to ``max_length``, and which one would keep 95 % of the rows whole."""
+    way_out = (
+        f"; max_length={keeps} would keep 95 % of the rows whole" if keeps and keeps > (max_length or keeps) else ""
+    )
+    said = f"{cut} of {responses} responses cut to max_length={max_length}, and without the token that ends them"
+    if 2 * cut > responses:
+        said += ": more than half of all, so that the model would not learn to end a response"
+    return said + way_out
+
+
+def none_usable(name: str, rows: int, skipped: Mapping[str, int], first: Mapping[str, int]) -> FlexdpoError:
+    """The error for a dataset without a row to train on, with the reasons."""
+    counts = "; ".join(f"{count} skipped ({reason}, first at row {first[reason]})" for reason, count in skipped.items())
+    return FlexdpoError(f"{name}: none of the {rows} rows can be used: {counts or 'there are none'}")
+
+
+def _notes(status: dict[str, Any]) -> list[str]:
+    """Say what happened to used rows, with how often and where first."""
+    notes = []
+    for column in NOTES:
+        hits = np.flatnonzero(status[column])
+        if hits.size:
+            notes.append(note_of(column, hits.size, int(status["row"][hits[0]])))
+    return notes

@@ -1,0 +1,120 @@
+"""A padded batch as one packed row, and the row's results back at the places of the padded batch.
+
+Shapes: ``N`` rows of the batch, ``T`` places per row, ``S`` tokens of the packed row, its padding included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from flexdpo.errors import UnsupportedModelError
+from flexdpo.layout.row import RowLayout
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from flexdpo.dropin.batch_trie import BatchTrie
+
+
+@dataclass(frozen=True, eq=False)
+class SharedBatch:
+    """One packed row that stands for a padded batch.
+
+    Attributes:
+        input_ids: ``[1, S]`` int64.
+        layout: Positions and subtree ends, ``[1, S]`` each.
+        nodes: For each place of the batch the index of its token in the row, -1 at padding, ``[N, T]`` int64.
+    """
+
+    input_ids: Tensor
+    layout: RowLayout
+    nodes: Tensor
+
+    @classmethod
+    def of(cls, input_ids: Tensor, trie: BatchTrie, *, pad_to_multiple_of: int = 1) -> SharedBatch:
+        """Lay the trie of ``input_ids`` out as a row, padded to a multiple of ``pad_to_multiple_of`` tokens."""
+        tokens = len(trie)
+        missing = -tokens % pad_to_multiple_of
+
+        def padded(values: Tensor) -> Tensor:
+            return torch.nn.functional.pad(values, (0, missing))[None]
+
+        ends = padded(trie.subtree_end)
+        # padding stands at position 0, sees only itself and belongs to no row of the batch
+        ends[:, tokens:] = torch.arange(tokens + 1, tokens + missing + 1, device=ends.device)
+        # in a padded batch every row is as long as the longest
+        lengths = padded(torch.full_like(trie.depths, input_ids.shape[1]))
+        layout = RowLayout(padded(trie.depths), ends, (tokens,), padded(trie.multiplicity), lengths, lengths)
+        return cls(padded(input_ids.reshape(-1)[trie.sources]), layout, trie.nodes)
+
+    def at_padded_places(self, output: Any) -> Any:
+        """Put what a model returned for the row where it would have stood for the padded batch.
+
+        Args:
+            output: A tensor ``[1, S, ...]`` or ``[S, ...]`` with one entry per token, or any nesting of mappings, lists
+                and tuples of such. Anything that is not a tensor stays as it is.
+
+        Returns:
+            The same nesting with tensors ``[N, T, ...]`` or ``[N * T, ...]``, 0 at padding. Mappings are changed in
+            place.
+
+        Raises:
+            UnsupportedModelError: if a tensor has not one entry per token.
+        """
+        return self._placed(output, {})
+
+    def _placed(self, output: Any, done: dict[int, Any]) -> Any:
+        # hidden_states ends with last_hidden_state itself, which is gathered once
+        if id(output) in done:
+            return done[id(output)]
+        placed = output
+        if isinstance(output, torch.Tensor):
+            placed = self._placed_tensor(output)
+        elif isinstance(output, Mapping):
+            for name in list(output):
+                output[name] = self._placed(output[name], done)  # type: ignore[index]
+        elif isinstance(output, tuple | list):
+            placed = type(output)(self._placed(each, done) for each in output)
+        done[id(output)] = placed
+        return placed
+
+    def _placed_tensor(self, values: Tensor) -> Tensor:
+        length = self.layout.length
+        one_row = tuple(values.shape[:2]) == (1, length)
+        if not one_row and tuple(values.shape[:1]) != (length,):
+            raise UnsupportedModelError(
+                f"the model returned a tensor of shape {list(values.shape)} for a packed row of {length} tokens; "
+                "flexdpo cannot tell what it would be for the padded batch, so ask for less "
+                "(output_hidden_states=False, output_router_logits=False) or call flexdpo.unshare(model)"
+            )
+        placed: Tensor = _Gather.apply(values[0] if one_row else values, self.nodes)
+        return placed if one_row else placed.flatten(0, 1)
+
+
+class _Gather(torch.autograd.Function):
+    """Row entries ``[S, ...]`` at padded places ``[N, T, ...]``; gradients of all copies are added up, in float32.
+
+    Autograd's own gather adds in the dtype of the values, which in half precision rounds after every copy.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, nodes: Tensor) -> Tensor:
+        ctx.save_for_backward(nodes)
+        ctx.length, ctx.dtype = values.shape[0], values.dtype
+        placed: Tensor = values.index_select(0, nodes.clamp(min=0).reshape(-1)).unflatten(0, tuple(nodes.shape))
+        padding = (nodes < 0).reshape(nodes.shape + (1,) * (placed.ndim - nodes.ndim))
+        return placed.masked_fill_(padding, 0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (nodes,) = ctx.saved_tensors
+        wide = torch.promote_types(gradient.dtype, torch.float32)
+        # what arrives at padding comes from no token, need not even be finite, and goes into one slot more
+        slots = torch.where(nodes < 0, ctx.length, nodes).reshape(-1)
+        total = gradient.new_zeros((ctx.length + 1, *gradient.shape[2:]), dtype=wide)
+        total.index_add_(0, slots, gradient.flatten(0, 1).to(wide))
+        return total[:-1].to(ctx.dtype), None

@@ -1,0 +1,341 @@
+"""What runs around the forward of a backbone that shares prefixes.
+
+Shapes: ``N`` rows of a padded batch, ``T`` places per row, ``S`` tokens of the packed row.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+import warnings
+import weakref
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from flexdpo.attention.row_mask import Impl, resolve_impl
+from flexdpo.attention.settings import KernelSettings, exchange_kernel_settings, kernel_settings
+from flexdpo.dropin.batch_trie import row_spans, sort_batch, trie_of
+from flexdpo.dropin.gather import SharedBatch
+from flexdpo.dropin.rules import REASONS, Positions, reason_by_arguments
+from flexdpo.hf.draws import being_asked
+from flexdpo.hf.forward_layout import held_forward
+from flexdpo.hf.randomness import DrawsWatch
+from flexdpo.layout.row import TILE, RowLayout
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.utils.hooks import RemovableHandle
+
+
+@dataclass
+class SharingStats:
+    """What sharing has done so far on one model, since :func:`share_prefixes`.
+
+    What a checkpoint runs a second time in the backward pass counts once.
+
+    Attributes:
+        tokens_in: Places of all padded batches that the backbone was given, ``N * T`` each, padding included.
+        tokens_run: Tokens that it ran instead; for a batch that passed through, all its places.
+        batches_shared: Batches that ran as one packed row.
+        passed_through: Batches that ran as if flexdpo were not there, by reason; the reasons are explained in
+            :data:`flexdpo.dropin.rules.REASONS`.
+    """
+
+    tokens_in: int = 0
+    tokens_run: int = 0
+    batches_shared: int = 0
+    passed_through: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def saved(self) -> float:
+        """Share of all places that did not have to be run, from 0 to 1."""
+        return 1 - self.tokens_run / self.tokens_in if self.tokens_in else 0.0
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.tokens_run:,} of {self.tokens_in:,} tokens run ({self.saved:.0%} saved), "
+            f"{self.batches_shared:,} batches shared"
+        ]
+        lines += [f"{count:,} passed through: {REASONS[reason]}" for reason, count in self.passed_through.most_common()]
+        return "\n".join(lines)
+
+    def __add__(self, other: SharingStats) -> SharingStats:
+        return SharingStats(
+            self.tokens_in + other.tokens_in,
+            self.tokens_run + other.tokens_run,
+            self.batches_shared + other.batches_shared,
+            self.passed_through + other.passed_through,
+        )
+
+    def __sub__(self, earlier: SharingStats) -> SharingStats:
+        return SharingStats(
+            self.tokens_in - earlier.tokens_in,
+            self.tokens_run - earlier.tokens_run,
+            self.batches_shared - earlier.batches_shared,
+            self.passed_through - earlier.passed_through,
+        )
+
+
+@dataclass(eq=False)
+class Sharing:
+    """What a shared backbone carries along.
+
+    Attributes:
+        stock: Its attention implementation before.
+        impl_before: Its kernel before, where it was prepared for packed rows already.
+        impl: The kernel that was asked for.
+        min_gain: Padded places per token run, below which a batch passes through.
+        min_prefix: Tokens in common from which rows share them.
+        positions: How it makes use of positions.
+        parameters: Names of its positional arguments.
+        hooks: To take off again.
+        stats: What was done so far.
+        warned: Whether it was said that dropout keeps batches from being shared.
+        watch: Knows whether the backbone draws random numbers.
+    """
+
+    stock: str
+    impl_before: Impl | None
+    impl: Impl
+    min_gain: float
+    min_prefix: int
+    positions: Positions
+    parameters: tuple[str, ...]
+    hooks: tuple[RemovableHandle, ...] = ()
+    stats: SharingStats = field(default_factory=SharingStats)
+    warned: bool = False
+    watch: DrawsWatch = field(default_factory=DrawsWatch)
+
+    def stats_so_far(self) -> SharingStats:
+        """A copy of what was done, which threads that go on do not change."""
+        with _counting:
+            return copy.deepcopy(self.stats)
+
+
+# what a model counts, it counts for all threads that run it
+_counting = threading.Lock()
+
+
+def install_sharing_hooks(backbone: Any, sharing: Sharing) -> None:
+    """Let a backbone that takes layouts make them itself, from padded batches."""
+    backbone._flexdpo_sharing = sharing
+    sharing.hooks = (
+        # before the hook that takes a row's layout
+        backbone.register_forward_pre_hook(_share_batch, with_kwargs=True, prepend=True),
+        backbone.register_forward_hook(_place_output, with_kwargs=True, always_call=True),
+    )
+
+
+def remove_sharing_hooks(backbone: Any) -> None:
+    """Undo :func:`install_sharing_hooks`."""
+    for handle in backbone._flexdpo_sharing.hooks:
+        handle.remove()
+    del backbone._flexdpo_sharing
+
+
+def sharing_of(backbone: nn.Module) -> Sharing | None:
+    """What a backbone carries along if it shares prefixes."""
+    found = getattr(backbone, "_flexdpo_sharing", None)
+    return found if isinstance(found, Sharing) else None
+
+
+# --- the hooks -------------------------------------------------------------------------------------------------------
+
+
+class _Running(NamedTuple):
+    """A shared batch in progress.
+
+    Attributes:
+        backbone: What runs it.
+        batch: The batch.
+        settings: Kernel settings to put back in force after it.
+    """
+
+    backbone: nn.Module
+    batch: SharedBatch
+    settings: KernelSettings
+
+
+class _InThread(threading.local):
+    """What each thread has of its own: one model may run in several of them, and several models at once.
+
+    Attributes:
+        running: Shared batches in progress, innermost last.
+        recent: The last batch that was planned, if any. Policy and reference run the same batch one after the other,
+            and then share its plan and its masks.
+    """
+
+    def __init__(self) -> None:
+        self.running: list[_Running] = []
+        self.recent: list[_Recent] = []
+
+
+_in_thread = _InThread()
+
+
+# what follows from the data cannot be in a graph; a compiled model pauses here
+@torch.compiler.disable
+def _share_batch(
+    backbone: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    sharing: Sharing = backbone._flexdpo_sharing
+    if being_asked():
+        return None
+    # Ctrl-C skips the hook that takes a batch off again
+    _finish(backbone)
+    named = {**dict(zip(sharing.parameters, args, strict=False)), **kwargs}
+    if held_forward() is not None or any(isinstance(value, RowLayout) for value in named.values()):
+        return None  # the caller packed a row already
+    # every process of a sharded model comes here equally often, whatever its batch is
+    random = sharing.watch.draws(backbone)
+    planned: SharedBatch | str | None = reason_by_arguments(backbone, named) or ("random" if random else None)
+    planned = planned or _planned(sharing, named)
+    _count(sharing, named, planned)
+    if isinstance(planned, str):
+        if planned == "random":
+            _warn_once(sharing, backbone)
+        return None
+    settings = exchange_kernel_settings(_for_any_length(sharing, planned))
+    _in_thread.running.append(_Running(backbone, planned, settings))
+    # positions come with the layout
+    named.pop("position_ids", None)
+    return (), {**named, "input_ids": planned.input_ids, "attention_mask": planned.layout, "use_cache": False}
+
+
+@torch.compiler.disable
+def _place_output(backbone: Any, args: Any, kwargs: Any, output: Any) -> Any:  # noqa: ARG001
+    if being_asked():
+        return None
+    batch = _finish(backbone)
+    # output is None when the forward raised
+    return None if batch is None or output is None else batch.at_padded_places(output)
+
+
+def _finish(backbone: nn.Module) -> SharedBatch | None:
+    """Take the batch that a backbone is running off, with whatever was interrupted inside of it."""
+    running = _in_thread.running
+    for number, found in enumerate(running):
+        if found.backbone is backbone:
+            exchange_kernel_settings(found.settings)
+            del running[number:]
+            return found.batch
+    return None
+
+
+def _count(sharing: Sharing, named: dict[str, Any], planned: SharedBatch | str) -> None:
+    if torch._C._current_graph_task_id() != -1:
+        return  # a checkpoint runs the batch again in the backward pass
+    tokens = next((each for each in (named.get("input_ids"), named.get("inputs_embeds")) if each is not None), None)
+    places = tokens.shape[:2].numel() if isinstance(tokens, torch.Tensor) else 0
+    stats = sharing.stats
+    with _counting:
+        stats.tokens_in += places
+        if isinstance(planned, str):
+            stats.tokens_run += places
+            stats.passed_through[planned] += 1
+        else:
+            stats.tokens_run += planned.layout.length
+            stats.batches_shared += 1
+
+
+def _warn_once(sharing: Sharing, backbone: nn.Module) -> None:
+    if not sharing.warned:
+        warnings.warn(
+            f"{type(backbone).__name__} uses dropout or noise in training, so its batches run without sharing: a "
+            "shared token cannot be dropped differently for each row. flexdpo.disable_dropout(model) sets every rate "
+            "to 0 (lora_dropout too), and they are shared.",
+            stacklevel=2,
+        )
+        sharing.warned = True
+
+
+def _for_any_length(sharing: Sharing, batch: SharedBatch) -> KernelSettings:
+    """By default FlexAttention compiles a kernel for each row length on CUDA; here every batch has another length."""
+    settings = kernel_settings()
+    if settings.lengths != "auto" or resolve_impl(sharing.impl, batch.input_ids.device) != "flex":
+        return settings
+    return replace(settings, lengths="dynamic")
+
+
+# --- the plan --------------------------------------------------------------------------------------------------------
+
+
+class PlanKey(NamedTuple):
+    """What a plan follows from, besides the batch."""
+
+    min_gain: float
+    min_prefix: int
+    positions: Positions
+    multiple: int
+
+
+class _Recent(NamedTuple):
+    """A batch that was planned, and what came out."""
+
+    input_ids: Tensor
+    mask: Tensor | None
+    plan_key: PlanKey
+    planned: SharedBatch | str
+    # masks and plan go when the batch goes
+    batch: weakref.ref[Tensor]
+
+    def holds(self, input_ids: Tensor, mask: Tensor | None, plan_key: PlanKey) -> bool:
+        """Whether a batch is this one, by its content: a loader may fill the same memory again."""
+        return self.plan_key == plan_key and _same(self.input_ids, input_ids) and _same(self.mask, mask)
+
+
+def _same(kept: Tensor | None, given: Tensor | None) -> bool:
+    if kept is None or given is None:
+        return kept is given
+    return kept.device == given.device and kept.dtype == given.dtype and torch.equal(kept, given)
+
+
+def _planned(sharing: Sharing, named: dict[str, Any]) -> SharedBatch | str:
+    """The packed row for a batch, or the reason why it is not shared."""
+    input_ids: Tensor = named["input_ids"]
+    mask: Tensor | None = named.get("attention_mask")
+    multiple = TILE if resolve_impl(sharing.impl, input_ids.device) == "flex" else 1
+    plan_key = PlanKey(sharing.min_gain, sharing.min_prefix, sharing.positions, multiple)
+    if torch.is_inference_mode_enabled():
+        return plan_batch(input_ids, mask, plan_key)  # nothing that is made here may be used in training
+    kept = _in_thread.recent
+    for recent in kept:
+        if recent.holds(input_ids, mask, plan_key):
+            return recent.planned
+    planned = plan_batch(input_ids, mask, plan_key)
+    copies = input_ids.clone(), None if mask is None else mask.clone()
+    kept[:] = [_Recent(*copies, plan_key, planned, weakref.ref(input_ids, lambda _: kept.clear()))]
+    return planned
+
+
+def plan_batch(input_ids: Tensor, mask: Tensor | None, plan_key: PlanKey) -> SharedBatch | str:
+    """Find the trie of a padded batch and lay it out as one row.
+
+    Args:
+        input_ids: ``[N, T]`` int64.
+        mask: Nonzero at real tokens, ``[N, T]``; without it all are real.
+        plan_key: What decides besides the batch.
+
+    Returns:
+        The row, or the reason why the batch is not shared, one of :data:`flexdpo.dropin.rules.REASONS`.
+    """
+    rows, columns = input_ids.shape
+    spans = row_spans(torch.ones_like(input_ids) if mask is None else mask)
+    batch = sort_batch(input_ids, spans, min_prefix=plan_key.min_prefix)
+    facts = torch.stack([batch.num_tokens, spans.starts.max(), spans.gaps.long()])
+    # the one time that the device is waited for
+    tokens, latest_start, gaps = facts.tolist()
+    length = -(-tokens // plan_key.multiple) * plan_key.multiple
+    if gaps:
+        return "gaps"
+    if latest_start and not plan_key.positions.relative:
+        return "left_padding"
+    open_end = plan_key.positions.limits.open_end
+    if open_end is not None and columns > open_end:
+        return "rope_scaling"
+    if tokens == 0 or rows * columns < plan_key.min_gain * length:
+        return "little_gain"
+    return SharedBatch.of(input_ids, trie_of(batch, tokens), pad_to_multiple_of=plan_key.multiple)

@@ -1,0 +1,222 @@
+"""The drop-in: a model in anybody's training loop runs the common beginnings of a padded batch once.
+
+Hooks on the backbone turn a padded batch into one packed row on the token trie of its rows, and put what the backbone
+returns back at the padded places. Everything above the backbone (heads, losses, metrics) sees what it always saw.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch._dynamo.eval_frame import OptimizedModule
+from transformers import PreTrainedModel
+
+from flexdpo.dropin.hooks import Sharing, SharingStats, install_sharing_hooks, remove_sharing_hooks, sharing_of
+from flexdpo.dropin.native_attention import implementation_over
+from flexdpo.dropin.rules import Positions
+from flexdpo.errors import FlexdpoError
+from flexdpo.hf.forward_layout import install_layout_hooks, remove_layout_hooks
+from flexdpo.hf.prepare import prepare_model
+from flexdpo.hf.rules import backbone_of, unwrap_model
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from flexdpo.attention.row_mask import Impl
+
+
+class PrefixSharing:
+    """Sharing in force on a model; as a context manager it ends with the ``with`` block.
+
+    Attributes:
+        model: The model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @property
+    def stats(self) -> SharingStats:
+        """What sharing has done so far."""
+        return sharing_stats(self.model)
+
+    def unshare(self) -> None:
+        """Undo sharing; see :func:`unshare`."""
+        unshare(self.model)
+
+    def __enter__(self) -> PrefixSharing:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        unshare(self.model)
+
+
+# --- on and off ------------------------------------------------------------------------------------------------------
+
+
+def share_prefixes(
+    model: nn.Module, *, min_gain: float = 1.1, min_prefix: int = 16, impl: Impl = "auto"
+) -> PrefixSharing:
+    """Let a model run the common beginnings of the rows of a padded batch once, in whatever loop it is used.
+
+    Chosen and rejected, K completions of a prompt, repeated prompts: whatever begins alike in a batch ``[N, T]`` of
+    token ids is run once, padding not at all, and ``last_hidden_state``, ``hidden_states`` and ``router_logits`` come
+    back in their padded places, 0 at padding. Heads, losses, metrics and gradients are those without sharing, to
+    rounding. What cannot be shared exactly (a cache, positions of the caller, attention weights, dropout in training,
+    left padding where positions are absolute), or is not worth it, runs as before and is counted by
+    :func:`sharing_stats`.
+
+    Right, left and two-sided padding are shared. Where padding stands on the left, a model with absolute positions
+    (GPT-2) runs as before, since it sees equal tokens at different positions there.
+
+    A cache is not made for a shared batch: outside of training mode, calls are shared that say ``use_cache=False``.
+
+    Args:
+        model: A ``PreTrainedModel`` with any head, or a ``PeftModel`` around one; before DDP, FSDP or
+            ``torch.compile`` wrap it.
+        min_gain: Padded places per token that would be run, ``N * T / S``, below which a batch passes through.
+        min_prefix: Rows with fewer tokens than this in common share none of them: a common BOS saves nothing and ties
+            all rows of the batch together.
+        impl: As in :func:`flexdpo.prepare_model`.
+
+    Returns:
+        A handle with ``stats`` and ``unshare()`` that is also a context manager. The model itself is changed in place.
+
+    Raises:
+        UnsupportedModelError: if the model would not give the ordinary result.
+        FlexdpoError: if the model is shared already, wrapped or compiled, or an argument is out of range.
+    """
+    _require_bare(model)
+    return share_backbone(model, min_gain=min_gain, min_prefix=min_prefix, impl=impl)
+
+
+def share_backbone(
+    model: nn.Module, *, min_gain: float = 1.1, min_prefix: int = 16, impl: Impl = "auto"
+) -> PrefixSharing:
+    """:func:`share_prefixes` for a model that a trainer may have sharded in place already."""
+    if min_gain < 1:
+        raise FlexdpoError(f"min_gain must be at least 1, got {min_gain}; 1 shares whenever nothing more is run")
+    if min_prefix < 1:
+        raise FlexdpoError(f"min_prefix must be at least 1 token, got {min_prefix}")
+    base = unwrap_model(model)
+    backbone, taker = backbone_of(base), taker_of(base)
+    if sharing_of(taker) is not None:
+        raise FlexdpoError(
+            f"this {type(base).__name__} shares prefixes already; call flexdpo.unshare(model) before sharing it again"
+        )
+    stock = backbone.config._attn_implementation
+    impl_before: Any = getattr(backbone, "_flexdpo_impl", None)
+    name = implementation_over(stock)
+    prepare_model(model, impl=impl)
+    backbone.set_attn_implementation(name)
+    install_layout_hooks(taker, impl)
+    parameters = tuple(inspect.signature(type(taker).forward).parameters)[1:]
+    positions = Positions.of(backbone)
+    install_sharing_hooks(taker, Sharing(stock, impl_before, impl, min_gain, min_prefix, positions, parameters))
+    return PrefixSharing(model)
+
+
+def unshare(model: nn.Module) -> None:
+    """Undo :func:`share_prefixes`: the model has its attention back and runs as if it had never been shared.
+
+    Args:
+        model: The model that was shared, or whatever wraps it by now.
+
+    Raises:
+        FlexdpoError: if it is not shared.
+    """
+    base = unwrap_model(unwrapped(model))
+    backbone, taker = backbone_of(base), taker_of(base)
+    sharing = _require_shared(taker)
+    remove_sharing_hooks(taker)
+    backbone.set_attn_implementation(sharing.stock)
+    parts: set[Any] = {base, backbone, taker}
+    for part in parts:
+        if sharing.impl_before is None:
+            remove_layout_hooks(part)
+        else:
+            part._flexdpo_impl = sharing.impl_before
+
+
+def sharing_stats(model: nn.Module) -> SharingStats:
+    """Tell how many tokens a shared model was given and how many it ran, and which batches passed through and why.
+
+    Args:
+        model: A model after :func:`share_prefixes`, or whatever wraps it by now.
+
+    Raises:
+        FlexdpoError: if it is not shared.
+    """
+    return _require_shared(taker_of(unwrap_model(unwrapped(model)))).stats_so_far()
+
+
+def is_shared(model: nn.Module) -> bool:
+    """Whether prefixes are shared on a model, or on what is inside of its wrappers."""
+    return sharing_of(taker_of(unwrap_model(unwrapped(model)))) is not None
+
+
+# --- which part, and in which order ----------------------------------------------------------------------------------
+
+
+def taker_of(base: PreTrainedModel) -> PreTrainedModel:
+    """Return the part of a model that takes token ids from its head.
+
+    It is the backbone, except where a model of text and images first makes embeddings of both.
+    """
+    backbone, inner = backbone_of(base), base.base_model
+    # with a part for images comes a config of its own
+    composed = isinstance(inner, PreTrainedModel) and inner.config is not backbone.config
+    return inner if composed and "position_ids" in inspect.signature(inner.forward).parameters else backbone
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside DDP, FSDP, DeepSpeed or a compiled module."""
+    inner: Any = model
+    while not isinstance(inner, PreTrainedModel) and not hasattr(inner, "get_base_model"):
+        found = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
+        if found is None:
+            break
+        inner = found
+    bare: nn.Module = inner
+    return bare
+
+
+def _require_shared(taker: nn.Module) -> Sharing:
+    sharing = sharing_of(taker)
+    if sharing is None:
+        raise FlexdpoError(f"this {type(taker).__name__} shares no prefixes; call flexdpo.share_prefixes(model) first")
+    return sharing
+
+
+def _require_bare(model: Any) -> None:
+    """Stop where the model is not the bare one: one rule for all wrappers."""
+    inner: Any = unwrapped(model)
+    if isinstance(model, OptimizedModule) or (inner is model and _is_compiled(inner)):
+        raise FlexdpoError(
+            f"this {type(getattr(model, '_orig_mod', model)).__name__} is compiled already; call "
+            "flexdpo.share_prefixes(model) first and torch.compile after it"
+        )
+    sharded = _is_fully_sharded(model)
+    if inner is not model or sharded:
+        wrapper = "FSDP2 (fully_shard)" if sharded else type(model).__name__
+        raise FlexdpoError(
+            f"the model is wrapped by {wrapper} already; call flexdpo.share_prefixes(model) on the bare model and "
+            "wrap it after that"
+        )
+
+
+def _is_fully_sharded(model: Any) -> bool:
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(model, FSDPModule)
+
+
+def _is_compiled(model: Any) -> bool:
+    if not isinstance(model, PreTrainedModel) and not hasattr(model, "get_base_model"):
+        return False
+    base = unwrap_model(model)
+    return any(part._compiled_call_impl is not None for part in (model, base, taker_of(base), backbone_of(base)))

@@ -1,0 +1,1 @@
+"""What sharing and packing save on a dataset, computed before anything runs."""

@@ -1,0 +1,228 @@
+"""How long a step takes, predicted part by part: matrices, attention, what is read and written, logits.
+
+A count of multiplications alone is wrong about padded training. Its attention visits every tile of a padded square,
+where a packed row visits the live ones; its logits exist at every position and are read and written several times; and
+its tensors are so large that a CPU's allocator maps them anew for every use. Each of these parts has a cost per unit
+here. The units come from timing single operations, or from data sheets; none was fitted to a whole step or a profile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from flexdpo.attention.mask_mods import CAUSAL
+from flexdpo.attention.query_blocks import REREAD_QUERIES, START_COST, plan_pieces
+from flexdpo.errors import FlexdpoError, nearest
+from flexdpo.estimate.flops import row_work
+from flexdpo.estimate.model_shapes import Shape
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from flexdpo.layout.groups import Group
+    from flexdpo.layout.row import Row
+    from flexdpo.training.memory import ModelSize
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What operations cost on a device.
+
+    Attributes:
+        name: ``"cpu"`` or ``"cuda"``.
+        source: Where the figures come from.
+        matmul: Floating-point operations per second of large matrix products.
+        attention_forward: The same of fused attention, 4 per score and head dimension.
+        attention_backward: The same of its backward pass, 10 per score and head dimension.
+        masked_attention: Speed of attention under an explicit mask, relative to the above.
+        elementwise: Seconds per element written by norms, activations, rotations and sums in a forward pass.
+        logit_forward: Seconds per logit that is normalised, beside its product.
+        logit_backward: The same in the backward pass.
+        element_bytes: Of an activation.
+        fresh: Seconds per byte of memory that the allocator maps anew.
+        fresh_from: Tensors of this many bytes and more are mapped anew each time.
+    """
+
+    name: str
+    source: str
+    matmul: float
+    attention_forward: float
+    attention_backward: float
+    masked_attention: float
+    elementwise: float
+    logit_forward: float
+    logit_backward: float
+    element_bytes: int
+    fresh: float = 0.0
+    fresh_from: float = float("inf")
+
+
+MACHINES = {
+    "cpu": Machine(
+        name="cpu",
+        source="single operations timed on one core of a 2.x GHz Xeon with AVX-512, torch 2.13, float32: products of "
+        "8192 x 256 x 768; attention of 512 tokens, 4 heads of 64; SiLU and RMSNorm of 1000 tokens; logsumexp of 512 x "
+        "2048; first writes to 64 MB. glibc maps whatever exceeds 32 MiB",
+        matmul=1.42e11,
+        attention_forward=9.3e10,
+        attention_backward=1.08e11,
+        masked_attention=0.9,
+        elementwise=5.5e-10,
+        logit_forward=9.5e-10,
+        logit_backward=1.8e-9,
+        element_bytes=4,
+        fresh=4.5e-10,
+        fresh_from=2**25,
+    ),
+    "cuda": Machine(
+        name="cuda",
+        source="data sheet of an H100 SXM (989 TFLOP/s in bfloat16, 3.35 TB/s) at the shares that published training "
+        "runs and FlexAttention's own benchmarks reach: 60 % in products, 40 % and 30 % in attention, 80 % of the "
+        "bandwidth; not measured here",
+        matmul=5.9e14,
+        attention_forward=4.0e14,
+        attention_backward=3.0e14,
+        masked_attention=0.5,
+        # written once, read about twice, norms in float32
+        elementwise=8 / 2.7e12,
+        # products in float32, read once and reduced; then read, exponentiated and written in place
+        logit_forward=8 / 2.7e12,
+        logit_backward=14 / 2.7e12,
+        element_bytes=2,
+    ),
+}
+
+# the backward pass of norms, activations and rotations writes this many elements for each of the forward pass
+_BACKWARD_WRITES = 2.75
+
+
+def find_machine(name: str) -> Machine:
+    """The costs on this kind of device."""
+    if name not in MACHINES:
+        raise FlexdpoError(f"device {name!r} is unknown{nearest(name, list(MACHINES))}; devices: {', '.join(MACHINES)}")
+    return MACHINES[name]
+
+
+def shape_of(size: ModelSize) -> Shape:
+    """The shape of a model for counting work: all experts that a token passes as one feed-forward layer."""
+    # a plain feed-forward layer has two matrices where a gated one has three
+    intermediate = size.intermediate if size.gated else size.intermediate * 2 // 3
+    return Shape(
+        size.name, size.hidden, intermediate, size.layers, size.heads, size.key_heads, size.head_dim, size.vocabulary,
+        tied=False,
+    )  # fmt: skip
+
+
+class Load(NamedTuple):
+    """What one forward call asks of a model on a device.
+
+    Attributes:
+        tokens: That go through the layers, padding included.
+        scores: Query-key pairs per head that the kernel computes.
+        targets: Positions whose logits are computed.
+        masked: Whether attention is given an explicit mask, as padding needs it.
+        kept_logits: Whether all logits are kept for the backward pass, instead of made again in chunks.
+    """
+
+    tokens: float
+    scores: float
+    targets: float
+    masked: bool = False
+    kept_logits: bool = False
+
+
+class StepSeconds(NamedTuple):
+    """Predicted seconds of a step's phases; the reference's forward pass, and the policy's forward and backward."""
+
+    reference: float
+    policy: float
+
+    @property
+    def total(self) -> float:
+        """Both."""
+        return self.reference + self.policy
+
+
+def row_load(row: Row, shape: Shape, machine: Machine) -> Load:
+    """The load of a packed row: scores by whole tiles on CUDA, by pieces elsewhere."""
+    work = row_work(row)
+    if machine.name == "cuda":
+        return Load(row.layout.length, work.scores, work.targets)
+    width = shape.heads * shape.head_dim
+    pieces = plan_pieces(row.layout, CAUSAL, width=width)
+    scores = sum((piece.stop - piece.start + REREAD_QUERIES) * piece.num_keys for piece in pieces)
+    return Load(work.tokens, scores + len(pieces) * START_COST / width, work.targets)
+
+
+def padded_load(groups: Sequence[Group]) -> Load:
+    """The load of groups as one padded batch: every response behind its prompt, as long as the longest."""
+    longest = max(group.prompt_ids.size + max(ids.size for ids in group.response_ids) for group in groups)
+    sequences = sum(len(group.response_ids) for group in groups)
+    return Load(sequences * longest, sequences * longest**2, sequences * longest, True, True)
+
+
+def step_seconds(
+    loads: Iterable[Load], shape: Shape, machine: Machine, *, checkpointing: bool = False, reference: bool = True
+) -> StepSeconds:
+    """Predict the time of a step that runs these loads one after another.
+
+    Args:
+        loads: One for each forward call.
+        shape: The model.
+        machine: The device.
+        checkpointing: Whether layers run again in the backward pass.
+        reference: Whether the reference runs too; not where its values were precomputed.
+    """
+    reference_seconds = policy = 0.0
+    for load in loads:
+        layers = _layers_forward(load, shape, machine)
+        product = 2.0 * shape.hidden * shape.vocabulary * load.targets / machine.matmul
+        logits = shape.vocabulary * load.targets
+        reference_seconds += layers + product + logits * machine.logit_forward if reference else 0.0
+        policy += layers * (2 if checkpointing else 1) + _layers_backward(load, shape, machine)
+        # kept logits are multiplied out once and give two gradients; logits in chunks are made a second time
+        policy += product * (3 if load.kept_logits else 4) + logits * (machine.logit_forward + machine.logit_backward)
+        policy += _fresh_bytes(load, shape, machine) * machine.fresh
+    return StepSeconds(reference_seconds, policy)
+
+
+def _layers_forward(load: Load, shape: Shape, machine: Machine) -> float:
+    products = 2.0 * shape.layer_parameters * load.tokens / machine.matmul
+    speed = machine.attention_forward * (machine.masked_attention if load.masked else 1.0)
+    attention = 4.0 * _head_dims(shape) * load.scores / speed
+    return products + attention + _elements(shape) * load.tokens * machine.elementwise
+
+
+def _layers_backward(load: Load, shape: Shape, machine: Machine) -> float:
+    products = 4.0 * shape.layer_parameters * load.tokens / machine.matmul
+    speed = machine.attention_backward * (machine.masked_attention if load.masked else 1.0)
+    attention = 10.0 * _head_dims(shape) * load.scores / speed
+    return products + attention + _BACKWARD_WRITES * _elements(shape) * load.tokens * machine.elementwise
+
+
+def _head_dims(shape: Shape) -> int:
+    return shape.layers * shape.heads * shape.head_dim
+
+
+def _elements(shape: Shape) -> float:
+    """Elements per token that all layers write besides their products.
+
+    Two norms write three each, two sums one; a rotation writes four for queries and keys; the attention's output is
+    written once more in another order; the activation and the gate's product.
+    """
+    width, keys = shape.heads * shape.head_dim, shape.key_heads * shape.head_dim
+    return float(shape.layers * (8 * shape.hidden + 5 * width + 4 * keys + 2 * shape.intermediate))
+
+
+def _fresh_bytes(load: Load, shape: Shape, machine: Machine) -> float:
+    """Bytes that a training step maps anew: of feed-forward layers four tensors forward and four backward."""
+    total = 0.0
+    widths = [(shape.intermediate, 8 * shape.layers)]
+    if load.kept_logits:
+        # the logits, their gradient, and that gradient once more with the last position put back
+        widths.append((shape.vocabulary, 3))
+    for width, count in widths:
+        size = load.tokens * width * machine.element_bytes
+        total += count * size if size >= machine.fresh_from else 0.0
+    return total

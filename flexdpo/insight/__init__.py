@@ -1,1 +1,0 @@
-"""What a run would do, and pictures of what it does."""

@@ -1,0 +1,388 @@
+"""The parity probe: does a model give on a packed row what it gives one sequence at a time?
+
+It runs the model four ways: packed, unpacked with the model's own stock attention, unpacked once more in another batch
+and from embeddings that are rounded otherwise, and packed under a mask that is wrong on purpose. The third gives the
+noise, the last one the scale: a model passes when its packed run is as near to the unpacked run as noise explains, and
+far nearer than the wrong one. Compared are the logits of every token and the gradient that arrives at every token's
+embedding, so that both the forward and the backward of every layer take part.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from flexdpo.errors import FlexdpoError, UnsupportedModelError
+from flexdpo.hf.forward_layout import ATTN_IMPLEMENTATION
+from flexdpo.hf.prepare import prepare_model
+from flexdpo.hf.randomness import disable_dropout
+from flexdpo.hf.row_dependence import length_limits
+from flexdpo.hf.rules import backbone_of, refusal_reason, unwrap_model
+from flexdpo.layout.groups import Group
+from flexdpo.layout.row import Row, RowLayout
+from flexdpo.proof.tiny_models import small_model
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Verdict = Literal["exact", "wrong", "refused", "inconclusive"]
+
+# how many times the measured noise an error may be, since another kernel rounds in other places; and what it may always
+# be, in units of the dtype's rounding, since noise that measures 0 is luck
+NOISE_FACTOR, ROUNDINGS = 6.0, 4.0
+# of the error under a wrong mask: exact models stay below 1e-5, wrong ones above 0.2
+_ACCEPTED_SHARE = 1e-4
+_HALF_QUANTILE = 0.9
+_SPECIAL_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """What the probe measured.
+
+    Errors are the largest difference to the unpacked run, relative to the largest entry there.
+
+    Attributes:
+        verdict: ``"exact"``; ``"wrong"``: the results differ; ``"refused"``: a check stopped the model; or
+            ``"inconclusive"``: not even a wrong mask made a difference, so nothing was shown.
+        reason: Why it is not exact; empty where it is.
+        value_error: Of the logits, packed against unpacked.
+        gradient_error: Of the gradients at the embeddings, packed against unpacked.
+        value_noise: Of the logits, unpacked in another batch against unpacked.
+        gradient_noise: The same of the gradients.
+        wrong_value_error: Of the logits under the wrong mask.
+        wrong_gradient_error: Of the gradients under the wrong mask.
+        tokens: Longest sequence of the probe, prompt and response, in tokens.
+        threshold: Largest length at which the model changes what it does, in tokens: a window or chunk of its
+            attention, a limit of its rotary frequencies; 0 where it has none. Where the probe does not reach beyond, a
+            small copy of the model was probed too, whose thresholds are short.
+        seconds: Wall time.
+    """
+
+    verdict: Verdict
+    reason: str = ""
+    value_error: float = float("nan")
+    gradient_error: float = float("nan")
+    value_noise: float = float("nan")
+    gradient_noise: float = float("nan")
+    wrong_value_error: float = float("nan")
+    wrong_gradient_error: float = float("nan")
+    tokens: int = 0
+    threshold: int = 0
+    seconds: float = 0.0
+
+    @property
+    def exact(self) -> bool:
+        """Whether packed rows give the ordinary result."""
+        return self.verdict == "exact"
+
+
+def parity_probe(model: nn.Module, *, max_tokens: int = 2048, seed: int = 0) -> ParityReport:
+    """Run a model packed, unpacked with its own stock attention and packed under a wrong mask, and compare.
+
+    The model is prepared for packed rows if it was not; its weights, gradients and training mode stay as they are.
+
+    Args:
+        model: A ``PreTrainedModel``, or a ``PeftModel`` around one, on any device. In half precision the comparison is
+            blunter; a float32 or float64 model gives the sharper answer.
+        max_tokens: Longest sequence, prompt and response, in tokens. It is a little longer than the model's largest
+            threshold where this and the model's position limit allow.
+        seed: Chooses the random tokens.
+
+    Returns:
+        The measured errors and the verdict; a model that is refused gets a report too, not an error.
+
+    Raises:
+        FlexdpoError: if ``model`` is not a Hugging Face model.
+    """
+    started = time.perf_counter()
+    base = unwrap_model(model)
+    reason = refusal_reason(backbone_of(base))
+    if reason is None:
+        try:
+            report = _compare(model, max_tokens, seed)
+            if report.exact and report.threshold >= report.tokens:
+                report = _with_short_thresholds(base, report, seed)
+        except UnsupportedModelError as error:
+            reason = str(error)
+    if reason is not None:
+        report = ParityReport("refused", reason)
+    return replace(report, seconds=time.perf_counter() - started)
+
+
+class _Outcome(NamedTuple):
+    """Logits ``[L, V]`` and embedding gradients ``[L, H]`` of every token of every sequence, in order."""
+
+    logits: Tensor
+    gradients: Tensor
+
+
+def _with_short_thresholds(base: Any, report: ParityReport, seed: int) -> ParityReport:
+    """The report, or that of a small copy with short thresholds where the copy is not exact."""
+    try:
+        copy = small_model(base.config, seed=seed)
+    except Exception:
+        # a model class may say anything about a config that was cut; the report names the threshold
+        return report
+    found = _compare(copy, 2048, seed)
+    if found.exact:
+        return report
+    return replace(found, reason=f"{found.reason} (on a small copy whose thresholds are short)")
+
+
+def _compare(model: nn.Module, max_tokens: int, seed: int) -> ParityReport:
+    base = unwrap_model(model)
+    limits = length_limits(backbone_of(base))
+    threshold = max(_largest_window(base), *(limit for limit in limits.limits if limit != limits.open_end), 0)
+    length = _document_length(base, threshold, max_tokens)
+    if limits.open_end is not None:
+        length = min(length, limits.open_end)
+    row = _probe_row(base, length, seed, limits.limits).to(base.device)
+    with _without_dropout(model), torch.enable_grad():
+        with stock_attention(base):
+            with CoarsestRounding() as rounding:
+                want = _unpacked(model, row)
+            noise = _errors(_unpacked(model, row, rounding=rounding.eps), want)
+        prepare_model(model, impl=getattr(base, "_flexdpo_impl", "auto"))
+        packed = _errors(_packed(model, row, row.layout), want)
+        wrong = _errors(_packed(model, row, _leaking(row.layout)), want)
+    verdict, reason = _judge(packed, noise, wrong, rounding.eps)
+    longest = max(sequence.size for group in row.groups for sequence in group.sequences)
+    return ParityReport(verdict, reason, *packed, *noise, *wrong, tokens=longest, threshold=threshold)
+
+
+def _judge(
+    packed: tuple[float, float], noise: tuple[float, float], wrong: tuple[float, float], rounding: float
+) -> tuple[Verdict, str]:
+    """The verdict and its reason, from errors of logits and of gradients."""
+    for what, error, floor, scale in zip(("logits", "gradients"), packed, noise, wrong, strict=True):
+        explained = max(NOISE_FACTOR * floor, ROUNDINGS * rounding)
+        # what rounding alone may do, so that a mask without effect is not taken for proof
+        if not scale > 2 * max(floor, rounding):
+            return "inconclusive", "not even a wrong mask changes the result, so its weights show nothing"
+        if not error <= min(explained, max(_ACCEPTED_SHARE * scale, 2 * floor)):
+            return "wrong", (
+                f"its packed run differs from its unpacked run: {what} by {error:.1e}, where rounding explains "
+                f"{explained:.1e} and a wrong mask makes {scale:.1e}"
+            )
+    return "exact", ""
+
+
+# --- what is run -----------------------------------------------------------------------------------------------------
+
+
+def _largest_window(base: Any) -> int:
+    config = backbone_of(base).config
+    # Llama 4 scales its queries from floor_scale on
+    names = ("sliding_window", "attention_chunk_size", "floor_scale")
+    return max((size for name in names if isinstance(size := getattr(config, name, None), int)), default=0)
+
+
+def _document_length(base: Any, threshold: int, max_tokens: int) -> int:
+    """Tokens of a prompt with one response: beyond the threshold, within what the model and the caller allow."""
+    limit = getattr(backbone_of(base).config, "max_position_embeddings", None) or max_tokens
+    return max(min(threshold + 24, limit, max_tokens), 24)
+
+
+def _probe_row(base: Any, length: int, seed: int, limits: Sequence[int]) -> Row:
+    """Three documents and some padding: a pair, a trie of depth three, and segments of one token each."""
+    generator = np.random.default_rng(seed)
+    vocabulary = int(base.get_input_embeddings().weight.shape[0])
+    # special tokens come first and, for images and the like, last
+    low = _SPECIAL_TOKENS if vocabulary > 4 * _SPECIAL_TOKENS else 0
+    high = vocabulary - low
+
+    def tokens(count: int) -> list[int]:
+        drawn: list[int] = generator.integers(low, high, count).tolist()
+        return drawn
+
+    response = length // 3
+    prompt = length - response
+    stem = tokens(response // 3)
+    twig = stem + tokens(response // 3)
+    one, other = low, low + 1
+    groups = [
+        Group.from_lists(tokens(prompt), [tokens(response), tokens(response - 2)]),
+        Group.from_lists(
+            tokens(prompt - 3),
+            [twig + tokens(response // 3), tokens(response), stem + tokens(response // 2), twig + tokens(2)],
+            [(0, 1)],
+        ),
+        Group.from_lists([one], [[one, one, other], [one, other], [other]], [(0, 1)]),
+    ]
+    return Row.from_groups(groups, pad_to_multiple_of=16, limits=limits)
+
+
+def _leaking(layout: RowLayout) -> RowLayout:
+    """Let every token see all that stand before it in the row: responses and documents mix."""
+    ends = torch.full_like(layout.subtree_end, layout.length)
+    return RowLayout(layout.position_ids, ends, layout.num_tokens, layout.multiplicity, layout.shortest, layout.longest)
+
+
+def path_of(row: Row, response: int) -> Tensor:
+    """Row indices of a whole sequence, prompt included: the last token of a response and its ancestors."""
+    last = int(row.response_paths[response][-1])
+    return (row.subtree_end[0, : last + 1] > last).nonzero()[:, 0]
+
+
+# --- how it is run ---------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _without_dropout(model: nn.Module) -> Iterator[None]:
+    """Run in train mode, as in training, with everything random at 0."""
+    modes = [(module, module.training) for module in model.modules()]
+    put_back = disable_dropout(model)
+    model.train()
+    try:
+        yield
+    finally:
+        put_back()
+        for module, training in modes:
+            module.training = training
+
+
+@contextlib.contextmanager
+def stock_attention(base: Any) -> Iterator[None]:
+    """Give the backbone the attention that transformers would choose for it."""
+    backbone: Any = backbone_of(base)
+    before = backbone.config._attn_implementation
+    stock = backbone.get_correct_attn_implementation(None) if before == ATTN_IMPLEMENTATION else before
+    if stock == "sdpa" and getattr(backbone.config, "attn_logit_softcapping", None) is not None:
+        stock = "eager"  # some versions choose SDPA and leave the softcap out
+    try:
+        if stock != before:
+            backbone.set_attn_implementation(stock)
+        yield
+    finally:
+        if stock != before:
+            backbone.set_attn_implementation(before)
+
+
+class CoarsestRounding(TorchDispatchMode):
+    """Watches every operation for the coarsest dtype: autocast cannot be asked, and norms compute in one of their own.
+
+    Attributes:
+        eps: Of that dtype.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.eps = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if isinstance(output, torch.Tensor) and output.is_floating_point():
+            self.eps = max(self.eps, torch.finfo(output.dtype).eps)
+        return output
+
+
+def rounded_otherwise(embedded: Tensor, rounding: float) -> Tensor:
+    """Move every number by about ``rounding``, relative to itself: another batch alone may happen to round alike."""
+    noise = torch.randn(embedded.shape, generator=torch.Generator().manual_seed(0)).to(embedded)
+    return embedded + embedded * noise * rounding
+
+
+@contextlib.contextmanager
+def _embeddings_captured(base: Any, rounding: float = 0.0) -> Iterator[list[Tensor]]:
+    """Collect what the embedding puts out, cut off from its weights: what arrives there passed through every layer."""
+    captured: list[Tensor] = []
+
+    def capture(module: nn.Module, args: Any, output: Tensor) -> Tensor:  # noqa: ARG001
+        leaf = output.detach()
+        leaf = (rounded_otherwise(leaf, rounding) if rounding else leaf).requires_grad_()
+        captured.append(leaf)
+        # some models scale what they get in place, which a leaf does not allow
+        return leaf.clone()
+
+    handle = base.get_input_embeddings().register_forward_hook(capture)
+    try:
+        yield captured
+    finally:
+        handle.remove()
+
+
+def _scores(logits: Tensor, seed: int) -> Tensor:
+    """Weigh every logit at random: the gradient then says on what each of them depends."""
+    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(seed)).to(logits)
+    return (weights * logits).sum() / logits.shape[-1]
+
+
+def _unpacked(model: Any, row: Row, *, rounding: float = 0.0) -> _Outcome:
+    """One sequence at a time; with ``rounding`` beside another one, which is padded, and rounded otherwise."""
+    logits, gradients = [], []
+    sequences = [sequence for group in row.groups for sequence in group.sequences]
+    for number, sequence in enumerate(sequences):
+        ids = torch.from_numpy(sequence)[None].to(row.input_ids.device)
+        inputs = beside_another(ids) if rounding else {"input_ids": ids}
+        with _embeddings_captured(unwrap_model(model), rounding) as captured:
+            logits.append(model(**inputs, use_cache=False).logits[0])
+        gradients.append(torch.autograd.grad(_scores(logits[-1], number), _only(captured))[0][0])
+    return _Outcome(
+        torch.cat(logits).detach(),
+        _summed(gradients, [path_of(row, response) for response in range(row.num_responses)], row),
+    )
+
+
+def beside_another(ids: Tensor) -> dict[str, Tensor]:
+    """A sequence ``[1, L]`` as the first of a padded batch of two, whose second is a third as long."""
+    mask = torch.ones_like(ids).repeat(2, 1)
+    mask[1, max(1, ids.shape[1] // 3) :] = 0
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def _packed(model: Any, row: Row, layout: RowLayout) -> _Outcome:
+    with _embeddings_captured(unwrap_model(model)) as captured:
+        all_logits = model(**{**row.inputs(), "attention_mask": layout}).logits[0]
+    logits = [all_logits[path] for path in [path_of(row, response) for response in range(row.num_responses)]]
+    score = torch.stack([_scores(each, number) for number, each in enumerate(logits)]).sum()
+    gradient = torch.autograd.grad(score, _only(captured))[0][0]
+    return _Outcome(torch.cat(logits).detach(), gradient[: row.num_tokens])
+
+
+def _only(captured: list[Tensor]) -> Tensor:
+    if len(captured) != 1:
+        raise FlexdpoError(
+            f"the model used its input embedding {len(captured)} times in one forward; the parity probe needs once"
+        )
+    return captured[0]
+
+
+def _summed(gradients: list[Tensor], paths: list[Tensor], row: Row) -> Tensor:
+    """Add the gradients of all copies of a token, ``[S, H]``."""
+    total = gradients[0].new_zeros(row.num_tokens, gradients[0].shape[-1])
+    for gradient, path in zip(gradients, paths, strict=True):
+        total.index_add_(0, path.to(total.device), gradient)
+    return total
+
+
+def _errors(got: _Outcome, want: _Outcome) -> tuple[float, float]:
+    pairs = ((got.logits, want.logits), (got.gradients, want.gradients))
+    values, gradients = (token_error([pair]) for pair in pairs)
+    return values, gradients
+
+
+def token_error(pairs: Iterable[tuple[Tensor, Tensor]], rounding: float = 0.0) -> float:
+    """The largest difference at any token of ``[L, ...]``, relative to the largest value; NaN without any pair.
+
+    In half precision (of the tensors, or with a coarser ``rounding`` than float32's) a router may send single tokens to
+    other experts for a rounding, so that nine in ten tokens have to do.
+    """
+    differences, largest, half = [], 0.0, rounding > torch.finfo(torch.float32).eps
+    for got, want in pairs:
+        half |= torch.finfo(want.dtype).bits < 32
+        largest = max(largest, float(want.abs().max()))
+        differences.append((got.double() - want.double()).abs().reshape(len(want), -1).amax(dim=1))
+    if not differences:
+        return float("nan")
+    error = float(torch.cat(differences).quantile(_HALF_QUANTILE if half else 1.0)) / max(largest, 1e-30)
+    # NaN stands for what was not compared
+    return float("inf") if math.isnan(error) else error

@@ -1,0 +1,241 @@
+"""A cache of reference log-probabilities: a folder that survives interruptions and knows whose values it holds.
+
+``identity.json`` says whose values they are and ``part-*.safetensors`` hold them, each part written whole or not at
+all. A value is found by what it depends on, the tokens of prompt and response, so training and evaluation share it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from flexdpo.errors import FlexdpoError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from flexdpo.layout.groups import Group
+
+_FORMAT = 2
+_IDENTITY = "identity.json"
+_DIGEST = "blake2b"
+
+Key = tuple[int, int]
+
+
+# --- whose values these are ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ReferenceIdentity:
+    """What reference values depend on beside the tokens themselves.
+
+    Attributes:
+        model: From :func:`~flexdpo.reference.fingerprints.model_fingerprint`.
+        tokenizer: What stands for the tokenizer.
+        settings: Whatever else changes values, as JSON-able numbers and strings: ``max_length``, precision, ...
+    """
+
+    model: str
+    tokenizer: str = ""
+    settings: tuple[tuple[str, Any], ...] = ()
+
+    def folder_in(self, root: Path | str) -> Path:
+        """A folder of its own for this identity, so that caches of several models live side by side."""
+        digest = hashlib.blake2b(json.dumps(self.as_dict(), sort_keys=True).encode(), digest_size=8)
+        return Path(root) / f"reference-{digest.hexdigest()}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """As it is written to disk."""
+        return {"format": _FORMAT, "model": self.model, "tokenizer": self.tokenizer, "settings": dict(self.settings)}
+
+
+# --- the cache -------------------------------------------------------------------------------------------------------
+
+
+def response_key(prompt_ids: NDArray[np.int64], response_ids: NDArray[np.int64]) -> Key:
+    """The name of a value in the cache: a 128-bit hash of prompt and response tokens."""
+    digest = hashlib.blake2b(np.int64(prompt_ids.size).tobytes(), digest_size=16)
+    digest.update(np.ascontiguousarray(prompt_ids, dtype="<i8").tobytes())
+    digest.update(np.ascontiguousarray(response_ids, dtype="<i8").tobytes())
+    first, second = np.frombuffer(digest.digest(), dtype="<i8").tolist()
+    return first, second
+
+
+class ReferenceCache:
+    """Reference log-probabilities of responses, in memory and in a folder.
+
+    Args:
+        folder: Made if it does not exist.
+        identity: Whose values these are.
+
+    Raises:
+        FlexdpoError: if the folder holds another model's, tokenizer's or setting's values, or a damaged or foreign
+            file.
+    """
+
+    def __init__(self, folder: Path | str, identity: ReferenceIdentity) -> None:
+        self.folder, self.identity = Path(folder), identity
+        self._values: dict[Key, float] = {}
+        self._loaded: set[str] = set()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _claim(self.folder / _IDENTITY, identity)
+        self.reload()
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._values
+
+    def reload(self) -> None:
+        """Read the parts that other processes have written since."""
+        for path in sorted(self.folder.glob("part-*.safetensors")):
+            if path.name not in self._loaded:
+                tensors = read(path, {"keys": ("I64", 2), "sums": ("F64", 1)})
+                keys, sums = tensors["keys"], tensors["sums"]
+                if len(keys) != len(sums) or not np.isfinite(sums).all():
+                    raise damaged(path, "its values do not fit its keys or are not finite")
+                self._values.update(zip(map(tuple, keys.tolist()), sums.tolist(), strict=True))
+                self._loaded.add(path.name)
+
+    def add(self, values: dict[Key, float], writer: int = 0) -> None:
+        """Write values to a new part, whole or not at all.
+
+        Args:
+            values: By key.
+            writer: Number of this process; parts of different processes never meet.
+        """
+        if not values:
+            return
+        number = sum(name.startswith(f"part-{writer}-") for name in self._loaded)
+        path = self.folder / f"part-{writer}-{number:06d}.safetensors"
+        keys = np.array(list(values), dtype=np.int64).reshape(-1, 2)
+        write(path, {"keys": keys, "sums": np.array(list(values.values()), dtype=np.float64)})
+        self._values.update(values)
+        self._loaded.add(path.name)
+
+    def sums(self, group: Group) -> list[float]:
+        """The reference log-probability of each response of a group, in nats."""
+        return [self._value(group, response) for response in group.response_ids]
+
+    def pair_sums(self, group: Group, ld_alpha: float) -> list[list[float]]:
+        """LD-DPO's reference log-probabilities of each preference of a group, chosen and rejected, in nats."""
+        found = []
+        for chosen, rejected in group.edges:
+            shared = min(group.response_ids[chosen].size, group.response_ids[rejected].size)
+            ends = [group.response_ids[chosen], group.response_ids[rejected]]
+            found.append(
+                [ld_alpha * self._value(group, end) + (1 - ld_alpha) * self._value(group, end[:shared]) for end in ends]
+            )
+        return found
+
+    def _value(self, group: Group, response: NDArray[np.int64]) -> float:
+        try:
+            return self._values[response_key(group.prompt_ids, response)]
+        except KeyError:
+            raise FlexdpoError(
+                f"{group.name}: the cache {self.folder} has no reference log-probability for a response of "
+                f"{response.size} tokens; compute it for this dataset first"
+            ) from None
+
+
+def _claim(path: Path, identity: ReferenceIdentity) -> None:
+    """Write whose cache this is, or check it."""
+    wanted = identity.as_dict()
+    if not path.exists():
+        # what an interrupted claim left behind is no stranger's
+        others = sorted(e.name for e in path.parent.iterdir() if not e.name.startswith(f".{path.name}."))
+        # another process of the same run may have claimed the folder since
+        if others and not path.exists():
+            raise FlexdpoError(
+                f"{path.parent} is no reference cache: it has no {_IDENTITY} but {others[0]!r}; give an empty or new "
+                "folder"
+            )
+        if not others:
+            _replace(path, json.dumps(wanted, indent=1).encode())
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+        names = {name: held[name] for name in wanted}
+    except (ValueError, KeyError, TypeError) as error:
+        raise damaged(path, "it is not what flexdpo wrote there") from error
+    for name, value in wanted.items():
+        if names[name] != value:
+            raise FlexdpoError(
+                f"{path.parent} holds reference log-probabilities of another {name}: {names[name]} where this run has "
+                f"{value}; give another folder, or delete this one"
+            )
+
+
+def read(path: Path, expected: dict[str, tuple[str, int]]) -> dict[str, NDArray[Any]]:
+    """Read a file of the cache.
+
+    Args:
+        path: A safetensors file.
+        expected: The dtype (in safetensors' words) and the number of dimensions of each tensor.
+
+    Raises:
+        FlexdpoError: if it is truncated or holds anything else.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            if set(file.keys()) != set(expected):
+                raise damaged(path, f"it holds {', '.join(sorted(file.keys())) or 'nothing'}")
+            for name, (dtype, dimensions) in expected.items():
+                view = file.get_slice(name)
+                if view.get_dtype() != dtype or len(view.get_shape()) != dimensions:
+                    raise damaged(path, f"its {name} are {view.get_dtype()} {view.get_shape()}")
+            tensors = {name: file.get_tensor(name) for name in expected}
+            stored = (file.metadata() or {}).get(_DIGEST)
+    except (SafetensorError, OSError) as error:
+        raise damaged(path, str(error).splitlines()[0] if str(error) else type(error).__name__) from error
+    if stored != _digest(tensors):
+        raise damaged(path, "its values are not those that were written")
+    return tensors
+
+
+def _digest(tensors: dict[str, NDArray[Any]]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name, values in sorted(tensors.items()):
+        digest.update(f"{name} {values.dtype} {list(values.shape)}\n".encode() + np.ascontiguousarray(values).tobytes())
+    return digest.hexdigest()
+
+
+def damaged(path: Path, why: str) -> FlexdpoError:
+    """The error for a file that cannot be used."""
+    return FlexdpoError(
+        f"{path} is truncated, damaged or not a file of a reference cache ({why}); delete it, and what it held is "
+        "computed again"
+    )
+
+
+def write(path: Path, tensors: dict[str, NDArray[Any]]) -> None:
+    """Write a file of the cache, whole or not at all."""
+    with _unfinished(path) as whole:
+        save_file(tensors, whole, {_DIGEST: _digest(tensors)})
+
+
+def _replace(path: Path, content: bytes) -> None:
+    with _unfinished(path) as whole:
+        whole.write_bytes(content)
+
+
+@contextmanager
+def _unfinished(path: Path) -> Iterator[Path]:
+    """Where to write a file that becomes ``path`` once it is whole; no other process, of any machine, writes there."""
+    whole = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        yield whole
+        whole.replace(path)
+    finally:
+        whole.unlink(missing_ok=True)

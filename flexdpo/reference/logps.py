@@ -1,0 +1,364 @@
+"""Reference log-probabilities computed once for a whole dataset, before training.
+
+The order of work is free here, so relatives are brought together across examples: equal responses are computed once,
+and sequences that begin alike (turns of one conversation, a common system prompt) share a trie. ``plan.safetensors`` in
+the cache's folder remembers what shares a row, so that a run that is continued computes the very same rows as one that
+was never interrupted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from flexdpo.errors import FlexdpoError
+from flexdpo.layout.groups import Group
+from flexdpo.layout.packing import MIN_SHARED, best_fit_decreasing
+from flexdpo.layout.row import Row
+from flexdpo.reference.cache import Key, ReferenceCache, damaged, read, response_key, write
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from flexdpo.objective.logps import ResponseLogps
+
+_PLAN = "plan.safetensors"
+# packing compares every family with every open row, so it looks at this many families at a time
+_PACKED_TOGETHER = 2048
+
+
+# --- which responses share a row -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Item:
+    """A sequence whose last ``tail`` tokens are wanted, and the lengths of its beginnings that are wanted too."""
+
+    key: Key
+    sequence: NDArray[np.uint32]
+    tail: int
+    beginnings: tuple[tuple[int, Key], ...]
+    name: str
+
+    @property
+    def keys(self) -> list[Key]:
+        return [self.key, *(key for _, key in self.beginnings)]
+
+
+_PlannedRow = list[list[_Item]]
+"""The families of one row."""
+
+
+def _wanted(groups: Iterable[Group], with_beginnings: bool) -> dict[Key, _Item]:
+    """Every distinct response of the groups once, in a reproducible order."""
+    beginnings: dict[Key, dict[int, Key]] = {}
+    items: dict[Key, _Item] = {}
+    for group in groups:
+        keys = [response_key(group.prompt_ids, response) for response in group.response_ids]
+        for key, response in zip(keys, group.response_ids, strict=True):
+            sequence = np.concatenate([group.prompt_ids, response]).astype(np.uint32)
+            items.setdefault(key, _Item(key, sequence, response.size, (), group.name))
+        for edge in group.edges if with_beginnings else ():
+            shared = min(group.response_ids[end].size for end in edge)
+            for end in edge:
+                if group.response_ids[end].size > shared:
+                    part = response_key(group.prompt_ids, group.response_ids[end][:shared])
+                    beginnings.setdefault(keys[end], {})[shared] = part
+    return {
+        key: dataclasses.replace(item, beginnings=tuple(sorted(beginnings.get(key, {}).items())))
+        for key, item in items.items()
+    }
+
+
+def _common(a: NDArray[np.uint32], b: NDArray[np.uint32]) -> int:
+    """Length of the common beginning of two sequences."""
+    length = min(a.size, b.size)
+    differs = a[:length] != b[:length]
+    return int(differs.argmax()) if differs.any() else length
+
+
+def _families(items: Sequence[_Item], budget: int | None, min_shared: int, limits: Sequence[int]) -> list[list[_Item]]:
+    """Runs of sorted sequences that share a prompt, or at least ``min_shared`` tokens, and fit a row together."""
+
+    def side(item: _Item) -> int:
+        return bisect_left(limits, item.sequence.size)
+
+    families: list[list[_Item]] = []
+    size = 0
+    # big-endian bytes sort like the tokens themselves
+    for item in sorted(items, key=lambda item: (side(item), item.sequence.astype(">u4").tobytes(), item.tail)):
+        length = item.sequence.size
+        if budget is not None and length > budget:
+            raise FlexdpoError(
+                f"{item.name} has a sequence of {length} tokens but rows have room for {budget}; raise "
+                "max_tokens_per_row or lower max_length"
+            )
+        if families:
+            previous = families[-1][-1]
+            shared = _common(previous.sequence, item.sequence)
+            same_prompt = shared >= length - item.tail and previous.sequence.size - previous.tail == length - item.tail
+            # in sorted order a sequence adds to the trie what its predecessor does not begin with
+            added = length - shared
+            related = (same_prompt or shared >= min_shared) and side(previous) == side(item)
+            if related and (budget is None or size + added <= budget):
+                families[-1].append(item)
+                size += added
+                continue
+        families.append([item])
+        size = length
+    return families
+
+
+def _plan(
+    items: Sequence[_Item], budget: int | None, min_shared: int, per_row: int, limits: Sequence[int]
+) -> list[_PlannedRow]:
+    """Which families share a row."""
+    families = _families(items, budget, min_shared, limits)
+    if budget is None:
+        return [families[start : start + per_row] for start in range(0, len(families), per_row)]
+    rows = []
+    for start in range(0, len(families), _PACKED_TOGETHER):
+        part = families[start : start + _PACKED_TOGETHER]
+        bins = best_fit_decreasing([_trie_size(family) for family in part], budget)
+        rows += [[part[i] for i in members] for members in bins]
+    return rows
+
+
+def _trie_size(family: Sequence[_Item]) -> int:
+    """Distinct tokens of a sorted family."""
+    return family[0].sequence.size + sum(b.sequence.size - _common(a.sequence, b.sequence) for a, b in pairwise(family))
+
+
+def _save_plan(path: Path, rows: Sequence[_PlannedRow]) -> None:
+    placed = [
+        (item.key, row, family)
+        for row, families in enumerate(rows)
+        for family, items in enumerate(families)
+        for item in items
+    ]
+    keys, row_numbers, family_numbers = zip(*placed, strict=True)
+    write(
+        path,
+        {
+            "keys": np.array(keys, dtype=np.int64).reshape(-1, 2),
+            "rows": np.array(row_numbers, dtype=np.int64),
+            "families": np.array(family_numbers, dtype=np.int64),
+        },
+    )
+
+
+def _load_plan(path: Path, wanted: dict[Key, _Item], missing: set[Key]) -> list[_PlannedRow] | None:
+    """The plan of an interrupted run, if it covers what is missing and asks for nothing else; ``None`` otherwise.
+
+    Rows that are done are empty, so that the others keep their numbers, and with them the process that runs them.
+    """
+    if not path.exists():
+        return None
+    tensors = read(path, {"keys": ("I64", 2), "rows": ("I64", 1), "families": ("I64", 1)})
+    if not len(tensors["keys"]) == len(tensors["rows"]) == len(tensors["families"]):
+        raise damaged(path, "its rows do not fit its keys")
+    keys: list[Key] = [(first, second) for first, second in tensors["keys"].tolist()]
+    if not missing <= set(keys):
+        return None
+    places = zip(tensors["rows"].tolist(), tensors["families"].tolist(), keys, strict=True)
+    rows: list[_PlannedRow] = []
+    for _, in_row in groupby(places, key=lambda place: place[0]):
+        families = [[key for *_, key in members] for _, members in groupby(in_row, key=lambda place: place[1])]
+        if all(missing.isdisjoint(family) for family in families):
+            rows.append([])
+        elif all(key in wanted for family in families for key in family):
+            rows.append([[wanted[key] for key in family] for family in families])
+        else:
+            return None
+    return rows
+
+
+# --- the computation -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PrecomputeReport:
+    """What precomputing did in this process.
+
+    Attributes:
+        responses: Distinct responses of the groups.
+        found: Of these, how many the cache held already.
+        rows_run: Rows that went through the model.
+        tokens_run: Distinct tokens in them, padding not counted.
+        tokens_unshared: Tokens that an ordinary run would take for the same responses, each behind its own prompt.
+    """
+
+    responses: int
+    found: int
+    rows_run: int
+    tokens_run: int
+    tokens_unshared: int
+
+
+def precompute_reference(
+    cache: ReferenceCache,
+    groups: Iterable[Group],
+    run: Callable[[Row], ResponseLogps],
+    *,
+    max_tokens_per_row: int | None = None,
+    families_per_row: int = 8,
+    pad_to_multiple_of: int = 1,
+    min_shared: int = MIN_SHARED,
+    with_beginnings: bool = False,
+    limits: Sequence[int] = (),
+    device: torch.device | str = "cpu",
+    process_index: int = 0,
+    num_processes: int = 1,
+    equal_forwards: bool = False,
+    save_every_s: float = 30.0,
+    progress: bool = True,
+    description: str = "Reference log-probabilities",
+) -> PrecomputeReport:
+    """Fill a cache with the reference log-probability of every response of a dataset, continuing where it stopped.
+
+    With several processes all of them open the cache and wait for each other, then call this with the same groups, wait
+    again and call :meth:`ReferenceCache.reload`.
+
+    Args:
+        cache: Is written to as the work goes on.
+        groups: The dataset, or several in a row.
+        run: Gives the reference's log-probabilities of a row; called without gradients.
+        max_tokens_per_row: Longest row, padding included.
+        families_per_row: Without a token budget, sets of related sequences per row.
+        pad_to_multiple_of: Rows are padded to a multiple of this many tokens.
+        min_shared: Tokens that sequences with different prompts must share to be brought together; merging on less
+            would tie the whole row together and cost more tiles of attention than it saves tokens.
+        with_beginnings: Also compute what LD-DPO needs: the beginning of each pair's longer response.
+        limits: As in :func:`flexdpo.pack`.
+        device: Where rows are run.
+        process_index: Of this process.
+        num_processes: That share the work.
+        equal_forwards: Run as many forwards in every process, as sharded models need.
+        save_every_s: Seconds between two writes.
+        progress: Show a progress bar.
+        description: Beside the bar.
+
+    Returns:
+        What was done here.
+
+    Raises:
+        FlexdpoError: if a sequence fits no row, or a log-probability is not finite; the message names the example.
+    """
+    budget = None if max_tokens_per_row is None else max_tokens_per_row // pad_to_multiple_of * pad_to_multiple_of
+    wanted = _wanted(groups, with_beginnings)
+    missing = {key for key, item in wanted.items() if any(part not in cache for part in item.keys)}
+    path = cache.folder / _PLAN
+    rows = _load_plan(path, wanted, missing)
+    if rows is None:
+        rows = _plan([wanted[key] for key in wanted if key in missing], budget, min_shared, families_per_row, limits)
+        if process_index == 0 and rows:
+            _save_plan(path, rows)
+    mine = [row for row in rows[process_index::num_processes] if row]
+    most = max(sum(bool(row) for row in rows[i::num_processes]) for i in range(num_processes))
+    writer = _Writer(cache, process_index, save_every_s)
+    tokens = unshared = 0
+    responses = sum(len(family) for families in mine for family in families)
+    with _progress_bar(responses, description, progress) as bar, writer, torch.no_grad():
+        for families in mine:
+            row = _row_of(families, pad_to_multiple_of)
+            items = [item for family in families for item in family]
+            writer.put(_values(items, row, run(row.to(device))))
+            tokens += row.num_tokens
+            unshared += sum(item.sequence.size for item in items)
+            bar.update(len(items))
+        for _ in range(most - len(mine) if equal_forwards else 0):
+            # a process without work runs the smallest row there is, since sharded weights are gathered by all
+            run(_idle_row().to(device))
+    return PrecomputeReport(len(wanted), len(wanted) - len(missing), len(mine), tokens, unshared)
+
+
+def _progress_bar(total: int, description: str, shown: bool) -> Any:
+    from tqdm.auto import tqdm
+
+    return tqdm(total=total, desc=description, unit="response", disable=not shown)
+
+
+class _Writer:
+    """Collects values and writes them every so often, and at the end however that comes."""
+
+    def __init__(self, cache: ReferenceCache, number: int, save_every_s: float) -> None:
+        self.cache, self.number, self.save_every_s = cache, number, save_every_s
+        self.pending: dict[Key, float] = {}
+        self.saved = time.monotonic()
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.cache.add(self.pending, self.number)
+        self.pending = {}
+
+    def put(self, values: dict[Key, float]) -> None:
+        # what an interrupted run has written stays as it is
+        self.pending.update({key: value for key, value in values.items() if key not in self.cache})
+        if time.monotonic() - self.saved >= self.save_every_s:
+            self.__exit__()
+            self.saved = time.monotonic()
+
+
+def _row_of(families: _PlannedRow, pad_to_multiple_of: int) -> Row:
+    """One row of several families; its targets are the tokens wanted, and nothing of the prompts."""
+    row = Row.from_groups([_as_group(family) for family in families], pad_to_multiple_of=pad_to_multiple_of)
+    return _restricted(row, [item.tail for family in families for item in family])
+
+
+def _as_group(family: Sequence[_Item]) -> Group:
+    """A family as a group: what all of them begin with is the prompt, and the rest of each is a response."""
+    shared = min(item.sequence.size - item.tail for item in family)
+    for a, b in pairwise(family):
+        shared = min(shared, _common(a.sequence, b.sequence))
+    sequences = [item.sequence.astype(np.int64) for item in family]
+    return Group(sequences[0][:shared], tuple(s[shared:] for s in sequences), name=family[0].name)
+
+
+def _restricted(row: Row, tails: Sequence[int]) -> Row:
+    """The same row with the last ``tails[k]`` tokens of response ``k`` as its only targets."""
+    lengths = torch.bincount(row.member_responses, minlength=row.num_responses)
+    ends = lengths.cumsum(0)
+    place = torch.arange(len(row.member_responses))
+    keep = place >= (ends - torch.tensor(tails))[row.member_responses]
+    targets, members = row.member_targets[keep].unique(return_inverse=True)
+    return dataclasses.replace(
+        row,
+        predictors=row.predictors[targets],
+        labels=row.labels[targets],
+        member_targets=members,
+        member_responses=row.member_responses[keep],
+    )
+
+
+def _values(items: Sequence[_Item], row: Row, logps: ResponseLogps) -> dict[Key, float]:
+    """The sum over every wanted response and beginning of a row, summed in float64."""
+    targets = logps.targets.detach().double().cpu().numpy()[row.member_targets.numpy()]
+    values: dict[Key, float] = {}
+    start = 0
+    for item in items:
+        running = targets[start : start + item.tail].cumsum()
+        start += item.tail
+        if not np.isfinite(running[-1]):
+            raise FlexdpoError(
+                f"{item.name}: the log-probability of a response under the reference is {running[-1]}; the reference "
+                "model is damaged, or its precision too low"
+            )
+        values[item.key] = float(running[-1])
+        values.update({key: float(running[length - 1]) for length, key in item.beginnings})
+    return values
+
+
+def _idle_row() -> Row:
+    return Row.from_groups([Group.from_lists([0], [[0]], edges=())])

@@ -1,0 +1,1 @@
+"""Whole runs from names to files, as the commands start them."""

@@ -1,0 +1,152 @@
+"""A training run up to its first step: everything is read, tokenised, packed and predicted, and no weight is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from flexdpo.data.regroup import regroup_by_prompt
+from flexdpo.data.tokenize import TokenizedPreferences, load_preference_dataset, tokenize_preferences
+from flexdpo.errors import FlexdpoError, first_line
+from flexdpo.estimate.estimate import Estimate, EstimateSettings, estimate_tokenised
+from flexdpo.estimate.sources import find_config
+from flexdpo.hf.prepare import prepare_model
+from flexdpo.training import model_loading
+from flexdpo.training.adapters import add_adapter
+from flexdpo.training.distribution import shards_of
+from flexdpo.training.memory import TrainingSetup, auto_row_budget, gigabytes, predict_memory
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from flexdpo.config import DPOConfig
+    from flexdpo.runs.job import Job
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a run would do.
+
+    Attributes:
+        estimate: Tokens, gain and advice, with the run's own settings.
+        max_tokens_per_row: Longest row, chosen where the run says ``auto``.
+        rows_per_step: Forward passes of the policy per optimizer step and process, on average.
+        steps_per_epoch: Optimizer steps.
+        memory: Predicted bytes at the peak.
+    """
+
+    estimate: Estimate
+    max_tokens_per_row: int | None
+    rows_per_step: float
+    steps_per_epoch: int
+    memory: int
+
+    def table(self) -> str:
+        """The estimate, and what a step consists of."""
+        budget = (
+            "one row for a batch" if self.max_tokens_per_row is None else f"rows of {self.max_tokens_per_row} tokens"
+        )
+        return (
+            f"{self.estimate.table()}\n\n"
+            f"dry run: {self.steps_per_epoch:,} optimizer steps an epoch, {self.rows_per_step:.1f} rows a step "
+            f"({budget}), about {gigabytes(self.memory)} of memory; nothing was trained"
+        )
+
+
+def dry_run(job: Job, config: DPOConfig) -> DryRun:
+    """Do all of a run that needs no weights: read, tokenise, check, pack and predict.
+
+    The model is made without memory, so that one which would be refused is refused here.
+
+    Raises:
+        FlexdpoError: for whatever would stop the run before its first step.
+    """
+    if job.streaming:
+        raise FlexdpoError(
+            "a dry run looks at the whole dataset, and a stream is read once; leave --dataset_streaming out of it"
+        )
+    data = load_preference_dataset(job.dataset_name, split=job.train_split, config_name=job.dataset_config)
+    tokenizer = model_loading.load_tokenizer(job.model_name_or_path, trust_remote_code=config.trust_remote_code)
+    model = _without_weights(job, config)
+    model_loading.require_vocabulary(model, tokenizer)
+    tokenised = tokenize_preferences(
+        data,
+        tokenizer,
+        max_length=config.max_length,
+        truncation_mode=config.truncation_mode,
+        num_proc=config.dataset_num_proc,
+    )
+    model_loading.require_positions(model, tokenised.report.longest)
+    if config.regroup_prompts:
+        tokenised = TokenizedPreferences(regroup_by_prompt(tokenised.dataset), tokenised.report)
+    return _predict(tokenised, model, job, config)
+
+
+def _without_weights(job: Job, config: DPOConfig) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    init_kwargs = config.model_init_kwargs if isinstance(config.model_init_kwargs, dict) else {}
+    kwargs = {**init_kwargs, **job.load_kwargs}
+    revision = {name: kwargs[name] for name in ("revision",) if name in kwargs}
+    read = find_config(job.model_name_or_path, trust_remote_code=config.trust_remote_code, **revision)
+    # what from_pretrained does by itself: the dtype the weights were saved in
+    dtype = kwargs.get("dtype") if kwargs.get("dtype") not in (None, "auto") else getattr(read, "dtype", None)
+    try:
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(
+                read, trust_remote_code=config.trust_remote_code, dtype=_as_dtype(dtype)
+            )
+    except (ValueError, TypeError, KeyError) as error:
+        raise FlexdpoError(f"cannot make a causal LM of {job.model_name_or_path!r}: {first_line(error)}") from error
+    if job.peft_config is not None:
+        model = add_adapter(model, job.peft_config)
+    prepare_model(model, impl=config.attn_impl)  # type: ignore[arg-type]
+    return model
+
+
+def _as_dtype(value: Any) -> torch.dtype:
+    if isinstance(value, torch.dtype):
+        return value
+    found = getattr(torch, str(value or "float32").removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype):
+        raise FlexdpoError(f"--dtype {value!r} is no dtype; use float32, bfloat16 or float16")
+    return found
+
+
+def _predict(tokenised: TokenizedPreferences, model: nn.Module, job: Job, config: DPOConfig) -> DryRun:
+    runs_reference = config.objective().needs_reference and not config.precompute_ref_log_probs
+    shards = shards_of(config)
+    setup = TrainingSetup.from_arguments(
+        config,
+        model,
+        reference=runs_reference and job.peft_config is None,
+        shards=shards.weights,
+        optimizer_shards=shards.optimizer,
+    )
+    settings = EstimateSettings(
+        device="cuda" if config.device.type == "cuda" else "cpu",
+        dtype="float32" if setup.compute_bytes == 4 else "bfloat16",
+        max_length=config.max_length,
+        per_device_train_batch_size=config.per_device_train_batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        gradient_checkpointing=setup.gradient_checkpointing,
+        reference=runs_reference,
+        sharing=config.sharing,
+        setup=setup,
+        seed=config.seed,
+    )
+    budget: Any = config.max_tokens_per_row
+    if budget == "auto":
+        budget = auto_row_budget(model, setup, device=config.device, multiple=config.row_multiple)
+    estimate = estimate_tokenised(tokenised, replace(settings, max_tokens_per_row=budget), model=model)
+    per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
+    longest = estimate.memory["shared"]
+    return DryRun(
+        estimate=estimate,
+        max_tokens_per_row=budget,
+        rows_per_step=estimate.rows_per_batch * config.gradient_accumulation_steps,
+        steps_per_epoch=-(-len(tokenised.dataset) // per_step),
+        memory=predict_memory(model, longest.tokens, setup).total,
+    )

@@ -1,0 +1,1 @@
+"""Pictures of rows, tries, packing and training curves."""

@@ -1,0 +1,404 @@
+"""Pictures of one packed row: which token attends to which, and what the kernel makes of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from flexdpo.errors import FlexdpoError
+from flexdpo.show.plots import new_figure, save_figure
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from matplotlib.figure import Figure
+    from numpy.typing import NDArray
+
+    from flexdpo.layout.row import Row
+
+# what a cell of the mask is: hidden, or the kind of the key token; response k is FIRST_RESPONSE + k
+HIDDEN, PADDING, PROMPT, SHARED, FIRST_RESPONSE = range(5)
+# what a tile of the BlockMask is
+EMPTY, PARTIAL, FULL = range(3)
+
+# longer rows are drawn as averages over squares of tokens, about this many to a side
+TOKENS_DRAWN_SINGLY = 2048
+SQUARES_PER_SIDE = 1024
+TILES_MARKED_SINGLY = 40
+LEGEND_RESPONSES = 8
+
+_KIND_COLOURS = {PADDING: "#9ca3af", PROMPT: "#3f6fa8", SHARED: "#7a4fa3"}
+_RESPONSE_COLOURS = ("#2e9e6b", "#e07b39", "#d4b02a", "#c2477f", "#47b5c4", "#8a6d3b")
+INK = "#1f2937"
+
+
+class TokenKinds(NamedTuple):
+    """What every token of a row is.
+
+    Attributes:
+        kinds: ``PADDING``, ``PROMPT``, ``SHARED`` (in several responses) or ``FIRST_RESPONSE + k``, ``[S]``
+            int64.
+        documents: Number of the document each token belongs to, ``[S]`` int64, -1 at padding.
+        num_responses: The largest number of responses in one document.
+    """
+
+    kinds: NDArray[np.int64]
+    documents: NDArray[np.int64]
+    num_responses: int
+
+
+def token_kinds(row: Row) -> TokenKinds:
+    """Tell prompt, response and padding tokens of a row apart.
+
+    A token that lies in no response is a prompt token; one that lies in several belongs to the beginning that
+    these responses share. Responses count from 0 within their document.
+    """
+    length = row.subtree_end.shape[-1]
+    documents = np.full(length, -1, dtype=np.int64)
+    for number, (start, end) in enumerate(row.documents):
+        documents[start:end] = number
+    kinds = np.full(length, PADDING, dtype=np.int64)
+    kinds[: row.num_tokens] = PROMPT
+    listed = np.zeros(length, dtype=np.int64)
+    responses_seen = [0] * len(row.documents)
+    for path in row.response_paths:
+        document = int(documents[path[0]])
+        kinds[path] = FIRST_RESPONSE + responses_seen[document]
+        responses_seen[document] += 1
+        listed[path] += 1
+    kinds[listed > 1] = SHARED
+    return TokenKinds(kinds, documents, max(responses_seen, default=0))
+
+
+def mask_categories(row: Row) -> NDArray[np.int64]:
+    """Evaluate the mask of a row densely from its definition and name every visible cell by its key token.
+
+    Shapes: ``S`` row length.
+
+    Returns:
+        ``[S, S]`` int64, query down, key across: ``HIDDEN`` where the query may not attend to the key,
+        otherwise the key's kind as in `TokenKinds`.
+    """
+    subtree_end = _subtree_end(row)
+    index = np.arange(subtree_end.size)
+    query, key = index[:, None], index[None, :]
+    visible = (key <= query) & (query < subtree_end[None, :])
+    return np.where(visible, token_kinds(row).kinds[None, :], HIDDEN)
+
+
+def tile_kinds(subtree_end: NDArray[np.int64], block_size: int = 128) -> NDArray[np.int64]:
+    """Classify the tiles of the mask as a block-sparse kernel sees them.
+
+    Empty tiles are skipped, partial ones masked cell by cell, full ones run without a mask. The tiles of a
+    row that is no multiple of ``block_size`` reach past its end, where nothing is visible.
+
+    Shapes: ``S`` row length, ``N = ceil(S / block_size)``.
+
+    Args:
+        subtree_end: ``[S]`` int64.
+        block_size: Tokens to a side of a tile.
+
+    Returns:
+        ``[N, N]`` int64 of ``EMPTY``, ``PARTIAL`` and ``FULL``, query tiles down, key tiles across.
+
+    Raises:
+        FlexdpoError: if ``block_size`` is not positive.
+    """
+    if block_size < 1:
+        raise FlexdpoError(f"block_size must be at least 1 token, got {block_size}")
+    starts = np.arange(0, subtree_end.size, block_size)
+    kinds = np.full((starts.size, starts.size), PARTIAL, dtype=np.int64)
+    for band, start in enumerate(starts.tolist()):
+        visible = np.add.reduceat(_visible_queries(subtree_end, start, block_size), starts)
+        kinds[band, visible == 0] = EMPTY
+        kinds[band, visible == block_size * block_size] = FULL
+    return kinds
+
+
+def draw_row_mask(row: Row, path: str | Path, *, title: str | None = None, block_size: int = 128) -> Path:
+    """Draw the attention mask of one packed row into a file, 1200 pixels square.
+
+    Args:
+        row: The packed row.
+        path: The picture to write; the ending chooses the format, ``.png`` for instance.
+        title: A line above the picture; by default the numbers of documents and tokens.
+        block_size: Tokens to a side of a tile.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        FlexdpoError: as `row_mask_figure`, or if the picture cannot be written.
+    """
+    return save_figure(row_mask_figure(row, title=title, block_size=block_size), path)
+
+
+def row_mask_figure(row: Row, *, title: str | None = None, block_size: int = 128) -> Figure:
+    """Draw the attention mask of one packed row, query down and key across.
+
+    A cell is coloured where the query may attend to the key, by what the key is: prompt, response k, a
+    beginning that responses share, padding. Documents alternate in tint and are framed. The strips above and
+    to the right say what each token is and plot its logical position. A row of at least two tiles also shows
+    the tiles that a block-sparse kernel skips, masks cell by cell, or runs unmasked. A window or chunk of
+    the model's own is not part of the row and not drawn.
+
+    Args:
+        row: The packed row; above 2048 tokens it is averaged over squares of tokens, so that memory stays
+            small.
+        title: A line above the picture; by default the numbers of documents and tokens.
+        block_size: Tokens to a side of a tile.
+
+    Returns:
+        The figure, unknown to pyplot; its first axes hold the mask.
+
+    Raises:
+        FlexdpoError: if the row is not one row of at least one token or ``block_size`` is not positive.
+    """
+    figure = new_figure(7.5, 7.5, dpi=160)
+    box = figure.add_gridspec(1, 1, left=0.1, right=0.985, bottom=0.065, top=0.95)
+    draw_mask_panel(figure, box[0], row, block_size=block_size)
+    figure.text(0.1, 0.966, row_title(row) if title is None else title, fontsize=11, color=INK)
+    return figure
+
+
+def draw_mask_panel(figure: Figure, place: Any, row: Row, *, block_size: int = 128) -> None:
+    """Draw the mask of a row, with its strips and its legend, into a square part of a figure.
+
+    Args:
+        figure: Where to draw.
+        place: A ``SubplotSpec``; equal extents both ways keep the mask square.
+        row: The packed row.
+        block_size: Tokens to a side of a tile.
+    """
+    subtree_end = _subtree_end(row)
+    tokens = token_kinds(row)
+    colours = token_colours(tokens)
+    tiles = tile_kinds(subtree_end, block_size) if subtree_end.size >= 2 * block_size else None
+    grid = place.subgridspec(
+        3, 3, width_ratios=(1, 0.024, 0.075), height_ratios=(0.075, 0.024, 1), wspace=0.02, hspace=0.02
+    )
+    axes = figure.add_subplot(grid[2, 0])
+    _draw_cells(axes, row, subtree_end, colours)
+    if tiles is not None:
+        _draw_tiles(axes, tiles, block_size)
+    _draw_documents(axes, row)
+    _draw_legend(axes, tokens, tiles, block_size)
+    _draw_strip(figure.add_subplot(grid[1, 0], sharex=axes), row, colours, along="key")
+    _draw_strip(figure.add_subplot(grid[2, 1], sharey=axes), row, colours, along="query")
+    _draw_positions(figure.add_subplot(grid[0, 0], sharex=axes), row, along="key")
+    _draw_positions(figure.add_subplot(grid[2, 2], sharey=axes), row, along="query")
+    corner = figure.add_subplot(grid[0, 2])
+    corner.text(1, 1, "logical\nposition", fontsize=7.5, color=INK, ha="right", va="top")
+    corner.set_axis_off()
+
+
+def render_row_text(row: Row, width: int = 120) -> str:
+    """Render the mask of a small row for a terminal, one line per query and one character per key.
+
+    Raises:
+        FlexdpoError: if the row has more than ``width`` tokens.
+    """
+    length = _subtree_end(row).size
+    if length > width:
+        raise FlexdpoError(
+            f"a row of {length} tokens does not fit {width} characters; raise width or use draw_row_mask"
+        )
+    marks = np.array([*" ·█▚", *(chr(ord("0") + k % 10) for k in range(token_kinds(row).num_responses))])
+    lines = ["".join(marks[line]).rstrip() for line in mask_categories(row)]
+    return "\n".join([*lines, "", "█ prompt  0 1 ... response  ▚ shared by responses  · padding"])
+
+
+def _subtree_end(row: Row) -> NDArray[np.int64]:
+    shape = tuple(row.subtree_end.shape)
+    if len(shape) != 2 or shape[0] != 1 or shape[1] == 0:
+        raise FlexdpoError(f"subtree_end must be [1, S] with S >= 1, got {shape}; give one packed row at a time")
+    array: NDArray[np.int64] = row.subtree_end[0].cpu().numpy()
+    return array
+
+
+def _visible_queries(subtree_end: NDArray[np.int64], start: int, count: int) -> NDArray[np.int64]:
+    """Count how many of the queries ``start ... start + count - 1`` may attend to each key, ``[S]`` int64."""
+    first = np.maximum(np.arange(subtree_end.size), start)
+    past = np.minimum(subtree_end, start + count)
+    visible: NDArray[np.int64] = np.maximum(past - first, 0)
+    return visible
+
+
+def token_colours(tokens: TokenKinds) -> NDArray[np.float32]:
+    """Give every token its colour, ``[S, 3]`` in 0 to 1; every second document is paler."""
+    from matplotlib.colors import to_rgb
+
+    palette = np.ones((FIRST_RESPONSE + tokens.num_responses, 3))
+    for kind in range(PADDING, len(palette)):
+        palette[kind] = to_rgb(kind_colour(kind, tokens.num_responses))
+    colours = palette[tokens.kinds]
+    odd = (tokens.documents >= 0) & (tokens.documents % 2 == 1)
+    colours[odd] += 0.38 * (1 - colours[odd])
+    return colours.astype(np.float32)
+
+
+def kind_colour(kind: int, num_responses: int) -> Any:
+    """The colour of a kind of token, among ``num_responses`` responses."""
+    if kind < FIRST_RESPONSE:
+        return _KIND_COLOURS[kind]
+    response = kind - FIRST_RESPONSE
+    if num_responses <= len(_RESPONSE_COLOURS):
+        return _RESPONSE_COLOURS[response]
+    from matplotlib import colormaps
+
+    return colormaps["turbo"](0.3 + 0.65 * response / (num_responses - 1))
+
+
+def _averaged_cells(subtree_end: NDArray[np.int64], colours: NDArray[np.float32], step: int) -> NDArray[np.float32]:
+    """Average the picture over squares of ``step x step`` cells without ever holding all ``S x S`` cells."""
+    length = subtree_end.size
+    starts = np.arange(0, length, step)
+    widths = np.minimum(starts + step, length) - starts
+    image = np.empty((starts.size, starts.size, 3), dtype=np.float32)
+    for band, start in enumerate(starts.tolist()):
+        visible = _visible_queries(subtree_end, start, step)[:, None] / widths[band]
+        painted = 1 - visible * (1 - colours)  # white where hidden
+        image[band] = np.add.reduceat(painted, starts) / widths[:, None]
+    return image
+
+
+def _draw_cells(axes: Any, row: Row, subtree_end: NDArray[np.int64], colours: NDArray[np.float32]) -> None:
+    length = subtree_end.size
+    step = 1 if length <= TOKENS_DRAWN_SINGLY else -(-length // SQUARES_PER_SIDE)
+    if step == 1:
+        hidden = mask_categories(row)[:, :, None] == HIDDEN
+        image = np.where(hidden, np.float32(1), colours[None])
+    else:
+        image = _averaged_cells(subtree_end, colours, step)
+    reach = len(image) * step
+    axes.imshow(image, extent=(0, reach, reach, 0), aspect="auto", interpolation="nearest" if length <= 300 else None)
+    if length <= 64:
+        # below the marks of the tiles
+        axes.hlines(np.arange(1, length), 0, length, color="white", linewidth=0.7, zorder=0.5)
+        axes.vlines(np.arange(1, length), 0, length, color="white", linewidth=0.7, zorder=0.5)
+    axes.set_xlim(0, length)
+    axes.set_ylim(length, 0)
+    axes.set_xlabel("key token (index in the row)", fontsize=9, color=INK)
+    axes.set_ylabel("query token (index in the row)", fontsize=9, color=INK)
+    axes.tick_params(labelsize=8, colors=INK, length=3)
+    for spine in axes.spines.values():
+        spine.set(color="#9ca3af", linewidth=0.8)
+
+
+def _draw_tiles(axes: Any, tiles: NDArray[np.int64], block_size: int) -> None:
+    """Shade the tiles that are skipped, outline the others, and put a dot into those that need no mask."""
+    if len(tiles) > TILES_MARKED_SINGLY:
+        return  # the marks would hide the mask; the legend still counts them
+    from matplotlib.collections import PatchCollection
+    from matplotlib.patches import Rectangle
+
+    def boxes(kind: int) -> list[Any]:
+        return [
+            Rectangle((j * block_size, i * block_size), block_size, block_size) for i, j in np.argwhere(tiles == kind)
+        ]
+
+    axes.add_collection(PatchCollection(boxes(EMPTY), facecolor="#eceff3", edgecolor="white", linewidth=0.6))
+    for kind in (PARTIAL, FULL):
+        axes.add_collection(PatchCollection(boxes(kind), facecolor="none", edgecolor=INK, linewidth=0.5, alpha=0.55))
+    i, j = np.nonzero(tiles == FULL)
+    axes.plot((j + 0.5) * block_size, (i + 0.5) * block_size, "o", color="white", markersize=4,
+              markeredgecolor=INK, markeredgewidth=0.6)  # fmt: skip
+
+
+def _draw_documents(axes: Any, row: Row) -> None:
+    """Frame every document, inside which all that a query may see lies."""
+    for start, end in row.documents:
+        axes.plot([start, end, end, start, start], [start, start, end, end, start], color=INK, linewidth=0.8)
+
+
+def _draw_strip(axes: Any, row: Row, colours: NDArray[np.float32], along: str) -> None:
+    """Draw one coloured cell per token; rows of up to 48 tokens carry the logical position in each."""
+    length = len(colours)
+    if along == "key":
+        axes.imshow(colours[None], extent=(0, length, 1, 0), aspect="auto", interpolation="nearest")
+    else:
+        axes.imshow(colours[:, None], extent=(0, 1, length, 0), aspect="auto", interpolation="nearest")
+    if length <= 48:
+        for index, position in enumerate(row.position_ids[0].tolist()):
+            x, y = (index + 0.5, 0.5) if along == "key" else (0.5, index + 0.5)
+            ink = "white" if colours[index].mean() < 0.6 else INK
+            axes.text(x, y, str(position), ha="center", va="center_baseline", fontsize=6.5, color=ink)
+    axes.tick_params(bottom=False, left=False, labelbottom=False, labelleft=False)
+    axes.spines[:].set_visible(False)
+
+
+def _draw_positions(axes: Any, row: Row, along: str) -> None:
+    """Plot the logical position of every token; it steps back to the prompt's end where a response begins."""
+    positions = row.position_ids[0].cpu().numpy()
+    edges = np.arange(positions.size + 1)
+    highest = max(int(positions.max()), 1)
+    axes.stairs(
+        positions, edges, orientation="vertical" if along == "key" else "horizontal",
+        fill=True, facecolor="#d5dae1", edgecolor="none",
+    )  # fmt: skip
+    axes.tick_params(bottom=False, left=False, labelbottom=False, labelleft=False, labelsize=7, colors=INK)
+    axes.spines[:].set_visible(False)
+    if along == "key":
+        axes.set_ylim(0, highest * 1.05)
+        axes.set_yticks([highest])
+        axes.tick_params(left=True, labelleft=True, length=2)
+    else:
+        axes.set_xlim(0, highest * 1.05)
+        axes.set_xticks([highest], [str(highest)], ha="right")
+        axes.tick_params(bottom=True, labelbottom=True, length=2)
+
+
+def _draw_legend(axes: Any, tokens: TokenKinds, tiles: NDArray[np.int64] | None, block_size: int) -> None:
+    """Put the legend into the upper triangle, where a causal mask never shows anything."""
+    from matplotlib.patches import Patch
+
+    entries = [
+        Patch(color=kind_colour(kind, tokens.num_responses), label=name) for kind, name in kind_names(tokens).items()
+    ]
+    legend = axes.legend(
+        handles=entries if tiles is None else [*entries, *_tile_entries(tiles, block_size)],
+        title="query attends to key; the key is", alignment="left", borderpad=0.8, loc="upper right",
+        fontsize=8.5, title_fontsize=8.5, framealpha=1.0, edgecolor="#cbd2da",
+    )  # fmt: skip
+    legend.set_zorder(5)
+
+
+def _tile_entries(tiles: NDArray[np.int64], block_size: int) -> list[Any]:
+    """Make the legend's lines for the tiles: how they are marked, where they are, and how many there are."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    empty, partial, full = (f"{(tiles == kind).sum():,}" for kind in (EMPTY, PARTIAL, FULL))
+    entries: list[Any] = [
+        Patch(facecolor="#eceff3", edgecolor="#cbd2da"),
+        Patch(facecolor="none", edgecolor=INK, linewidth=0.6),
+        Line2D([], [], marker="o", linestyle="", color="white", markeredgecolor=INK),
+    ]
+    if len(tiles) > TILES_MARKED_SINGLY:
+        entries = [Line2D([], [], linestyle="") for _ in entries]
+    entries[0].set_label(f"{empty} empty tiles ({block_size} x {block_size}), skipped")
+    entries[1].set_label(f"{partial} partial tiles, masked")
+    entries[2].set_label(f"{full} full tiles, no mask needed")
+    return entries
+
+
+def kind_names(tokens: TokenKinds) -> dict[int, str]:
+    """Name the kinds that the row has, in the order of the legend; of many responses the two outermost."""
+    present = set(tokens.kinds.tolist())
+    last = tokens.num_responses - 1
+    names = {PROMPT: "prompt", SHARED: "shared by responses"}
+    if last < LEGEND_RESPONSES:
+        names |= {FIRST_RESPONSE + k: f"response {k}" for k in range(last + 1)}
+    else:
+        names |= {FIRST_RESPONSE: "response 0", FIRST_RESPONSE + last: f"... to response {last}"}
+    names[PADDING] = "padding (sees only itself)"
+    return {kind: name for kind, name in names.items() if kind in present}
+
+
+def row_title(row: Row) -> str:
+    """What a row holds, in numbers."""
+    number, padding = len(row.documents), row.subtree_end.shape[-1] - row.num_tokens
+    documents = f"{number} document" + ("s" if number != 1 else "")
+    tokens = f"{row.num_tokens:,} tokens run instead of {row.unshared_tokens:,}"
+    return f"One packed row: {documents}, {tokens}" + (f", {padding:,} padding" if padding else "")

@@ -1,0 +1,182 @@
+"""The policy and its reference: loading and adapters."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import sys
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from flexdpo.data.tokenize import require_special_tokens
+from flexdpo.errors import FlexdpoError, first_line, quoted
+from flexdpo.hf.forward_layout import ATTN_IMPLEMENTATION
+from flexdpo.hf.rules import unwrap_model
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from flexdpo.config import DPOConfig
+
+logger = logging.get_logger(__name__)
+
+
+def load_parts(
+    model: Any, tokenizer: PreTrainedTokenizerBase | None, args: DPOConfig
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """The policy and its tokenizer: loaded where they are names, and checked against each other.
+
+    Raises:
+        FlexdpoError: if one cannot be loaded, or they do not belong together.
+    """
+    if isinstance(model, str):
+        tokenizer = tokenizer or load_tokenizer(model, trust_remote_code=args.trust_remote_code)
+        init_kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+        model = load_model(model, trust_remote_code=args.trust_remote_code, **init_kwargs)
+    base = unwrap_model(model)
+    if tokenizer is None:
+        name = base.config._name_or_path
+        if not name:
+            raise FlexdpoError("the model was made in memory, so give its tokenizer as processing_class=")
+        tokenizer = load_tokenizer(name, trust_remote_code=args.trust_remote_code)
+    require_special_tokens(tokenizer)
+    require_vocabulary(base, tokenizer)
+    return model, tokenizer
+
+
+def load_model(name_or_path: str, *, trust_remote_code: bool = False, **init_kwargs: Any) -> PreTrainedModel:
+    """Load a causal LM from a local folder or the hub; ``prepare_model`` decides later whether it can be exact.
+
+    In float32 unless ``dtype`` says otherwise, as in TRL: at a learning rate of 1e-6, most updates of a bfloat16 weight
+    round to nothing.
+    """
+    init_kwargs.setdefault("dtype", torch.float32)
+    requested = init_kwargs.pop("attn_implementation", ATTN_IMPLEMENTATION)
+    if requested != ATTN_IMPLEMENTATION:
+        raise FlexdpoError(
+            f"model_init_kwargs asks for attn_implementation={requested!r}; packed rows need "
+            f"{ATTN_IMPLEMENTATION!r}, so leave it out"
+        )
+    _require_folder(name_or_path, "config.json")
+    try:
+        model: PreTrainedModel
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name_or_path, trust_remote_code=trust_remote_code, output_loading_info=True, **init_kwargs
+        )
+    except (OSError, ValueError) as error:
+        raise FlexdpoError(f"cannot load a causal LM from {name_or_path!r}: {first_line(error)}") from error
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise FlexdpoError(
+            f"{name_or_path} has no weights for {quoted(missing[:5])}{' and others' if len(missing) > 5 else ''} "
+            f"({len(missing)} of {type(model).__name__}'s), which would begin at random; save the whole model there"
+        )
+    return model
+
+
+def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load a tokenizer from a local folder or the hub, and make sure that it has an EOS and a pad token."""
+    _require_folder(name_or_path, "config.json")
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            name_or_path, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise FlexdpoError(
+            f"cannot load a tokenizer from {name_or_path!r}: {first_line(error)}; save one there with "
+            "tokenizer.save_pretrained(...)"
+        ) from error
+    require_special_tokens(tokenizer)
+    return tokenizer
+
+
+def _require_folder(name_or_path: str, needed: str) -> None:
+    """Say at once that a local folder is missing, instead of asking a hub for it."""
+    path = Path(name_or_path).expanduser()
+    looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
+    if path.is_dir():
+        if not (path / needed).exists():
+            raise FlexdpoError(f"{name_or_path} has no {needed}, so it is no saved model; found {_listing(path)}")
+    elif looks_local or path.exists():
+        raise FlexdpoError(f"{name_or_path} is not a folder with a saved model")
+
+
+def _listing(folder: Path) -> str:
+    names = sorted(entry.name for entry in folder.iterdir())
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "nothing"
+
+
+def vocabulary(model: PreTrainedModel) -> int:
+    """How many token ids a model can embed and predict."""
+    rows = [sys.maxsize]
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        # an adapter's layer has other sizes
+        part = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+        rows.append(getattr(part, "num_embeddings", getattr(part, "out_features", sys.maxsize)))
+    return min(rows)
+
+
+def require_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, what: str = "model") -> None:
+    """Refuse a tokenizer that has more tokens than the model has embeddings."""
+    rows = vocabulary(model)
+    if len(tokenizer) > rows:
+        raise FlexdpoError(
+            f"the tokenizer has {len(tokenizer)} tokens but the {what} embeds {rows}; use the tokenizer that it was "
+            f"made with, or call resize_token_embeddings({len(tokenizer)}) on it"
+        )
+
+
+def position_limit(model: PreTrainedModel) -> int | None:
+    """Most positions a learned position table of the model has, or ``None`` where it has no such table."""
+    tables = [
+        module.num_embeddings
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Embedding) and name.rsplit(".", 1)[-1] in _POSITION_TABLES
+    ]
+    return min(tables, default=None)
+
+
+def require_positions(model: PreTrainedModel, longest: int) -> None:
+    """Refuse sequences that reach beyond a learned position table, which could only be an index error later."""
+    limit = position_limit(model)
+    if limit is not None and longest > limit:
+        raise FlexdpoError(
+            f"the longest example has {longest} tokens but the model has {limit} positions; set max_length to at most "
+            f"{limit}"
+        )
+
+
+_POSITION_TABLES = frozenset({"wpe", "embed_positions", "position_embeddings", "positions_embed"})
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """A reference model: the policy as it is now, without gradients and in evaluation mode."""
+    with _whole_weights(model):
+        reference = copy.deepcopy(model)
+    reference.requires_grad_(False)
+    return reference.eval()
+
+
+def _whole_weights(model: nn.Module) -> AbstractContextManager[Any]:
+    """Where ZeRO-3 has spread a model over the processes while loading it, bring it together for a moment."""
+    parameters = list(model.parameters())
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return contextlib.nullcontext()
+    import deepspeed
+
+    gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(parameters)
+    return gathered
+
+
+def model_name(model: str | nn.Module) -> str:
+    """A short name for messages and folders."""
+    if isinstance(model, str):
+        return Path(model).name
+    config = getattr(model, "config", None)
+    path = getattr(config, "_name_or_path", "") or getattr(config, "model_type", type(model).__name__)
+    return Path(str(path)).name

@@ -1,0 +1,90 @@
+"""What a training run does before its first step: it proves itself on its own first examples."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+from flexdpo.attention.settings import kernel_settings_as
+from flexdpo.data.stream import StreamedPreferences
+from flexdpo.proof.prove import measure, require_proof
+from flexdpo.training import distribution
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from flexdpo.layout.row import Row
+    from flexdpo.training.step import PackedBatch
+    from flexdpo.training.trainer import DPOTrainer
+
+logger = logging.get_logger(__name__)
+
+_MOST_EXAMPLES = 4
+
+
+class ProofAtStart(TrainerCallback):
+    """Runs :func:`flexdpo.proof.prove.measure` when training begins; all processes take the same examples.
+
+    Args:
+        trainer: Whose model, data and settings are proved.
+        reference_is_policy: Whether the reference must agree with a policy that has not taken a step.
+    """
+
+    def __init__(self, trainer: DPOTrainer, *, reference_is_policy: bool) -> None:
+        self.trainer = trainer
+        self.reference_is_policy = reference_is_policy
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        """Prove, log the proof in one line and keep it, or stop with the figures."""
+        trainer = self.trainer
+        sharded = distribution.is_sharded(args)
+        model = trainer.model_wrapped if sharded else trainer.model
+        was_training = model.training
+        model.train()
+        batches = self._first_batches()
+        compare = self.reference_is_policy and state.global_step == 0
+        precomputed = {
+            row: logps
+            for batch in batches
+            for row, logps in zip(batch.rows, batch.reference or (), strict=batch.reference is not None)
+        }
+
+        def reference(row: Row) -> Tensor:
+            return (precomputed[row] if row in precomputed else trainer.reference_logps(row)).sums
+
+        # the first examples may need lengths that the batches do not
+        with kernel_settings_as(trainer.row_plan.kernels_of_any_length):
+            proof = measure(
+                model,
+                [row for batch in batches for row in batch.rows],
+                reference=reference if compare else None,
+                with_gradients=not sharded,
+                autocast=trainer.compute_loss_context_manager,
+            )
+        model.train(was_training)
+        require_proof(proof, model)
+        trainer.proof = proof
+        if args.process_index == 0:
+            # at a level that transformers shows by default
+            logger.warning(proof.line())
+
+    def _first_batches(self) -> list[PackedBatch]:
+        """The first examples in micro-batches as in training: rows are no longer, and as many documents share one."""
+        trainer, args = self.trainer, self.trainer.args
+        # half a step's pairs or fewer: all passes of the proof together then cost 1.0 to 1.2 steps
+        half = args.per_device_train_batch_size * args.gradient_accumulation_steps // 2
+        # a loss that compares with other examples needs one
+        size = max(args.per_device_train_batch_size, 2 if trainer.objective.needs_unrelated_responses else 1)
+        # one example alone would not show that the documents of a row keep apart; two of two cost 1.8 to 2.4 steps
+        count = max(min(size, 2), min(_MOST_EXAMPLES, half))
+        data = trainer.train_dataset
+        if isinstance(data, StreamedPreferences):
+            data = data.sample(count)
+        count = min(count, len(data))
+        if count > size:
+            count -= count % size  # whole ones
+        micro_batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
+        collated = [trainer.data_collator([data[index] for index in indices]) for indices in micro_batches]
+        return [each["batch"].to(args.device) for each in collated]

@@ -1,0 +1,190 @@
+"""A training step for loops of one's own: groups in, one optimizer step of the unpacked run, figures out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from flexdpo.attention.row_mask import Impl
+from flexdpo.errors import FlexdpoError
+from flexdpo.hf.prepare import prepare_model, unwrap_model
+from flexdpo.hf.randomness import disable_dropout
+from flexdpo.hf.row_dependence import limits_of
+from flexdpo.layout.groups import Group
+from flexdpo.layout.row import tile_multiple
+from flexdpo.objective.logps import response_logps
+from flexdpo.objective.objective import Objective
+from flexdpo.objective.unpaired import with_unrelated_responses
+from flexdpo.training import adapters, distribution, model_loading
+from flexdpo.training.finite import StepGuard
+from flexdpo.training.step import PackedBatch, Runner
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import Tensor, nn
+
+    from flexdpo.layout.row import Row
+    from flexdpo.objective.logps import ResponseLogps
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step came to.
+
+    Attributes:
+        loss: The batch's loss, detached, a scalar.
+        grad_norm: Norm of the gradient before clipping, a scalar.
+        metrics: Means over the batch's pairs or labels, under TRL's names.
+        tokens_run: Distinct tokens that went through the model.
+        tokens_unshared: Tokens that an ordinary step would have run.
+    """
+
+    loss: Tensor
+    grad_norm: Tensor
+    metrics: dict[str, Tensor]
+    tokens_run: int
+    tokens_unshared: int
+
+
+TrainStep = Callable[[Sequence[Group]], StepResult]
+
+
+def make_train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    ref_model: nn.Module | None = None,
+    loss_type: str | Sequence[str] = "sigmoid",
+    max_tokens_per_row: int | None = None,
+    pad_to_multiple_of: int | None = None,
+    sharing: str = "group",
+    max_grad_norm: float | None = 1.0,
+    accelerator: Accelerator | None = None,
+    impl: Impl = "auto",
+    **loss_settings: Any,
+) -> TrainStep:
+    """Return a function that takes a batch of groups and runs one exact optimizer step on packed rows.
+
+    The model is prepared here if it was not, and every rate of dropout and noise set to 0; a
+    model that draws random numbers all the same is refused. With ``accelerator``, give the model and the
+    optimizer that ``accelerator.prepare`` returned, and prepare the model with :func:`flexdpo.prepare_model` before.
+
+    Args:
+        model: The policy, a Hugging Face causal LM, with or without a PEFT adapter.
+        optimizer: Over the policy's parameters.
+        ref_model: The reference; by default the policy as it is now (a copy; with an adapter, of what is trained).
+        loss_type: One loss or several (see :class:`~flexdpo.objective.objective.Objective`).
+        max_tokens_per_row: Longest packed row in tokens; ``None`` puts a batch into one row.
+        pad_to_multiple_of: By default 128 on a GPU, where tiles count, and 1 elsewhere.
+        sharing: ``"group"``, or ``"step"`` to share long common beginnings among the groups of a step too.
+        max_grad_norm: Clip the gradient to this norm; ``None`` leaves it.
+        accelerator: For mixed precision and several processes.
+        impl: Attention kernel, see :func:`flexdpo.prepare_model`.
+        loss_settings: ``beta``, ``label_smoothing``, ``loss_weights``, ... as in ``Objective``.
+
+    Returns:
+        A callable ``step(groups) -> StepResult``. It raises ``FlexdpoError`` at a loss or a gradient that is not
+        finite, naming the example, before the optimizer moves. A step that raised leaves no gradients.
+    """
+    names = (loss_type,) if isinstance(loss_type, str) else tuple(loss_type)
+    objective = Objective(names, **loss_settings)
+    inner = accelerator.unwrap_model(model) if accelerator is not None else model
+    prepare_model(inner, impl=impl)
+    disable_dropout(inner)
+    adapters.require_trainable(inner)
+    limits = limits_of(inner).limits
+    in_step = accelerator is not None and distribution.runs_in_step(accelerator)
+    if in_step and ref_model is None and objective.needs_reference and not adapters.is_peft_model(inner):
+        raise FlexdpoError("a sharded model cannot be copied as its own reference; give ref_model, sharded like it")
+    reference = _reference(inner, ref_model, objective, impl)
+    vocabularies = {"model": model_loading.vocabulary(inner)}
+    if ref_model is not None:
+        vocabularies["reference model"] = model_loading.vocabulary(unwrap_model(ref_model))
+    device = next(model.parameters()).device
+    multiple = pad_to_multiple_of or tile_multiple(device)
+    runner = Runner(model, objective, reference=reference, **_surroundings(model, accelerator))
+    guard = StepGuard(inner, accelerator)
+
+    def step(groups: Sequence[Group]) -> StepResult:
+        model.train()
+        if objective.needs_unrelated_responses:
+            groups = with_unrelated_responses(groups)
+        for name, rows in vocabularies.items():
+            _require_ids(groups, name, rows)
+        batch = PackedBatch.from_groups(
+            groups,
+            max_tokens_per_row=max_tokens_per_row,
+            pad_to_multiple_of=multiple,
+            sharing=sharing,
+            with_idle_row=in_step,
+            limits=limits,
+        )
+        if device.type == "cuda":
+            # a copy from memory that may be paged out waits for the step before
+            batch = batch.pin_memory()
+        batch = batch.to(device, non_blocking=True)
+        with guard.all_or_nothing():
+            result = runner(batch)
+            guard.add(runner, batch, result)
+            norm = _clip(model, max_grad_norm, accelerator)
+            guard.require_finite(norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        metrics = {name: values.mean() for name, values in result.metrics.items() if len(values)}
+        return StepResult(result.loss, norm, metrics, batch.tokens_run, batch.tokens_unshared)
+
+    return step
+
+
+def _require_ids(groups: Sequence[Group], name: str, rows: int) -> None:
+    for group in groups:
+        highest = max(int(ids.max()) for ids in (group.prompt_ids, *group.response_ids))
+        if highest >= rows:
+            raise FlexdpoError(
+                f"{group.name} has token {highest} but the {name} embeds {rows} tokens; tokenise with the tokenizer "
+                "that it was made with"
+            )
+
+
+def _reference(
+    model: nn.Module, ref_model: nn.Module | None, objective: Objective, impl: Impl
+) -> Callable[[Row], ResponseLogps] | None:
+    if not objective.needs_reference:
+        return None
+    if ref_model is None and adapters.is_peft_model(model):
+        at_start = adapters.at_start_of(model, fresh=False)
+
+        def first_policy(row: Row) -> ResponseLogps:
+            with at_start():
+                return response_logps(model, row)
+
+        return first_policy
+    reference = model_loading.frozen_copy(model) if ref_model is None else ref_model.requires_grad_(False)
+    prepare_model(reference, impl=impl)
+    disable_dropout(unwrap_model(reference))
+    reference.eval()
+    return lambda row: response_logps(reference, row)
+
+
+def _surroundings(model: nn.Module, accelerator: Accelerator | None) -> dict[str, Any]:
+    if accelerator is None:
+        return {"backward": torch.Tensor.backward}
+    in_step = distribution.runs_in_step(accelerator)
+    return {
+        "backward": accelerator.backward,
+        "no_sync": lambda: distribution.held_gradients(accelerator, model),
+        "autocast": accelerator.autocast,
+        "average": lambda value: accelerator.reduce(value, reduction="mean"),
+        "agree": (lambda rows: distribution.largest(accelerator, rows)) if in_step else None,
+    }
+
+
+def _clip(model: nn.Module, max_grad_norm: float | None, accelerator: Accelerator | None) -> Tensor:
+    limit = float("inf") if max_grad_norm is None else max_grad_norm
+    if accelerator is not None:
+        norm = accelerator.clip_grad_norm_(model.parameters(), limit)
+        return torch.as_tensor(norm)
+    return torch.nn.utils.clip_grad_norm_(model.parameters(), limit)

@@ -1,0 +1,86 @@
+"""Pairs dealt out to processes: the same global batches, about equal costs, and the same epoch on every process."""
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
+
+from flexdpo.data.balance import BalancedSampler, balance, deal
+from flexdpo.data.lengths import has_one_pair_each, predicted_costs
+
+
+@given(st.integers(1, 5), st.integers(1, 5), st.data())
+def test_hands_are_equally_large_and_nearly_equally_dear(hands: int, size: int, data: st.DataObject) -> None:
+    costs = data.draw(st.lists(st.integers(1, 100), min_size=hands * size, max_size=hands * size))
+    parts = deal(costs, hands)
+    assert sorted(item for part in parts for item in part) == list(range(len(costs)))
+    assert all(len(part) == size for part in parts)
+    sums = [sum(costs[i] for i in part) for part in parts]
+    assert max(sums) - min(sums) <= max(costs) * size
+
+
+def test_dealing_is_better_than_taking_turns() -> None:
+    costs = np.random.default_rng(0).lognormal(5, 1, 32)
+    dealt = [costs[part].sum() for part in deal(costs, 4)]
+    in_turn = costs.reshape(4, 8).sum(axis=1)
+    assert max(dealt) - min(dealt) < 0.1 * (max(in_turn) - min(in_turn))
+
+
+class Loader:
+    """What accelerate makes of a loader for one of several processes."""
+
+    def __init__(self, dataset: Dataset, sampler: object, process: int) -> None:
+        from accelerate.data_loader import BatchSamplerShard
+        from torch.utils.data import BatchSampler
+
+        batches = BatchSampler(sampler, batch_size=3, drop_last=False)
+        self.batch_sampler = BatchSamplerShard(batches, num_processes=2, process_index=process)
+
+
+@pytest.mark.parametrize("count", [24, 29])
+def test_global_batches_keep_their_examples(count: int) -> None:
+    costs = np.random.default_rng(1).integers(1, 1000, count).astype(float)
+    dataset = Dataset.from_dict({"x": list(range(count))})
+    shares = []
+    for process in (0, 1):
+        loader = Loader(dataset, SequentialSampler(dataset), process)
+        assert balance(loader, costs, num_processes=2)  # type: ignore[arg-type]
+        shares.append(list(loader.batch_sampler))
+    assert len(shares[0]) == len(shares[1]) == -(-count // 6)
+    for step, (first, second) in enumerate(zip(*shares, strict=True)):
+        if (step + 1) * 6 <= count:
+            assert sorted(first + second) == list(range(step * 6, step * 6 + 6))
+            # without dealing, the parts of the last full batches differ by more
+            assert len(first) == len(second) == 3
+    seen = {i for share in shares for batch in share for i in batch}
+    assert seen == set(range(count))
+
+
+def test_the_epoch_reaches_the_sampler_that_shuffles() -> None:
+    class Shuffled(RandomSampler):
+        def set_epoch(self, epoch: int) -> None:
+            self.epoch = epoch
+
+    inner = Shuffled(range(4))
+    BalancedSampler(inner, np.ones(4), batch_size=2, num_processes=2).set_epoch(7)
+    assert inner.epoch == 7
+
+
+def test_a_loader_without_batches_of_a_sampler_is_left_alone() -> None:
+    assert not balance(DataLoader(range(4)), np.ones(4), 2)  # type: ignore[arg-type]
+
+
+def test_costs_grow_faster_than_tokens_and_pairs_are_counted() -> None:
+    rows = {
+        "prompt_ids": [[1] * 10, [1] * 1000],
+        "response_ids": [[[1], [2]], [[1] * 5, [2] * 5]],
+        "edges": [[[0, 1]], [[0, 1]]],
+        "row": [0, 1],
+    }
+    small, large = predicted_costs(Dataset.from_dict(rows), hidden_size=64)
+    assert small == pytest.approx(12 * (1 + 12 / 768))
+    assert large / small > 1010 / 12
+    assert has_one_pair_each(Dataset.from_dict(rows))
+    assert not has_one_pair_each(Dataset.from_dict(rows | {"edges": [[[0, 1]], []]}))

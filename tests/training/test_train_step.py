@@ -1,0 +1,77 @@
+"""The step for loops of one's own, against autograd written out."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from flexdpo import FlexdpoError
+from flexdpo.training.train_step import make_train_step
+from tests.conftest import build_model, odd_groups
+from tests.test_equivalence import sequence_logp
+
+
+def plain_step(model, reference, optimizer, groups) -> float:
+    pairs = [(g, chosen, rejected) for g in groups for chosen, rejected in g.edges]
+    loss = 0.0
+    for group, chosen, rejected in pairs:
+        margins = []
+        for end in (chosen, rejected):
+            with torch.no_grad():
+                base = sequence_logp(reference, group, group.response_ids[end])
+            margins.append(sequence_logp(model, group, group.response_ids[end]) - base)
+        loss = loss - F.logsigmoid(0.3 * (margins[0] - margins[1])) / len(pairs)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
+
+
+@pytest.mark.parametrize("max_tokens_per_row", [None, 64])
+@pytest.mark.parametrize("with_accelerate", [False, True])
+def test_a_loop_of_ones_own_follows_the_plain_one(rng, max_tokens_per_row, with_accelerate) -> None:
+    plain = build_model("gpt2")
+    reference = copy.deepcopy(plain)
+    ours = copy.deepcopy(plain)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.05) for model in (plain, ours)]
+    settings = {"beta": 0.3, "max_tokens_per_row": max_tokens_per_row}
+    if with_accelerate:
+        from accelerate import Accelerator
+
+        accelerator = Accelerator(cpu=True)
+        ours, optimizers[1] = accelerator.prepare(ours, optimizers[1])
+        settings["accelerator"] = accelerator
+    step = make_train_step(ours, optimizers[1], **settings)
+    for number in range(4):
+        groups = odd_groups(rng)
+        want = plain_step(plain, reference, optimizers[0], groups)
+        result = step(groups)
+        assert result.loss.item() == pytest.approx(want, rel=1e-9)
+        assert (number > 0) or result.loss.item() == pytest.approx(0.6931471805599453, abs=1e-9)
+        assert result.tokens_run < result.tokens_unshared
+        assert {"rewards/chosen", "rewards/margins", "rewards/accuracies"} <= result.metrics.keys()
+    for mine, other in zip(ours.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-8, atol=1e-10)
+
+
+def test_a_loss_that_is_not_finite_leaves_the_weights(rng) -> None:
+    model = build_model("llama")
+    step = make_train_step(model, torch.optim.SGD(model.parameters(), lr=0.1), loss_type="simpo")
+    groups = odd_groups(rng)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[groups[0].prompt_ids[0]] = float("nan")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(FlexdpoError, match=r"pair: the log-probability of response .* is nan"):
+        step(groups)
+    for name, weight in model.state_dict().items():
+        torch.testing.assert_close(weight, before[name], equal_nan=True)
+
+
+def test_bad_settings(rng) -> None:
+    model = build_model("llama")
+    with pytest.raises(FlexdpoError, match=r"unknown loss_type 'sigmod'; did you mean 'sigmoid'"):
+        make_train_step(model, torch.optim.SGD(model.parameters()), loss_type="sigmod")
