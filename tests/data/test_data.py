@@ -290,7 +290,7 @@ def test_unreadable_line_in_other_places(tmp_path: Any) -> None:
     [
         ("a.jsonl", b"", "the file is empty"),
         ("a.jsonl", b"\n\n", "there are no rows"),
-        ("a.jsonl.gz", gzip.compress(b""), "there are no rows"),
+        ("a.jsonl.gz", gzip.compress(b"", mtime=0), "there are no rows"),
         ("a.json", b"[]", "there are no rows"),
         ("a.csv", b"prompt,chosen,rejected\n", "there are no rows|has no rows"),
         ("a.csv", b"prompt,chosen,chosen\nx,y,z\n", "the header names a column twice"),
