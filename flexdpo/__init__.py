@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from flexdpo.data.regroup import regroup_by_prompt
     from flexdpo.data.tokenize import load_preference_dataset, tokenize_preferences
     from flexdpo.estimate.estimate import EstimateSettings, estimate_dataset
-    from flexdpo.training.step import PackingCollator
+    from flexdpo.training.batch import PackingCollator
     from flexdpo.training.train_step import make_train_step
     from flexdpo.training.trainer import DPOTrainer
 
@@ -66,7 +66,7 @@ _LAZY = {
     "DPOConfig": "flexdpo.config",
     "DPOTrainer": "flexdpo.training.trainer",
     "EstimateSettings": "flexdpo.estimate.estimate",
-    "PackingCollator": "flexdpo.training.step",
+    "PackingCollator": "flexdpo.training.batch",
     "estimate_dataset": "flexdpo.estimate.estimate",
     "load_preference_dataset": "flexdpo.data.tokenize",
     "make_train_step": "flexdpo.training.train_step",

@@ -15,7 +15,8 @@ from flexdpo import Group, Row, RowLayout, pack, prepare_model
 from flexdpo.layout.packing import MIN_SHARED
 from flexdpo.objective.logps import response_logps
 from flexdpo.objective.objective import BatchTotals, Objective
-from flexdpo.training.step import PackedBatch, run_batch
+from flexdpo.training.batch import PackedBatch
+from flexdpo.training.step import run_batch
 from tests.conftest import CONFIGS, TOLERANCE, build_model, odd_groups, random_ids
 
 OBJECTIVE = Objective(("sigmoid", "sft"), (1.0, 0.3), beta=0.2, label_smoothing=0.1)

@@ -9,7 +9,8 @@ from flexdpo.errors import FlexdpoError
 from flexdpo.estimate.features import first_rows
 from flexdpo.layout.packing import MIN_SHARED, Buckets, choose_buckets
 from flexdpo.layout.row import TILE
-from flexdpo.training.memory import MARGIN, auto_row_budget, gigabytes
+from flexdpo.training.memory import gigabytes
+from flexdpo.training.row_budget import MARGIN, auto_row_budget
 
 if TYPE_CHECKING:
     from flexdpo.data.tokenize import DataReport

@@ -27,14 +27,8 @@ from flexdpo.estimate.lengths import (
 )
 from flexdpo.estimate.model_shapes import find_shape
 from flexdpo.layout.row import tile_multiple
-from flexdpo.training.memory import (
-    MemoryPrediction,
-    ModelSize,
-    TrainingSetup,
-    free_memory,
-    predict_memory,
-    predict_padded_memory,
-)
+from flexdpo.training.memory import MemoryPrediction, ModelSize, TrainingSetup, predict_memory, predict_padded_memory
+from flexdpo.training.row_budget import free_memory
 
 if TYPE_CHECKING:
     from datasets import Dataset

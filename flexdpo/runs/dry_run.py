@@ -16,7 +16,8 @@ from flexdpo.hf.prepare import prepare_model
 from flexdpo.training import model_loading
 from flexdpo.training.adapters import add_adapter
 from flexdpo.training.distribution import shards_of
-from flexdpo.training.memory import TrainingSetup, auto_row_budget, gigabytes, predict_memory
+from flexdpo.training.memory import TrainingSetup, gigabytes, predict_memory
+from flexdpo.training.row_budget import auto_row_budget
 
 if TYPE_CHECKING:
     from torch import nn

@@ -33,9 +33,10 @@ from flexdpo.layout.row import Row
 from flexdpo.layout.trie import Trie
 from flexdpo.runs.job import CURVES_FILE, MASK_FILE, METRICS_FILE, draw_example_mask, require_output_dir
 from flexdpo.show.plots import draw_training_curves
+from flexdpo.training.batch import PackedBatch
 from flexdpo.training.metrics import MetricsFile
 from flexdpo.training.output_lock import holding_output
-from flexdpo.training.step import PackedBatch, run_batch
+from flexdpo.training.step import run_batch
 from flexdpo.training.trainer import DPOTrainer
 
 if TYPE_CHECKING:

@@ -12,11 +12,11 @@ from flexdpo.data.tokenize import load_preference_dataset
 from flexdpo.errors import FlexdpoError
 from flexdpo.show.mask_image import draw_row_mask
 from flexdpo.show.plots import draw_training_curves
+from flexdpo.training.batch import PackingCollator
 from flexdpo.training.distribution import is_sharded
 from flexdpo.training.metrics import MetricsFile
 from flexdpo.training.model_loading import load_model, load_tokenizer
 from flexdpo.training.output_lock import LOCK_FILE, holding_output
-from flexdpo.training.step import PackingCollator
 from flexdpo.training.trainer import DPOTrainer
 
 METRICS_FILE = "metrics.jsonl"

@@ -17,8 +17,9 @@ from accelerate.utils import DistributedType
 from flexdpo.errors import FlexdpoError
 from flexdpo.objective.logps import require_finite
 from flexdpo.objective.objective import BatchTotals, ReferenceLogps
+from flexdpo.training.batch import PackedBatch
 from flexdpo.training.distribution import runs_in_step
-from flexdpo.training.step import BatchLoss, PackedBatch, Runner
+from flexdpo.training.step import BatchLoss, Runner
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

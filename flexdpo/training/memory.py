@@ -1,4 +1,4 @@
-"""How much memory training takes, predicted from a model's shape, and the longest row that fits.
+"""How much memory training takes, predicted from a model's shape.
 
 Everything but the activations is arithmetic. Activations are counted tensor by tensor: what autograd keeps of a
 decoder layer for its backward pass, in bytes per token. Attention keeps nothing that grows with the square of a row,
@@ -8,28 +8,21 @@ and logits exist a chunk at a time, so memory is linear in the tokens of the lon
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from flexdpo.errors import FlexdpoError, first_line, found
 from flexdpo.hf.checkpointing import checkpointing_name
-from flexdpo.layout.row import TILE, tile_multiple
+from flexdpo.layout.row import TILE
 from flexdpo.objective.linear_logps import targets_per_chunk, tile_shape
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
-
     from transformers import TrainingArguments
 
-# what is left free: the allocator's fragments, other processes on the device, and what the count does not see
-MARGIN = 0.12
 # what a CPU's allocator holds between blocks in use, as a share of them: on steps of six length profiles, padded,
 # packed and shared, the resident peak was 5 to 20 % above the count. On CUDA the margin has to cover it
 _CPU_FRAGMENTS = 0.15
-# a row longer than this gains nothing: kernels are long since busy, and tile tables grow with its square
-LONGEST_ROW = 1 << 18
 # bytes of optimizer state per trained parameter, beside those kept in the parameter's own dtype
 _STATE_BYTES = {"adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2, "lion_8bit": 1, "paged_lion_8bit": 1}
 # states per trained parameter in the parameter's own dtype; what is not named here is taken for AdamW, which has two
@@ -366,112 +359,6 @@ def _gathered_bytes(size: ModelSize, setup: TrainingSetup) -> int:
     cast = size.parameters * setup.compute_bytes if setup.compute_bytes < setup.weight_bytes else 0
     gathered = 2 * size.parameters * setup.compute_bytes // max(size.layers, 1) if setup.shards > 1 else 0
     return cast // setup.shards + gathered
-
-
-# --- what fits -------------------------------------------------------------------------------------------------------
-
-
-def free_memory(device: torch.device | str) -> int:
-    """Bytes that a process can still allocate on a device.
-
-    On CUDA what the driver calls free and what torch's allocator holds unused; elsewhere what the system calls
-    available, and no more than what is left of the container's limit.
-    """
-    device = torch.device(device)
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(free) + int(unused)
-    import psutil
-
-    available = int(psutil.virtual_memory().available)
-    limit = _left_of_container()
-    return available if limit is None else min(available, limit)
-
-
-def _left_of_container(root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """What is left of a Linux container's memory limit; ``None`` where there is none."""
-    for most, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            limit, taken = (root / most).read_text(encoding="ascii").strip(), (root / used).read_text(encoding="ascii")
-        except OSError:
-            continue
-        # the old interface writes an absurdly large number for "no limit"
-        if limit != "max" and int(limit) < 1 << 60:
-            return max(0, int(limit) - int(taken))
-    return None
-
-
-def auto_row_budget(
-    model_or_config: Any,
-    setup: TrainingSetup | None = None,
-    *,
-    device: torch.device | str,
-    free: int | None = None,
-    resident: Collection[str] = (),
-    margin: float = MARGIN,
-    multiple: int | None = None,
-    longest: int = 0,
-) -> int:
-    """The largest ``max_tokens_per_row`` whose step fits into a device's free memory.
-
-    Args:
-        model_or_config: See :meth:`ModelSize.of`.
-        setup: How it is trained; see :meth:`TrainingSetup.from_arguments`.
-        device: Where it will run.
-        free: Bytes that can be used; by default :func:`free_memory` of the device now.
-        resident: Which parts are in memory already, and so no longer part of what is free: names of the fields of
-            :class:`MemoryPrediction`, for instance ``("weights", "reference")`` once the models have been moved.
-        margin: Share of the free memory that is left alone.
-        multiple: The budget is a multiple of this many tokens; by default 128 on CUDA and 1 elsewhere.
-        longest: Distinct tokens of the longest example, which must fit.
-
-    Returns:
-        Tokens, at most 262,144.
-
-    Raises:
-        FlexdpoError: if not even ``longest`` tokens, or one ``multiple``, fit; the message says what takes the memory.
-    """
-    device = torch.device(device)
-    setup = setup or TrainingSetup(device_type=device.type)
-    size = ModelSize.of(model_or_config)
-    unit = multiple or tile_multiple(device)
-    free = free_memory(device) if free is None else free
-    usable = int(free * (1 - margin))
-
-    def needed(tokens: int) -> int:
-        predicted = predict_memory(size, tokens, setup)
-        return predicted.total - sum(int(getattr(predicted, part)) for part in resident)
-
-    low, high = 0, max(1, LONGEST_ROW // unit)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if needed(middle * unit) <= usable else (low, middle - 1)
-    if low * unit < max(longest, unit):
-        raise FlexdpoError(_no_room(size, setup, max(longest, unit), free, usable, needed(max(longest, unit))))
-    return low * unit
-
-
-def _no_room(size: ModelSize, setup: TrainingSetup, tokens: int, free: int, usable: int, needed: int) -> str:
-    predicted = predict_memory(size, tokens, setup)
-    parts = ", ".join(
-        f"{name} {gigabytes(getattr(predicted, name))}"
-        for name in ("weights", "gradients", "optimizer", "reference", "activations", "working")
-    )
-    ways = ["lower max_length"]
-    if not setup.gradient_checkpointing:
-        ways.append("set activation_checkpointing=True")
-    if setup.reference:
-        ways.append("set precompute_ref_log_probs=True, which keeps no reference in memory")
-    if setup.trainable is None or setup.trainable == size.parameters:
-        ways.append("train an adapter (peft_config)")
-    return (
-        f"no row fits: {tokens} tokens of {size.name} need about {gigabytes(needed)} more ({parts}), and "
-        f"{gigabytes(usable)} of {gigabytes(free)} free memory can be used; {', or '.join(ways)}"
-    )
 
 
 def gigabytes(count: float) -> str:

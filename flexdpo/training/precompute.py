@@ -13,7 +13,7 @@ from flexdpo.data.cache import cache_folder
 from flexdpo.data.tokenize import group_from_row
 from flexdpo.reference.cache import ReferenceCache, ReferenceIdentity
 from flexdpo.reference.logps import precompute_reference
-from flexdpo.training.step import REFERENCE_COLUMN, REFERENCE_PAIR_COLUMN
+from flexdpo.training.batch import REFERENCE_COLUMN, REFERENCE_PAIR_COLUMN
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -13,9 +13,10 @@ from transformers.utils import logging
 from flexdpo.data.tokenize import group_from_row
 from flexdpo.layout.packing import Buckets, choose_buckets, row_lengths
 from flexdpo.objective.unpaired import with_unrelated_responses
-from flexdpo.training import memory
+from flexdpo.training import row_budget
 from flexdpo.training.distribution import shards_of, smallest
-from flexdpo.training.memory import TrainingSetup, auto_row_budget
+from flexdpo.training.memory import TrainingSetup
+from flexdpo.training.row_budget import auto_row_budget
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -63,7 +64,7 @@ class RowPlan:
 
     @property
     def collation(self) -> dict[str, Any]:
-        """The layout's part of the arguments of :class:`~flexdpo.training.step.PackingCollator`."""
+        """The layout's part of the arguments of :class:`~flexdpo.training.batch.PackingCollator`."""
         names = ("max_tokens_per_row", "pad_to_multiple_of", "sharing", "buckets")
         return {name: getattr(self, name) for name in names}
 
@@ -89,7 +90,7 @@ class RowPlan:
                 model,
                 setup,
                 device=args.device,
-                free=memory.free_memory(args.device) // _sharing_memory(args),
+                free=row_budget.free_memory(args.device) // _sharing_memory(args),
                 resident=resident if here else (),
                 multiple=args.row_multiple,
                 longest=longest,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from flexdpo.layout.row import Row
-    from flexdpo.training.step import PackedBatch
+    from flexdpo.training.batch import PackedBatch
     from flexdpo.training.trainer import DPOTrainer
 
 logger = logging.get_logger(__name__)

@@ -19,8 +19,9 @@ from flexdpo.objective.logps import response_logps
 from flexdpo.objective.objective import Objective
 from flexdpo.objective.unpaired import with_unrelated_responses
 from flexdpo.training import adapters, distribution, model_loading
+from flexdpo.training.batch import PackedBatch
 from flexdpo.training.finite import StepGuard
-from flexdpo.training.step import PackedBatch, Runner
+from flexdpo.training.step import Runner
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

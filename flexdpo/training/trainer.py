@@ -41,6 +41,7 @@ from flexdpo.objective.router import RouterLoss
 from flexdpo.reference.fingerprints import model_fingerprint, settings_fingerprint, weights_sample
 from flexdpo.reference.sync import mix_into_reference
 from flexdpo.training import adapters, distribution, model_loading
+from flexdpo.training.batch import REFERENCE_COLUMN, REFERENCE_PAIR_COLUMN, PackedBatch, PackingCollator
 from flexdpo.training.checkpoints import (
     data_digest,
     file_record,
@@ -61,14 +62,7 @@ from flexdpo.training.output_lock import holding_output
 from flexdpo.training.precompute import Precompute
 from flexdpo.training.row_plan import RowPlan
 from flexdpo.training.start_proof import ProofAtStart
-from flexdpo.training.step import (
-    REFERENCE_COLUMN,
-    REFERENCE_PAIR_COLUMN,
-    BatchLoss,
-    PackedBatch,
-    PackingCollator,
-    Runner,
-)
+from flexdpo.training.step import BatchLoss, Runner
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

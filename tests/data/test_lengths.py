@@ -11,7 +11,7 @@ from flexdpo import DPOTrainer, FlexdpoError
 from flexdpo.data.lengths import tokens_needed
 from flexdpo.data.tokenize import group_from_row
 from flexdpo.objective.unpaired import with_unrelated_responses
-from flexdpo.training.step import PackedBatch
+from flexdpo.training.batch import PackedBatch
 from tests.training.test_trainer import settings
 
 

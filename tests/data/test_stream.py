@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from flexdpo import DPOTrainer, FlexdpoError
 from flexdpo.data.stream import StreamedPreferences, settle_config
 from flexdpo.data.tokenize import load_preference_dataset, tokenize_preferences
-from flexdpo.training.step import PackingCollator
+from flexdpo.training.batch import PackingCollator
 from tests.conftest import preference_rows
 from tests.training.test_trainer import settings
 

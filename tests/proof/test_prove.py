@@ -29,7 +29,7 @@ from flexdpo.hf.randomness import disable_dropout
 from flexdpo.proof.probe import token_error
 from flexdpo.proof.prove import measure
 from flexdpo.training import start_proof
-from flexdpo.training.step import REFERENCE_COLUMN
+from flexdpo.training.batch import REFERENCE_COLUMN
 from tests.conftest import odd_groups, preference_rows, random_ids
 from tests.hf.architectures import build_or_skip
 from tests.hf.equivalence import example_groups

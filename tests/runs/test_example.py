@@ -27,7 +27,8 @@ from flexdpo.runs.example import (
     run_example,
     unshared_batch,
 )
-from flexdpo.training.step import PackedBatch, run_batch
+from flexdpo.training.batch import PackedBatch
+from flexdpo.training.step import run_batch
 
 TINY = Recipe(warm_up_steps=8, dpo_steps=8, held_out_pairs=40, timing_rounds=2)
 

@@ -24,9 +24,9 @@ from transformers import TrainerCallback
 from flexdpo import DPOTrainer, FlexdpoError
 from flexdpo.data.workers import plain_worker_errors
 from flexdpo.training import checkpoints, precompute
+from flexdpo.training.batch import PackingCollator
 from flexdpo.training.checkpoints import RECORD_FILE, last_checkpoint
 from flexdpo.training.model_loading import load_model
-from flexdpo.training.step import PackingCollator
 from tests.conftest import preference_rows
 from tests.processes import run_processes
 from tests.training.test_trainer import settings

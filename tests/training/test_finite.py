@@ -15,7 +15,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 from flexdpo import DPOTrainer, FlexdpoError
-from flexdpo.training.step import REFERENCE_COLUMN
+from flexdpo.training.batch import REFERENCE_COLUMN
 from flexdpo.training.train_step import make_train_step
 from tests.conftest import build_model, odd_groups, preference_rows
 from tests.processes import run_processes

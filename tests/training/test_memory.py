@@ -14,16 +14,15 @@ from flexdpo import Group, Row, prepare_model, response_logps
 from flexdpo.errors import FlexdpoError
 from flexdpo.estimate.model_shapes import SHAPES
 from flexdpo.hf.checkpointing import checkpointing_name, enable_checkpointing
-from flexdpo.training import memory
+from flexdpo.training import row_budget
 from flexdpo.training.memory import (
     ModelSize,
     TrainingSetup,
-    auto_row_budget,
-    free_memory,
     kept_bytes_per_layer,
     predict_memory,
     predict_padded_memory,
 )
+from flexdpo.training.row_budget import auto_row_budget, free_memory
 from tests.conftest import CONFIGS, build_model
 
 GIGABYTE = 10**9
@@ -179,7 +178,7 @@ def test_what_is_in_memory_already_is_not_counted_again() -> None:
 
 def test_a_budget_has_an_end() -> None:
     model = build_model("llama")
-    assert auto_row_budget(model, device="cpu", free=10**15) == memory.LONGEST_ROW
+    assert auto_row_budget(model, device="cpu", free=10**15) == row_budget.LONGEST_ROW
 
 
 def test_too_little_memory_is_refused_with_ways_out() -> None:
@@ -204,12 +203,12 @@ def test_free_memory_is_what_the_system_has_left() -> None:
 
 
 def test_a_container_has_less(tmp_path) -> None:
-    assert memory._left_of_container(tmp_path) is None
+    assert row_budget._left_of_container(tmp_path) is None
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "memory.current").write_text("5\n")
-    assert memory._left_of_container(tmp_path) is None
+    assert row_budget._left_of_container(tmp_path) is None
     (tmp_path / "memory.max").write_text("1000\n")
-    assert memory._left_of_container(tmp_path) == 995
+    assert row_budget._left_of_container(tmp_path) == 995
 
 
 def test_only_models_and_configs_have_a_size() -> None:

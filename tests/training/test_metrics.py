@@ -5,8 +5,8 @@ import torch
 from accelerate import Accelerator
 
 from flexdpo import Group
+from flexdpo.training.batch import PackingCollator
 from flexdpo.training.metrics import MeanMetrics
-from flexdpo.training.step import PackingCollator
 
 
 def test_means_are_over_values() -> None:

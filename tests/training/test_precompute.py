@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from flexdpo import DPOTrainer
 from flexdpo.training import precompute, trainer
-from flexdpo.training.step import REFERENCE_COLUMN, REFERENCE_PAIR_COLUMN
+from flexdpo.training.batch import REFERENCE_COLUMN, REFERENCE_PAIR_COLUMN
 from tests.conftest import preference_rows
 from tests.training.test_trainer import settings
 

@@ -62,19 +62,19 @@ def test_a_cpu_compiles_one_kernel(tmp_path, small_model) -> None:
 
 
 def test_auto_fills_the_free_memory_and_says_so(tmp_path, tokenizer, preferences, small_model, monkeypatch) -> None:
-    from flexdpo.training import memory
+    from flexdpo.training import row_budget
 
-    monkeypatch.setattr(memory, "free_memory", lambda device: 3 * 2**20)
+    monkeypatch.setattr(row_budget, "free_memory", lambda device: 3 * 2**20)
     args = settings(tmp_path, max_tokens_per_row="auto", max_steps=1)
     trainer = DPOTrainer(small_model(), None, args, train_dataset=preferences, processing_class=tokenizer)
     budget = trainer.row_plan.max_tokens_per_row
     assert budget is not None
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])["batch"]
     assert all(row.layout.length <= budget for row in batch.rows)
-    monkeypatch.setattr(memory, "free_memory", lambda device: 64 * 2**20)
+    monkeypatch.setattr(row_budget, "free_memory", lambda device: 64 * 2**20)
     roomy = DPOTrainer(small_model(), None, args, train_dataset=preferences, processing_class=tokenizer)
     assert roomy.row_plan.max_tokens_per_row > budget
-    monkeypatch.setattr(memory, "free_memory", lambda device: 2**12)
+    monkeypatch.setattr(row_budget, "free_memory", lambda device: 2**12)
     with pytest.raises(FlexdpoError, match=r"no row fits: \d+ tokens of .* need about .*lower max_length"):
         DPOTrainer(small_model(), None, args, train_dataset=preferences, processing_class=tokenizer)
 
@@ -209,9 +209,9 @@ def test_sharding_may_be_asked_for_by_the_launcher(monkeypatch) -> None:
 
 
 def test_processes_of_one_machine_share_its_memory(tmp_path, small_model, monkeypatch) -> None:
-    from flexdpo.training import memory
+    from flexdpo.training import row_budget
 
-    monkeypatch.setattr(memory, "free_memory", lambda device: 2**26)
+    monkeypatch.setattr(row_budget, "free_memory", lambda device: 2**26)
     args = settings(tmp_path, max_tokens_per_row="auto")
     alone = RowPlan.of(args, small_model(), reference=True, longest=0).max_tokens_per_row
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")

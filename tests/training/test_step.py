@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from flexdpo import Group
-from flexdpo.training.step import PackedBatch
+from flexdpo.training.batch import PackedBatch
 
 
 @pytest.mark.parametrize("budget", [None, 8])

@@ -21,7 +21,7 @@ from flexdpo.example.stdlib import SourceFunction, StandardLibrary, read_standar
 from flexdpo.example.task import BodyPair, BodyTask, as_dataset, build_task
 from flexdpo.layout.row import Row
 from flexdpo.objective.objective import BatchTotals, Objective
-from flexdpo.training.step import PackingCollator
+from flexdpo.training.batch import PackingCollator
 from tests.conftest import strengthen
 from tests.training.unpacked import (
     Pair,
