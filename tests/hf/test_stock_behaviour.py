@@ -156,7 +156,10 @@ def test_keys_that_layers_share() -> None:
     torch.testing.assert_close(got[0, :prompt], want[0][0, :prompt], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("value", [{}, {"a": torch.zeros(1)}, [], [1], (), object(), DynamicCache()], ids=lambda value: type(value).__name__)
+UNKNOWN = [{}, {"a": torch.zeros(1)}, [], [1], (), object(), DynamicCache()]
+
+
+@pytest.mark.parametrize("value", UNKNOWN, ids=lambda value: type(value).__name__)
 def test_what_is_not_known_passes_through(value: Any) -> None:
     """By its type, whatever it is called: neither nothing nor a plain number, text or flag."""
     model = build_model("llama", dtype=torch.float32)
