@@ -1,6 +1,7 @@
 """flexdpo: preference training of Hugging Face models that runs every distinct token once, exactly.
 
-Importing the package registers ``attn_implementation="flexdpo"`` with transformers.
+Importing the package registers ``attn_implementation="flexdpo"`` with transformers. Names are loaded when they are
+asked for, so that only those that need torch, transformers or datasets bring them along.
 """
 
 from __future__ import annotations
@@ -8,24 +9,24 @@ from __future__ import annotations
 import importlib as _importlib
 from typing import TYPE_CHECKING, Any
 
-from flexdpo.dropin.share import share_prefixes, sharing_stats, unshare
 from flexdpo.errors import FlexdpoError, UnsupportedModelError
-from flexdpo.hf.prepare import prepare_model
-from flexdpo.hf.prepare import register as _register
-from flexdpo.hf.randomness import disable_dropout
-from flexdpo.layout.groups import Group
-from flexdpo.layout.packing import pack
-from flexdpo.layout.row import Row, RowLayout
-from flexdpo.layout.trie import Trie
-from flexdpo.objective.logps import response_logps
-from flexdpo.proof.probe import ParityReport, parity_probe
-from flexdpo.proof.prove import Proof, prove
+from flexdpo.hf.on_import import register_when_imported as _register_when_imported
 
 if TYPE_CHECKING:
     from flexdpo.config import DPOConfig
     from flexdpo.data.regroup import regroup_by_prompt
     from flexdpo.data.tokenize import load_preference_dataset, tokenize_preferences
+    from flexdpo.dropin.share import share_prefixes, sharing_stats, unshare
     from flexdpo.estimate.estimate import EstimateSettings, estimate_dataset
+    from flexdpo.hf.prepare import prepare_model
+    from flexdpo.hf.randomness import disable_dropout
+    from flexdpo.layout.groups import Group
+    from flexdpo.layout.packing import pack
+    from flexdpo.layout.row import Row, RowLayout
+    from flexdpo.layout.trie import Trie
+    from flexdpo.objective.logps import response_logps
+    from flexdpo.proof.probe import ParityReport, parity_probe
+    from flexdpo.proof.prove import Proof, prove
     from flexdpo.training.batch import PackingCollator
     from flexdpo.training.train_step import make_train_step
     from flexdpo.training.trainer import DPOTrainer
@@ -61,25 +62,34 @@ __all__ = [
     "unshare",
 ]
 
-# the trainer brings transformers.Trainer and datasets along, so it is loaded when it is asked for
 _LAZY = {
-    "DPOConfig": "flexdpo.config",
-    "DPOTrainer": "flexdpo.training.trainer",
-    "EstimateSettings": "flexdpo.estimate.estimate",
-    "PackingCollator": "flexdpo.training.batch",
-    "estimate_dataset": "flexdpo.estimate.estimate",
-    "load_preference_dataset": "flexdpo.data.tokenize",
-    "make_train_step": "flexdpo.training.train_step",
-    "regroup_by_prompt": "flexdpo.data.regroup",
-    "tokenize_preferences": "flexdpo.data.tokenize",
+    "flexdpo.config": ("DPOConfig",),
+    "flexdpo.data.regroup": ("regroup_by_prompt",),
+    "flexdpo.data.tokenize": ("load_preference_dataset", "tokenize_preferences"),
+    "flexdpo.dropin.share": ("share_prefixes", "sharing_stats", "unshare"),
+    "flexdpo.estimate.estimate": ("EstimateSettings", "estimate_dataset"),
+    "flexdpo.hf.prepare": ("prepare_model",),
+    "flexdpo.hf.randomness": ("disable_dropout",),
+    "flexdpo.layout.groups": ("Group",),
+    "flexdpo.layout.packing": ("pack",),
+    "flexdpo.layout.row": ("Row", "RowLayout"),
+    "flexdpo.layout.trie": ("Trie",),
+    "flexdpo.objective.logps": ("response_logps",),
+    "flexdpo.proof.probe": ("ParityReport", "parity_probe"),
+    "flexdpo.proof.prove": ("Proof", "prove"),
+    "flexdpo.training.batch": ("PackingCollator",),
+    "flexdpo.training.train_step": ("make_train_step",),
+    "flexdpo.training.trainer": ("DPOTrainer",),
 }
+_MODULE_OF = {name: module for module, names in _LAZY.items() for name in names}
 
-_register()
+_register_when_imported()
 
 
 def __getattr__(name: str) -> Any:
     if name == "trl":
         return _importlib.import_module("flexdpo.trl")
-    if name not in _LAZY:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'flexdpo' has no attribute {name!r}")
-    return getattr(_importlib.import_module(_LAZY[name]), name)
+    value = globals()[name] = getattr(_importlib.import_module(_MODULE_OF[name]), name)
+    return value

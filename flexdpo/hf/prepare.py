@@ -101,3 +101,7 @@ def _hook_into_loading() -> None:
 
     get_correct_attn_implementation._flexdpo_asks = ask  # type: ignore[attr-defined]
     PreTrainedModel.get_correct_attn_implementation = get_correct_attn_implementation
+
+
+# whoever gets here has imported transformers' models already
+register()

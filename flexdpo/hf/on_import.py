@@ -1,0 +1,48 @@
+"""Makes ``attn_implementation="flexdpo"`` known as soon as transformers' models are imported, and not before.
+
+Registering needs transformers' model code, and with it torch: seconds that ``flexdpo --version`` and a script that only
+packs rows would wait for nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from importlib.abc import MetaPathFinder
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+
+# where transformers keeps the attention that models are made with
+_MODELS = "transformers.modeling_utils"
+
+
+class _RegisterBehind(MetaPathFinder):
+    """Finds nothing itself; lets our registration follow the import of one module."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:  # noqa: ARG002
+        if name != _MODELS:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                importlib.import_module("flexdpo.hf.prepare")
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def register_when_imported() -> None:
+    """Register now if transformers' models are there already, otherwise behind their import. Safe to call again."""
+    if _MODELS in sys.modules:
+        importlib.import_module("flexdpo.hf.prepare")
+    elif not any(isinstance(finder, _RegisterBehind) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _RegisterBehind())

@@ -1,0 +1,43 @@
+"""What each way in brings along: the command line answers without what it does not need."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("torch", "transformers", "datasets", "accelerate", "peft", "trl", "matplotlib")
+
+
+def imported_by(code: str) -> set[str]:
+    """Which heavy packages a fresh interpreter holds after running ``code``."""
+    report = f"\nimport sys\nprint('|', *[name for name in {HEAVY} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code + report], check=True, capture_output=True, text=True)
+    return set(done.stdout.rpartition("|")[2].split())
+
+
+def test_importing_the_package_brings_nothing_heavy() -> None:
+    assert imported_by("import flexdpo, flexdpo.cli") == set()
+
+
+def test_a_layout_needs_torch_alone() -> None:
+    code = "import flexdpo\nflexdpo.Row.from_groups([flexdpo.Group.from_lists([1, 5], [[8, 2], [9]])])"
+    assert imported_by(code) == {"torch"}
+
+
+@pytest.mark.parametrize("word", ["--version", "--help"])
+def test_the_command_line_says_what_it_is_at_once(word: str) -> None:
+    assert imported_by(f"from flexdpo.cli import main\nassert main([{word!r}]) == 0") == set()
+
+
+REGISTERED = (
+    "import transformers.modeling_utils as m\nassert 'flexdpo' in m.ALL_ATTENTION_FUNCTIONS.valid_keys()\n"
+    "from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as masks\n"
+    "assert 'flexdpo' in masks.valid_keys()"
+)
+
+
+@pytest.mark.parametrize("first", ["import flexdpo", "import transformers.modeling_utils\nimport flexdpo"])
+def test_the_attention_is_registered_whichever_is_imported_first(first: str) -> None:
+    imported_by(f"{first}\n{REGISTERED}")
