@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -16,30 +17,45 @@ from flexdpo.errors import FlexdpoError, nearest
 from flexdpo.hf.checkpointing import checkpointing_name
 from flexdpo.layout.packing import SHARING
 from flexdpo.layout.row import TILE, tile_multiple
-from flexdpo.objective.divergences import F_DIVERGENCES
-from flexdpo.objective.loss_types import LOSS_TYPES
+from flexdpo.objective.loss_types import LOSS_TYPES, LossSettings, setting
 from flexdpo.objective.objective import Objective
 
 TRUNCATION_MODES = ("keep_start",)
 _COMPILE_SETTINGS = {"torch_compile": False, "torch_compile_backend": None, "torch_compile_mode": None}
-_OBJECTIVE_SETTINGS = (
-    "beta",
-    "label_smoothing",
-    "f_divergence_type",
-    "f_alpha_divergence_coef",
-    "ld_alpha",
-    "use_weighting",
-    "discopop_tau",
-    "rpo_alpha",
-    "simpo_gamma",
-    "cpo_alpha",
-    "desirable_weight",
-    "undesirable_weight",
-)
+
+_NO_PREDICTIONS = "a packed batch has no predictions, only a loss and metrics"
+_CASTS = "it would cast the policy's weights for good and leave the reference; bf16=True evaluates in bf16, too"
+# what transformers would act on and this trainer does not, and why
+WITHOUT_EFFECT = {
+    "label_smoothing_factor": "it is for a language model's own loss; label_smoothing is that of preferences",
+    "include_num_input_tokens_seen": "it counts padded batches; the log has tokens/run and tokens/unshared",
+    "average_tokens_across_devices": "a mean over tokens is always one over those of all processes; leave it at True",
+    "label_names": "a packed batch has no labels beside its responses",
+    "include_for_metrics": _NO_PREDICTIONS,
+    "batch_eval_metrics": _NO_PREDICTIONS,
+    "eval_do_concat_batches": _NO_PREDICTIONS,
+    "eval_use_gather_object": _NO_PREDICTIONS,
+    "do_predict": _NO_PREDICTIONS,
+    "use_liger_kernel": "its loss never runs, since the full logits never exist, and its layers would be put in after "
+    "the reference was made; apply them to the model before it comes here",
+    "liger_kernel_config": "use_liger_kernel is not supported",
+    "fp16_full_eval": _CASTS,
+    "bf16_full_eval": _CASTS,
+}
+# settings that are read only where another one is on
+_BELONGS_TO = {
+    "ref_model_mixup_alpha": "sync_ref_model",
+    "ref_model_sync_steps": "sync_ref_model",
+    "precompute_ref_batch_size": "precompute_ref_log_probs",
+    "precompute_ref_cache_dir": "precompute_ref_log_probs",
+    "activation_checkpointing_kwargs": "activation_checkpointing",
+}
+# each process collates and packs its own pairs, and the gradients of a step's rows are summed up once
+_LOADING = {"split_batches": False, "dispatch_batches": None, "even_batches": True}
 
 
 @dataclass
-class DPOConfig(TrainingArguments):
+class DPOConfig(LossSettings, TrainingArguments):
     """Settings of :class:`~flexdpo.training.trainer.DPOTrainer`; a field that TRL has means what it means there.
 
     All fields of ``transformers.TrainingArguments`` are taken too. ``per_device_train_batch_size`` counts pairs.
@@ -58,202 +74,113 @@ class DPOConfig(TrainingArguments):
         "attn_kernel_options",
     ]
 
-    learning_rate: float = field(default=1e-6, metadata={"help": "Initial learning rate of the optimizer."})
-    logging_steps: float = field(
-        default=10, metadata={"help": "Log every this many optimizer steps; below 1, a share of all steps."}
+    learning_rate: float = setting(1e-6, "Initial learning rate of the optimizer.")
+    logging_steps: float = setting(10, "Log every this many optimizer steps; below 1, a share of all steps.")
+    logging_nan_inf_filter: bool = setting(
+        False, "Leave NaN losses out of the log; training stops at the first one anyway."
     )
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Leave NaN losses out of the log; training stops at the first one anyway."}
-    )
-    bf16: bool | None = field(
-        default=None,
-        metadata={"help": "bfloat16 mixed precision; by default on where the GPU has it and fp16 is off."},
-    )
-
+    bf16: bool | None = setting(None, "bfloat16 mixed precision; by default on where the GPU has it and fp16 is off.")
     activation_checkpointing: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Run layers again in the backward pass.",
-            "nargs": "?",
-            "const": True,
-        },
+        default=None, metadata={"help": "Run layers again in the backward pass.", "nargs": "?", "const": True}
     )
-    activation_checkpointing_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Keyword arguments of torch.utils.checkpoint.checkpoint."}
+    activation_checkpointing_kwargs: dict[str, Any] | str | None = setting(
+        None, "Keyword arguments of torch.utils.checkpoint.checkpoint."
     )
 
-    beta: float = field(
-        default=0.1,
-        metadata={"help": "Strength of the pull towards the reference model; higher stays closer to it."},
-    )
     loss_type: list[str] = field(
-        default_factory=lambda: ["sigmoid"],
-        metadata={"help": f"Losses to add up: {', '.join(LOSS_TYPES)}."},
+        default_factory=lambda: ["sigmoid"], metadata={"help": f"Losses to add up: {', '.join(LOSS_TYPES)}."}
     )
-    loss_weights: list[float] | None = field(
-        default=None, metadata={"help": "One weight per loss; 1 for each by default."}
+    loss_weights: list[float] | None = setting(None, "One weight per loss; 1 for each by default.")
+    router_aux_loss_coef: float | None = setting(
+        None,
+        "Weight of the load-balancing loss of a mixture of experts; by default its config's own, 0 leaves it out.",
     )
-    label_smoothing: float = field(
-        default=0.0,
-        metadata={"help": "Probability that a preference is labelled the wrong way round (cDPO), below 0.5."},
+    sync_ref_model: bool = setting(False, "TR-DPO: let the reference model follow the policy every few steps.")
+    ref_model_mixup_alpha: float = setting(
+        0.6, "TR-DPO: share of the policy in the new reference, 0 to 1; 1 copies it."
+    )
+    ref_model_sync_steps: int = setting(512, "TR-DPO: optimizer steps between two updates.")
+
+    regroup_prompts: bool = setting(
+        False, "Merge rows with the same prompt into one group with all their preferences; a batch then counts groups."
+    )
+    max_length: int | None = setting(
+        1024, "Longest prompt plus response in tokens; what is longer is cut on the right."
+    )
+    truncation_mode: str = setting(
+        "keep_start", "How to cut: keep_start keeps the beginning, so that prompts stay equal."
+    )
+    stream_shuffle_buffer: int = setting(
+        0, "Shuffle a streamed dataset through a buffer of this many rows; 0 takes it in its own order."
+    )
+    dataset_num_proc: int | None = setting(None, "Processes that tokenise the dataset.")
+
+    model_init_kwargs: dict[str, Any] | str | None = setting(
+        None, "Arguments for AutoModelForCausalLM.from_pretrained, as JSON, when the model is a name."
+    )
+    trust_remote_code: bool = setting(False, "Let models and tokenizers from the hub run their own code.")
+    disable_dropout: bool = setting(
+        True,
+        "Set every rate of dropout and noise to 0 in the policy and the reference model. With false, a model that has "
+        "one is refused: shared tokens cannot be dropped differently for each response.",
+    )
+    prove: bool = setting(
+        True,
+        "Before the first step, compare the run's first examples packed against one by one through the stock "
+        "attention, and stop where they differ by more than rounding explains.",
+    )
+    precompute_ref_log_probs: bool = setting(
+        False, "Compute the reference model's log-probabilities once before training and drop the model."
+    )
+    precompute_ref_batch_size: int | None = setting(
+        None, "Pairs per forward pass while precomputing; by default the training batch size."
+    )
+    precompute_ref_cache_dir: str | None = setting(
+        None,
+        "Where precomputed log-probabilities are kept for interrupted and later runs; by default FLEXDPO_CACHE or a "
+        "folder beside the hub's cache.",
     )
 
-    f_divergence_type: str = field(
-        default="reverse_kl",
-        metadata={"help": f"What holds the policy near its reference: {', '.join(F_DIVERGENCES)}."},
+    max_tokens_per_row: int | str | None = setting(
+        None,
+        "Longest packed row in tokens, or 'auto' for the longest that fits into the free memory. The pairs of a batch "
+        "are split into as many rows as this needs; what is learned stays the same. By default a batch is one row.",
     )
-    f_alpha_divergence_coef: float = field(default=0.5, metadata={"help": "Alpha of the alpha_divergence."})
-    ld_alpha: float | None = field(
-        default=None,
-        metadata={"help": "LD-DPO: weight of a pair's tokens beyond the length of its shorter response, 0 to 1."},
+    sharing: str = setting(
+        "group",
+        "What shares tokens: the responses of a 'group', or also groups of the same 'step' whose prompts begin with "
+        "the same 128 tokens or more (a long system prompt, few-shot examples).",
     )
-    use_weighting: bool = field(
-        default=False, metadata={"help": "WPO: weight pairs by how likely the policy is to produce them."}
+    balance_processes: bool = setting(
+        True,
+        "With several processes, deal the pairs of each step out so that all take about equally long. The step keeps "
+        "its pairs; losses that are no mean over pairs are left as they are.",
     )
-    discopop_tau: float = field(default=0.05, metadata={"help": "Temperature of the discopop loss."})
-    rpo_alpha: float | None = field(
-        default=None, metadata={"help": "RPO: weight of the chosen response's mean negative log-likelihood."}
+    pad_to_multiple_of: int | str | None = setting(
+        None, "Pad rows to a multiple of this many tokens; by default or with 'auto' 128 on a GPU and none on a CPU."
     )
-    simpo_gamma: float = field(default=0.5, metadata={"help": "Margin of the simpo loss."})
-    cpo_alpha: float = field(default=1.0, metadata={"help": "Weight of the likelihood term of the cpo loss."})
-    desirable_weight: float = field(default=1.0, metadata={"help": "Weight of desirable responses in the kto loss."})
-    undesirable_weight: float = field(
-        default=1.0, metadata={"help": "Weight of undesirable responses in the kto loss."}
+    attn_impl: str = setting(
+        "auto",
+        "Attention kernel: auto, flex (compiled FlexAttention), varlen (FlashAttention along root paths, in half "
+        "precision on a GPU, for models without softcap, sinks and chunks) or sdpa (chunks of queries).",
     )
-    router_aux_loss_coef: float | None = field(
-        default=None,
-        metadata={
-            "help": "Weight of the load-balancing loss of a mixture of experts; by default the model config's own, 0 "
-            "leaves it out."
-        },
+    attn_kernel_lengths: str = setting(
+        "auto",
+        "FlexAttention kernels: 'bucket' pads rows to a few lengths and compiles a kernel for each, 'dynamic' compiles "
+        "one for all lengths, 'auto' takes buckets on a GPU where up to 4 waste under 3 percent.",
     )
-    sync_ref_model: bool = field(
-        default=False, metadata={"help": "TR-DPO: let the reference model follow the policy every few steps."}
+    attn_kernel_options: dict[str, Any] | str | None = setting(
+        None,
+        'kernel_options of flex_attention as JSON, such as {"BLOCK_M": 64, "BLOCK_N": 64}; {"BACKEND": "FLASH"} is '
+        "FlashAttention-4, used only after its gradients passed a test.",
     )
-    ref_model_mixup_alpha: float = field(
-        default=0.6, metadata={"help": "TR-DPO: share of the policy in the new reference, 0 to 1; 1 copies it."}
+    attn_self_test: bool = setting(
+        True, "On a GPU, compare each kernel's gradients with dense attention at its first row."
     )
-    ref_model_sync_steps: int = field(default=512, metadata={"help": "TR-DPO: optimizer steps between two updates."})
-
-    regroup_prompts: bool = field(
-        default=False,
-        metadata={
-            "help": "Merge rows with the same prompt into one group with all their preferences; a batch then counts "
-            "groups."
-        },
-    )
-    max_length: int | None = field(
-        default=1024,
-        metadata={"help": "Longest prompt plus response in tokens; what is longer is cut on the right."},
-    )
-    truncation_mode: str = field(
-        default="keep_start",
-        metadata={"help": "How to cut: keep_start keeps the beginning, so that prompts stay equal."},
-    )
-    stream_shuffle_buffer: int = field(
-        default=0,
-        metadata={
-            "help": "Shuffle a streamed dataset through a buffer of this many rows; 0 takes it in its own order."
-        },
-    )
-    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise the dataset."})
-
-    model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "Arguments for AutoModelForCausalLM.from_pretrained, as JSON, when the model is a name."},
-    )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Let models and tokenizers from the hub run their own code."}
-    )
-    disable_dropout: bool = field(
-        default=True,
-        metadata={
-            "help": "Set every rate of dropout and noise to 0 in the policy and the reference model. With false, a "
-            "model that has one is refused: shared tokens cannot be dropped differently for each response."
-        },
-    )
-    prove: bool = field(
-        default=True,
-        metadata={
-            "help": "Before the first step, compare the run's first examples packed against one by one through the "
-            "stock attention, and stop where they differ by more than rounding explains."
-        },
-    )
-    precompute_ref_log_probs: bool = field(
-        default=False,
-        metadata={"help": "Compute the reference model's log-probabilities once before training and drop the model."},
-    )
-    precompute_ref_batch_size: int | None = field(
-        default=None,
-        metadata={"help": "Pairs per forward pass while precomputing; by default the training batch size."},
-    )
-
-    precompute_ref_cache_dir: str | None = field(
-        default=None,
-        metadata={
-            "help": "Where precomputed log-probabilities are kept for interrupted and later runs; by default "
-            "FLEXDPO_CACHE or a folder beside the hub's cache."
-        },
-    )
-
-    max_tokens_per_row: int | str | None = field(
-        default=None,
-        metadata={
-            "help": "Longest packed row in tokens, or 'auto' for the longest that fits into the free memory. The pairs "
-            "of a batch are split into as many rows as this needs; what is learned stays the same. By default a batch "
-            "is one row."
-        },
-    )
-    sharing: str = field(
-        default="group",
-        metadata={
-            "help": "What shares tokens: the responses of a 'group', or also groups of the same 'step' whose prompts "
-            "begin with the same 128 tokens or more (a long system prompt, few-shot examples)."
-        },
-    )
-    balance_processes: bool = field(
-        default=True,
-        metadata={
-            "help": "With several processes, deal the pairs of each step out so that all take about equally long. The "
-            "step keeps its pairs; losses that are no mean over pairs are left as they are."
-        },
-    )
-    pad_to_multiple_of: int | None = field(
-        default=None,
-        metadata={"help": "Pad rows to a multiple of this many tokens; by default 128 on a GPU and none on a CPU."},
-    )
-    attn_impl: str = field(
-        default="auto",
-        metadata={
-            "help": "Attention kernel: auto, flex (compiled FlexAttention), varlen (FlashAttention along root paths, "
-            "in half precision on a GPU, for models without softcap, sinks and chunks) or sdpa (chunks of queries)."
-        },
-    )
-    attn_kernel_lengths: str = field(
-        default="auto",
-        metadata={
-            "help": "FlexAttention kernels: 'bucket' pads rows to a few lengths and compiles a kernel for each, "
-            "'dynamic' compiles one for all lengths, 'auto' takes buckets on a GPU where up to 4 waste under 3 percent."
-        },
-    )
-    attn_kernel_options: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": 'kernel_options of flex_attention as JSON, such as {"BLOCK_M": 64, "BLOCK_N": 64}; '
-            '{"BACKEND": "FLASH"} is FlashAttention-4, used only after its gradients passed a test.'
-        },
-    )
-    attn_self_test: bool = field(
-        default=True,
-        metadata={"help": "On a GPU, compare each kernel's gradients with dense attention at its first row."},
-    )
-
-    torch_compile: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Compile decoder layers one by one. By default on a GPU, without DeepSpeed, where the model's "
-            "layers are found; never on a CPU unless asked."
-        },
+    torch_compile: bool | None = setting(
+        None,
+        "Compile decoder layers one by one. By default on a GPU, without DeepSpeed, where the model's layers are "
+        "found; never on a CPU unless asked.",
     )
 
     compile_layers: bool = field(init=False, default=False)
@@ -264,7 +191,6 @@ class DPOConfig(TrainingArguments):
         loss_type: list[str] | str = self.loss_type
         self.loss_type = [loss_type] if isinstance(loss_type, str) else list(loss_type)
         self._check_reference(self.objective())
-        self._check_effects()
         resolve_impl(self.attn_impl, torch.device("cpu"))
         if self.truncation_mode not in TRUNCATION_MODES:
             raise FlexdpoError(
@@ -293,6 +219,7 @@ class DPOConfig(TrainingArguments):
         super().__post_init__()
         for suffix in ("", "_kwargs"):
             setattr(self, f"activation_checkpointing{suffix}", getattr(self, known + suffix))
+        self._check_effects()
         wanted = asked.pop("torch_compile")
         given = any(value is not None for value in asked.values())
         if wanted is False and given:
@@ -313,48 +240,61 @@ class DPOConfig(TrainingArguments):
 
     def objective(self) -> Objective:
         """The losses these settings ask for."""
-        settings = {name: getattr(self, name) for name in _OBJECTIVE_SETTINGS}
+        settings = {each.name: getattr(self, each.name) for each in fields(LossSettings)}
         weights = None if self.loss_weights is None else tuple(self.loss_weights)
         return Objective(tuple(self.loss_type), weights, **settings)
 
     def _check_effects(self) -> None:
-        """Refuse what transformers' own step would act on and this trainer's does not."""
-        asked = {
-            "label_smoothing_factor": (
-                bool(self.label_smoothing_factor),
-                "it is for a language model's own loss; set label_smoothing, the probability of a wrong preference",
-            ),
-            "include_num_input_tokens_seen": (
-                str(self.include_num_input_tokens_seen).lower() not in ("no", "false"),
-                "it counts padded batches, which do not exist; the log has tokens/run and tokens/unshared",
-            ),
-            "include_for_metrics": (
-                bool(self.include_for_metrics),
-                "it feeds compute_metrics, which gets no logits here",
-            ),
-            "batch_eval_metrics": (self.batch_eval_metrics, "it feeds compute_metrics, which gets no logits here"),
-            "average_tokens_across_devices": (
-                not self.average_tokens_across_devices,
-                "a mean over tokens is always one over those of all processes; leave it at True",
-            ),
-            "optim": (
-                "lomo" in str(self.optim),
-                "it takes its step inside the backward pass, of which a step of several rows has several",
-            ),
-        }
-        for name, (given, reason) in asked.items():
-            if given:
-                raise FlexdpoError(f"{name}={getattr(self, name)!r} would have no effect: {reason}")
+        """Refuse what would be accepted and change nothing; values are as transformers has read them."""
+        defaults = {each.name: _default(each) for each in fields(self)}
+        for name, reason in WITHOUT_EFFECT.items():
+            if name in defaults and getattr(self, name) != defaults[name]:
+                raise FlexdpoError(f"{name}={getattr(self, name)!r} is not supported: {reason}")
+        for name, switch in _BELONGS_TO.items():
+            if getattr(self, name) != defaults[name] and not getattr(self, switch):
+                raise FlexdpoError(
+                    f"{name}={getattr(self, name)!r} has no effect without {switch}; leave one of them out"
+                )
+        for name, needed in _LOADING.items():
+            if getattr(self.accelerator_config, name) != needed:
+                raise FlexdpoError(
+                    f"accelerator_config sets {name}={getattr(self.accelerator_config, name)}, but each process takes "
+                    "and packs its own pairs, and all take equally many; leave it out"
+                )
+        if (self.accelerator_config.gradient_accumulation_kwargs or {}).get("sync_each_batch"):
+            raise FlexdpoError(
+                "accelerator_config sets sync_each_batch, but the rows of a step differ in number from process to "
+                "process, so their gradients are synchronised once; leave it out"
+            )
+        self._check_optimizer(defaults)
+
+    def _check_optimizer(self, defaults: dict[str, Any]) -> None:
+        optim = str(getattr(self.optim, "value", self.optim))
+        if "lomo" in optim or "layerwise" in optim:
+            raise FlexdpoError(
+                f"optim={optim!r} takes its step inside the backward pass, of which a step of several rows has "
+                "several, before its gradient could be looked at; choose another one"
+            )
+        read = _optimizer(self)
+        for name in ("optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon"):
+            if read is not None and getattr(self, name) != defaults[name]:
+                without = copy.copy(self)
+                setattr(without, name, defaults[name])
+                if _optimizer(without) == read:
+                    raise FlexdpoError(f"{name}={getattr(self, name)!r} has no effect with optim={optim!r}")
 
     def _check_rows(self) -> None:
-        budget = self.max_tokens_per_row
-        if isinstance(budget, str) and budget != "auto":
-            if not budget.isdecimal():
-                raise FlexdpoError(f"max_tokens_per_row must be a number of tokens or 'auto', got {budget!r}")
-            self.max_tokens_per_row = int(budget)
+        if self.pad_to_multiple_of == "auto":
+            # TRL's default
+            self.pad_to_multiple_of = None
         for name in ("max_length", "max_tokens_per_row", "pad_to_multiple_of", "precompute_ref_batch_size"):
             value = getattr(self, name)
-            if value is not None and value != "auto" and value < 1:
+            if isinstance(value, str) and value.isdecimal():
+                # as the command line gives it
+                setattr(self, name, value := int(value))
+            if isinstance(value, str) and (name, value) != ("max_tokens_per_row", "auto"):
+                raise FlexdpoError(f"{name} must be a number of tokens or 'auto', got {value!r}")
+            if isinstance(value, int) and value < 1:
                 raise FlexdpoError(f"{name} must be at least 1, got {value}; leave it out for no limit")
         if self.sharing not in SHARING:
             hint = nearest(self.sharing, SHARING)
@@ -400,8 +340,9 @@ class DPOConfig(TrainingArguments):
                 "the kto loss compares prompts with other rows' responses, drawn anew for every batch, so its "
                 "reference cannot be precomputed; leave precompute_ref_log_probs out"
             )
-        if self.sync_ref_model and not objective.needs_reference:
-            raise FlexdpoError(f"loss_type {', '.join(self.loss_type)} uses no reference; leave sync_ref_model out")
+        for name in ("sync_ref_model", "precompute_ref_log_probs"):
+            if getattr(self, name) and not objective.needs_reference:
+                raise FlexdpoError(f"loss_type {', '.join(self.loss_type)} uses no reference; leave {name} out")
         if self.sync_ref_model and self.ref_model_sync_steps < 1:
             raise FlexdpoError(f"ref_model_sync_steps must be at least 1, got {self.ref_model_sync_steps}")
 
@@ -414,6 +355,19 @@ class DPOConfig(TrainingArguments):
     @property
     def row_multiple(self) -> int:
         """Rows are padded to a multiple of this many tokens."""
-        if self.pad_to_multiple_of is not None:
-            return self.pad_to_multiple_of
-        return tile_multiple(self.device)
+        given = self.pad_to_multiple_of
+        return given if isinstance(given, int) else tile_multiple(self.device)
+
+
+def _default(of: Field[Any]) -> Any:
+    return of.default if of.default_factory is MISSING else of.default_factory()
+
+
+def _optimizer(args: TrainingArguments) -> Any:
+    """The optimizer that transformers makes of settings, and its arguments; ``None`` where it needs more for it."""
+    from transformers import Trainer
+
+    try:
+        return Trainer.get_optimizer_cls_and_kwargs(args)
+    except Exception:  # a package that is not installed, a model that is needed: said when the run begins
+        return None

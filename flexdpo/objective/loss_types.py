@@ -1,9 +1,10 @@
-"""The losses by name, what they have in common, and which settings go with which."""
+"""The losses by name, their settings, and which settings go with which loss."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,38 @@ if TYPE_CHECKING:
 
     from flexdpo.objective.objective import Objective
 
-PairLoss = Callable[[losses.Pairs, "Objective"], "Tensor"]
+
+def setting(default: Any, text: str) -> Any:
+    """A dataclass field with the text that ``--help`` shows for it."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(kw_only=True)
+class LossSettings:
+    """Settings of the losses, of ``Objective`` and ``DPOConfig`` alike; names and defaults are TRL's where it has them.
+
+    A loss with a setting of its own needs a line here and one in :data:`PAIR_LOSSES`.
+    """
+
+    beta: float = setting(0.1, "Strength of the pull towards the reference model; ORPO's lambda.")
+    label_smoothing: float = setting(0.0, "Probability that a preference is labelled the wrong way round, below 0.5.")
+    f_divergence_type: str = setting(
+        "reverse_kl", f"What holds the policy near its reference: {', '.join(F_DIVERGENCES)}."
+    )
+    f_alpha_divergence_coef: float = setting(0.5, "Alpha of the alpha_divergence.")
+    ld_alpha: float | None = setting(
+        None, "LD-DPO: weight of a pair's tokens beyond the length of its shorter response, 0 to 1."
+    )
+    use_weighting: bool = setting(False, "WPO: weight pairs by how likely the policy is to produce them.")
+    discopop_tau: float = setting(0.05, "Temperature of the discopop loss.")
+    rpo_alpha: float | None = setting(None, "RPO: weight of the chosen response's mean negative log-likelihood.")
+    simpo_gamma: float = setting(0.5, "Margin of the simpo loss.")
+    cpo_alpha: float = setting(1.0, "Weight of the likelihood term of the cpo loss, a mean over the chosen tokens.")
+    desirable_weight: float = setting(1.0, "Weight of desirable responses in the kto loss.")
+    undesirable_weight: float = setting(1.0, "Weight of undesirable responses in the kto loss.")
+
+
+PairLoss = Callable[[losses.Pairs, LossSettings], "Tensor"]
 
 PAIR_LOSSES: Mapping[str, PairLoss] = {
     "sigmoid": lambda pairs, o: losses.sigmoid_loss(pairs, o.beta, o.label_smoothing),
@@ -121,14 +153,15 @@ def _settings_read(names: set[str], f_divergence_type: str) -> set[str]:
     if f_divergence_type == "alpha_divergence":
         read.add("f_alpha_divergence_coef")
     # what these can be combined with is said above
-    return read | {"f_divergence_type", "ld_alpha", "use_weighting", "rpo_alpha", "loss_type", "loss_weights"}
+    return read | {"f_divergence_type", "ld_alpha", "use_weighting", "rpo_alpha"}
 
 
 def _check_effects(objective: Objective) -> None:
     """Refuse a setting that no loss reads, instead of training as if it had not been given."""
     divergence = objective.f_divergence_type
-    for unread in sorted(vars(objective).keys() - _settings_read(set(objective.loss_type), divergence)):
-        value, default = getattr(objective, unread), getattr(type(objective), unread)
+    read = _settings_read(set(objective.loss_type), divergence)
+    for unread, default in sorted((each.name, each.default) for each in fields(LossSettings) if each.name not in read):
+        value = getattr(objective, unread)
         if value != default:
             takers = [name for name in LOSS_TYPES if unread in _settings_read({name}, divergence)]
             place = f"loss_type {', '.join(takers)}" if takers else "f_divergence_type 'alpha_divergence'"

@@ -25,6 +25,7 @@ from flexdpo.objective.loss_types import (
     PER_BATCH,
     PER_TOKEN,
     REFERENCE_FREE,
+    LossSettings,
     check_objective,
 )
 
@@ -133,46 +134,22 @@ def surrogate_loss(policy: ResponseLogps, gradient: Tensor) -> Tensor:
     return (policy.targets * gradient).sum()
 
 
-@dataclass(frozen=True)
-class Objective:
-    """A weighted sum of losses, with their settings; names and defaults are TRL's where it has them.
+@dataclass
+class Objective(LossSettings):
+    """A weighted sum of losses, with their settings.
 
     Attributes:
         loss_type: Names of the losses, out of :data:`LOSS_TYPES`.
         loss_weights: One weight per loss; 1 for each by default.
-        beta: Strength of the pull towards the reference; ORPO's lambda.
-        label_smoothing: Probability that a preference was labelled the wrong way round.
-        f_divergence_type: What holds the policy near its reference, out of :data:`F_DIVERGENCES`.
-        f_alpha_divergence_coef: Alpha of the alpha-divergence.
-        ld_alpha: LD-DPO: weight of the tokens beyond the length of the pair's shorter response, in ``[0, 1]``.
-        use_weighting: WPO: weight pairs by how likely the policy is to produce them.
-        discopop_tau: Temperature of DiscoPOP's blend.
-        rpo_alpha: Weight of RPO's likelihood term, added once; ``None`` leaves it out.
-        simpo_gamma: SimPO's margin.
-        cpo_alpha: Weight of CPO's likelihood term, a mean over the batch's chosen tokens.
-        desirable_weight: KTO's weight of desirable responses.
-        undesirable_weight: KTO's weight of undesirable responses.
     """
 
     loss_type: tuple[str, ...] = ("sigmoid",)
     loss_weights: tuple[float, ...] | None = None
-    beta: float = 0.1
-    label_smoothing: float = 0.0
-    f_divergence_type: str = "reverse_kl"
-    f_alpha_divergence_coef: float = 0.5
-    ld_alpha: float | None = None
-    use_weighting: bool = False
-    discopop_tau: float = 0.05
-    rpo_alpha: float | None = None
-    simpo_gamma: float = 0.5
-    cpo_alpha: float = 1.0
-    desirable_weight: float = 1.0
-    undesirable_weight: float = 1.0
 
     def __post_init__(self) -> None:
         given: Any = self.loss_type
         if isinstance(given, str):
-            object.__setattr__(self, "loss_type", (given,))
+            self.loss_type = (given,)
         check_objective(self)
 
     # --- what the losses need ----------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ from flexdpo.show.plots import draw_training_curves
 from flexdpo.training.batch import PackingCollator
 from flexdpo.training.distribution import is_sharded
 from flexdpo.training.metrics import MetricsFile
-from flexdpo.training.model_loading import load_model, load_tokenizer
 from flexdpo.training.output_lock import LOCK_FILE, holding_output
 from flexdpo.training.trainer import DPOTrainer
 
@@ -65,19 +64,15 @@ def _run(job: Job, config: DPOConfig) -> str:
         job.dataset_name, split=job.train_split, config_name=job.dataset_config, streaming=job.streaming
     )
     eval_data = _eval_data(job)
-    tokenizer = load_tokenizer(job.model_name_or_path, trust_remote_code=config.trust_remote_code)
     init_kwargs = config.model_init_kwargs if isinstance(config.model_init_kwargs, dict) else {}
-    model = load_model(
-        job.model_name_or_path, trust_remote_code=config.trust_remote_code, **{**init_kwargs, **job.load_kwargs}
-    )
+    config.model_init_kwargs = {**init_kwargs, **job.load_kwargs} or None
     metrics_file = output / METRICS_FILE
     trainer = DPOTrainer(
-        model,
+        job.model_name_or_path,
         None,
         config,
         train_dataset=train_data,
         eval_dataset=eval_data,
-        processing_class=tokenizer,
         peft_config=job.peft_config,
         callbacks=[MetricsFile(metrics_file)],
     )

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from flexdpo.config import DPOConfig
 
 RECORD_FILE = "flexdpo_run.json"
+# enable_jit_checkpoint takes its mark away when the checkpoint is complete
+_NOT_KEPT = (RECORD_FILE, f"{RECORD_FILE}.tmp", "checkpoint-is-incomplete.txt")
 # settings with no say in what is learned: where and when a run writes and looks, and how it is laid out on a machine.
 # All others must be those of the checkpoint, the ones that transformers will add included
 _FREE_SETTINGS = frozenset({
@@ -82,7 +84,7 @@ def file_record(folder: Path) -> dict[str, dict[str, Any]]:
     return {
         path.relative_to(folder).as_posix(): _vouched(path)
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in (RECORD_FILE, f"{RECORD_FILE}.tmp")
+        if path.is_file() and path.name not in _NOT_KEPT
     }
 
 

@@ -96,12 +96,26 @@ def backward_options(accelerator: Accelerator) -> dict[str, Any]:
     return {"scale_wrt_gas": False} if accelerator.distributed_type == DistributedType.DEEPSPEED else {}
 
 
-def require_supported(accelerator: Accelerator) -> None:
-    """Refuse FSDP of the first version, whose flat parameters have no head that could be used directly.
+def require_supported(accelerator: Accelerator, model: nn.Module) -> None:
+    """Refuse what cuts a row or a weight in pieces that no process has whole.
+
+    FSDP of the first version keeps flat parameters, with no head that could be used directly.
 
     Raises:
         FlexdpoError: naming the setting.
     """
+    parallel = getattr(accelerator, "parallelism_config", None)
+    for name, kind in (("tp", "tensor"), ("cp", "context"), ("sp", "sequence")):
+        if getattr(parallel, f"{name}_enabled", False):
+            raise FlexdpoError(
+                f"{kind} parallelism ({name}_size={getattr(parallel, f'{name}_size')}) is not supported: a row's mask "
+                "and log-probabilities need it whole; use data parallelism (DDP, FSDP2, DeepSpeed)"
+            )
+    if getattr(model, "is_distributed_loading_by_transformers", False):
+        raise FlexdpoError(
+            "the model was spread over the processes when it was loaded (distributed_config), so its reference would "
+            "not be; load it without, and set fsdp=True to spread both"
+        )
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise FlexdpoError("FSDP version 1 is not supported; set fsdp_config={'version': 2} (FSDP2)")
 

@@ -38,6 +38,11 @@ def load_parts(
         tokenizer = tokenizer or load_tokenizer(model, trust_remote_code=args.trust_remote_code)
         init_kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
         model = load_model(model, trust_remote_code=args.trust_remote_code, **init_kwargs)
+    elif args.model_init_kwargs:
+        raise FlexdpoError(
+            f"model_init_kwargs={args.model_init_kwargs} has no effect on a model that is loaded already; give the "
+            "model's name, or load it with them"
+        )
     base = unwrap_model(model)
     if tokenizer is None:
         name = base.config._name_or_path

@@ -183,7 +183,7 @@ class DPOTrainer(Trainer):
         )
         # the loss is a mean over pairs, scaled for accumulation like any other
         self.model_accepts_loss_kwargs = False
-        distribution.require_supported(self.accelerator)
+        distribution.require_supported(self.accelerator, unwrap_model(model))
         self._in_step = distribution.runs_in_step(self.accelerator)
         self.data_collator: Any = replace(collator, with_idle_row=self._in_step)
         self.ref_model = None if reference is None else distribution.place_reference(reference, self.accelerator)
@@ -311,6 +311,11 @@ class DPOTrainer(Trainer):
             beginning = stream.preview(_PREVIEWED_ROWS)
             (logger.warning if beginning.skipped or beginning.notes else logger.info)(beginning.summary())
             return stream
+        if args.stream_shuffle_buffer and name == "train":
+            raise FlexdpoError(
+                f"stream_shuffle_buffer={args.stream_shuffle_buffer} has no effect: the training data are no stream; "
+                "a dataset in memory is shuffled as a whole"
+            )
         # one process fills the cache that the others read
         with args.main_process_first(desc=f"tokenising {name}"):
             tokenised = tokenize_preferences(

@@ -104,7 +104,11 @@ def run(processes: int, **settings: object) -> list[dict[str, float]]:
 
 def assert_same_curve(got: list[dict[str, float]], want: list[dict[str, float]], tolerance: float = 1e-4) -> None:
     for mine, other in zip(got[:6], want[:6], strict=True):
+        # the policy that has not moved is its reference to rounding, so which reward is larger is chance
+        at_start = max(abs(line["rewards/margins"]) for line in (mine, other)) < 1e-6
         for name in COMPARED:
+            if name == "rewards/accuracies" and at_start:
+                continue
             assert mine[name] == pytest.approx(other[name], rel=tolerance, abs=0.1 * tolerance), (name, mine["step"])
     evaluated, expected = (next(x for x in lines if "eval_loss" in x) for lines in (got, want))
     for name in ("eval_loss", "eval_rewards/margins", "eval_rewards/accuracies"):

@@ -384,22 +384,6 @@ def _edges_feature() -> Any:
 # --- what cannot work says so ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 would have no effect: .* set label_smoothing"),
-        ({"include_num_input_tokens_seen": True}, "include_num_input_tokens_seen=.* tokens/run and tokens/unshared"),
-        ({"include_for_metrics": ["inputs"]}, "include_for_metrics=.* compute_metrics, which gets no logits"),
-        ({"batch_eval_metrics": True}, "batch_eval_metrics=True would have no effect"),
-        ({"average_tokens_across_devices": False}, "average_tokens_across_devices=False .* leave it at True"),
-        ({"optim": "lomo"}, "optim=.*lomo.* would have no effect: it takes its step inside the backward pass"),
-    ],
-)
-def test_options_of_a_step_that_is_not_taken(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(FlexdpoError, match=message):
-        settings(tmp_path, **changes)
-
-
 def test_a_model_that_cannot_be_exact_is_refused(tmp_path, tokenizer, preferences) -> None:
     config = MambaConfig(vocab_size=97, hidden_size=16, num_hidden_layers=1, state_size=4)
     with pytest.raises(UnsupportedModelError, match=r"MambaForCausalLM .* cannot be exact on shared, packed rows: "):
