@@ -89,6 +89,10 @@ class VarlenArm(PackedArm):
         kernel: VarlenKernel = within_documents,
     ) -> None:
         super().__init__(model, batches, device, shared=False, max_tokens_per_row=max_tokens_per_row)
+        # the head is measured by a run of the model, which this arm's attention could not do without documents
+        self.plan = head_plan(model)
+        if self.plan.obstacle is not None:
+            raise FlexdpoError(f"this baseline needs the model's head itself, but {self.plan.obstacle}")
         AttentionInterface.register(ATTN_IMPLEMENTATION, _attention)
         AttentionMaskInterface.register(ATTN_IMPLEMENTATION, _no_mask)
         self.kernel = kernel
@@ -100,12 +104,9 @@ class VarlenArm(PackedArm):
         self.model.set_attn_implementation(ATTN_IMPLEMENTATION)
 
     def _logps(self, row: Row) -> Tensor:
-        plan = head_plan(self.model)
-        if plan.obstacle is not None:
-            raise FlexdpoError(f"this baseline needs the model's head itself, but {plan.obstacle}")
         inputs = {"input_ids": row.input_ids, "position_ids": row.position_ids, "use_cache": False}
         with _holding(self.documents[id(row.input_ids)], self.kernel):
-            values = head_logps(self.model, inputs, row.predictors, row.labels, plan)
+            values = head_logps(self.model, inputs, row.predictors, row.labels, self.plan)
         return sum_targets(values.logps, row).sums.view(-1, 2).t()
 
 

@@ -131,6 +131,16 @@ def test_all_arms_give_the_same_values_and_gradients(checkpointing: bool, monkey
         torch.testing.assert_close(got[2], want[2], rtol=1e-5, atol=1e-7)
 
 
+def test_an_arm_needs_no_other_before_it(monkeypatch) -> None:
+    replace_varlen_attn(monkeypatch)
+    batches = [pairs(4)]
+    losses = []
+    for name in arms(SMALL.build(CPU, torch.float64), batches):
+        model = SMALL.build(CPU, torch.float64)
+        losses.append(result_of(arms(model, batches)[name], model)[1])
+    torch.testing.assert_close(torch.stack(losses), losses[0].expand(len(losses)), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_budget_splits_rows_and_changes_no_loss(shared: bool) -> None:
     model, batch = SMALL.build(CPU, torch.float64), pairs(6)
