@@ -58,17 +58,23 @@ def printed(script: str) -> list[float]:
     return [float(word) for word in run.stdout.split()]
 
 
+@pytest.fixture(scope="module")
+def both() -> list[float]:
+    """Of the step and of the layer, in one process, most of whose time goes into imports."""
+    return printed(STEP + LAYER.format(softcap=None))
+
+
 @ONLY_LINUX
-def test_a_step_on_64k_tokens_holds_no_square_matrix() -> None:
-    (megabytes,) = printed(STEP)
+def test_a_step_on_64k_tokens_holds_no_square_matrix(both: list[float]) -> None:
+    megabytes = both[0]
     # a byte for every pair of 64k tokens would be 4 GB
     assert megabytes < 400
 
 
 @ONLY_LINUX
 @pytest.mark.parametrize("softcap", [None, pytest.param(2.0, marks=pytest.mark.slow)])
-def test_one_long_document_takes_memory_linear_in_its_length(softcap: float | None) -> None:
-    shorter, longer = printed(LAYER.format(softcap=softcap))
+def test_one_long_document_takes_memory_linear_in_its_length(both: list[float], softcap: float | None) -> None:
+    shorter, longer = both[1:] if softcap is None else printed(LAYER.format(softcap=softcap))
     # the scores that autograd would keep are several times 8k x 8k float32, 268 MB each
     assert longer < 250
     # linear would be 4 times, quadratic 16 times

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -157,27 +156,24 @@ def test_an_interrupted_run_continues_with_the_same_values(tmp_path: Path, stop:
     assert [continued.sums(g) for g in groups] == [whole.sums(g) for g in groups]
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from tests.reference.test_logps import *
-model = prepare_model(build_model("gpt2", "flexdpo"))
-left = int(sys.argv[2])
-def run(row):
-    global left
-    if left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    left -= 1
-    return response_logps(model, row)
-filled(Path(sys.argv[1]), dataset(), run, save_every_s=0.0)
-"""
+# a process of its own that begins with all that is imported here
+FORK = multiprocessing.get_context("fork")
 
 
 def test_a_killed_run_keeps_what_it_had_written(model: Any, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", KILLED, str(tmp_path / "cut"), "2"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    assert subprocess.run(command, env=environment, check=False).returncode == -signal.SIGKILL
-    groups = dataset()
+    groups, left = dataset(), 2
+
+    def run(row: Row) -> ResponseLogps:
+        nonlocal left
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left -= 1
+        return response_logps(model, row)
+
+    process = FORK.Process(target=filled, args=(tmp_path / "cut", groups, run), kwargs={"save_every_s": 0.0})
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
     whole, report = filled(tmp_path / "whole", groups, lambda row: response_logps(model, row))
     continued, rest = filled(tmp_path / "cut", groups, lambda row: response_logps(model, row))
     assert rest.rows_run == report.rows_run - 2
@@ -406,31 +402,20 @@ def test_foreign_folders(tmp_path: Path) -> None:
             ReferenceCache(tmp_path, IDENTITY)
 
 
-CLAIMING = """
-import multiprocessing as mp, sys
-from pathlib import Path
-from flexdpo.reference.cache import ReferenceCache, ReferenceIdentity
+def test_processes_that_open_a_new_cache_at_once(tmp_path: Path) -> None:
+    together = FORK.Barrier(3)
 
-def claim(together, root):
-    for number in range(200):
-        together.wait(60)
-        ReferenceCache(Path(root) / str(number), ReferenceIdentity("model", "tokenizer"))
+    def claim() -> None:
+        for number in range(200):
+            together.wait(60)
+            ReferenceCache(tmp_path / str(number), IDENTITY)
 
-if __name__ == "__main__":
-    mp.set_start_method("fork")
-    together = mp.Barrier(3)
-    processes = [mp.Process(target=claim, args=(together, sys.argv[1])) for _ in range(3)]
+    processes = [FORK.Process(target=claim) for _ in range(3)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(120)
-    sys.exit(any(process.exitcode for process in processes))
-"""
-
-
-def test_processes_that_open_a_new_cache_at_once(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", CLAIMING, str(tmp_path)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert [process.exitcode for process in processes] == [0, 0, 0]
     assert len(list(tmp_path.iterdir())) == 200
     assert {entry.name for entry in tmp_path.glob("*/*")} == {"identity.json"}
 

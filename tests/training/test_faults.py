@@ -9,9 +9,9 @@ import multiprocessing
 import os
 import resource
 import signal
-import subprocess
-import sys
+import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from tests.training.test_trainer import settings
 @pytest.fixture
 def trainer(tmp_path, tokenizer, preferences, small_model) -> Any:
     def build(folder: Path | None = None, data: Any = None, **changes: Any) -> DPOTrainer:
-        changes = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, **changes}
+        changes = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "prove": False, **changes}
         args = settings(folder or tmp_path / "run", **changes)
         return DPOTrainer(small_model(), None, args, train_dataset=data or preferences, processing_class=tokenizer)
 
@@ -126,39 +126,41 @@ def test_a_checkpoint_that_is_written_over_is_incomplete_meanwhile(
 
 # --- killed processes ------------------------------------------------------------------------------------------------
 
-PRECOMPUTE = """
-import sys, time
-from functools import partial
-import torch
-from datasets import Dataset
-from flexdpo import DPOConfig, DPOTrainer
-from flexdpo.training import precompute
-from flexdpo.training.model_loading import load_model, load_tokenizer
-torch.set_num_threads(1)
-data, model, output = sys.argv[1:]
-precompute.precompute_reference = partial(precompute.precompute_reference, save_every_s=0)
-run = DPOTrainer.reference_logps
-def slowly(self, row):
-    print("row", flush=True)
-    time.sleep(0.2)
-    return run(self, row)
-DPOTrainer.reference_logps = slowly
-args = DPOConfig(output, precompute_ref_log_probs=True, per_device_train_batch_size=4, use_cpu=True, max_steps=1)
-DPOTrainer(load_model(model), None, args, train_dataset=Dataset.from_json(data), processing_class=load_tokenizer(model))
-print("done", flush=True)
-"""
+
+def precompute_slowly(begun: Any, build: Any) -> None:
+    """Build a trainer that precomputes and writes after every row; tell when each begins. For a process of its own."""
+    precompute.precompute_reference = partial(precompute.precompute_reference, save_every_s=0)
+    run = DPOTrainer.reference_logps
+
+    def slowly(self: Any, row: Any) -> Any:
+        begun.release()
+        time.sleep(0.2)
+        return run(self, row)
+
+    DPOTrainer.reference_logps = slowly
+    build()
 
 
 def test_killed_while_precomputing_the_reference(tmp_path: Path, saved_model: Any, tokenizer: Any, monkeypatch) -> None:
     data, model = tmp_path / "pairs.jsonl", str(saved_model("llama"))
     data.write_text("".join(json.dumps(row) + "\n" for row in preference_rows(40)))
-    command = [sys.executable, "-c", PRECOMPUTE, str(data), model, str(tmp_path / "out")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for _ in range(4):
-        # three rows are through and written when the fourth begins
-        assert process.stdout.readline() == "row\n", process.communicate()[1][-2000:]
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+
+    def build(cache: str = "") -> DPOTrainer:
+        args = settings(
+            tmp_path / "out", precompute_ref_log_probs=True, **({"precompute_ref_cache_dir": cache} if cache else {})
+        )
+        one = Dataset.from_json(str(data))
+        return DPOTrainer(load_model(model), None, args, train_dataset=one, processing_class=tokenizer)
+
+    fork = multiprocessing.get_context("fork")
+    begun = fork.Semaphore(0)
+    process = fork.Process(target=precompute_slowly, args=(begun, build))
+    process.start()
+    # three rows are through and written when the fourth begins
+    assert all(begun.acquire(timeout=60) for _ in range(4))
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
 
     reports = []
     compute = precompute.precompute_reference
@@ -170,12 +172,7 @@ def test_killed_while_precomputing_the_reference(tmp_path: Path, saved_model: An
     monkeypatch.setattr(precompute, "precompute_reference", remember)
 
     def run(cache: str) -> DPOTrainer:
-        args = settings(
-            tmp_path / "out", precompute_ref_log_probs=True, **({"precompute_ref_cache_dir": cache} if cache else {})
-        )
-        trainer = DPOTrainer(
-            load_model(model), None, args, train_dataset=Dataset.from_json(str(data)), processing_class=tokenizer
-        )
+        trainer = build(cache)
         trainer.train()
         return trainer
 

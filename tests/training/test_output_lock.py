@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
+import multiprocessing
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,24 +13,22 @@ from flexdpo import FlexdpoError
 from flexdpo.training.output_lock import LOCK_FILE, holding_output
 from tests.training.test_trainer import settings
 
-HOLDER = """
-import sys, time
-from pathlib import Path
-from flexdpo.training.output_lock import holding_output
-with holding_output(Path(sys.argv[1]), is_owner=True):
-    print("held", flush=True)
-    time.sleep(600)
-"""
+
+def hold(folder: Path, held: Any) -> None:
+    with holding_output(folder, is_owner=True):
+        held.set()
+        time.sleep(600)
 
 
 def test_another_process_is_kept_out_until_the_first_is_gone(tmp_path, tokenizer, preferences, small_model) -> None:
     from flexdpo import DPOTrainer
 
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", HOLDER, str(tmp_path / "out")]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline().strip() == "held"
+    fork = multiprocessing.get_context("fork")
+    held = fork.Event()
+    holder = fork.Process(target=hold, args=(tmp_path / "out", held))
+    holder.start()
+    try:
+        assert held.wait(60)
         args = settings(tmp_path / "out", max_steps=1, save_strategy="steps", save_steps=1)
         trainer = DPOTrainer(small_model(), None, args, train_dataset=preferences, processing_class=tokenizer)
         message = rf"another run is writing into .*out .*{holder.pid}.*wait until it has ended, or give another output"
@@ -41,8 +38,9 @@ def test_another_process_is_kept_out_until_the_first_is_gone(tmp_path, tokenizer
         # other processes of one run hold nothing
         with holding_output(tmp_path / "out", is_owner=False):
             pass
-        holder.send_signal(signal.SIGKILL)
-        holder.wait()
+    finally:
+        holder.kill()
+        holder.join()
     # what a dead process has left is nobody's
     assert (tmp_path / "out" / LOCK_FILE).exists()
     trainer.train()
