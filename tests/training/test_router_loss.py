@@ -36,7 +36,8 @@ def mixtral(**changes: Any) -> MixtralForCausalLM:
 
 
 def run(folder: Path, tokenizer: Any, **changes: Any) -> list[dict[str, float]]:
-    args = settings(folder, max_steps=3, train_sampling_strategy="sequential", max_grad_norm=0.0, **changes)
+    changes = {"max_steps": 3, "train_sampling_strategy": "sequential", "max_grad_norm": 0.0, **changes}
+    args = settings(folder, **changes)
     data = Dataset.from_list(preference_rows(12))
     trainer = DPOTrainer(mixtral(), None, args, train_dataset=data, processing_class=tokenizer)
     trainer.train()
@@ -54,7 +55,8 @@ KEYS = ("loss", "grad_norm", "aux_loss", "rewards/margins")
 @pytest.mark.parametrize("loss_type", ["sigmoid", "aot"])
 def test_rows_do_not_change_it(tmp_path: Path, tokenizer: Any, changes: dict[str, Any], loss_type: str) -> None:
     curves = [
-        run(tmp_path, tokenizer, max_tokens_per_row=budget, loss_type=loss_type, **changes) for budget in (None, 56)
+        run(tmp_path, tokenizer, max_tokens_per_row=budget, loss_type=loss_type, prove=False, max_steps=2, **changes)
+        for budget in (None, 56)
     ]
     for one, several in zip(*curves, strict=True):
         for key in KEYS:
