@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from flexdpo.data.regroup import regroup_by_prompt
     from flexdpo.data.tokenize import load_preference_dataset, tokenize_preferences
     from flexdpo.dropin.share import share_prefixes, sharing_stats, unshare
-    from flexdpo.estimate.estimate import EstimateSettings, estimate_dataset
+    from flexdpo.estimate.estimate import estimate_dataset
+    from flexdpo.estimate.settings import EstimateSettings
     from flexdpo.hf.prepare import prepare_model
     from flexdpo.hf.randomness import disable_dropout
     from flexdpo.layout.groups import Group
@@ -67,7 +68,8 @@ _LAZY = {
     "flexdpo.data.regroup": ("regroup_by_prompt",),
     "flexdpo.data.tokenize": ("load_preference_dataset", "tokenize_preferences"),
     "flexdpo.dropin.share": ("share_prefixes", "sharing_stats", "unshare"),
-    "flexdpo.estimate.estimate": ("EstimateSettings", "estimate_dataset"),
+    "flexdpo.estimate.estimate": ("estimate_dataset",),
+    "flexdpo.estimate.settings": ("EstimateSettings",),
     "flexdpo.hf.prepare": ("prepare_model",),
     "flexdpo.hf.randomness": ("disable_dropout",),
     "flexdpo.layout.groups": ("Group",),

@@ -60,7 +60,10 @@ def _dispatch(words: list[str]) -> int:
     # forked tokenizer threads would warn on every data loader worker
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     module = importlib.import_module(f"flexdpo.commands.{command}")
-    code: int = module.run(rest)
+    try:
+        code: int = module.run(rest)
+    except SystemExit as done:  # how argparse ends a --help
+        return int(done.code or 0)
     return code
 
 

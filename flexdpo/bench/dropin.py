@@ -2,62 +2,26 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
+from functools import partial
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from flexdpo.bench.timing import timed
 from flexdpo.dropin.hooks import PlanKey, plan_batch
 from flexdpo.dropin.rules import Positions
 from flexdpo.dropin.share import share_prefixes, sharing_stats, unshare
-from flexdpo.errors import FlexdpoError
-from flexdpo.estimate.model_shapes import find_shape
+from flexdpo.estimate.model_shapes import build_model, shape_config
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import Tensor
 
-# the first rounds warm the machine and the kernels up
-_WARM_UP = 1
+    from flexdpo.bench.settings import BenchSettings
 
-
-@dataclass(frozen=True)
-class SharingBenchSettings:
-    """What to measure.
-
-    Attributes:
-        device: ``"cpu"`` or ``"cuda"``.
-        dtype: Of weights and activations; by default float32 on a CPU and bfloat16 on CUDA.
-        model: Name of a shape.
-        prompts: Prompts per batch.
-        completions: Completions of each, K.
-        prompt_tokens: Tokens of a prompt.
-        completion_tokens: Longest completion in tokens; the shortest has half of them.
-        rounds: Measurements of each way.
-        threads: Threads of a CPU.
-        seed: Of lengths, tokens and weights.
-    """
-
-    device: str = "cpu"
-    dtype: torch.dtype | None = None
-    model: str = "tiny"
-    prompts: int = 2
-    completions: int = 8
-    prompt_tokens: int = 512
-    completion_tokens: int = 128
-    rounds: int = 9
-    threads: int = 1
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("prompts", "completions", "prompt_tokens", "completion_tokens", "rounds", "threads"):
-            if getattr(self, name) < 1:
-                raise FlexdpoError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise FlexdpoError("device 'cuda': torch sees no CUDA device; use 'cpu', or install a CUDA build")
+_ROUNDS = 9
 
 
 @dataclass(frozen=True)
@@ -103,33 +67,43 @@ class SharingBenchResult:
         )
 
 
-def bench_sharing(settings: SharingBenchSettings) -> SharingBenchResult:
-    """Time the forward and backward of a policy-gradient step on a padded batch, as it is and with prefixes shared."""
+def bench_sharing(
+    settings: BenchSettings, *, prompts: int = 2, completions: int = 8, lengths: tuple[int, int] = (512, 128)
+) -> SharingBenchResult:
+    """Time the forward and backward of a policy-gradient step on a padded batch, as it is and with prefixes shared.
+
+    Args:
+        settings: Of which device, dtype, model, scale, threads and seed count.
+        prompts: Prompts per batch.
+        completions: Completions of each, K.
+        lengths: Tokens of a prompt and of the longest completion, before scaling; the shortest has half of them.
+    """
     device = torch.device(settings.device)
-    dtype = settings.dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     threads = torch.get_num_threads()
     torch.set_num_threads(settings.threads)
     try:
-        shape = find_shape(settings.model)
-        model = shape.build(device, dtype, seed=settings.seed)
-        batch = _batch(settings, shape.vocabulary, device)
-        return _measure(settings, model, batch, device)
+        config = shape_config(settings.model)
+        model = build_model(config, device, settings.torch_dtype, seed=settings.seed)
+        prompt, completion = (max(1, round(length * settings.scale)) for length in lengths)
+        rng = np.random.default_rng(settings.seed)
+        batch = _batch(rng, config.vocab_size, (prompts, completions, prompt, completion))
+        return _measure(model, {name: tensor.to(device) for name, tensor in batch.items()}, completion)
     finally:
         torch.set_num_threads(threads)
 
 
-def _batch(settings: SharingBenchSettings, vocabulary: int, device: torch.device) -> dict[str, Tensor]:
+def _batch(rng: np.random.Generator, vocabulary: int, sizes: tuple[int, int, int, int]) -> dict[str, Tensor]:
     """Prompts of one length, completions of several, padded on the right."""
-    rng = np.random.default_rng(settings.seed)
-    rows, longest = settings.prompts * settings.completions, settings.completion_tokens
-    prompts = rng.integers(2, vocabulary, (settings.prompts, settings.prompt_tokens)).repeat(settings.completions, 0)
+    count, completions, prompt_tokens, longest = sizes
+    rows = count * completions
+    prompts = rng.integers(2, vocabulary, (count, prompt_tokens)).repeat(completions, 0)
     ids = np.concatenate([prompts, rng.integers(2, vocabulary, (rows, longest))], axis=1)
-    lengths = settings.prompt_tokens + rng.integers((longest + 1) // 2, longest + 1, rows)
+    lengths = prompt_tokens + rng.integers((longest + 1) // 2, longest + 1, rows)
     lengths[0] = ids.shape[1]
     mask = np.arange(ids.shape[1]) < lengths[:, None]
     return {
-        "input_ids": torch.from_numpy(np.where(mask, ids, 0)).to(device),
-        "attention_mask": torch.from_numpy(mask.astype(np.int64)).to(device),
+        "input_ids": torch.from_numpy(np.where(mask, ids, 0)),
+        "attention_mask": torch.from_numpy(mask.astype(np.int64)),
     }
 
 
@@ -143,59 +117,28 @@ def _step(model: Any, batch: dict[str, Tensor], completion_tokens: int) -> None:
     (-(logps * real).sum() / real.sum()).backward()
 
 
-def _measure(
-    settings: SharingBenchSettings, model: Any, batch: dict[str, Tensor], device: torch.device
-) -> SharingBenchResult:
-    def step() -> None:
-        _step(model, batch, settings.completion_tokens)
-
+def _measure(model: Any, batch: dict[str, Tensor], completion_tokens: int) -> SharingBenchResult:
+    device = batch["input_ids"].device
     padded, shared, plans = [], [], []
-    want: dict[str, Tensor] = {}
-    for number in range(settings.rounds + _WARM_UP):
-        alone = _timed(step, device)
-        if number == 0:
-            want = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    # the first round warms the machine and the kernels up, and compares the gradients
+    for number in range(_ROUNDS + 1):
+        _, alone = timed(partial(_step, model, batch, completion_tokens), device)
+        want = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         share_prefixes(model)
         # each round plans its batch anew, as every step of a training run does
         fresh = {name: tensor.clone() for name, tensor in batch.items()}
-        together = _timed(lambda: _step(model, fresh, settings.completion_tokens), device)  # noqa: B023
+        _, together = timed(partial(_step, model, fresh, completion_tokens), device)
         stats = sharing_stats(model)
         unshare(model)
         if number == 0:
-            error = _gradient_error(model, want)
-        if number >= _WARM_UP:
-            padded.append(alone)
-            shared.append(together)
-            plans.append(_timed(lambda: _plan(model, batch), device))
-    low, median, high = np.quantile(np.asarray(padded) / np.asarray(shared), [0.25, 0.5, 0.75]).tolist()
+            got = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+            error = max(float((got[name] - want[name]).abs().max() / want[name].abs().max()) for name in want)
+            continue
+        padded.append(alone)
+        shared.append(together)
+        key = PlanKey(1.1, 16, Positions.of(model.model), 1)
+        plans.append(timed(partial(plan_batch, batch["input_ids"], batch["attention_mask"], key), device)[1])
+    low, middle, high = np.quantile(np.asarray(padded) / np.asarray(shared), [0.25, 0.5, 0.75]).tolist()
     return SharingBenchResult(
-        stats.tokens_in,
-        stats.tokens_run,
-        float(np.median(padded)),
-        float(np.median(shared)),
-        (low, median, high),
-        float(np.median(plans)),
-        error,
+        stats.tokens_in, stats.tokens_run, median(padded), median(shared), (low, middle, high), median(plans), error
     )
-
-
-def _plan(model: Any, batch: dict[str, Tensor]) -> None:
-    plan_batch(batch["input_ids"], batch["attention_mask"], PlanKey(1.1, 16, Positions.of(model.model), 1))
-
-
-def _timed(run: Callable[[], None], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    began = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - began
-
-
-def _gradient_error(model: Any, want: dict[str, Tensor]) -> float:
-    errors = []
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            errors.append(float((parameter.grad - want[name]).abs().max() / want[name].abs().max()))
-    return max(errors)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from flexdpo.attention.kernels import packed_attention
 from flexdpo.attention.mask_mods import CAUSAL
 from flexdpo.attention.row_mask import Impl, row_mask_for
 from flexdpo.attention.varlen import plan_for
+from flexdpo.bench.timing import timed
 from flexdpo.bench.variants import pack_pairs
 from flexdpo.bench.varlen import Documents, within_documents
 
@@ -21,9 +22,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from flexdpo.estimate.model_shapes import Shape
     from flexdpo.layout.groups import Group
     from flexdpo.layout.row import Row
+    from flexdpo.training.memory import ModelSize
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,10 @@ class KernelRow:
     backward_ms: float
     block_mask_ms: float | None
 
-    def as_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
-
 
 def kernel_rows(
     pairs: Sequence[Group],
-    shape: Shape,
+    shape: ModelSize,
     device: torch.device,
     dtype: torch.dtype,
     *,
@@ -96,7 +93,7 @@ def _varlen_layer(row: Row) -> Callable[..., Tensor]:
     return layer
 
 
-def _heads(shape: Shape, row: Row, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+def _heads(shape: ModelSize, row: Row, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     length = row.input_ids.shape[1]
     counts = (shape.heads, shape.key_heads, shape.key_heads)
     # token by token in memory, as a projection leaves them
@@ -118,24 +115,8 @@ def _layer_times(
 
 
 def _milliseconds(
-    run: Callable[..., Any],
-    device: torch.device,
-    repeats: int,
-    before: Callable[[], tuple[Any, ...]] = tuple,
+    run: Callable[..., Any], device: torch.device, repeats: int, before: Callable[[], tuple[Any, ...]] = tuple
 ) -> float:
     """Median time of a call, after one to warm up; ``before`` makes its arguments and is not timed."""
     run(*before())
-    seconds = []
-    for _ in range(repeats):
-        arguments = before()
-        _wait(device)
-        start = time.perf_counter()
-        run(*arguments)
-        _wait(device)
-        seconds.append(time.perf_counter() - start)
-    return float(np.median(seconds)) * 1e3
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return 1e3 * median(timed(partial(run, *before()), device)[1] for _ in range(repeats))

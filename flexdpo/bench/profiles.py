@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING
@@ -41,15 +41,8 @@ class Profile:
 
     def scaled(self, scale: float) -> Profile:
         """The same profile with every length multiplied by ``scale``."""
-        return Profile(
-            self.name,
-            self.median_prompt * scale,
-            self.median_response * scale,
-            self.max_prompt * scale,
-            self.max_length * scale,
-            self.sigma_prompt,
-            self.sigma_response,
-        )
+        lengths = ("median_prompt", "median_response", "max_prompt", "max_length")
+        return replace(self, **{name: getattr(self, name) * scale for name in lengths})
 
     def pairs(self, count: int, rng: np.random.Generator, vocabulary: int) -> list[Group]:
         """Draw preference pairs of random tokens, chosen and rejected independently."""

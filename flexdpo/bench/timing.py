@@ -1,4 +1,4 @@
-"""Times and peak memory of the arms of a benchmark, in alternation, so that a busy machine slows all of them alike."""
+"""Times and peak memory of the variants of a benchmark, in alternation: a busy machine slows all of them alike."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import re
 import sys
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -19,12 +20,13 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from flexdpo.bench.variants import Arm
+    from flexdpo.bench.variants import Variant
 
 
+Result = TypeVar("Result")
 # enough for a median, whatever the time
 FEWEST_ROUNDS = 4
-# rounds of the slow arms: two among the fewest, and every eighth
+# rounds of the slow variants: two among the fewest, and every eighth
 SLOW_ROUNDS = frozenset({0, 2, *range(8, 10_000, 8)})
 
 
@@ -42,10 +44,10 @@ class Seconds(NamedTuple):
 
 @dataclass(eq=False)
 class Times:
-    """All measurements of one arm.
+    """All measurements of one variant.
 
     Attributes:
-        steps: By batch, then by round; ``None`` where the arm sat a round out.
+        steps: By batch, then by round; ``None`` where the variant sat a round out.
         peak_bytes: Memory of the largest step beyond what was there before it; ``None`` where the system cannot tell.
     """
 
@@ -67,7 +69,7 @@ class Times:
 
 
 class Ratio(NamedTuple):
-    """How many times slower one arm is than another.
+    """How many times slower one variant is than another.
 
     Attributes:
         median: Of the ratios of measurements made side by side.
@@ -89,7 +91,7 @@ def paired_ratio(slow: Times, fast: Times, phase: str) -> Ratio:
 
 
 def measure(
-    arms: Sequence[Arm],
+    variants: Sequence[Variant],
     model: nn.Module,
     batches: int,
     device: torch.device,
@@ -99,88 +101,80 @@ def measure(
     slow: Sequence[str] = (),
     progress: Callable[[], Any] = lambda: None,
 ) -> dict[str, Times]:
-    """Run every arm on every batch, round after round.
+    """Run every variant on every batch, round after round.
 
     Args:
-        arms: What to compare.
+        variants: What to compare.
         model: The weights they share.
-        batches: How many batches each arm holds.
+        batches: How many batches each variant holds.
         device: Where everything runs.
         rounds: Most rounds.
         seconds: No round but the first four begins after this long, warming up included.
-        slow: Names of arms that sit most rounds out, being far behind.
+        slow: Names of variants that sit most rounds out, being far behind.
         progress: Called after every round.
-
-    Returns:
-        The measurements by the arms' names.
     """
-    times = {arm.name: Times([[] for _ in range(batches)]) for arm in arms}
+    times = {variant.name: Times([[] for _ in range(batches)]) for variant in variants}
     began = time.perf_counter()
-    for arm in arms:
+    for variant in variants:
         # on a GPU every length may bring a kernel of its own; on a CPU the step below is the one that warms up
         for batch in range(batches if device.type == "cuda" else 0):
-            run_step(arm, model, batch, device)
-        times[arm.name].peak_bytes = _peak_of(arm, model, device)
+            run_step(variant, model, batch, device)
+        model.zero_grad(set_to_none=True)
+        times[variant.name].peak_bytes = peak_bytes(partial(run_step, variant, model, 0, device), device)
     for number in range(rounds):
         if number >= FEWEST_ROUNDS and time.perf_counter() - began > seconds:
             break
-        # forwards and backwards, so that no arm always follows the same one
-        order = list(arms) if number % 2 == 0 else list(arms)[::-1]
+        # forwards and backwards, so that no variant always follows the same one
+        order = list(variants) if number % 2 == 0 else list(variants)[::-1]
         for batch in range(batches):
-            for arm in order:
-                out = arm.name in slow and number not in SLOW_ROUNDS
-                times[arm.name].steps[batch].append(None if out else run_step(arm, model, batch, device))
+            for variant in order:
+                out = variant.name in slow and number not in SLOW_ROUNDS
+                times[variant.name].steps[batch].append(None if out else run_step(variant, model, batch, device))
         progress()
     return times
 
 
-def run_step(arm: Arm, model: nn.Module, batch: int, device: torch.device) -> Seconds:
-    """Time one step of one arm."""
-    arm.enter()
+def run_step(variant: Variant, model: nn.Module, batch: int, device: torch.device) -> Seconds:
+    """Time one step of one variant."""
+    variant.enter()
     model.zero_grad(set_to_none=True)
     model.eval()
-    start = _now(device)
-    reference = arm.reference(batch)
-    middle = _now(device)
+    reference, seconds = timed(lambda: variant.reference(batch), device)
     model.train()
-    restart = _now(device)
-    arm.policy(batch, reference)
-    return Seconds(middle - start, _now(device) - restart)
+    return Seconds(seconds, timed(lambda: variant.policy(batch, reference), device)[1])
 
 
-def _now(device: torch.device) -> float:
+def timed(run: Callable[[], Result], device: torch.device) -> tuple[Result, float]:
+    """What a call returns, and its seconds, what it left running on a GPU included."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter()
+    start = time.perf_counter()
+    result = run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return result, time.perf_counter() - start
 
 
-def _peak_of(arm: Arm, model: nn.Module, device: torch.device) -> int | None:
-    """How much memory a step takes beyond what is there, once the arm is warm."""
-    model.zero_grad(set_to_none=True)
+def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
+    """How much memory a call takes beyond what is there; ``None`` where the system cannot tell."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        run_step(arm, model, 0, device)
+        run()
         return torch.cuda.max_memory_allocated(device) - before
-    if not _reset_resident_peak():
-        return None
-    before_bytes = _status_bytes("VmRSS")
-    run_step(arm, model, 0, device)
-    return max(0, _status_bytes("VmHWM") - before_bytes)
-
-
-def _reset_resident_peak() -> bool:
-    """Forget the largest resident size so far, and what freed tensors still hold; Linux only."""
     if sys.platform != "linux":
-        return False
+        return None
+    # freed tensors are given back, and the largest resident size so far is forgotten
     with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:
-        return False
-    return True
+        return None
+    before = _status_bytes("VmRSS")
+    run()
+    return max(0, _status_bytes("VmHWM") - before)
 
 
 def _status_bytes(name: str) -> int:

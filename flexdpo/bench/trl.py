@@ -21,15 +21,12 @@ if TYPE_CHECKING:
     from flexdpo.layout.groups import Group
 
 
-class TrlArm:
+class Trl:
     """``trl.DPOTrainer.compute_loss`` and the backward pass, on copies of the model since TRL changes its forward.
 
     The reference's forward pass happens inside ``compute_loss``, so all of the time counts as the policy's.
 
     Args:
-        model: A causal LM; two copies of it are made.
-        batches: The pairs of each batch.
-        device: Where the model is.
         checkpointing: Whether layers run again in the backward pass.
 
     Raises:

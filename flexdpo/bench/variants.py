@@ -1,7 +1,7 @@
 """The ways of running a batch of pairs that the benchmark compares, all on the same weights.
 
-Every arm has the same two phases: the reference model's forward pass without gradients, then the policy's forward pass,
-the DPO loss and its backward pass. Policy and reference are one set of weights here, which changes no time.
+Every variant has the same two phases: the reference model's forward pass without gradients, then the policy's forward
+pass, the DPO loss and its backward pass. Policy and reference are one set of weights here, which changes no time.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 _BETA = 0.1
 
 
-class Arm(Protocol):
+class Variant(Protocol):
     """One way of running batches.
 
     Attributes:
@@ -43,7 +43,7 @@ class Arm(Protocol):
     head_passes: int
 
     def enter(self) -> None:
-        """Bring the model into the state that this arm needs; not timed."""
+        """Bring the model into the state that this variant needs; not timed."""
 
     def reference(self, batch: int) -> Tensor:
         """Log-probabilities of batch number ``batch`` under the reference, without gradients: chosen, rejected."""
@@ -64,14 +64,8 @@ def dpo_loss(logps: Tensor, reference: Tensor) -> Tensor:
 # --- padded, with full logits ----------------------------------------------------------------------------------------
 
 
-class PaddedArm:
-    """Chosen and rejected concatenated and padded to the longest, stock SDPA attention, logits at every position.
-
-    Args:
-        model: A causal LM.
-        batches: The pairs of each batch.
-        device: Where the model is.
-    """
+class Padded:
+    """Chosen and rejected concatenated and padded to the longest, stock SDPA attention, logits at every position."""
 
     name = "padded"
     head_passes = 3
@@ -140,7 +134,7 @@ class PaddedArm:
         return (tokens * is_response[:, 1:]).sum(dim=1).view(2, -1)
 
 
-class PaddedLabelsArm(PaddedArm):
+class PaddedLabels(Padded):
     """The same padded batch, with logits at the positions that predict a response's token and nowhere else.
 
     TRL does so on GPUs since 1.16. The head is the one that packed rows have here, so that the layouts are compared.
@@ -189,17 +183,14 @@ def _padded(groups: Sequence[Group], device: torch.device) -> dict[str, Tensor]:
 # --- packed ----------------------------------------------------------------------------------------------------------
 
 
-class PackedArm:
+class Packed:
     """Packed rows through our own kernels, log-probabilities at the targets only; prompts shared or not.
 
     Args:
-        model: A causal LM.
-        batches: The pairs of each batch.
-        device: Where the model is.
         shared: Whether a prompt exists once for its two responses or once for each.
         max_tokens_per_row: Longest row; both responses of a pair always stand in the same one.
         pad_to_multiple_of: Rows are padded to a multiple of this.
-        impl: The attention kernel; ``"varlen"`` gives the arm its name.
+        impl: The attention kernel; ``"varlen"`` gives the variant its name.
     """
 
     head_passes = 4

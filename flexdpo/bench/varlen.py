@@ -11,7 +11,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from flexdpo.attention.torch_varlen import torch_varlen
-from flexdpo.bench.variants import PackedArm
+from flexdpo.bench.variants import Packed
 from flexdpo.errors import FlexdpoError
 from flexdpo.objective.lm_head import head_logps, head_plan
 from flexdpo.objective.logps import sum_targets
@@ -68,13 +68,10 @@ def within_documents(query: Tensor, key: Tensor, value: Tensor, documents: Docum
     return torch_varlen(query, key, value, bounds, bounds, longest, longest, scaling=scaling)
 
 
-class VarlenArm(PackedArm):
-    """Packed and unshared, as :class:`PackedArm`, with another attention.
+class Varlen(Packed):
+    """Packed and unshared, as :class:`Packed`, with another attention.
 
     Args:
-        model: A causal LM of full attention.
-        batches: The pairs of each batch.
-        device: Where the model is.
         max_tokens_per_row: Longest row.
         kernel: Attention within documents.
     """

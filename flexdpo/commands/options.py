@@ -1,70 +1,105 @@
-"""Parsing for the command line: dataclass fields as options, YAML files as defaults, one clear error for a mistake."""
+"""Options of a command: from the fields of its settings and from YAML files, with one clear error for a mistake."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import json
-from collections.abc import Sequence
+import types
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from transformers import HfArgumentParser
 
 from flexdpo.errors import FlexdpoError, nearest
 
+Settings = TypeVar("Settings")
+_YES, _NO = ("true", "yes", "t", "y", "1"), ("false", "no", "f", "n", "0")
 
-class OptionParser(HfArgumentParser):
-    """``HfArgumentParser`` that groups its help by dataclass, reads YAML and raises ``FlexdpoError`` on a mistake."""
+
+class OptionParser(argparse.ArgumentParser):
+    """Takes the fields of dataclasses as options, reads ``--config FILE.yaml``, and raises ``FlexdpoError``."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, formatter_class=_HelpFormatter, allow_abbrev=False, **kwargs)
+        wide = partial(argparse.HelpFormatter, max_help_position=34, width=118)
+        super().__init__(*args, **{"formatter_class": wide, "allow_abbrev": False, **kwargs})
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage of a hundred options."""
         raise FlexdpoError(f"{message}; see {self.prog} --help")
 
-    def show_group(self, title: str, names: Sequence[str], *, but_not: Sequence[str] = ()) -> None:
-        """Show the options ``names`` under their own heading in the help."""
-        group = self.add_argument_group(title)
-        wanted = {f"--{name}" for name in names} - {f"--{name}" for name in but_not}
-        for action in self._actions:
-            if wanted & set(action.option_strings):
-                for other in self._action_groups:
-                    if action in other._group_actions:
-                        other._group_actions.remove(action)
-                group._group_actions.append(action)
+    def add_settings(self, cls: type) -> None:
+        """Add an option for every field that has a help text; ``metadata["option"]`` is its name if it differs."""
+        hints = get_type_hints(cls)
+        for field in dataclasses.fields(cls):
+            if "help" not in field.metadata:
+                continue
+            kind = _plain_type(hints[field.name])
+            more: dict[str, Any] = {}
+            if kind is bool:
+                kind, more = _yes_or_no, {"nargs": "?", "const": True}
+            elif get_origin(kind) is tuple:
+                kind, more = get_args(kind)[0], {"nargs": "+"}
+            name = field.metadata.get("option", field.name)
+            spellings = dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"])
+            self.add_argument(
+                *spellings, dest=field.name, type=kind, default=field.default, help=field.metadata["help"], **more
+            )
 
-    def parse_with_config(self, argv: list[str]) -> tuple[Any, ...]:
+    def read(self, argv: list[str]) -> argparse.Namespace:
         """Parse ``argv``; the options of ``--config FILE.yaml`` come first, so that the command line wins."""
-        path, rest = _take_option(argv, "--config")
-        tokens = [*(_yaml_options(path) if path else []), *rest]
-        *parsed, unknown = self.parse_args_into_dataclasses(args=tokens, return_remaining_strings=True)
-        if unknown:
+        found, unknown = self.parse_known_args(self.with_config(argv))
+        self.refuse_unknown(unknown)
+        return found
+
+    def with_config(self, argv: list[str]) -> list[str]:
+        """The words behind ``--config FILE.yaml``, with the file's options before them."""
+        files = OptionParser(prog=self.prog, add_help=False)
+        files.add_argument("--config")
+        given, rest = files.parse_known_args(argv)
+        return rest if given.config is None else [*_yaml_options(given.config), *rest]
+
+    def refuse_unknown(self, words: list[str]) -> None:
+        """Name the first of ``words`` that no option takes, and the option it may have been meant for."""
+        if words:
             known = [option for action in self._actions for option in action.option_strings]
-            name = unknown[0].split("=")[0]
-            hint = nearest(name, [*known, "--config"])
-            raise FlexdpoError(f"unknown option {name}{hint}; see {self.prog} --help")
-        return tuple(parsed)
+            name = words[0].split("=")[0]
+            raise FlexdpoError(f"unknown option {name}{nearest(name, [*known, '--config'])}; see {self.prog} --help")
 
 
-class _HelpFormatter(argparse.HelpFormatter):
-    """Wide, with one line between an option and its text, and without a usage of a hundred options."""
+def settings_of(cls: type[Settings], found: argparse.Namespace, **more: Any) -> Settings:
+    """The settings that were given, lists as tuples; ``more`` are those that have no option of their own name."""
+    names = {field.name for field in dataclasses.fields(cls) if "help" in field.metadata}  # type: ignore[arg-type]
+    given = {name: value for name, value in vars(found).items() if name in names}
+    lists = {name: tuple(dict.fromkeys(value)) for name, value in given.items() if isinstance(value, list)}
+    return cls(**{**given, **lists, **more})
 
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=34, width=118)
+
+def writable(name: str | None) -> Path | None:
+    """The result file of ``--json``, tried now: minutes of work must not end in a missing folder."""
+    if name is None:
+        return None
+    path = Path(name)
+    try:
+        path.open("a", encoding="utf-8").close()
+    except OSError as error:
+        raise FlexdpoError(
+            f"--json {path} cannot be written: {error.strerror}; name a file in a folder that exists"
+        ) from error
+    return path
 
 
-def _take_option(argv: list[str], name: str) -> tuple[str | None, list[str]]:
-    for i, token in enumerate(argv):
-        if token == name:
-            if i + 1 == len(argv):
-                raise FlexdpoError(f"{name} needs a value")
-            return argv[i + 1], argv[:i] + argv[i + 2 :]
-        if token.startswith(f"{name}="):
-            return token.split("=", 1)[1], argv[:i] + argv[i + 1 :]
-    return None, argv
+def _plain_type(hint: Any) -> Any:
+    if get_origin(hint) in (Union, types.UnionType):
+        return next(kind for kind in get_args(hint) if kind is not type(None))
+    return hint
+
+
+def _yes_or_no(word: str) -> bool:
+    if word.lower() not in (*_YES, *_NO):
+        raise argparse.ArgumentTypeError(f"expected true or false, got {word!r}")
+    return word.lower() in _YES
 
 
 def _yaml_options(path: str) -> list[str]:
@@ -75,19 +110,11 @@ def _yaml_options(path: str) -> list[str]:
         settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise FlexdpoError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if settings is None:
-        return []
-    if not isinstance(settings, dict):
+    if not isinstance(settings, dict | None):
         raise FlexdpoError(f"--config {path} must hold 'option: value' lines, found a {type(settings).__name__}")
     options: list[str] = []
-    for name, value in settings.items():
-        if value is None:
-            continue
-        values = value if isinstance(value, list) else [value]
-        options += [f"--{name}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in values)]
+    for name, value in (settings or {}).items():
+        if value is not None:
+            values = value if isinstance(value, list) else [value]
+            options += [f"--{name}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in values)]
     return options
-
-
-def field_names(*dataclass_types: type) -> list[str]:
-    """Names of the fields of dataclasses, in order."""
-    return [field.name for cls in dataclass_types for field in dataclasses.fields(cls) if field.init]

@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
-from typing import NoReturn
-
-from flexdpo.bench.results_page import load_files, render_page, update_page
-from flexdpo.errors import FlexdpoError
-
-
-class _Parser(ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise FlexdpoError(f"{message}; see flexdpo results --help")
+from flexdpo.commands.options import OptionParser
 
 
 def run(argv: list[str]) -> int:
     """Run ``flexdpo results`` with the words after it; returns 1 where ``--check`` finds README out of date."""
-    parser = _Parser(
+    parser = OptionParser(
         prog="flexdpo results",
         description="Write every result file in a folder as a table between two marker comments in "
         "README, next to the figures that the paper published.",
@@ -29,6 +20,8 @@ def run(argv: list[str]) -> int:
         "--check", action="store_true", help="write nothing; exit code 1 if the file does not say what the results say"
     )
     options = parser.parse_args(argv)
+    from flexdpo.bench.results_page import load_files, render_page, update_page
+
     results = load_files(options.folder)
     current = update_page(options.readme, render_page(results), check=options.check)
     if options.check and not current:

@@ -6,21 +6,18 @@ import shutil
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from flexdpo.commands.options import OptionParser
-from flexdpo.data.load import load_preference_dataset
+from flexdpo.commands.options import OptionParser, settings_of
 from flexdpo.errors import FlexdpoError
-from flexdpo.estimate.sources import find_tokenizer
 from flexdpo.show.overview import VIEWS, draw_overview, first_row, picture_block_size
 from flexdpo.show.packing import batch_layouts
-from flexdpo.show.sources import example_groups, groups_of_dataset, read_lengths
 from flexdpo.show.text import overview_text
 
 if TYPE_CHECKING:
     from flexdpo.layout.groups import Group
 
 
-@dataclass
-class ShowArguments:
+@dataclass(frozen=True)
+class ShowSettings:
     """What to draw, and where to."""
 
     tokenizer: str | None = field(
@@ -42,7 +39,7 @@ class ShowArguments:
     first: int = field(default=0, metadata={"help": "First of those rows of the dataset, counted from 0."})
     split: str = field(default="train", metadata={"help": "Split of the dataset."})
     config_name: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
-    max_length: int | None = field(default=1024, metadata={"help": "Longest prompt plus response; 0 for no limit."})
+    max_length: int = field(default=1024, metadata={"help": "Longest prompt plus response; 0 for no limit."})
     max_tokens_per_row: int | None = field(default=None, metadata={"help": "Longest packed row; by default one row."})
     sharing: str = field(default="group", metadata={"help": "group, or step: across examples too."})
     pad_to_multiple_of: int = field(default=1, metadata={"help": "Pad rows to a multiple of this many tokens."})
@@ -55,58 +52,44 @@ class ShowArguments:
 def run(argv: list[str]) -> int:
     """Run ``flexdpo show`` with the words after it."""
     options = OptionParser(
-        (ShowArguments,),
         prog="flexdpo show",
         usage="flexdpo show [DATASET --tokenizer NAME | --lengths FILE.json] [--output FILE.png] [--text] [options]",
         description="Draw the tries of a packed row, its attention mask with the tiles that a kernel skips, masks or "
         "runs whole, and how a batch is packed. Without a dataset, the built-in example is drawn.",
     )
     options.add_argument("dataset", nargs="?", help="A file, a folder or a hub name, as flexdpo train takes it.")
-    if {"-h", "--help"} & set(argv):
-        options.print_help()
-        return 0
-    arguments, rest = options.parse_with_config(argv)
-    groups = _groups(arguments, rest.dataset)
-    if arguments.text:
-        print(_text(arguments, groups))
-    if arguments.output is not None or not arguments.text:
-        path = draw_overview(
-            groups,
-            arguments.output or "flexdpo-rows.png",
-            view=arguments.view,
-            max_tokens_per_row=arguments.max_tokens_per_row,
-            sharing=arguments.sharing,
-            pad_to_multiple_of=arguments.pad_to_multiple_of,
-            block_size=arguments.block_size,
-        )
+    options.add_settings(ShowSettings)
+    found = options.read(argv)
+    settings = settings_of(ShowSettings, found)
+    groups = _groups(settings, found.dataset)
+    length, sharing, multiple = settings.max_tokens_per_row, settings.sharing, settings.pad_to_multiple_of
+    row = first_row(groups, length, sharing=sharing, pad_to_multiple_of=multiple)
+    layouts = batch_layouts(groups, length, sharing=sharing)
+    size = settings.block_size or picture_block_size(int(row.subtree_end.shape[-1]))
+    if settings.text:
+        width = max(40, shutil.get_terminal_size((120, 40)).columns)
+        print(overview_text(row, layouts, width=width, block_size=size))
+    if settings.output is not None or not settings.text:
+        path = draw_overview(row, layouts, settings.output or "flexdpo-rows.png", view=settings.view, block_size=size)
         print(f"written to {path}")
     return 0
 
 
-def _groups(arguments: ShowArguments, dataset: str | None) -> list[Group]:
-    if dataset is not None and arguments.lengths is not None:
+def _groups(settings: ShowSettings, dataset: str | None) -> list[Group]:
+    from flexdpo.show.sources import example_groups, groups_of_dataset, read_lengths
+
+    if dataset is not None and settings.lengths is not None:
         raise FlexdpoError("give a dataset or --lengths, not both")
-    if arguments.lengths is not None:
-        return read_lengths(arguments.lengths)
+    if settings.lengths is not None:
+        return read_lengths(settings.lengths)
     if dataset is None:
-        return example_groups(arguments.groups, arguments.seed)
-    if arguments.tokenizer is None:
+        return example_groups(settings.groups, settings.seed)
+    if settings.tokenizer is None:
         raise FlexdpoError("a dataset needs --tokenizer NAME: which tokens it has depends on it")
-    tokenizer = find_tokenizer(arguments.tokenizer)
-    data = load_preference_dataset(dataset, split=arguments.split, config_name=arguments.config_name)
-    return groups_of_dataset(
-        data, tokenizer, max_length=arguments.max_length or None, first=arguments.first, groups=arguments.groups
-    )
+    from flexdpo.data.load import load_preference_dataset
+    from flexdpo.training.model_loading import load_tokenizer
 
-
-def _text(arguments: ShowArguments, groups: list[Group]) -> str:
-    row = first_row(
-        groups,
-        arguments.max_tokens_per_row,
-        sharing=arguments.sharing,
-        pad_to_multiple_of=arguments.pad_to_multiple_of,
-    )
-    layouts = batch_layouts(groups, arguments.max_tokens_per_row, sharing=arguments.sharing)
-    size = arguments.block_size or picture_block_size(int(row.subtree_end.shape[-1]))
-    width = max(40, shutil.get_terminal_size((120, 40)).columns)
-    return overview_text(row, layouts, width=width, block_size=size)
+    tokenizer = load_tokenizer(settings.tokenizer)
+    data = load_preference_dataset(dataset, split=settings.split, config_name=settings.config_name)
+    longest = settings.max_length or None
+    return groups_of_dataset(data, tokenizer, max_length=longest, first=settings.first, groups=settings.groups)

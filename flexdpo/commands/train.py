@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import TrainingArguments
-
-from flexdpo.commands.options import OptionParser, field_names
-from flexdpo.config import DPOConfig
+from flexdpo.commands.options import OptionParser
 from flexdpo.errors import FlexdpoError
-from flexdpo.runs.dry_run import dry_run
-from flexdpo.runs.example import run_example
-from flexdpo.runs.job import Job, run_job
+
+if TYPE_CHECKING:
+    from flexdpo.config import DPOConfig
+    from flexdpo.runs.job import Job
 
 
 @dataclass
@@ -78,7 +77,14 @@ _EXAMPLE_OPTIONS = frozenset({"--output_dir", "--seed", "--overwrite_output_dir"
 
 def parser() -> OptionParser:
     """The options: every field of the model, the data and ``DPOConfig``, in readable groups."""
-    options = OptionParser(
+    from transformers import HfArgumentParser, TrainingArguments
+
+    from flexdpo.config import DPOConfig
+
+    class TrainParser(OptionParser, HfArgumentParser):  # the one parser that knows transformers' field types
+        pass
+
+    options = TrainParser(
         (ModelArguments, DataArguments, DPOConfig),
         prog="flexdpo train",
         usage="flexdpo train [--model_name_or_path NAME --dataset_name DATA] [--config FILE.yaml] [options]",
@@ -87,35 +93,52 @@ def parser() -> OptionParser:
         epilog="--config FILE.yaml reads any of these options from a file, as 'option: value' lines; the command line "
         "wins. --debug shows the traceback behind an error.",
     )
-    inherited = field_names(TrainingArguments)
-    options.show_group("model", field_names(ModelArguments))
-    options.show_group("data", field_names(DataArguments))
-    options.show_group("preferences", [name for name in field_names(DPOConfig) if name not in inherited])
-    options.show_group("the run, most used (transformers.TrainingArguments)", _MOST_USED)
-    options.show_group("the run, all else (transformers.TrainingArguments)", inherited, but_not=_MOST_USED)
+    inherited = _names(TrainingArguments)
+    _show_group(options, "model", _names(ModelArguments))
+    _show_group(options, "data", _names(DataArguments))
+    _show_group(options, "preferences", _names(DPOConfig) - inherited)
+    _show_group(options, "the run, most used (transformers.TrainingArguments)", set(_MOST_USED))
+    _show_group(options, "the run, all else (transformers.TrainingArguments)", inherited - set(_MOST_USED))
     return options
+
+
+def _names(cls: type) -> set[str]:
+    return {each.name for each in dataclasses.fields(cls) if each.init}
+
+
+def _show_group(options: OptionParser, title: str, names: set[str]) -> None:
+    """Show the options ``names`` under their own heading in the help."""
+    group = options.add_argument_group(title)
+    for action in options._actions:
+        if {f"--{name}" for name in names} & set(action.option_strings):
+            for other in options._action_groups:
+                if action in other._group_actions:
+                    other._group_actions.remove(action)
+            group._group_actions.append(action)
 
 
 def run(argv: list[str]) -> int:
     """Run ``flexdpo train`` with the words after it; prints the final table."""
-    options = parser()
-    if {"-h", "--help"} & set(argv):
-        options.print_help()
-        return 0
     given = {word.split("=")[0] for word in argv if word.startswith("--")}
-    model, data, config = options.parse_with_config(argv)
+    options: Any = parser()
+    model, data, config, unknown = options.parse_args_into_dataclasses(
+        options.with_config(argv), return_remaining_strings=True
+    )
+    options.refuse_unknown(unknown)
     if given <= _EXAMPLE_OPTIONS:
-        result = run_example(
-            Path(config.output_dir) if "--output_dir" in given else None,
-            seed=config.seed,
-            overwrite=data.overwrite_output_dir,
-        )
-        print(result.table())
+        from flexdpo.runs.example import run_example
+
+        output = Path(config.output_dir) if "--output_dir" in given else None
+        print(run_example(output, seed=config.seed, overwrite=data.overwrite_output_dir).table())
         return 0
     job = _job(model, data)
     if data.dry_run:
+        from flexdpo.runs.dry_run import dry_run
+
         print(dry_run(job, config).table())
         return 0
+    from flexdpo.runs.job import run_job
+
     table = run_job(job, _named_output(config, model))
     if config.process_index == 0:
         print(table)
@@ -123,6 +146,8 @@ def run(argv: list[str]) -> int:
 
 
 def _job(model: ModelArguments, data: DataArguments) -> Job:
+    from flexdpo.runs.job import Job
+
     return Job(
         model_name_or_path=_required("--model_name_or_path", model.model_name_or_path),
         dataset_name=_required("--dataset_name", data.dataset_name),

@@ -9,12 +9,12 @@ import gzip
 import json
 import logging
 import lzma
-import os
 import warnings
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, cast, overload
 
 from flexdpo.errors import FlexdpoError, first_line, found, nearest, quoted
+from flexdpo.hf.names import local_path, why_unreachable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -81,23 +81,13 @@ def load_preference_dataset(
         dataset = _load_folder(path, split, config_name, streaming)
     elif path.exists():
         dataset = _load_file(path, split, config_name, streaming)
-    elif _looks_local(name_or_path):
+    elif local_path(name_or_path) is not None:
         raise FlexdpoError(f"{name_or_path}: no such file or folder{_neighbour(path)}")
     else:
         dataset = _load_from_hub(name_or_path, split, config_name, streaming)
     if not streaming and len(cast("Dataset", dataset)) == 0:
         raise FlexdpoError(f"{name_or_path}: there are no rows; give a dataset with at least one")
     return dataset
-
-
-def _looks_local(name: str) -> bool:
-    """Whether a name can only mean a path: the hub knows ``name`` and ``owner/name`` and nothing deeper."""
-    return (
-        name.startswith((".", "~", os.sep, "/"))
-        or name.count("/") > 1
-        or "\\" in name
-        or _reader_for(Path(name)) is not None
-    )
 
 
 def _neighbour(path: Path) -> str:
@@ -178,27 +168,13 @@ def _as_stream(saved: Dataset) -> IterableDataset:
 def _load_from_hub(name: str, split: str, config_name: str | None, streaming: bool) -> Dataset | IterableDataset:
     from datasets import config
 
-    unreachable = _why_hub_is_unreachable(name)
+    unreachable = why_unreachable(name, dataset=True)
     with contextlib.ExitStack() as stack:
         if unreachable:
             # only the local cache can help now; the library would retry the network for half a minute first
             stack.callback(setattr, config, "HF_HUB_OFFLINE", config.HF_HUB_OFFLINE)
             config.HF_HUB_OFFLINE = True
         return _load(name, [], name, note=unreachable, name=config_name, split=split, streaming=streaming)
-
-
-def _why_hub_is_unreachable(name: str) -> str:
-    """Ask the hub for one dataset with a short patience; return why no answer came, or ``""`` after any answer."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        HfApi().dataset_info(name, timeout=10)
-    except (HfHubHTTPError, HFValidationError):
-        return ""  # an answer, or a name no hub can have: the loader says the same in better words
-    except Exception as error:  # each HTTP client that the hub library may use has errors of its own
-        return f"the hub cannot be reached: {type(error).__name__}: {first_line(error)}"
-    return ""
 
 
 def _load(

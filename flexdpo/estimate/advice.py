@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from flexdpo.errors import FlexdpoError
 from flexdpo.estimate.features import first_rows
@@ -14,9 +14,10 @@ from flexdpo.training.row_budget import MARGIN, auto_row_budget
 
 if TYPE_CHECKING:
     from flexdpo.data.tokenize import DataReport
-    from flexdpo.estimate.estimate import EpochTokens, EstimateSettings, RepeatedPrompts
+    from flexdpo.estimate.counts import EpochTokens, RepeatedPrompts
     from flexdpo.estimate.features import Feature, Layouts
     from flexdpo.estimate.lengths import RowTokens, SharedPrefixes
+    from flexdpo.estimate.settings import EstimateSettings
     from flexdpo.training.memory import MemoryPrediction, ModelSize, TrainingSetup
 
 # below this a step is not noticeably faster
@@ -34,13 +35,8 @@ class Suggestion:
     """Settings of ``DPOConfig`` to train with; the pairs of an optimizer step stay those that were asked for.
 
     Attributes:
-        per_device_train_batch_size: Groups of a step; rows bound the memory, so no accumulation is needed.
-        gradient_accumulation_steps: 1.
         max_tokens_per_row: Longest row; ``None`` where a batch fits into one, or nothing fits.
-        activation_checkpointing: Whether layers should run again in the backward pass.
         precompute_ref_log_probs: Whether the reference should be run beforehand, so that its weights need not stay.
-        regroup_prompts: Whether rows with equal prompts should be merged.
-        sharing: ``"group"`` or ``"step"``.
         buckets: Row lengths to compile kernels for; ``None`` on a CPU, and where one kernel for all lengths is better.
         fits: Whether the model can be trained in the device's memory with these settings.
         free: The memory this was judged by, in bytes.
@@ -86,7 +82,7 @@ def suggest(
     whole = layouts.longest_shared.tokens * settings.gradient_accumulation_steps
     bound: int | None = None
     if budget is not None:
-        most = min(budget, max(_LONG_ENOUGH, _whole_tiles(longest)))
+        most = min(budget, max(_LONG_ENOUGH, -(-longest // TILE) * TILE))
         bound = most if whole > most else None
     return Suggestion(
         per_device_train_batch_size=batch,
@@ -127,31 +123,39 @@ def _buckets(settings: EstimateSettings, rows: list[list[int]]) -> Buckets | Non
     return found if found.waste <= _MOST_WASTE else None
 
 
-def _whole_tiles(tokens: int) -> int:
-    return -(-tokens // TILE) * TILE
-
-
 # --- words -----------------------------------------------------------------------------------------------------------
 
 
-def advise(
-    settings: EstimateSettings,
-    report: DataReport,
-    tokens: EpochTokens,
-    repeated: RepeatedPrompts,
-    prefixes: SharedPrefixes,
-    features: dict[str, Feature],
-    memory: dict[str, MemoryPrediction],
-    suggestion: Suggestion,
-) -> tuple[bool, tuple[str, ...]]:
+class Facts(NamedTuple):
+    """All that advice depends on."""
+
+    settings: EstimateSettings
+    report: DataReport
+    tokens: EpochTokens
+    repeated: RepeatedPrompts
+    prefixes: SharedPrefixes
+    features: dict[str, Feature]
+    memory: dict[str, MemoryPrediction]
+    suggestion: Suggestion
+
+
+def gains_over(features: dict[str, Feature], chosen: Feature) -> dict[str, float]:
+    """Over padded training, and over packed training, which computes log-probabilities at the targets too."""
+    return {
+        name: features[other].seconds / chosen.seconds for name, other in (("padded", "padded"), ("packed", "targets"))
+    }
+
+
+def advise(facts: Facts) -> tuple[bool, tuple[str, ...]]:
     """Say whether it is worth it, and what to do; the verdict comes first."""
+    settings, _, tokens, repeated, prefixes, features, _, suggestion = facts
     chosen = max(
         [features["sharing"]]
         + ([features["regrouping"]] if suggestion.regroup_prompts else [])
         + ([features["across"]] if suggestion.sharing == "step" else []),
         key=lambda feature: 1 / feature.seconds,
     )
-    best = {name: features[arm].seconds / chosen.seconds for name, arm in (("padded", "padded"), ("packed", "targets"))}
+    best = gains_over(features, chosen)
     worth_it = max(best.values()) >= WORTH_IT
     lines = [_verdict(best, tokens)]
     if suggestion.regroup_prompts:
@@ -171,8 +175,8 @@ def advise(
             f"{prefixes.rows:,} rows begin like another row for at least {MIN_SHARED} tokens, but such rows seldom "
             f"meet in a batch of {settings.per_device_train_batch_size}, so sharing='step' gains less than 3 %."
         )
-    lines += _data_advice(settings, report, prefixes)
-    lines += _memory_advice(settings, memory, suggestion)
+    lines += _data_advice(facts)
+    lines += _memory_advice(facts)
     return worth_it, tuple(lines)
 
 
@@ -195,7 +199,8 @@ def _verdict(best: dict[str, float], tokens: EpochTokens) -> str:
     )
 
 
-def _data_advice(settings: EstimateSettings, report: DataReport, prefixes: SharedPrefixes) -> list[str]:
+def _data_advice(facts: Facts) -> list[str]:
+    settings, report, prefixes = facts.settings, facts.report, facts.prefixes
     lines = []
     too_long = report.skipped.get("prompt alone fills max_length", 0)
     if too_long:
@@ -216,9 +221,8 @@ def _data_advice(settings: EstimateSettings, report: DataReport, prefixes: Share
     return lines
 
 
-def _memory_advice(
-    settings: EstimateSettings, memory: dict[str, MemoryPrediction], suggestion: Suggestion
-) -> list[str]:
+def _memory_advice(facts: Facts) -> list[str]:
+    settings, memory, suggestion = facts.settings, facts.memory, facts.suggestion
     free = gigabytes(suggestion.free)
     if not suggestion.fits:
         return [
@@ -226,18 +230,9 @@ def _memory_advice(
             f"device with {free} has no room for it: shard it over several devices (FSDP, ZeRO-3) or train an adapter."
         ]
     lines = []
-    changed = [
-        name
-        for name, now, before in (
-            (
-                "activation_checkpointing",
-                suggestion.activation_checkpointing,
-                settings.training_setup.gradient_checkpointing,
-            ),
-            ("precompute_ref_log_probs", suggestion.precompute_ref_log_probs, False),
-        )
-        if now and not before
-    ]
+    checkpointing = suggestion.activation_checkpointing and not settings.training_setup.gradient_checkpointing
+    changed = ["activation_checkpointing"] * checkpointing
+    changed += ["precompute_ref_log_probs"] * suggestion.precompute_ref_log_probs
     if changed:
         lines.append(f"Set {' and '.join(f'{name}=True' for name in changed)}, so that a row fits into {free}.")
     elif suggestion.max_tokens_per_row is not None:

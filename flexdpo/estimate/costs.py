@@ -15,7 +15,6 @@ from flexdpo.attention.mask_mods import CAUSAL
 from flexdpo.attention.query_blocks import REREAD_QUERIES, START_COST, plan_pieces
 from flexdpo.errors import FlexdpoError, nearest
 from flexdpo.estimate.flops import row_work
-from flexdpo.estimate.model_shapes import Shape
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -29,19 +28,10 @@ if TYPE_CHECKING:
 class Machine:
     """What operations cost on a device.
 
-    Attributes:
-        name: ``"cpu"`` or ``"cuda"``.
-        source: Where the figures come from.
-        matmul: Floating-point operations per second of large matrix products.
-        attention_forward: The same of fused attention, 4 per score and head dimension.
-        attention_backward: The same of its backward pass, 10 per score and head dimension.
-        masked_attention: Speed of attention under an explicit mask, relative to the above.
-        elementwise: Seconds per element written by norms, activations, rotations and sums in a forward pass.
-        logit_forward: Seconds per logit that is normalised, beside its product.
-        logit_backward: The same in the backward pass.
-        element_bytes: Of an activation.
-        fresh: Seconds per byte of memory that the allocator maps anew.
-        fresh_from: Tensors of this many bytes and more are mapped anew each time.
+    Speeds are floating-point operations per second, of large matrix products and of fused attention (4 per score and
+    head dimension forward, 10 backward; a share ``masked_attention`` of it under an explicit mask). Then seconds: per
+    element written by norms, activations, rotations and sums in a forward pass; per logit normalised, beside its
+    product; per byte of memory that the allocator maps anew, in tensors of ``fresh_from`` bytes and more.
     """
 
     name: str
@@ -104,16 +94,6 @@ def find_machine(name: str) -> Machine:
     return MACHINES[name]
 
 
-def shape_of(size: ModelSize) -> Shape:
-    """The shape of a model for counting work: all experts that a token passes as one feed-forward layer."""
-    # a plain feed-forward layer has two matrices where a gated one has three
-    intermediate = size.intermediate if size.gated else size.intermediate * 2 // 3
-    return Shape(
-        size.name, size.hidden, intermediate, size.layers, size.heads, size.key_heads, size.head_dim, size.vocabulary,
-        tied=False,
-    )  # fmt: skip
-
-
 class Load(NamedTuple):
     """What one forward call asks of a model on a device.
 
@@ -144,7 +124,7 @@ class StepSeconds(NamedTuple):
         return self.reference + self.policy
 
 
-def row_load(row: Row, shape: Shape, machine: Machine) -> Load:
+def row_load(row: Row, shape: ModelSize, machine: Machine) -> Load:
     """The load of a packed row: scores by whole tiles on CUDA, by pieces elsewhere."""
     work = row_work(row)
     if machine.name == "cuda":
@@ -163,62 +143,48 @@ def padded_load(groups: Sequence[Group]) -> Load:
 
 
 def step_seconds(
-    loads: Iterable[Load], shape: Shape, machine: Machine, *, checkpointing: bool = False, reference: bool = True
+    loads: Iterable[Load], shape: ModelSize, machine: Machine, *, checkpointing: bool = False, reference: bool = True
 ) -> StepSeconds:
     """Predict the time of a step that runs these loads one after another.
 
-    Args:
-        loads: One for each forward call.
-        shape: The model.
-        machine: The device.
-        checkpointing: Whether layers run again in the backward pass.
-        reference: Whether the reference runs too; not where its values were precomputed.
+    Without ``reference``, its values were precomputed; with ``checkpointing``, layers run again in the backward pass.
     """
     reference_seconds = policy = 0.0
     for load in loads:
-        layers = _layers_forward(load, shape, machine)
+        layers = _layers_seconds(load, shape, machine, backward=False)
         product = 2.0 * shape.hidden * shape.vocabulary * load.targets / machine.matmul
         logits = shape.vocabulary * load.targets
         reference_seconds += layers + product + logits * machine.logit_forward if reference else 0.0
-        policy += layers * (2 if checkpointing else 1) + _layers_backward(load, shape, machine)
+        policy += layers * (2 if checkpointing else 1) + _layers_seconds(load, shape, machine, backward=True)
         # kept logits are multiplied out once and give two gradients; logits in chunks are made a second time
         policy += product * (3 if load.kept_logits else 4) + logits * (machine.logit_forward + machine.logit_backward)
         policy += _fresh_bytes(load, shape, machine) * machine.fresh
     return StepSeconds(reference_seconds, policy)
 
 
-def _layers_forward(load: Load, shape: Shape, machine: Machine) -> float:
-    products = 2.0 * shape.layer_parameters * load.tokens / machine.matmul
-    speed = machine.attention_forward * (machine.masked_attention if load.masked else 1.0)
-    attention = 4.0 * _head_dims(shape) * load.scores / speed
-    return products + attention + _elements(shape) * load.tokens * machine.elementwise
+def _layers_seconds(load: Load, shape: ModelSize, machine: Machine, *, backward: bool) -> float:
+    products = (4.0 if backward else 2.0) * shape.layer_parameters * load.tokens / machine.matmul
+    speed = machine.attention_backward if backward else machine.attention_forward
+    speed *= machine.masked_attention if load.masked else 1.0
+    attention = (10.0 if backward else 4.0) * shape.layers * shape.heads * shape.head_dim * load.scores / speed
+    written = (_BACKWARD_WRITES if backward else 1.0) * _elements(shape) * load.tokens
+    return products + attention + written * machine.elementwise
 
 
-def _layers_backward(load: Load, shape: Shape, machine: Machine) -> float:
-    products = 4.0 * shape.layer_parameters * load.tokens / machine.matmul
-    speed = machine.attention_backward * (machine.masked_attention if load.masked else 1.0)
-    attention = 10.0 * _head_dims(shape) * load.scores / speed
-    return products + attention + _BACKWARD_WRITES * _elements(shape) * load.tokens * machine.elementwise
-
-
-def _head_dims(shape: Shape) -> int:
-    return shape.layers * shape.heads * shape.head_dim
-
-
-def _elements(shape: Shape) -> float:
+def _elements(shape: ModelSize) -> float:
     """Elements per token that all layers write besides their products.
 
     Two norms write three each, two sums one; a rotation writes four for queries and keys; the attention's output is
     written once more in another order; the activation and the gate's product.
     """
     width, keys = shape.heads * shape.head_dim, shape.key_heads * shape.head_dim
-    return float(shape.layers * (8 * shape.hidden + 5 * width + 4 * keys + 2 * shape.intermediate))
+    return float(shape.layers * (8 * shape.hidden + 5 * width + 4 * keys + 2 * shape.gated_intermediate))
 
 
-def _fresh_bytes(load: Load, shape: Shape, machine: Machine) -> float:
+def _fresh_bytes(load: Load, shape: ModelSize, machine: Machine) -> float:
     """Bytes that a training step maps anew: of feed-forward layers four tensors forward and four backward."""
     total = 0.0
-    widths = [(shape.intermediate, 8 * shape.layers)]
+    widths = [(shape.gated_intermediate, 8 * shape.layers)]
     if load.kept_logits:
         # the logits, their gradient, and that gradient once more with the last position put back
         widths.append((shape.vocabulary, 3))

@@ -9,7 +9,7 @@ import numpy as np
 
 from flexdpo.data.tokenize import group_from_row
 from flexdpo.errors import FlexdpoError
-from flexdpo.estimate.costs import Load, padded_load, row_load, step_seconds
+from flexdpo.estimate.costs import Load, find_machine, padded_load, row_load, step_seconds
 from flexdpo.estimate.flops import Work, padded_work, row_work
 from flexdpo.estimate.lengths import classes_of
 from flexdpo.layout.groups import Group
@@ -21,11 +21,10 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from numpy.typing import NDArray
 
-    from flexdpo.estimate.costs import Machine
-    from flexdpo.estimate.estimate import EstimateSettings
     from flexdpo.estimate.lengths import RowTokens
-    from flexdpo.estimate.model_shapes import Shape
+    from flexdpo.estimate.settings import EstimateSettings
     from flexdpo.layout.row import Row
+    from flexdpo.training.memory import ModelSize
 
 _LABELS = {
     "padded": "padded batches, full logits",
@@ -193,115 +192,78 @@ class _Sample(NamedTuple):
     head_passes: int = 4
 
 
-def features_of(
-    dataset: Dataset,
-    counted: RowTokens,
-    layouts: Layouts,
-    settings: EstimateSettings,
-    shape: Shape,
-    machine: Machine,
-    *,
-    regrouped: int,
-) -> tuple[Feature, ...]:
-    """Predict an epoch under each feature.
+class EpochCost(NamedTuple):
+    """The model and the settings that work is counted for."""
 
-    Args:
-        dataset: Tokenised.
-        counted: Its rows.
-        layouts: An epoch of it.
-        settings: Batch, rows and device.
-        shape: The model.
-        machine: The device's costs.
-        regrouped: Exact tokens once rows with equal prompts are merged.
+    size: ModelSize
+    settings: EstimateSettings
+
+    def of_rows(self, batches: Iterable[Sequence[Group]], **options: Any) -> _Sample:
+        """What batches ask for as packed rows; ``options`` are those of :func:`flexdpo.pack`."""
+        machine, multiple = find_machine(self.settings.device), self.settings.row_multiple
+        rows: list[Row] = []
+        for groups in batches:
+            budget = self.settings.max_tokens_per_row
+            if budget is not None:
+                # groups merged for the comparison may be longer than the rows that were asked for
+                longest = max(group.unshared_tokens for group in groups)
+                budget = max(budget, -(-longest // multiple) * multiple)
+            rows += pack(groups, budget, pad_to_multiple_of=multiple, **options)
+        work = sum((row_work(row) for row in rows), Work(0, 0, 0))
+        return _Sample(sum(row.num_tokens for row in rows), work, [row_load(row, self.size, machine) for row in rows])
+
+    def of_sample(self, sample: _Sample) -> tuple[float, float]:
+        """Seconds and floating-point operations of a sample, policy and reference."""
+        settings, machine = self.settings, find_machine(self.settings.device)
+        checkpointing = settings.gradient_checkpointing
+        seconds = step_seconds(
+            sample.loads, self.size, machine, checkpointing=checkpointing, reference=settings.reference
+        ).total
+        flops = sample.work.training_flops(self.size, checkpointing=checkpointing, head_passes=sample.head_passes)
+        return seconds, flops + (sample.work.forward_flops(self.size) if settings.reference else 0.0)
+
+
+def features_of(
+    dataset: Dataset, counted: RowTokens, layouts: Layouts, cost: EpochCost, *, regrouped: int
+) -> tuple[Feature, ...]:
+    """Predict an epoch of a tokenised dataset under each feature.
+
+    ``regrouped`` are its exact tokens once rows with equal prompts are merged.
     """
     batches = layouts.sampled
-    budget, multiple = settings.max_tokens_per_row, settings.row_multiple
     unshared, shared = int(counted.unshared.sum()), int(counted.distinct.sum())
-
-    def rows_of(groups: Iterable[Sequence[Group]], **options: Any) -> _Sample:
-        rows = [row for batch in groups for row in _packed(batch, budget, multiple, **options)]
-        return _of_rows(rows, shape, machine)
-
-    apart = rows_of([_apart(batch) for batch in batches])
-    sharing = rows_of(batches)
+    padded_work_all = sum((padded_work(batch) for batch in batches), Work(0, 0, 0))
+    padded = _Sample(padded_work_all.tokens, padded_work_all, [padded_load(batch) for batch in batches], head_passes=3)
+    apart = cost.of_rows([_apart(batch) for batch in batches])
+    sharing = cost.of_rows(batches)
     # without a beginning that two rows have in common, sharing across examples changes nothing
-    across = rows_of(batches, sharing="step") if _has_shared_prefixes(counted) else sharing
+    across = cost.of_rows(batches, sharing="step") if _has_shared_prefixes(counted) else sharing
     samples = {
-        "padded": (_padded(batches), layouts.padded_tokens),
+        "padded": (padded, layouts.padded_tokens),
         "packing": (_with_all_logits(apart), unshared),
         "targets": (apart, unshared),
         "sharing": (sharing, shared),
         "across": (across, round(shared * across.tokens / sharing.tokens)),
     }
     features: dict[str, Feature] = {}
-    before: Feature | None = None
+    before: float | None = None
     for name, (sample, tokens) in samples.items():
-        features[name] = before = _feature(name, sample, tokens, before, settings, shape, machine)
-    gain = 1.0, 1.0
+        # the sample stands for all tokens of the epoch
+        seconds, flops = (value * tokens / sample.tokens for value in cost.of_sample(sample))
+        features[name] = Feature(
+            name, _LABELS[name], tokens, flops, seconds, 1.0 if before is None else before / seconds
+        )
+        before = seconds
+    seconds, flops = features["sharing"].seconds * regrouped / shared, features["sharing"].flops * regrouped / shared
     if regrouped < shared:
-        separate, merged = _equal_prompts(dataset, counted, settings)
-        gain = _per_token(rows_of(merged), rows_of(separate), settings, shape, machine)
-    regrouping = _regrouping(features["sharing"], regrouped, gain)
+        # a token costs more or less when rows are merged, since its prompt is longer
+        alone, merged = (cost.of_rows(each) for each in _equal_prompts(dataset, counted, cost.settings))
+        (alone_s, alone_flops), (merged_s, merged_flops) = cost.of_sample(alone), cost.of_sample(merged)
+        seconds *= merged_s / merged.tokens / (alone_s / alone.tokens)
+        flops *= merged_flops / merged.tokens / (alone_flops / alone.tokens)
+    gain = features["sharing"].seconds / seconds
+    regrouping = Feature("regrouping", _LABELS["regrouping"], regrouped, flops, seconds, gain)
     return (*(features[name] for name in ("padded", "packing", "targets", "sharing")), regrouping, features["across"])
-
-
-def _per_token(
-    merged: _Sample, separate: _Sample, settings: EstimateSettings, shape: Shape, machine: Machine
-) -> tuple[float, float]:
-    """By what factors the seconds and the operations of a token change when rows are merged: its prompt is longer."""
-
-    def each(sample: _Sample) -> tuple[float, float]:
-        found = _feature("sharing", sample, sample.tokens, None, settings, shape, machine)
-        return found.seconds / found.tokens, found.flops / found.tokens
-
-    (seconds, flops), (seconds_before, flops_before) = each(merged), each(separate)
-    return seconds / seconds_before, flops / flops_before
-
-
-def _regrouping(sharing: Feature, tokens: int, gain: tuple[float, float]) -> Feature:
-    share = tokens / sharing.tokens
-    seconds = sharing.seconds * share * gain[0]
-    flops = sharing.flops * share * gain[1]
-    return Feature("regrouping", _LABELS["regrouping"], tokens, flops, seconds, sharing.seconds / seconds)
-
-
-def _feature(
-    name: str,
-    sample: _Sample,
-    tokens: int,
-    before: Feature | None,
-    settings: EstimateSettings,
-    shape: Shape,
-    machine: Machine,
-) -> Feature:
-    """Scale the sample to all tokens of the epoch."""
-    scale = tokens / sample.tokens
-    checkpointing = settings.gradient_checkpointing
-    seconds = step_seconds(
-        sample.loads, shape, machine, checkpointing=checkpointing, reference=settings.reference
-    ).total
-    flops = sample.work.training_flops(shape, checkpointing=checkpointing, head_passes=sample.head_passes)
-    flops += sample.work.forward_flops(shape) if settings.reference else 0.0
-    speedup = 1.0 if before is None else before.seconds / (seconds * scale)
-    return Feature(name, _LABELS[name], tokens, flops * scale, seconds * scale, speedup)
-
-
-def _packed(groups: Sequence[Group], budget: int | None, multiple: int, **options: Any) -> list[Row]:
-    if budget is not None:
-        # groups merged for the comparison may be longer than the rows that were asked for
-        longest = max(group.unshared_tokens for group in groups)
-        budget = max(budget, -(-longest // multiple) * multiple)
-    return pack(groups, budget, pad_to_multiple_of=multiple, **options)
-
-
-def _of_rows(rows: Sequence[Row], shape: Shape, machine: Machine) -> _Sample:
-    work = sum((row_work(row) for row in rows), Work(0, 0, 0))
-    return _Sample(sum(row.num_tokens for row in rows), work, [row_load(row, shape, machine) for row in rows])
-
-
-def _padded(batches: Sequence[Sequence[Group]]) -> _Sample:
-    work = sum((padded_work(batch) for batch in batches), Work(0, 0, 0))
-    return _Sample(work.tokens, work, [padded_load(batch) for batch in batches], head_passes=3)
 
 
 def _with_all_logits(sample: _Sample) -> _Sample:

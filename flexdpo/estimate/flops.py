@@ -12,9 +12,9 @@ from flexdpo.layout.row import TILE
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from flexdpo.estimate.model_shapes import Shape
     from flexdpo.layout.groups import Group
     from flexdpo.layout.row import Row
+    from flexdpo.training.memory import ModelSize
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ class Work:
     def __add__(self, other: Work) -> Work:
         return Work(self.tokens + other.tokens, self.scores + other.scores, self.targets + other.targets)
 
-    def forward_flops(self, shape: Shape) -> float:
+    def forward_flops(self, shape: ModelSize) -> float:
         """Floating-point operations of one forward pass."""
         linear, attention, head = self._parts(shape)
         return linear + attention + head
 
-    def training_flops(self, shape: Shape, *, checkpointing: bool, head_passes: int) -> float:
+    def training_flops(self, shape: ModelSize, *, checkpointing: bool, head_passes: int) -> float:
         """Floating-point operations of one forward and backward pass.
 
         Args:
@@ -52,7 +52,7 @@ class Work:
         # fused attention computes its scores again in the backward pass: five products where the forward has two
         return (3 + again) * linear + (3.5 + again) * attention + head_passes * head
 
-    def _parts(self, shape: Shape) -> tuple[float, float, float]:
+    def _parts(self, shape: ModelSize) -> tuple[float, float, float]:
         linear = 2.0 * shape.layer_parameters * self.tokens
         attention = 4.0 * shape.layers * shape.heads * shape.head_dim * self.scores
         head = 2.0 * shape.hidden * shape.vocabulary * self.targets

@@ -92,13 +92,8 @@ def count_rows(dataset: Dataset, rows_per_batch: int = ROWS_PER_BATCH) -> RowTok
 class TokenBatch:
     """Some rows as flat arrays.
 
-    Attributes:
-        prompt_ids: Token ids of all prompts, one after the other.
-        prompts: Tokens of each prompt.
-        response_ids: Token ids of all responses, one after the other.
-        response_tokens: Tokens of each response.
-        responses: Responses of each row.
-        edges: Preferences of each row.
+    Token ids of all prompts and of all responses, one after the other, and how many tokens, responses and preferences
+    there are of each.
     """
 
     prompt_ids: NDArray[np.int32]
@@ -261,13 +256,7 @@ def classes_of(keys: NDArray[np.uint64]) -> tuple[Ints, Ints]:
 
 
 def regrouped_tokens(dataset: Dataset, counted: RowTokens, rows_per_batch: int = ROWS_PER_BATCH) -> int:
-    """Distinct tokens of a dataset once rows with the same prompt are one group each, without further sharing.
-
-    Args:
-        dataset: The dataset.
-        counted: Its rows as :func:`count_rows` counted them.
-        rows_per_batch: Rows held at a time.
-    """
+    """Distinct tokens of a dataset once rows with the same prompt are one group each, without further sharing."""
     numbers, counts = classes_of(counted.prompt_keys)
     repeated = counts[numbers] > 1
     total = int(counted.distinct[~repeated].sum())
@@ -319,13 +308,7 @@ class SharedPrefixes:
 
 
 def shared_prefixes(dataset: Dataset, counted: RowTokens, rows_per_batch: int = ROWS_PER_BATCH) -> SharedPrefixes:
-    """Find beginnings of prompts that several rows have in common.
-
-    Args:
-        dataset: The dataset.
-        counted: Its rows as :func:`count_rows` counted them.
-        rows_per_batch: Rows held at a time.
-    """
+    """Find beginnings of prompts that several rows have in common."""
     common_to_all = int(counted.with_first.min())
     long_enough = np.flatnonzero(counted.prompts >= MIN_SHARED)
     numbers, counts = classes_of(counted.prefix_keys[long_enough])

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from flexdpo.errors import FlexdpoError, first_line
+from flexdpo.hf.names import local_path, require_saved
 from flexdpo.hf.rules import backbone_of, refusal_reason
 from flexdpo.proof.probe import ParityReport, parity_probe
 from flexdpo.proof.tiny_models import small_model
@@ -98,16 +99,13 @@ def check_model(name_or_path: str, *, trust_remote_code: bool = False) -> CheckR
 def _load_config(name_or_path: str, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig
 
-    path = Path(name_or_path).expanduser()
-    looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
-    if looks_local and not path.exists():
+    path = local_path(name_or_path)
+    if path is not None and not path.exists():
         raise FlexdpoError(f"{name_or_path} does not exist; give a model folder, a config.json or a name on the hub")
-    if path.is_dir() and not (path / "config.json").exists():
-        raise FlexdpoError(f"{name_or_path} has no config.json, so it is no saved model")
+    if path is not None and path.is_dir():
+        require_saved(name_or_path, "config.json")
     try:
-        return AutoConfig.from_pretrained(
-            str(path) if path.exists() else name_or_path, trust_remote_code=trust_remote_code
-        )
+        return AutoConfig.from_pretrained(str(path or name_or_path), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise FlexdpoError(f"cannot load a config from {name_or_path!r}: {first_line(error)}") from error
 

@@ -10,8 +10,9 @@ import torch
 from flexdpo.data.regroup import regroup_by_prompt
 from flexdpo.data.tokenize import TokenizedPreferences, load_preference_dataset, tokenize_preferences
 from flexdpo.errors import FlexdpoError, first_line
-from flexdpo.estimate.estimate import Estimate, EstimateSettings, estimate_tokenised
-from flexdpo.estimate.sources import find_config
+from flexdpo.estimate.estimate import estimate_tokenised
+from flexdpo.estimate.report import Estimate
+from flexdpo.estimate.settings import EstimateSettings
 from flexdpo.hf.prepare import prepare_model
 from flexdpo.training import model_loading
 from flexdpo.training.adapters import add_adapter
@@ -91,7 +92,7 @@ def _without_weights(job: Job, config: DPOConfig) -> nn.Module:
     init_kwargs = config.model_init_kwargs if isinstance(config.model_init_kwargs, dict) else {}
     kwargs = {**init_kwargs, **job.load_kwargs}
     revision = {name: kwargs[name] for name in ("revision",) if name in kwargs}
-    read = find_config(job.model_name_or_path, trust_remote_code=config.trust_remote_code, **revision)
+    read = model_loading.load_config(job.model_name_or_path, trust_remote_code=config.trust_remote_code, **revision)
     # what from_pretrained does by itself: the dtype the weights were saved in
     dtype = kwargs.get("dtype") if kwargs.get("dtype") not in (None, "auto") else getattr(read, "dtype", None)
     try:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from flexdpo.errors import FlexdpoError, nearest
 from flexdpo.layout.packing import pack
 from flexdpo.show.mask_image import INK, draw_mask_panel, row_title
-from flexdpo.show.packing import PACKING_TITLE, batch_layouts, draw_packing_panel, packing_height
+from flexdpo.show.packing import PACKING_TITLE, draw_packing_panel, packing_height
 from flexdpo.show.plots import new_figure, save_figure
 from flexdpo.show.trie import draw_trie_panel, trie_height
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from flexdpo.layout.groups import Group
     from flexdpo.layout.row import Row
+    from flexdpo.show.packing import BatchLayout
 
 VIEWS = ("all", "trie", "mask", "packing")
 _WIDTH, _MASK, _HEADING, _AXIS = 7.5, 7.1, 0.42, 0.5
@@ -43,57 +44,28 @@ def picture_block_size(length: int) -> int:
 
 
 def draw_overview(
-    groups: Sequence[Group],
-    path: str | Path,
-    *,
-    view: str = "all",
-    max_tokens_per_row: int | None = None,
-    sharing: str = "group",
-    pad_to_multiple_of: int = 1,
-    block_size: int | None = None,
+    row: Row, layouts: Sequence[BatchLayout], path: str | Path, *, view: str = "all", block_size: int | None = None
 ) -> Path:
-    """Draw groups into a file, 1200 pixels wide.
+    """Draw a row and the batch it comes from into a file, 1200 pixels wide; see :func:`overview_figure`.
 
-    Args:
-        groups: A batch; the tries and the mask are those of its first row.
-        path: The picture to write; the ending chooses the format, ``.png`` or ``.pdf`` for instance.
-        view: ``"trie"``, ``"mask"``, ``"packing"`` or ``"all"``.
-        max_tokens_per_row: Longest row; by default all groups stand in the row that is drawn, and the batch is packed
-            into rows of a quarter of its tokens.
-        sharing: ``"group"`` or ``"step"``.
-        pad_to_multiple_of: The row is padded to a multiple of this many tokens.
-        block_size: Tokens to a side of a tile; by default 128, and smaller for a row of less than eight of them.
-
-    Raises:
-        FlexdpoError: if a group does not fit, a setting is unknown, or the picture cannot be written.
+    The ending of ``path`` chooses the format, ``.png`` or ``.pdf`` for instance.
     """
-    return save_figure(
-        overview_figure(
-            groups,
-            view=view,
-            max_tokens_per_row=max_tokens_per_row,
-            sharing=sharing,
-            pad_to_multiple_of=pad_to_multiple_of,
-            block_size=block_size,
-        ),
-        path,
-    )
+    return save_figure(overview_figure(row, layouts, view=view, block_size=block_size), path)
 
 
 def overview_figure(
-    groups: Sequence[Group],
-    *,
-    view: str = "all",
-    max_tokens_per_row: int | None = None,
-    sharing: str = "group",
-    pad_to_multiple_of: int = 1,
-    block_size: int | None = None,
+    row: Row, layouts: Sequence[BatchLayout], *, view: str = "all", block_size: int | None = None
 ) -> Figure:
-    """The figure of :func:`draw_overview`; the axes of the mask come first where there are any."""
+    """Draw a row and the batch it comes from; the axes of the mask come first where there are any.
+
+    Args:
+        row: Its tries and its mask are drawn.
+        layouts: What :func:`flexdpo.show.packing.batch_layouts` gives.
+        view: ``"trie"``, ``"mask"``, ``"packing"`` or ``"all"``.
+        block_size: Tokens to a side of a tile; by default 128, and smaller for a row of less than eight of them.
+    """
     if view not in VIEWS:
         raise FlexdpoError(f"--view {view!r} is unknown{nearest(view, VIEWS)}; views: {', '.join(VIEWS)}")
-    row = first_row(groups, max_tokens_per_row, sharing=sharing, pad_to_multiple_of=pad_to_multiple_of)
-    layouts = batch_layouts(groups, max_tokens_per_row, sharing=sharing)
     heights = {"trie": trie_height(row), "mask": _MASK, "packing": packing_height(layouts)}
     shown = [name for name in heights if view in ("all", name)]
     total = sum(heights[name] + _HEADING + _AXIS for name in shown)

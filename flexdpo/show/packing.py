@@ -9,11 +9,9 @@ import numpy as np
 
 from flexdpo.layout.packing import best_fit_decreasing, pack_numbered
 from flexdpo.show.mask_image import FIRST_RESPONSE, INK, PADDING, PROMPT, TokenKinds, token_colours, token_kinds
-from flexdpo.show.plots import new_figure, save_figure
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from flexdpo.layout.groups import Group
 
@@ -148,26 +146,6 @@ def _joined(lanes: Sequence[Lane]) -> Lane:
         ),
         sum(lane.num_tokens for lane in lanes),
     )
-
-
-def draw_packing(groups: Sequence[Group], path: str | Path, max_tokens_per_row: int | None = None) -> Path:
-    """Draw a batch padded, packed and shared into a file, 1200 pixels wide.
-
-    Args:
-        groups: The batch.
-        path: The picture to write; the ending chooses the format.
-        max_tokens_per_row: As in :func:`batch_layouts`.
-
-    Raises:
-        FlexdpoError: if a group is longer than the rows, or the picture cannot be written.
-    """
-    layouts = batch_layouts(groups, max_tokens_per_row)
-    height = packing_height(layouts)
-    figure = new_figure(7.5, height + 0.75, dpi=160)
-    box = figure.add_gridspec(1, 1, left=0.1, right=0.985, bottom=0.45 / (height + 0.75), top=1 - 0.3 / (height + 0.75))
-    draw_packing_panel(figure, box[0], layouts)
-    figure.text(0.1, 1 - 0.22 / (height + 0.75), PACKING_TITLE, fontsize=11, color=INK)
-    return save_figure(figure, path)
 
 
 PACKING_TITLE = "A batch, laid out three ways (area is work)"

@@ -8,11 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flexdpo.show.mask_image import FIRST_RESPONSE, INK, PADDING, PROMPT, SHARED, token_colours, token_kinds
-from flexdpo.show.plots import new_figure, save_figure
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from flexdpo.layout.row import Row
 
@@ -95,24 +93,6 @@ def _placed(runs: Sequence[Run]) -> list[Run]:
             below = [lanes[child] for child in children[number]]
             lanes[number] = (below[0] + below[-1]) / 2
     return [replace(run, lane=lanes[number]) for number, run in enumerate(runs)]
-
-
-def draw_trie(row: Row, path: str | Path) -> Path:
-    """Draw the trie of a packed row into a file, 1200 pixels wide.
-
-    Args:
-        row: The packed row.
-        path: The picture to write; the ending chooses the format.
-
-    Raises:
-        FlexdpoError: if the picture cannot be written.
-    """
-    height = trie_height(row)
-    figure = new_figure(7.5, height + 0.75, dpi=160)
-    box = figure.add_gridspec(1, 1, left=0.1, right=0.985, bottom=0.45 / (height + 0.75), top=1 - 0.3 / (height + 0.75))
-    draw_trie_panel(figure, box[0], row)
-    figure.text(0.1, 1 - 0.22 / (height + 0.75), "Its tokens as tries", fontsize=11, color=INK)
-    return save_figure(figure, path)
 
 
 def trie_height(row: Row) -> float:

@@ -69,6 +69,17 @@ class ModelSize:
     layer_norm: bool = False
     head_norms: bool = False
 
+    @property
+    def gated_intermediate(self) -> int:
+        """Width of a gated feed-forward layer, three matrices, with as many weights."""
+        return self.intermediate if self.gated else self.intermediate * 2 // 3
+
+    @property
+    def layer_parameters(self) -> int:
+        """Weights of the linear layers of all decoder layers that a token passes, the head not included."""
+        attention = self.hidden * self.head_dim * 2 * (self.heads + self.key_heads)
+        return self.layers * (attention + 3 * self.hidden * self.gated_intermediate)
+
     @classmethod
     def of(cls, model_or_config: Any) -> ModelSize:
         """Read the numbers off a model, a transformers config, or another ``ModelSize``.

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from flexdpo.data.tokenize import require_special_tokens
 from flexdpo.errors import FlexdpoError, first_line, quoted
 from flexdpo.hf.forward_layout import ATTN_IMPLEMENTATION
+from flexdpo.hf.names import require_saved, why_unreachable
 from flexdpo.hf.rules import unwrap_model
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def load_model(name_or_path: str, *, trust_remote_code: bool = False, **init_kwa
             f"model_init_kwargs asks for attn_implementation={requested!r}; packed rows need "
             f"{ATTN_IMPLEMENTATION!r}, so leave it out"
         )
-    _require_folder(name_or_path, "config.json")
+    require_saved(name_or_path, "config.json")
     try:
         model: PreTrainedModel
         model, found = AutoModelForCausalLM.from_pretrained(
@@ -85,35 +86,30 @@ def load_model(name_or_path: str, *, trust_remote_code: bool = False, **init_kwa
 
 
 def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load a tokenizer from a local folder or the hub, and make sure that it has an EOS and a pad token."""
-    _require_folder(name_or_path, "config.json")
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            name_or_path, trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise FlexdpoError(
-            f"cannot load a tokenizer from {name_or_path!r}: {first_line(error)}; save one there with "
-            "tokenizer.save_pretrained(...)"
-        ) from error
+    """Load a tokenizer from a folder, with a model or alone, or the hub; it needs an EOS and a pad token."""
+    require_saved(name_or_path, "config.json", "tokenizer_config.json", "tokenizer.json")
+    tokenizer: PreTrainedTokenizerBase = _from_name(
+        AutoTokenizer, "a tokenizer", name_or_path, trust_remote_code=trust_remote_code
+    )
     require_special_tokens(tokenizer)
     return tokenizer
 
 
-def _require_folder(name_or_path: str, needed: str) -> None:
-    """Say at once that a local folder is missing, instead of asking a hub for it."""
-    path = Path(name_or_path).expanduser()
-    looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
-    if path.is_dir():
-        if not (path / needed).exists():
-            raise FlexdpoError(f"{name_or_path} has no {needed}, so it is no saved model; found {_listing(path)}")
-    elif looks_local or path.exists():
-        raise FlexdpoError(f"{name_or_path} is not a folder with a saved model")
+def load_config(name_or_path: str, **kwargs: Any) -> Any:
+    """Load a model's config from a folder or the hub; the weights stay where they are."""
+    require_saved(name_or_path, "config.json")
+    return _from_name(AutoConfig, "a model's config", name_or_path, **kwargs)
 
 
-def _listing(folder: Path) -> str:
-    names = sorted(entry.name for entry in folder.iterdir())
-    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "nothing"
+def _from_name(loader: Any, what: str, name_or_path: str, **kwargs: Any) -> Any:
+    unreachable = why_unreachable(name_or_path)
+    # only the local cache can help then
+    where = {"local_files_only": True} if unreachable else {}
+    try:
+        return loader.from_pretrained(name_or_path, **where, **kwargs)
+    except (OSError, ValueError, KeyError) as error:
+        why = f"it is no folder here, and {unreachable}" if unreachable else first_line(error)
+        raise FlexdpoError(f"cannot load {what} from {name_or_path!r}: {why}") from error
 
 
 def vocabulary(model: PreTrainedModel) -> int:

@@ -4,23 +4,39 @@ import math
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from flexdpo import FlexdpoError, Group
 from flexdpo.bench import kernels, variants
-from flexdpo.bench.bench import BenchSettings, profile_table, run_bench
+from flexdpo.bench.bench import profile_table, run_bench
 from flexdpo.bench.profiles import find_profiles, load_profiles
+from flexdpo.bench.settings import BenchSettings
 from flexdpo.bench.timing import Seconds, Times, measure, paired_ratio
-from flexdpo.bench.trl import TrlArm
-from flexdpo.bench.variants import PackedArm, PaddedArm, PaddedLabelsArm, pack_pairs
-from flexdpo.bench.varlen import Documents, VarlenArm, within_documents
+from flexdpo.bench.trl import Trl
+from flexdpo.bench.variants import Packed, Padded, PaddedLabels, pack_pairs
+from flexdpo.bench.varlen import Documents, Varlen, within_documents
+from flexdpo.cli import main
 from flexdpo.commands import bench as command
 from flexdpo.estimate.flops import Work, padded_work, row_work
-from flexdpo.estimate.model_shapes import SHAPES, Shape, find_shape
+from flexdpo.estimate.model_shapes import SHAPES, build_model, find_shape
 from flexdpo.hf.checkpointing import enable_checkpointing
+from flexdpo.training.memory import ModelSize
 from tests.attention.test_varlen import replace_varlen_attn
 
 CPU = torch.device("cpu")
-SMALL = Shape("small", 32, 48, 2, 4, 2, 8, 97, True)
+CONFIG = LlamaConfig(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    vocab_size=97,
+    tie_word_embeddings=True,
+    bos_token_id=0,
+    eos_token_id=1,
+)
+SMALL = ModelSize.of(CONFIG)
 
 
 def pairs(count: int, seed: int = 0) -> list[Group]:
@@ -50,7 +66,7 @@ def test_the_same_seed_draws_the_same_pairs() -> None:
 
 
 def test_a_shape_counts_its_own_layers() -> None:
-    model = SMALL.build(CPU, torch.float32)
+    model = build_model(CONFIG, CPU, torch.float32)
     linear = sum(m.weight.numel() for m in model.model.layers.modules() if isinstance(m, torch.nn.Linear))
     assert linear == SMALL.layer_parameters
     assert set(SHAPES) == {"tiny", "llama-160m", "llama-1b", "llama-8b", "qwen3-0.6b"}
@@ -98,13 +114,13 @@ def by_documents(query, key, value, documents, scaling):
 
 def arms(model, batches):
     return {
-        "padded": PaddedArm(model, batches, CPU),
-        "padded, labels only": PaddedLabelsArm(model, batches, CPU),
-        "packed": PackedArm(model, batches, CPU, shared=False),
-        "shared": PackedArm(model, batches, CPU, shared=True),
-        "padded rows": PackedArm(model, batches, CPU, shared=True, pad_to_multiple_of=128),
-        "varlen": VarlenArm(model, batches, CPU, kernel=by_documents),
-        "shared, along root paths": PackedArm(model, batches, CPU, shared=True, impl="varlen"),
+        "padded": Padded(model, batches, CPU),
+        "padded, labels only": PaddedLabels(model, batches, CPU),
+        "packed": Packed(model, batches, CPU, shared=False),
+        "shared": Packed(model, batches, CPU, shared=True),
+        "padded rows": Packed(model, batches, CPU, shared=True, pad_to_multiple_of=128),
+        "varlen": Varlen(model, batches, CPU, kernel=by_documents),
+        "shared, along root paths": Packed(model, batches, CPU, shared=True, impl="varlen"),
     }
 
 
@@ -119,7 +135,7 @@ def result_of(arm, model):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_all_arms_give_the_same_values_and_gradients(checkpointing: bool, monkeypatch) -> None:
     replace_varlen_attn(monkeypatch)
-    model = SMALL.build(CPU, torch.float64)
+    model = build_model(CONFIG, CPU, torch.float64)
     if checkpointing:
         enable_checkpointing(model)
     found = {name: result_of(arm, model) for name, arm in arms(model, [pairs(4)]).items()}
@@ -143,19 +159,19 @@ def test_an_arm_needs_no_other_before_it(monkeypatch) -> None:
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_budget_splits_rows_and_changes_no_loss(shared: bool) -> None:
-    model, batch = SMALL.build(CPU, torch.float64), pairs(6)
+    model, batch = build_model(CONFIG, CPU, torch.float64), pairs(6)
     budget = max(group.unshared_tokens for group in batch) + 20
-    split = PackedArm(model, [batch], CPU, shared=shared, max_tokens_per_row=budget)
+    split = Packed(model, [batch], CPU, shared=shared, max_tokens_per_row=budget)
     assert len(split.rows[0]) > 1
-    got, want = (result_of(arm, model) for arm in (split, PackedArm(model, [batch], CPU, shared=shared)))
+    got, want = (result_of(arm, model) for arm in (split, Packed(model, [batch], CPU, shared=shared)))
     # best fit may change the order of pairs, never a pair's two sides
     torch.testing.assert_close(got[0].sort(dim=1).values, want[0].sort(dim=1).values, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(got[2], want[2], rtol=1e-5, atol=1e-7)
 
 
 def test_trl_gives_the_same_loss_on_the_same_pairs() -> None:
-    model, batch = SMALL.build(CPU, torch.float32), pairs(3)
-    trl, shared = TrlArm(model, [batch], CPU), PackedArm(model, [batch], CPU, shared=True)
+    model, batch = build_model(CONFIG, CPU, torch.float32), pairs(3)
+    trl, shared = Trl(model, [batch], CPU), Packed(model, [batch], CPU, shared=True)
     trl.enter()
     # the policy is its own reference there, so the loss is ln 2; its gradients tell more
     loss = trl.policy(0, trl.reference(0))
@@ -169,17 +185,17 @@ def test_trl_gives_the_same_loss_on_the_same_pairs() -> None:
 
 
 def test_a_padded_batch_that_does_not_fit_is_halved(monkeypatch) -> None:
-    model, batch = SMALL.build(CPU, torch.float64), pairs(4)
-    arm = PaddedArm(model, [batch], CPU)
+    model, batch = build_model(CONFIG, CPU, torch.float64), pairs(4)
+    arm = Padded(model, [batch], CPU)
     want = result_of(arm, model)
-    original = PaddedArm._logps
+    original = Padded._logps
 
     def small_memory(self, part):
         if part["input_ids"].shape[1] > 1:
             raise torch.OutOfMemoryError
         return original(self, part)
 
-    monkeypatch.setattr(variants.PaddedArm, "_logps", small_memory)
+    monkeypatch.setattr(variants.Padded, "_logps", small_memory)
     got = result_of(arm, model)
     assert arm.pairs_at_once == 1
     torch.testing.assert_close(got[1], want[1])
@@ -294,7 +310,7 @@ def test_the_command_prints_tables_and_writes_every_figure(tmp_path, capsys) -> 
 
 
 def test_the_command_explains_itself(capsys) -> None:
-    assert command.run(["--help"]) == 0
+    assert main(["bench", "--help"]) == 0
     assert "--baseline" in capsys.readouterr().out
 
 
@@ -343,16 +359,16 @@ def test_all_arms_agree_on_a_gpu() -> None:
     batches = [load_profiles()["hh_rlhf"].pairs(4, np.random.default_rng(0), shape.vocabulary)]
     values = []
     for arm in (
-        PaddedArm(model, batches, device),
-        PaddedLabelsArm(model, batches, device),
-        VarlenArm(model, batches, device),
+        Padded(model, batches, device),
+        PaddedLabels(model, batches, device),
+        Varlen(model, batches, device),
     ):
         arm.enter()
         values.append(arm.reference(0))
-    along = PackedArm(model, batches, device, shared=True, impl="varlen")
+    along = Packed(model, batches, device, shared=True, impl="varlen")
     along.enter()
     values.append(along.reference(0))
-    shared = PackedArm(model, batches, device, shared=True, pad_to_multiple_of=128)
+    shared = Packed(model, batches, device, shared=True, pad_to_multiple_of=128)
     shared.enter()
     for other in values:
         torch.testing.assert_close(shared.reference(0), other, rtol=0.02, atol=0.5)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from flexdpo import FlexdpoError
-from flexdpo.bench.bench import BenchResult, BenchSettings, describe_environment
+from flexdpo.bench.bench import BenchResult, describe_environment
 from flexdpo.bench.results_page import (
     BEGIN,
     END,
@@ -17,6 +17,7 @@ from flexdpo.bench.results_page import (
     render_page,
     update_page,
 )
+from flexdpo.bench.settings import BenchSettings
 from flexdpo.cli import main
 
 

@@ -11,16 +11,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 
 from flexdpo import DPOConfig, DPOTrainer, Trie, pack, regroup_by_prompt
-from flexdpo.bench.bench import BenchSettings, run_bench
+from flexdpo.bench.bench import run_bench
 from flexdpo.bench.profiles import load_profiles
+from flexdpo.bench.settings import BenchSettings
 from flexdpo.bench.variants import pack_pairs
 from flexdpo.data.tokenize import DataReport, TokenizedPreferences, group_from_row
 from flexdpo.errors import FlexdpoError
-from flexdpo.estimate.costs import MACHINES, find_machine, padded_load, row_load, shape_of, step_seconds
-from flexdpo.estimate.estimate import EstimateSettings, estimate_dataset, estimate_tokenised
+from flexdpo.estimate.costs import MACHINES, find_machine, padded_load, row_load, step_seconds
+from flexdpo.estimate.estimate import estimate_dataset, estimate_tokenised
 from flexdpo.estimate.lengths import (
     common_lengths,
     count_rows,
@@ -28,7 +30,8 @@ from flexdpo.estimate.lengths import (
     regrouped_tokens,
     shared_prefixes,
 )
-from flexdpo.estimate.model_shapes import SHAPES, Shape
+from flexdpo.estimate.model_shapes import build_model, find_shape, shape_config
+from flexdpo.estimate.settings import EstimateSettings
 from flexdpo.training.memory import ModelSize
 from tests.conftest import preference_rows
 
@@ -294,7 +297,9 @@ def test_an_estimate_is_json(rng) -> None:
 
 
 def test_a_step_by_hand() -> None:
-    shape = Shape("s", hidden=8, intermediate=16, layers=2, heads=2, key_heads=1, head_dim=4, vocabulary=10, tied=True)
+    shape = ModelSize(
+        "s", parameters=1, hidden=8, intermediate=16, layers=2, heads=2, key_heads=1, head_dim=4, vocabulary=10
+    )
     machine = MACHINES["cpu"]
     rng = np.random.default_rng(0)
     (pair,) = load_profiles()["tldr"].scaled(0.1).pairs(1, rng, 10)
@@ -322,7 +327,7 @@ def test_costs_are_found_by_name() -> None:
 @pytest.mark.parametrize("device", list(MACHINES))
 def test_predictions_lie_near_what_the_multiplications_allow(name, device) -> None:
     """Sharing cannot gain more than tokens do, nor less than next to nothing."""
-    shape, machine = SHAPES["tiny"], MACHINES[device]
+    shape, machine = find_shape("tiny"), MACHINES[device]
     rng = np.random.default_rng(0)
     pairs = load_profiles()[name].scaled(0.25).pairs(16, rng, shape.vocabulary)
 
@@ -338,15 +343,15 @@ def test_predictions_lie_near_what_the_multiplications_allow(name, device) -> No
 
 
 def test_the_shape_of_a_model_has_its_layers_weights() -> None:
-    for name in ("tiny", "llama-1b", "qwen3-0.6b"):
-        shape = SHAPES[name]
-        assert shape_of(ModelSize.of(shape.config())).layer_parameters == shape.layer_parameters
+    model = build_model(shape_config("tiny"), torch.device("meta"), torch.float32)
+    linear = [m.weight.numel() for m in model.model.layers.modules() if isinstance(m, torch.nn.Linear)]
+    assert find_shape("tiny").layer_parameters == sum(linear)
 
 
 def test_the_benchmark_carries_the_prediction() -> None:
-    settings = BenchSettings(profile="tldr", scale=0.05, pairs=2, batches=1, rounds=1, seconds=0.1)
+    settings = BenchSettings(device="cpu", profile="tldr", scale=0.05, pairs=2, batches=1, rounds=1, seconds=0.1)
     figures = run_bench(settings, report=lambda _: None).profiles["tldr"]
-    shape, machine = SHAPES["tiny"], MACHINES["cpu"]
+    shape, machine = find_shape("tiny"), MACHINES["cpu"]
     pairs = load_profiles()["tldr"].scaled(0.05).pairs(2, np.random.default_rng(0), shape.vocabulary)
     (row,) = pack_pairs(pairs, True, None, 1)
     shared = step_seconds([row_load(row, shape, machine)], shape, machine)
@@ -366,13 +371,13 @@ def test_predicted_speedups_against_the_committed_measurements(file: Path) -> No
     result = json.loads(file.read_text())
     assert result["profiles"].keys() == load_profiles().keys()
     settings = BenchSettings(**{name: value for name, value in result["settings"].items() if name != "baselines"})
-    shape, machine = SHAPES[settings.model], MACHINES[settings.device]
+    shape, machine = find_shape(settings.model), MACHINES[settings.device]
     for name, figures in result["profiles"].items():
         # what the file says was predicted is what is predicted today, from the same draw
         rng = np.random.default_rng(settings.seed)
         profile = load_profiles()[name].scaled(settings.scale)
         batches = [profile.pairs(settings.pairs, rng, shape.vocabulary) for _ in range(settings.batches)]
-        rows = [row for b in batches for row in pack_pairs(b, True, settings.row_budget, settings.row_multiple)]
+        rows = [row for b in batches for row in pack_pairs(b, True, **settings.rows)]
         shared = step_seconds([row_load(row, shape, machine) for row in rows], shape, machine).total
         padded = step_seconds([padded_load(batch) for batch in batches], shape, machine).total
         speed = figures["speedups"]["padded"]["total"]

@@ -31,10 +31,10 @@ from flexdpo.show.mask_image import (
     token_kinds,
 )
 from flexdpo.show.overview import draw_overview, first_row, overview_figure, picture_block_size
-from flexdpo.show.packing import batch_layouts, draw_packing
+from flexdpo.show.packing import batch_layouts
 from flexdpo.show.sources import example_groups, read_lengths
 from flexdpo.show.text import overview_text
-from flexdpo.show.trie import draw_trie, trie_runs
+from flexdpo.show.trie import trie_runs
 
 # row:      0  1  2 | 3  4   5     6  7    8 | 9  10   11   12 13 | 14 15
 # token:   p0 p1 p2 | s  s   r0   r1 r1   r2 | p0 p1   r0   r1 r1 | padding
@@ -303,8 +303,9 @@ def test_the_drawn_mask_of_a_trie_of_depth_two_is_the_dense_mask(tmp_path):
     dense = ancestor_mask(parents_of(row)).numpy()
     # wrong subtree ends would make both wrong alike, so the definition walks up the groups' own sequences
     np.testing.assert_array_equal(mask_categories(row) != HIDDEN, dense)
-    figure = overview_figure(groups, view="mask", block_size=64)
-    path = draw_overview(groups, tmp_path / "mask.png", view="mask", block_size=64)
+    layouts = batch_layouts(groups)
+    figure = overview_figure(row, layouts, view="mask", block_size=64)
+    path = draw_overview(row, layouts, tmp_path / "mask.png", view="mask", block_size=64)
     pixels = read_png(path)
     for query in range(len(dense)):
         # the legend stands in the upper right
@@ -361,21 +362,16 @@ def test_layouts_of_a_batch_hold_its_tokens(tmp_path):
 def test_groups_that_do_not_fit_the_rows_are_refused(tmp_path):
     groups = read_lengths(write_lengths(tmp_path, DEPTH_TWO_LENGTHS))
     with pytest.raises(FlexdpoError, match="group 0 has 29 distinct tokens but max_tokens_per_row=20"):
-        draw_overview(groups, tmp_path / "x.png", max_tokens_per_row=20)
+        batch_layouts(groups, 20)
 
 
 @pytest.mark.parametrize("view", ["all", "trie", "mask", "packing"])
 def test_views_are_1200_pixels_wide(view, tmp_path):
-    groups = list(long_row(3).groups)
-    height, width, _ = read_png(draw_overview(groups, tmp_path / "view.png", view=view)).shape
+    row = long_row(3)
+    path = draw_overview(row, batch_layouts(list(row.groups)), tmp_path / "view.png", view=view)
+    height, width, _ = read_png(path).shape
     assert width == 1200
     assert height > 150
-
-
-def test_trie_and_packing_have_pictures_of_their_own(tmp_path):
-    row = long_row(3)
-    for path in (draw_trie(row, tmp_path / "trie.png"), draw_packing(row.groups, tmp_path / "packing.png")):
-        assert read_png(path).shape[1] == 1200
 
 
 @pytest.mark.parametrize(("length", "size"), [(2048, 128), (1024, 128), (800, 64), (46, 4), (10, 2)])
@@ -436,4 +432,4 @@ def test_missing_lengths_and_unknown_views_are_refused(tmp_path):
     with pytest.raises(FlexdpoError, match=r"--lengths .*missing.json: No such file"):
         read_lengths(tmp_path / "missing.json")
     with pytest.raises(FlexdpoError, match="--view 'tree' is unknown; did you mean 'trie'"):
-        overview_figure(list(depth_two_row().groups), view="tree")
+        overview_figure(depth_two_row(), [], view="tree")

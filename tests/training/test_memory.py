@@ -12,7 +12,8 @@ from transformers import LlamaConfig, TrainingArguments
 
 from flexdpo import Group, Row, prepare_model, response_logps
 from flexdpo.errors import FlexdpoError
-from flexdpo.estimate.model_shapes import SHAPES
+from flexdpo.estimate import model_shapes
+from flexdpo.estimate.model_shapes import shape_config
 from flexdpo.hf.checkpointing import checkpointing_name, enable_checkpointing
 from flexdpo.training import row_budget
 from flexdpo.training.memory import (
@@ -76,8 +77,7 @@ def _status(name: str) -> int:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_peak_of_a_real_step_is_predicted() -> None:
-    shape = SHAPES["tiny"]
-    model = shape.build(torch.device("cpu"), torch.float32)
+    model = model_shapes.build_model(shape_config("tiny"), torch.device("cpu"), torch.float32)
     prepare_model(model)
 
     def step(third: int) -> None:
@@ -117,7 +117,7 @@ def test_the_sum_by_hand() -> None:
 def test_what_changes_memory_changes_the_prediction() -> None:
     def total(tokens: int = 8192, **changed: object) -> int:
         settings = {"weight_bytes": 2, "compute_bytes": 2, "device_type": "cuda"} | changed
-        return predict_memory(SHAPES["llama-8b"].config(), tokens, TrainingSetup(**settings)).total
+        return predict_memory(shape_config("llama-8b"), tokens, TrainingSetup(**settings)).total
 
     whole = total()
     weights = 2 * 8_030_261_248
@@ -132,7 +132,7 @@ def test_what_changes_memory_changes_the_prediction() -> None:
 
 
 def test_a_padded_step_holds_all_logits() -> None:
-    config = SHAPES["llama-160m"].config()
+    config = shape_config("llama-160m")
     more = predict_padded_memory(config, 4096).total - predict_memory(config, 4096, targets=400).total
     # logits and their gradient, less a chunk of them
     assert more == pytest.approx(2 * 4096 * 32000 * 4, rel=0.3)
@@ -157,7 +157,7 @@ def test_a_model_that_is_trained_in_part_says_so(tmp_path) -> None:
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_budget_is_the_largest_that_fits(device) -> None:
-    size = ModelSize.of(SHAPES["llama-1b"].config())
+    size = ModelSize.of(shape_config("llama-1b"))
     setup = TrainingSetup(2, 2, device_type=device)
     unit = 128 if device == "cuda" else 1
     budget = auto_row_budget(size, setup, device=device, free=30 * GIGABYTE, margin=0.1)
@@ -167,7 +167,7 @@ def test_the_budget_is_the_largest_that_fits(device) -> None:
 
 
 def test_what_is_in_memory_already_is_not_counted_again() -> None:
-    size, setup = ModelSize.of(SHAPES["llama-1b"].config()), TrainingSetup(2, 2)
+    size, setup = ModelSize.of(shape_config("llama-1b")), TrainingSetup(2, 2)
     before = auto_row_budget(size, setup, device="cpu", free=30 * GIGABYTE, margin=0)
     resident = 2 * predict_memory(size, 1, setup).weights
     after = auto_row_budget(
@@ -182,14 +182,14 @@ def test_a_budget_has_an_end() -> None:
 
 
 def test_too_little_memory_is_refused_with_ways_out() -> None:
-    config = SHAPES["llama-8b"].config()
+    config = shape_config("llama-8b")
     with pytest.raises(
         FlexdpoError, match=r"no row fits: 1 tokens of llama need about 163.* GB more \(weights 32.12 GB"
     ):
         auto_row_budget(config, device="cpu", free=20 * GIGABYTE)
     with pytest.raises(FlexdpoError, match="set activation_checkpointing=True, or set precompute_ref_log_probs=True"):
         auto_row_budget(config, device="cpu", free=20 * GIGABYTE)
-    tiny = SHAPES["tiny"].config()
+    tiny = shape_config("tiny")
     with pytest.raises(FlexdpoError, match=r"no row fits: 50000 tokens .* lower max_length"):
         auto_row_budget(tiny, device="cpu", free=GIGABYTE, longest=50_000)
 

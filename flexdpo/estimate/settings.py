@@ -1,0 +1,83 @@
+"""What an estimate is made for; the fields with a help text are the options of ``flexdpo estimate``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from flexdpo.errors import FlexdpoError
+from flexdpo.estimate.costs import MACHINES, find_machine
+from flexdpo.estimate.model_shapes import SHAPES
+from flexdpo.layout.row import tile_multiple
+from flexdpo.training.memory import TrainingSetup
+
+_DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+_COUNTS = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_tokens_per_row", "sample", "batches")
+
+
+@dataclass(frozen=True)
+class EstimateSettings:
+    """What to predict for; the names are those of ``DPOConfig``.
+
+    Attributes:
+        reference: Whether a reference model runs beside the policy, and its weights are kept.
+        setup: How the model is trained, for the memory; by default from the above, all weights by AdamW.
+        memory: Bytes of the device; by default what is free on it, or 80 GB for a GPU that is not there.
+        batches: Batches of the sample that are laid out token by token.
+    """
+
+    shape: str = field(
+        default="llama-8b", metadata={"help": f"Sizes to predict for without --model: {', '.join(SHAPES)}."}
+    )
+    device: str = field(
+        default="cuda",
+        metadata={"help": f"Whose costs to predict with: {', '.join(MACHINES)} (an H100; one core of a Xeon)."},
+    )
+    dtype: str | None = field(
+        default=None, metadata={"help": "Of weights: float32 or bfloat16; by default bfloat16 on cuda."}
+    )
+    max_length: int | None = field(default=1024, metadata={"help": "Longest prompt plus response; 0 for no limit."})
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Rows of the dataset in a batch."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches per optimizer step."})
+    max_tokens_per_row: int | None = field(
+        default=None, metadata={"help": "Longest packed row; by default a batch is one row."}
+    )
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Run layers again in the backward pass."})
+    reference: bool = True
+    sharing: str = field(default="group", metadata={"help": "group, or step: across the examples of a batch too."})
+    setup: TrainingSetup | None = None
+    memory: int | None = None
+    sample: int | None = field(default=None, metadata={"help": "Look at this many rows, drawn at random."})
+    num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
+    batches: int = 48
+    seed: int = field(default=0, metadata={"help": "Of the sample and the order of rows."})
+
+    def __post_init__(self) -> None:
+        find_machine(self.device)
+        object.__setattr__(self, "max_length", self.max_length or None)
+        if self.dtype is None:
+            object.__setattr__(self, "dtype", "bfloat16" if self.device == "cuda" else "float32")
+        if self.dtype not in _DTYPE_BYTES:
+            raise FlexdpoError(f"dtype {self.dtype!r} is unknown; use {' or '.join(_DTYPE_BYTES)}")
+        for name in _COUNTS:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise FlexdpoError(f"{name} must be at least 1, got {value}")
+
+    @property
+    def training_setup(self) -> TrainingSetup:
+        """How the model is trained, as far as memory depends on it."""
+        if self.setup is not None:
+            return self.setup
+        width = _DTYPE_BYTES[str(self.dtype)]
+        return TrainingSetup(
+            weight_bytes=width,
+            compute_bytes=width,
+            gradient_checkpointing=self.gradient_checkpointing,
+            reference=self.reference,
+            device_type=self.device,
+        )
+
+    @property
+    def row_multiple(self) -> int:
+        """Rows are padded to a multiple of this many tokens, as the trainer does."""
+        return tile_multiple(self.device)

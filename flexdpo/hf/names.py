@@ -1,0 +1,63 @@
+"""What a name stands for, a path or an entry of the Hugging Face hub: decided here for models, tokenizers and data."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from flexdpo.errors import FlexdpoError, first_line
+
+_DATA_ENDINGS = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv")
+_PACKED_ENDINGS = (".gz", ".bz2", ".xz")
+
+
+def local_path(name: str) -> Path | None:
+    """The path that a name means, whether there is something or not; ``None`` for a hub name.
+
+    What exists on disk comes first. The hub knows ``name`` and ``owner/name`` and nothing deeper, and no data files.
+    """
+    path = Path(name).expanduser()
+    file = path.with_suffix("") if path.suffix.lower() in _PACKED_ENDINGS else path
+    looks_local = (
+        name.startswith((".", "~", "/", os.sep))
+        or name.count("/") > 1
+        or "\\" in name
+        or file.suffix.lower() in _DATA_ENDINGS
+    )
+    return path if looks_local or path.exists() else None
+
+
+def require_saved(name: str, *needed: str) -> None:
+    """Say at once that a local folder holds no model, instead of asking a hub for it.
+
+    Args:
+        name: A path or a hub name.
+        needed: Files of which one must be there.
+    """
+    path = local_path(name)
+    if path is None or any((path / file).is_file() for file in needed):
+        return
+    if not path.exists():
+        raise FlexdpoError(f"{name} is not a folder with a saved model")
+    entries = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else [f"a file, {path.name}"]
+    found = ", ".join(entries[:8]) + (", ..." if len(entries) > 8 else "") if entries else "nothing"
+    raise FlexdpoError(f"{name} has no {needed[0]}, so it is no saved model; found {found}")
+
+
+def why_unreachable(name: str, *, dataset: bool = False) -> str:
+    """Ask the hub for a name with a short patience; why no answer came, or ``""`` after any answer and for a path.
+
+    The libraries would retry the network for half a minute for each file first.
+    """
+    if local_path(name) is not None:
+        return ""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        (HfApi().dataset_info if dataset else HfApi().model_info)(name, timeout=10)
+    except (HfHubHTTPError, HFValidationError):
+        return ""  # an answer, or a name no hub can have: the loader says the same in better words
+    except Exception as error:  # each HTTP client that the hub library may use has errors of its own
+        return f"the hub cannot be reached: {type(error).__name__}: {first_line(error)}"
+    return ""
