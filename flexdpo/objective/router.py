@@ -123,9 +123,10 @@ class RouterLoss:
         return total
 
     def _function(self, logits: Sequence[tuple[Tensor, ...]], rows: Sequence[Row]) -> Tensor | None:
-        function: Callable[..., Any] | None = getattr(
-            sys.modules[type(self.base).__module__], "load_balancing_loss_func", None
-        )
+        # FSDP2 gives the model a class of its own over that of transformers
+        modules = [sys.modules[each.__module__] for each in type(self.base).__mro__]
+        functions = [getattr(module, "load_balancing_loss_func", None) for module in modules]
+        function: Callable[..., Any] | None = next((each for each in functions if each is not None), None)
         experts, top_k = (getattr(self.base, name, None) for name in ("num_experts", "num_experts_per_tok"))
         if function is None or experts is None or top_k is None:
             return None

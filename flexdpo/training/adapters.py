@@ -197,6 +197,8 @@ class StartingWeights:
 
     @torch.no_grad()
     def _exchange(self) -> None:
+        # a forward pass leaves FSDP2's outermost weights whole, and they are its shards that stay
+        _reshard(self.model)
         parameters = {_plain(name): parameter for name, parameter in self.model.named_parameters()}
         with _gathered([parameters[name] for name in self.values]):
             for name, value in self.values.items():
@@ -205,9 +207,8 @@ class StartingWeights:
                 self.values[name] = own.clone()
                 # in place: compiled layers, shards and optimizers hold on to where a weight lies
                 _local(own).copy_(_local(first))
-        # what autocast and FSDP have made of the weights before is not to be used again
+        # what autocast has made of the weights before is not to be used again
         torch.clear_autocast_cache()
-        _reshard(self.model)
 
 
 def _moving(model: nn.Module) -> dict[str, nn.Parameter]:

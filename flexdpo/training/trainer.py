@@ -108,6 +108,7 @@ class DPOTrainer(Trainer):
 
     train_dataset: Any
     eval_dataset: Any
+    data_collator: Any
     # what the run proved before its first step
     proof: Proof | None = None
 
@@ -185,7 +186,8 @@ class DPOTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         distribution.require_supported(self.accelerator, unwrap_model(model))
         self._in_step = distribution.runs_in_step(self.accelerator)
-        self.data_collator: Any = replace(collator, with_idle_row=self._in_step)
+        # what users put in place of data_collator need not pack anything else
+        self._packing = self.data_collator = replace(collator, with_idle_row=self._in_step)
         self.ref_model = None if reference is None else distribution.place_reference(reference, self.accelerator)
         self._guard = StepGuard(self.accelerator.unwrap_model(self.model), self.accelerator)
         self.add_callback(_GuardedStep(self._guard))
@@ -500,7 +502,7 @@ class DPOTrainer(Trainer):
         # a process that has only repeats runs them along with the others and counts none
         repeats = not any(distinct)
         if not repeats and not all(distinct):
-            inputs = {**inputs, "batch": self.data_collator.packed(*inputs["batch"].only(distinct))}
+            inputs = {**inputs, "batch": self._packing.packed(*inputs["batch"].only(distinct))}
         batch = self._on_device(inputs)
         # the lengths were chosen for the batches of training
         with torch.no_grad(), kernel_settings_as(self.row_plan.kernels_of_any_length):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from flexdpo.training.model_loading import load_tokenizer
 from tests.conftest import preference_rows
 from tests.processes import run_processes
+from tests.training.test_router_loss import mixtral
 
 pytestmark = pytest.mark.distributed
 
@@ -52,6 +55,17 @@ adapter = None
 if settings.pop("lora", False):
     from peft import LoraConfig
     adapter = LoraConfig(r=4, lora_dropout=0.0, task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
+policy = load_model(model)
+if settings.pop("trained_adapter", False):
+    # it changes the model already, and is trained further: what it is now must be kept as the reference
+    from peft import LoraConfig, get_peft_model
+    trained = LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"],
+                         trainable_token_indices=[5, 9], modules_to_save=["norm"])
+    torch.manual_seed(1)
+    policy = get_peft_model(policy, trained)
+    for parameter in policy.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
 Trainer = FullySharded if settings.pop("fsdp2", False) else DPOTrainer
 if "deepspeed" in settings:
     settings["use_cpu"] = False
@@ -65,7 +79,7 @@ if args.deepspeed:
     state.update(num_processes=int(os.environ["WORLD_SIZE"]), process_index=rank, local_process_index=rank)
     args.distributed_state.__dict__.update(state)
     args.hf_deepspeed_config.mismatches.clear()
-trainer = Trainer(load_model(model), None, args, train_dataset=Dataset.from_json(data),
+trainer = Trainer(policy, None, args, train_dataset=Dataset.from_json(data),
                      eval_dataset=Dataset.from_json(data).select(range(18)), processing_class=load_tokenizer(model),
                   peft_config=adapter)
 rows = []
@@ -176,6 +190,28 @@ def test_fsdp2_with_accumulation_adapters_half_precision_and_losses_that_couple_
         for way in ("DDP", "FSDP2")
     ]
     assert_same_curve(both[1], both[0], tolerance)
+
+
+def test_fsdp2_goes_back_to_the_adapter_that_came(tmp_path, common) -> None:
+    """The reference is the policy at step 0: its adapter was trained before, and shards are put in its place."""
+    one = run(1, output=str(tmp_path / "one"), per_device_train_batch_size=8, trained_adapter=True, **common)
+    way = WAYS["FSDP2"] | {"save_strategy": "steps", "save_steps": 4}
+    two = run(2, output=str(tmp_path / "two"), per_device_train_batch_size=4, trained_adapter=True, **way, **common)
+    assert two[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert_same_curve(two, one)
+
+
+def test_fsdp2_balances_experts(tmp_path, common) -> None:
+    """Against DDP on the same two processes: a load-balancing loss is that of each process's own batch, as in TRL."""
+    folder = tmp_path / "mixtral"
+    mixtral().save_pretrained(folder)
+    load_tokenizer(common["model"]).save_pretrained(folder)
+    common = common | {"model": str(folder), "per_device_train_batch_size": 4, "max_steps": 3}
+    two = [run(2, output=str(tmp_path / way), **WAYS[way], **common) for way in ("DDP", "FSDP2")]
+    for mine, other in zip(two[1][:3], two[0][:3], strict=True):
+        assert other["aux_loss"] > 0.1
+        for name in ("loss", "aux_loss", "grad_norm", "rewards/margins"):
+            assert mine[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5), (name, mine["step"])
 
 
 @pytest.mark.parametrize("way", WAYS)
