@@ -38,6 +38,16 @@ REGISTERED = (
 )
 
 
-@pytest.mark.parametrize("first", ["import flexdpo", "import transformers.modeling_utils\nimport flexdpo"])
+# transformers' models bring the registration in behind them, whichever of our files asks for them first
+FIRST = [
+    "import flexdpo",
+    "import transformers.modeling_utils\nimport flexdpo",
+    "import flexdpo.hf.rules",
+    "import flexdpo.hf.draws",
+    "import flexdpo.hf.compilation",
+]
+
+
+@pytest.mark.parametrize("first", FIRST)
 def test_the_attention_is_registered_whichever_is_imported_first(first: str) -> None:
     imported_by(f"{first}\n{REGISTERED}")

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+import transformers
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import PreTrainedModel
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -209,7 +209,7 @@ def ask(
 
 
 def _two_tokens(model: nn.Module) -> dict[str, Any]:
-    embeddings: Any = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    embeddings: Any = model.get_input_embeddings() if isinstance(model, transformers.PreTrainedModel) else None
     device = next(model.parameters()).device if embeddings is None else embeddings.weight.device
     input_ids = torch.tensor([_TOKENS], device=device)
     if embeddings is not None:

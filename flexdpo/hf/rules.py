@@ -9,12 +9,13 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
+import transformers
 
 from flexdpo.errors import FlexdpoError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedModel
 
 _EXACT_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 # what mixes tokens other than by attention over the whole row, and how it does so
@@ -81,7 +82,7 @@ def unwrap_model(model: nn.Module) -> PreTrainedModel:
         )
     wrapper: Any = model
     inner = wrapper.get_base_model() if hasattr(model, "get_base_model") else model
-    if not isinstance(inner, PreTrainedModel):
+    if not isinstance(inner, transformers.PreTrainedModel):
         raise FlexdpoError(
             f"expected a transformers PreTrainedModel or a PeftModel around one, got {type(inner).__name__}; "
             "prepare the model before it is wrapped or compiled"
@@ -93,4 +94,4 @@ def backbone_of(model: PreTrainedModel) -> PreTrainedModel:
     """Return the decoder below the language-model head, which is what decides whether a model can be exact."""
     decoder = model.get_decoder()
     # some classes call their vocabulary projection "decoder"
-    return decoder if isinstance(decoder, PreTrainedModel) else model.base_model
+    return decoder if isinstance(decoder, transformers.PreTrainedModel) else model.base_model
