@@ -396,8 +396,13 @@ def test_values_that_are_not_finite_name_the_example(bad: float) -> None:
 
 
 def test_a_model_gone_bad_is_named() -> None:
+    """Infinite logits have no softmax: as torch's own, every log-probability is NaN, whatever its logit's sign."""
     model = padded.prepared(padded.tiny_gpt2(1))
     model.transformer.ln_f.weight.data[0] = float("inf")
     row = Row.from_groups([PAIR])
-    with pytest.raises(FlexdpoError, match=r"^row 8: .* of response 0 under the reference is (-inf|nan);"):
-        require_finite(response_logps(model, row).sums, row, model="the reference")
+    with torch.no_grad():
+        logits, sums = model(**row.inputs()).logits[0, 0], response_logps(model, row).sums
+    assert {float(logits[token]) for token in range(20)} == {float("inf"), float("-inf")}
+    torch.testing.assert_close(sums, logits.log_softmax(-1)[[4, 5]], equal_nan=True)
+    with pytest.raises(FlexdpoError, match=r"^row 8: .* of response 0 under the reference is nan;"):
+        require_finite(sums, row, model="the reference")

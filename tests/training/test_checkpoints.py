@@ -50,6 +50,32 @@ def test_a_continued_run_ends_where_the_uninterrupted_one_does(tmp_path, trainer
     assert second.tokens == whole.tokens
 
 
+def test_a_checkpoint_that_a_signal_asked_for_is_continued(tmp_path, trainer) -> None:
+    """enable_jit_checkpoint leaves a mark in the folder while it writes, which is not the checkpoint's own."""
+    changes = {"save_steps": 100, "max_steps": 4}
+    whole = trainer(tmp_path / "whole", **changes)
+    whole.train()
+    first = trainer(tmp_path / "parts", enable_jit_checkpoint=True, **changes)
+    handler = next(each for each in first.callback_handler.callbacks if hasattr(each, "jit_manager"))
+    first.add_callback(_Ask(2, handler.jit_manager))
+    first.train()
+    assert last_checkpoint(tmp_path / "parts").name == "checkpoint-2"
+    second = trainer(tmp_path / "parts", **changes)
+    second.train(resume_from_checkpoint=True)
+    for name, weight in whole.model.state_dict().items():
+        assert torch.equal(second.model.state_dict()[name], weight), name
+
+
+class _Ask(TrainerCallback):
+    """As SIGTERM does, some seconds later."""
+
+    def __init__(self, step: int, manager: Any) -> None:
+        self.step, self.manager = step, manager
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.manager.is_checkpoint_requested = state.global_step == self.step
+
+
 class _StopAt(TrainerCallback):
     def __init__(self, step: int) -> None:
         self.step = step
