@@ -29,6 +29,8 @@ def main(argv: list[str] | None = None) -> int:
         The exit code: 0, 2 for something the user can mend, 130 when interrupted; commands may add their own.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    if argv is None and words[:1] == ["train"] and {"-h", "--help"} & set(words):
+        _leave_peft_out()
     debug = "--debug" in words
     try:
         return _dispatch([word for word in words if word != "--debug"])
@@ -42,6 +44,13 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print("flexdpo: interrupted", file=sys.stderr)
         return 130
+
+
+def _leave_peft_out() -> None:
+    """Import transformers' arguments without peft, which brings every model along; the process ends with the help."""
+    import transformers.utils
+
+    transformers.utils.is_peft_available = lambda *_: False
 
 
 def _dispatch(words: list[str]) -> int:

@@ -31,6 +31,13 @@ def test_the_command_line_says_what_it_is_at_once(word: str) -> None:
     assert imported_by(f"from flexdpo.cli import main\nassert main([{word!r}]) == 0") == set()
 
 
+def test_the_help_of_training_needs_no_models() -> None:
+    code = "import sys\nfrom flexdpo.cli import main\nsys.argv = ['flexdpo', 'train', '--help']\nassert main() == 0"
+    found = imported_by(f"{code}\nassert 'transformers.modeling_utils' not in sys.modules")
+    assert "transformers" in found
+    assert not found & {"peft", "trl", "datasets", "matplotlib"}
+
+
 REGISTERED = (
     "import transformers.modeling_utils as m\nassert 'flexdpo' in m.ALL_ATTENTION_FUNCTIONS.valid_keys()\n"
     "from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as masks\n"
