@@ -11,12 +11,14 @@ from flexdpo.errors import FlexdpoError
 from flexdpo.example.model import small_llama
 from flexdpo.example.stdlib import SourceFunction, StandardLibrary, read_standard_library
 from flexdpo.example.task import (
+    HELD_OUT_PAIRS,
     BodyPair,
     BodyTask,
     build_task,
     longer_is_chosen,
     swap_prompts,
 )
+from tests.example.part import part_of_the_library
 
 SAMPLE = '''\
 """A module."""
@@ -60,20 +62,27 @@ def by_name(library: StandardLibrary) -> dict[str, SourceFunction]:
     return {function.name: function for function in library.functions}
 
 
-@pytest.fixture(scope="module")
-def library() -> StandardLibrary:
-    return read_standard_library()
+@pytest.fixture(scope="module", params=["part", pytest.param("whole", marks=pytest.mark.slow)])
+def extent(request: pytest.FixtureRequest) -> str:
+    extent: str = request.param
+    return extent
 
 
 @pytest.fixture(scope="module")
-def task(library: StandardLibrary) -> BodyTask:
-    return build_task(library, seed=0)
+def library(extent: str) -> StandardLibrary:
+    return read_standard_library() if extent == "whole" else part_of_the_library()
 
 
 @pytest.fixture(scope="module")
-def small_library(library: StandardLibrary) -> StandardLibrary:
-    """Every tenth module: enough for a hundred held-out pairs, tokenised in a second."""
-    modules = list(library.texts)[::10]
+def task(library: StandardLibrary, extent: str) -> BodyTask:
+    return build_task(library, seed=0, held_out_pairs=HELD_OUT_PAIRS if extent == "whole" else 80)
+
+
+@pytest.fixture(scope="module")
+def small_library() -> StandardLibrary:
+    """Every other module of the part: enough for twenty held-out pairs, tokenised in a second."""
+    library = part_of_the_library()
+    modules = list(library.texts)[::2]
     return StandardLibrary(
         {module: library.texts[module] for module in modules},
         tuple(function for function in library.functions if function.module in modules),
@@ -136,11 +145,10 @@ def test_a_library_too_small_is_a_clear_error(small_library: StandardLibrary) ->
         build_task(small_library, seed=0)
 
 
-def test_holds_out_whole_modules(task: BodyTask) -> None:
-    assert len(task.held_out) >= 500
-    assert len(task.train) >= 4000
+def test_holds_out_whole_modules(task: BodyTask, extent: str) -> None:
+    least = {"part": (80, 1000, 5), "whole": (500, 4000, 30)}[extent]
     held_out = {pair.module for pair in task.held_out}
-    assert len(held_out) >= 30
+    assert (len(task.held_out) >= least[0], len(task.train) >= least[1], len(held_out) >= least[2]) == (True,) * 3
     assert held_out.isdisjoint({pair.module for pair in task.train})
     assert max(Counter(pair.module for pair in task.held_out).values()) <= 60
 
@@ -213,7 +221,7 @@ def test_strangers_need_two_modules(task: BodyTask) -> None:
 
 
 def test_the_seed_decides_everything(small_library: StandardLibrary) -> None:
-    first, again, other = (build_task(small_library, seed, held_out_pairs=40) for seed in (3, 3, 4))
+    first, again, other = (build_task(small_library, seed, held_out_pairs=20) for seed in (3, 3, 4))
     assert first.tokenizer.get_vocab() == again.tokenizer.get_vocab()
     assert (first.train, first.held_out) == (again.train, again.held_out)
     assert {pair.module for pair in first.held_out} != {pair.module for pair in other.held_out}

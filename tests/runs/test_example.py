@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flexdpo.config import DPOConfig
 from flexdpo.errors import FlexdpoError
-from flexdpo.example.stdlib import StandardLibrary, read_standard_library
 from flexdpo.hf.forward_layout import ATTN_IMPLEMENTATION
 from flexdpo.hf.prepare import prepare_model
 from flexdpo.layout.groups import Group
@@ -29,27 +28,17 @@ from flexdpo.runs.example import (
 )
 from flexdpo.training.batch import PackedBatch
 from flexdpo.training.step import run_batch
+from tests.example.part import part_of_the_library
 
 TINY = Recipe(warm_up_steps=8, dpo_steps=8, held_out_pairs=40, timing_rounds=2)
 
 
 @pytest.fixture(scope="module")
-def small_library() -> StandardLibrary:
-    library = read_standard_library()
-    modules = list(library.texts)[::10]
-    return StandardLibrary(
-        {module: library.texts[module] for module in modules},
-        tuple(function for function in library.functions if function.module in modules),
-        (),
-    )
-
-
-@pytest.fixture(scope="module")
-def tiny_run(small_library: StandardLibrary, tmp_path_factory: pytest.TempPathFactory) -> ExampleResult:
-    """A run too short to learn anything, on a tenth of the library."""
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> ExampleResult:
+    """A run too short to learn anything, on a part of the library."""
     output = tmp_path_factory.mktemp("run") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(example, "read_standard_library", lambda **_: small_library)
+        patch.setattr(example, "read_standard_library", lambda **_: part_of_the_library())
         return run_example(output, seed=1, recipe=TINY)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sysconfig
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -17,12 +16,12 @@ from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback, set_seed
 
 from flexdpo import DPOConfig, DPOTrainer
 from flexdpo.example.model import small_llama
-from flexdpo.example.stdlib import SourceFunction, StandardLibrary, read_standard_library
 from flexdpo.example.task import BodyPair, BodyTask, as_dataset, build_task
 from flexdpo.layout.row import Row
 from flexdpo.objective.objective import BatchTotals, Objective
 from flexdpo.training.batch import PackingCollator
 from tests.conftest import strengthen
+from tests.example.part import part_of_the_library
 from tests.training.unpacked import (
     Pair,
     Recipe,
@@ -45,7 +44,6 @@ SEED = 7
 SHORTEST, LONGEST = 163, 209
 # of a batch of seven pairs: all in one row, four or five beside the rest, each alone
 BUDGETS = {1: 7 * LONGEST, 2: 4 * LONGEST, 7: LONGEST + 1}
-PACKAGES = ("asyncio", "email", "http", "importlib", "json", "logging", "multiprocessing", "unittest", "urllib", "xml")
 KINDS = ("gpt2", "llama")
 TOLERANCE = {"gpt2": 1e-8, "llama": 1e-4}
 DTYPE = {"gpt2": torch.float64, "llama": torch.float32}
@@ -78,17 +76,6 @@ def example() -> Example:
     assert len(pairs) == PAIRS
     models = {"gpt2": tiny_gpt2(len(task.tokenizer)), "llama": warm_llama(task)}
     return Example(task, pairs, models, {kind: frozen_reference(model) for kind, model in models.items()})
-
-
-def part_of_the_library() -> StandardLibrary:
-    """A few packages that every Python has; reading all of them takes longer than a trajectory."""
-    texts: dict[str, str] = {}
-    functions: list[SourceFunction] = []
-    for package in PACKAGES:
-        part = read_standard_library(Path(sysconfig.get_path("stdlib")) / package)
-        texts |= {f"{package}/{module}": text for module, text in part.texts.items()}
-        functions += [replace(function, module=f"{package}/{function.module}") for function in part.functions]
-    return StandardLibrary(texts, tuple(functions), ())
 
 
 def tokens_of(pair: BodyPair) -> int:
