@@ -366,7 +366,7 @@ def test_the_stream_of_a_run(tmp_path: Path, tokenizer: Any) -> None:
 @pytest.fixture
 def trainer(tmp_path: Path, tokenizer: Any, small_model: Any) -> Any:
     def build(data: Any, folder: str = "run", **changes: Any) -> DPOTrainer:
-        args = settings(tmp_path / folder, **{"max_tokens_per_row": 60, **changes})
+        args = settings(tmp_path / folder, **{"max_tokens_per_row": 60, "prove": False, **changes})
         return DPOTrainer(small_model(), None, args, train_dataset=data, processing_class=tokenizer)
 
     return build

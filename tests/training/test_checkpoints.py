@@ -28,9 +28,8 @@ COLUMNS = ("prompt_ids", "response_ids", "edges")
 @pytest.fixture
 def trainer(tmp_path, tokenizer, preferences, small_model) -> Any:
     def build(folder: Path | None = None, data: Dataset | None = None, **changes: Any) -> DPOTrainer:
-        args = settings(
-            folder or tmp_path / "run", **{"max_steps": 8, "save_strategy": "steps", "save_steps": 2, **changes}
-        )
+        changes = {"max_steps": 8, "save_strategy": "steps", "save_steps": 2, "prove": False, **changes}
+        args = settings(folder or tmp_path / "run", **changes)
         return DPOTrainer(small_model(), None, args, train_dataset=data or preferences, processing_class=tokenizer)
 
     return build
@@ -39,10 +38,11 @@ def trainer(tmp_path, tokenizer, preferences, small_model) -> Any:
 def test_a_continued_run_ends_where_the_uninterrupted_one_does(tmp_path, trainer) -> None:
     whole = trainer(tmp_path / "whole", max_tokens_per_row=56)
     whole.train()
-    first = trainer(tmp_path / "parts", max_tokens_per_row=56)
+    # a proof before either part changes nothing
+    first = trainer(tmp_path / "parts", max_tokens_per_row=56, prove=True)
     first.add_callback(_StopAt(5))
     first.train()
-    second = trainer(tmp_path / "parts", max_tokens_per_row=56)
+    second = trainer(tmp_path / "parts", max_tokens_per_row=56, prove=True)
     second.train(resume_from_checkpoint=True)
     for name, weight in whole.model.state_dict().items():
         assert torch.equal(second.model.state_dict()[name], weight), name

@@ -33,6 +33,7 @@ def test_a_step_is_the_same_however_it_is_cut(tmp_path, tokenizer, preferences, 
             max_steps=2,
             max_grad_norm=0.0,
             train_sampling_strategy="sequential",
+            prove=False,
             **losses,
         )
         trainer = DPOTrainer(small_model(), None, args, train_dataset=preferences, processing_class=tokenizer)
