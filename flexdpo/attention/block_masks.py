@@ -66,6 +66,7 @@ def build_block_mask(
     Returns:
         A BlockMask with ``[B, 1, M, N]`` indices and the kind's ``mask_mod``; time and memory are ``O(B (S + M N))``.
     """
+    length = layout.position_ids.shape[1]
     non_empty, full = classify_tiles(layout, kind, block_size)
     partial = non_empty & ~full
     (kv_count, kv_indices), (full_kv_count, full_kv_indices) = _ordered(partial), _ordered(full)
@@ -77,7 +78,7 @@ def build_block_mask(
         full_kv_indices=full_kv_indices,
         BLOCK_SIZE=block_size,
         mask_mod=mask_mod_for(layout, kind),
-        seq_lengths=(layout.length, layout.length),
+        seq_lengths=(length, length),
         compute_q_blocks=False,
     )
     block_mask.q_num_blocks, block_mask.q_indices = _ordered(partial.transpose(1, 2))
@@ -96,8 +97,9 @@ def classify_tiles(layout: RowLayout, kind: MaskKind, block_size: int | tuple[in
     """Classify every tile of the mask; rows of tiles are queries, columns are keys."""
     queries, keys = (block_size, block_size) if isinstance(block_size, int) else block_size
     ends = _ranges(layout.subtree_end, keys)
-    first_key = torch.arange(ends.low.shape[-1], device=layout.device) * keys
-    first_query = torch.arange(-(-layout.length // queries), device=layout.device)[:, None] * queries
+    length, device = layout.position_ids.shape[1], layout.position_ids.device
+    first_key = torch.arange(ends.low.shape[-1], device=device) * keys
+    first_query = torch.arange(-(-length // queries), device=device)[:, None] * queries
     below_diagonal = first_query >= first_key + keys
 
     # a tile on the diagonal holds tokens that see themselves, and above the diagonal it is empty
@@ -105,7 +107,7 @@ def classify_tiles(layout: RowLayout, kind: MaskKind, block_size: int | tuple[in
     non_empty = (below_diagonal & (first_query < ends.high[:, None, :])) | on_diagonal
     full = below_diagonal & (first_query + queries - 1 < ends.low[:, None, :])
     # the last queries of a ragged row do not exist, so their tiles need the mask
-    full = full & (first_query + queries <= layout.length)
+    full = full & (first_query + queries <= length)
     if kind.name == "causal":
         return Tiles(non_empty, full)
     near, all_near = _reach(_ranges(layout.position_ids, queries), _ranges(layout.position_ids, keys), kind)

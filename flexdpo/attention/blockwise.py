@@ -47,7 +47,7 @@ def piecewise_attention(
     """Attend piece by piece; arguments and result as in :func:`flexdpo.attention.kernels.packed_attention`."""
     fused = _is_fused(query, value, softcap)
     plan = _plan_for(row_mask, query.shape[1], query.shape[3], fused)
-    run = _Run(row_mask, plan, _pieces_of(row_mask, plan), fused, scaling, softcap)
+    run = _Run(row_mask, plan, *_pieces_of(row_mask, plan), fused, scaling, softcap)
     output: Tensor = _PiecewiseAttention.apply(query, key, value, sinks, run)
     return output
 
@@ -75,13 +75,15 @@ def _plan_for(row_mask: RowMask, heads: int, head_dim: int, fused: bool) -> _Pla
     return _Plan(heads * head_dim, max(16, min(MAX_QUERIES, narrow)))
 
 
-def _pieces_of(row_mask: RowMask, plan: _Plan) -> list[Piece]:
+def _pieces_of(row_mask: RowMask, plan: _Plan) -> tuple[list[Piece], bool]:
+    """The pieces of a row, and whether their masks may be kept for all layers."""
     memo, kind = row_mask.layout.memo, row_mask.kind
     memo_key = ("pieces", kind.name, kind.size, plan)
     if memo_key not in memo:
-        memo[memo_key] = plan_pieces(row_mask.layout, kind, width=plan.width, max_queries=plan.max_queries)
-    pieces: list[Piece] = memo[memo_key]
-    return pieces
+        pieces = plan_pieces(row_mask.layout, kind, width=plan.width, max_queries=plan.max_queries)
+        memo[memo_key] = pieces, sum(piece.num_scores for piece in pieces) <= KEPT_SCORES
+    found: tuple[list[Piece], bool] = memo[memo_key]
+    return found
 
 
 # --- the masks of pieces ---------------------------------------------------------------------------------------------
@@ -89,7 +91,7 @@ def _pieces_of(row_mask: RowMask, plan: _Plan) -> list[Piece]:
 
 def piece_bias(row_mask: RowMask, piece: Piece, dtype: torch.dtype) -> Tensor:
     """0 where a query of a piece may attend to one of its keys and ``-inf`` elsewhere, ``[queries, keys]``."""
-    device = row_mask.layout.device
+    device = row_mask.layout.position_ids.device
     kv_idx = torch.cat([torch.arange(start, stop, device=device) for start, stop in piece.key_runs])
     return bias_between(row_mask, piece.row, torch.arange(piece.start, piece.stop, device=device), kv_idx, dtype)
 
@@ -105,7 +107,7 @@ def bias_between(row_mask: RowMask, row: int, q_idx: Tensor, kv_idx: Tensor, dty
         dtype: Of the result.
     """
     mask_mod: MaskMod = row_mask.block_mask.mask_mod
-    device = row_mask.layout.device
+    device = q_idx.device
     if row_mask.kind.name == "other":
         # a function of unknown make is evaluated as FlexAttention would: one pair at a time, under vmap
         def shifted(_: Any, head: Any, query: Any, key: Any) -> Tensor:
@@ -128,6 +130,7 @@ class _Run:
     row_mask: RowMask
     plan: _Plan
     pieces: list[Piece]
+    keeps_masks: bool
     fused: bool
     scaling: float | None
     softcap: float | None
@@ -135,7 +138,7 @@ class _Run:
     def bias(self, number: int, dtype: torch.dtype) -> Tensor:
         """0 where a query of piece ``number`` may attend to a key and ``-inf`` elsewhere, ``[queries, keys]``."""
         piece = self.pieces[number]
-        if sum(piece.num_scores for piece in self.pieces) > KEPT_SCORES:
+        if not self.keeps_masks:
             return piece_bias(self.row_mask, piece, dtype)
         kept = self.row_mask.biases.setdefault((self.plan, dtype), {})
         if number not in kept:

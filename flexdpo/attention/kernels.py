@@ -130,7 +130,7 @@ def _require_tested(row_mask: RowMask, device: torch.device) -> None:
 
 def _require_shapes(query: Tensor, key: Tensor, value: Tensor, row_mask: RowMask, sinks: Tensor | None) -> None:
     """Stop at what kernels would read as something else: they look keys up by the row's indices, whatever is there."""
-    rows, length = row_mask.layout.batch_size, row_mask.layout.length
+    rows, length = row_mask.layout.position_ids.shape
     for tensor in (query, key, value):
         if (tensor.shape[0], tensor.shape[2]) != (rows, length):
             raise FlexdpoError(

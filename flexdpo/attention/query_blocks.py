@@ -66,7 +66,7 @@ def plan_pieces(layout: RowLayout, kind: MaskKind, *, width: int = 512, max_quer
     """
     ends, positions = layout.subtree_end.cpu().numpy(), layout.position_ids.cpu().numpy()
     pieces = []
-    for row in range(layout.batch_size):
+    for row in range(len(ends)):
         cuts = _cuts(ends[row], layout.num_tokens[row], max_queries)
         chosen = _cheapest(cuts, _live_counts(ends[row], cuts, kind), START_COST // width, max_queries)
         document = _document_starts(ends[row])

@@ -54,7 +54,8 @@ class RowMask:
 
 def row_mask_for(layout: RowLayout, kind: MaskKind, impl: Impl = "auto") -> RowMask:
     """Return the mask of one kind on one layout, building it the first time it is asked for."""
-    resolved = resolve_impl(impl, layout.device)
+    device = layout.position_ids.device
+    resolved = resolve_impl(impl, device)
     # an unknown mask function is a new object at every forward and may close over anything, so it is built anew
     # and a compiled model makes its masks inside its graph: a memo that fills up would compile it again
     keeps = kind.name != "other" and not torch.compiler.is_compiling()
@@ -64,7 +65,7 @@ def row_mask_for(layout: RowLayout, kind: MaskKind, impl: Impl = "auto") -> RowM
         # a checkpoint that runs the model again does so in a thread of the backward pass, with what the first run had
         if found.settings == kernel_settings() or torch._C._current_graph_task_id() != -1:
             return found
-    block_mask = build_block_mask(layout, kind, block_size=_block_size(resolved, layout.device))
+    block_mask = build_block_mask(layout, kind, block_size=_block_size(resolved, device))
     row_mask = RowMask(layout, kind, resolved, block_mask, kernel_settings(), torch.compiler.is_compiling())
     setattr(block_mask, _ATTRIBUTE, row_mask)
     if not row_mask.traced:

@@ -1,4 +1,4 @@
-"""One dataset row on its way from text or messages to token ids; rows are counted from 0, as ``dataset[row]`` does."""
+"""The forms that preferences come in, each read into a draft; rows are counted from 0, as ``dataset[row]`` does."""
 
 from __future__ import annotations
 
@@ -10,20 +10,19 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from flexdpo.data.columns import require_nothing_lost
-from flexdpo.errors import FlexdpoError, first_line, found, quoted
+from flexdpo.errors import FlexdpoError, found, quoted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping
 
-    from transformers import PreTrainedTokenizerBase
 
 TOKENISED_COLUMNS = ("prompt_ids", "response_ids", "edges", "row")
 EMPTY_PROMPT = "empty prompt"
-_EMPTY_RESPONSE = "empty response"
-_IDENTICAL = "identical responses"
-_PROMPT_FILLS = "prompt alone fills max_length"
-_IDENTICAL_CUT = "identical responses once cut to max_length"
-SKIP_REASONS = (EMPTY_PROMPT, _EMPTY_RESPONSE, _IDENTICAL, _PROMPT_FILLS, _IDENTICAL_CUT)
+EMPTY_RESPONSE = "empty response"
+IDENTICAL = "identical responses"
+PROMPT_FILLS = "prompt alone fills max_length"
+IDENTICAL_CUT = "identical responses once cut to max_length"
+SKIP_REASONS = (EMPTY_PROMPT, EMPTY_RESPONSE, IDENTICAL, PROMPT_FILLS, IDENTICAL_CUT)
 # raise it when the same row gives other tokens than before: `datasets` caches by settings, not by this file's code
 _REVISION = 2
 
@@ -100,101 +99,26 @@ def note_of(column: str, rows: int, first: int) -> str:
     return f"{NOTES[column]} in {rows} rows, first at row {first}"
 
 
-def tokenize_batch(
-    batch: dict[str, list[Any]],
-    indices: list[int],
-    *,
-    tokenizer: PreTrainedTokenizerBase,
-    settings: Settings,
-) -> dict[str, list[Any]]:
-    """Tokenise a batch of rows; a row that cannot be used comes out empty, with the reason's number."""
-    drafts = []
-    for index, values in zip(indices, zip(*batch.values(), strict=True), strict=True):
-        drafts.append(READERS[settings.form](index, dict(zip(batch, values, strict=True)), settings))
-    if settings.form not in ID_FORMS:
-        _tokenize_text([draft for draft in drafts if not draft.skip and not draft.is_chat], tokenizer)
-        _tokenize_chats([draft for draft in drafts if not draft.skip and draft.is_chat], tokenizer)
-    for draft in drafts:
-        _settle(draft, settings.max_length)
-    usable = [not draft.skip for draft in drafts]
-    return {
-        "prompt_ids": [draft.prompt_ids if used else [] for draft, used in zip(drafts, usable, strict=True)],
-        "response_ids": [draft.response_ids if used else [] for draft, used in zip(drafts, usable, strict=True)],
-        "edges": [draft.edges if used else [] for draft, used in zip(drafts, usable, strict=True)],
-        "row": [draft.row for draft in drafts],
-        **({LABELS_COLUMN: [draft.labels for draft in drafts]} if settings.form == LABELLED_FORM else {}),
-        "_skip": [SKIP_REASONS.index(draft.skip) + 1 if draft.skip else 0 for draft in drafts],
-        "_responses": [len(draft.response_ids) for draft in drafts],
-        "_cut": [draft.cut for draft in drafts],
-        "_whole": [draft.whole for draft in drafts],
-        "_extracted": [int(draft.extracted) for draft in drafts],
-        "_repeated": [int(draft.repeated) for draft in drafts],
-        "_untold": [int(draft.untold) for draft in drafts],
-        "_promptless": [int(draft.promptless) for draft in drafts],
-        "_retokenised": [int(draft.retokenised) for draft in drafts],
-        "_ties": [draft.ties for draft in drafts],
-        "_longest": [draft.longest for draft in drafts],
-    }
-
-
-def _settle(draft: Draft, max_length: int | None) -> None:
-    """Cut the responses to ``max_length`` and say why a row cannot be used, if so."""
-    if draft.skip:
-        return
-    compared = bool(draft.edges)
-    draft.whole = len(draft.prompt_ids) + max(map(len, draft.response_ids), default=0)
-    if not draft.prompt_ids:
-        draft.skip = EMPTY_PROMPT
-    elif not draft.response_ids or not all(draft.response_ids):
-        draft.skip = _EMPTY_RESPONSE
-    elif _drop_ties(draft) and compared and not draft.edges:
-        draft.skip = _IDENTICAL
-    elif max_length is not None and len(draft.prompt_ids) >= max_length:
-        draft.skip = _PROMPT_FILLS
-    elif max_length is not None:
-        room = max_length - len(draft.prompt_ids)
-        draft.cut = sum(len(ids) > room for ids in draft.response_ids)
-        draft.response_ids = [ids[:room] for ids in draft.response_ids]
-        if _drop_ties(draft) and compared and not draft.edges:
-            draft.skip = _IDENTICAL_CUT
-    draft.longest = len(draft.prompt_ids) + max(map(len, draft.response_ids), default=0)
-
-
-def _drop_ties(draft: Draft) -> int:
-    """Take out preferences between equal responses, which have no gradient; return how many went."""
-    edges = [edge for edge in draft.edges if draft.response_ids[edge[0]] != draft.response_ids[edge[1]]]
-    dropped = len(draft.edges) - len(edges)
-    draft.edges = edges
-    draft.ties += dropped
-    return dropped
-
-
-def _read_pair(row: int, values: Mapping[str, Any], settings: Settings) -> Draft:
-    return _read_texts(row, values, settings, ("chosen", "rejected"), [[0, 1]])
-
-
-def _read_completion(row: int, values: Mapping[str, Any], settings: Settings) -> Draft:
-    return _read_texts(row, values, settings, ("completion",), [])
-
-
 def _read_labelled(row: int, values: Mapping[str, Any], settings: Settings) -> Draft:
-    draft = _read_completion(row, values, settings)
+    draft = _read_texts(row, values, settings)
     if not isinstance(values["label"], bool):
         raise FlexdpoError(f"{draft.place}, column 'label': expected true or false, found {found(values['label'])}")
     draft.labels = [values["label"]]
     return draft
 
 
-def _read_texts(
-    row: int, values: Mapping[str, Any], settings: Settings, columns: tuple[str, ...], edges: list[list[int]]
-) -> Draft:
+def _read_texts(row: int, values: Mapping[str, Any], settings: Settings) -> Draft:
     """Check the types of a row of text or messages, and find its prompt."""
-    draft = Draft(row, values.get("prompt"), [values[column] for column in columns], edges=edges)
-    require_nothing_lost(draft.place, values, settings.unread, settings.prompt_like)
-    prompt_is_chat = "prompt" in values and _is_chat(draft.prompt, draft.place, "prompt")
-    chats = [_is_chat(value, draft.place, column) for value, column in zip(draft.responses, columns, strict=True)]
+    columns = ("chosen", "rejected") if settings.form == PAIR_FORM else ("completion",)
+    draft = Draft(row, values.get("prompt"), [values[column] for column in columns])
+    if len(columns) == 2:
+        draft.edges = [[0, 1]]
+    if settings.prompt_like:
+        require_nothing_lost(draft.place, values, settings.unread, settings.prompt_like)
+    prompt_is_chat = "prompt" in values and _is_chat(draft, draft.prompt, "prompt")
+    chats = [_is_chat(draft, value, column) for value, column in zip(draft.responses, columns, strict=True)]
     if any(_says_nothing(value) for value in draft.responses):
-        draft.skip = _EMPTY_RESPONSE
+        draft.skip = EMPTY_RESPONSE
         return draft
     if draft.prompt == []:
         draft.skip = EMPTY_PROMPT
@@ -248,12 +172,14 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
-def _is_chat(value: object, place: str, column: str) -> bool:
+def _is_chat(draft: Draft, value: object, column: str) -> bool:
     """Whether a value is a list of messages; raises unless it is that, text, or missing."""
     if value is None or isinstance(value, str):
         return False
     if not isinstance(value, list):
-        raise FlexdpoError(f"{place}, column {column!r}: expected text or a list of messages, found {found(value)}")
+        raise FlexdpoError(
+            f"{draft.place}, column {column!r}: expected text or a list of messages, found {found(value)}"
+        )
     for number, message in enumerate(value):
         if not isinstance(message, dict):
             why = f"found {found(message)}"
@@ -264,7 +190,7 @@ def _is_chat(value: object, place: str, column: str) -> bool:
         else:
             continue
         raise FlexdpoError(
-            f"{place}, column {column!r}, message {number}: expected {{'role': 'user', 'content': 'text'}}, {why}"
+            f"{draft.place}, column {column!r}, message {number}: expected {{'role': 'user', 'content': 'text'}}, {why}"
         )
     return True
 
@@ -342,7 +268,7 @@ def _read_own(row: int, values: Mapping[str, Any], settings: Settings) -> Draft:
             raise FlexdpoError(f"{draft.place}, column {column!r}: expected a list of lists, found {found(value)}")
     draft.response_ids = [_token_ids(ids, draft.place, "response_ids", settings.largest_id) for ids in responses]
     if not responses:
-        draft.skip = _EMPTY_RESPONSE
+        draft.skip = EMPTY_RESPONSE
         return draft
     for edge in edges:
         known = isinstance(edge, list) and len(edge) == 2 and all(_is_index(end, len(responses)) for end in edge)
@@ -385,6 +311,7 @@ def _token_ids(value: Any, place: str, column: str, largest_id: int | None) -> l
 # read beside text or messages of any form
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 OWN_FORM = "prompt_ids response_ids edges"
+PAIR_FORM = "chosen rejected"
 LABELLED_FORM = "prompt completion label"
 # beside the other columns, only for responses that are labelled one by one
 LABELS_COLUMN = "labels"
@@ -394,145 +321,7 @@ ID_FORMS = (OWN_FORM, TRL_ID_FORM)
 READERS: dict[str, Callable[[int, Mapping[str, Any], Settings], Draft]] = {
     OWN_FORM: _read_own,
     TRL_ID_FORM: _read_pair_ids,
-    "chosen rejected": _read_pair,
+    PAIR_FORM: _read_texts,
     LABELLED_FORM: _read_labelled,
-    "prompt completion": _read_completion,
+    "prompt completion": _read_texts,
 }
-
-
-def _tokenize_text(drafts: Sequence[Draft], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Tokenise rows of text: the prompt, and the prompt with each response and the EOS token behind it."""
-    if not drafts:
-        return
-    eos = tokenizer.eos_token
-    if eos is None:
-        raise FlexdpoError(
-            f"tokenizer {tokenizer_name(tokenizer)} has no EOS token, so nothing would mark the end of a "
-            "response; set tokenizer.eos_token"
-        )
-    texts = []
-    for draft in drafts:
-        texts.append(draft.prompt)
-        for response in draft.responses:
-            texts.append(draft.prompt + (response if response.endswith(eos) else response + eos))
-    _hand_out(iter(_encode(tokenizer, texts, drafts)), drafts)
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], drafts: Sequence[Draft]) -> list[list[int]]:
-    """Tokenise the texts of some rows in one go; look for the culprit only after a failure."""
-    try:
-        return cast("list[list[int]]", tokenizer(text=texts)["input_ids"])
-    except Exception:  # each tokenizer has errors of its own
-        each = len(texts) // len(drafts)
-        for number, draft in enumerate(drafts):
-            for text in texts[number * each : (number + 1) * each]:
-                try:
-                    tokenizer(text=[text])
-                except Exception as error:
-                    raise FlexdpoError(
-                        f"{draft.place}: the tokenizer cannot read its text: {_why(error, text)}"
-                    ) from error
-        raise
-
-
-def _why(error: Exception, text: str) -> str:
-    """Say what is wrong with a text, or what the tokenizer says."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as fault:
-        return (
-            f"{text[fault.start]!r} is half of a surrogate pair and no character; repair the text with "
-            "text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')"
-        )
-    return first_line(error)
-
-
-def _tokenize_chats(drafts: Sequence[Draft], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Tokenise rows of messages with the chat template; rows that call it alike go together."""
-    alike: dict[str, list[Draft]] = {}
-    for draft in drafts:
-        alike.setdefault(repr(draft.template_kwargs), []).append(draft)
-    if drafts:
-        _require_chat_template(tokenizer)
-    for members in alike.values():
-        kwargs = members[0].template_kwargs
-        prompts = _render(
-            tokenizer,
-            [(draft.place, draft.prompt) for draft in members],
-            {"add_generation_prompt": True, **kwargs},
-        )
-        whole = _render(
-            tokenizer,
-            [(draft.place, draft.prompt + response) for draft in members for response in draft.responses],
-            kwargs,
-        )
-        merged = iter(whole)
-        for prompt, draft in zip(prompts, members, strict=True):
-            _hand_out(iter([prompt, *(next(merged) for _ in draft.responses)]), [draft])
-
-
-def _require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    from transformers import PreTrainedTokenizerBase
-
-    # a tokenizer with a renderer of its own, such as Mistral's, needs no template
-    is_stock = type(tokenizer).apply_chat_template is PreTrainedTokenizerBase.apply_chat_template
-    if is_stock and not tokenizer.chat_template:
-        raise FlexdpoError(
-            f"the data holds messages but the tokenizer {tokenizer_name(tokenizer)} has no chat template; set "
-            "tokenizer.chat_template, use the tokenizer of an instruction-tuned model, or give the columns as text"
-        )
-
-
-def _render(
-    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[tuple[str, list[Any]]], kwargs: Mapping[str, Any]
-) -> list[list[int]]:
-    """Apply the chat template to ``(place, messages)`` in one go; look for the culprit only after a failure."""
-
-    def token_ids(messages: list[Any]) -> Any:
-        return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **kwargs)["input_ids"]
-
-    try:
-        return cast("list[list[int]]", token_ids([messages for _, messages in conversations]))
-    except Exception:  # a template is a program of the model's maker and may raise anything
-        for place, messages in conversations:
-            try:
-                token_ids(messages)
-            except Exception as error:
-                why = _why(error, _text_of(messages))
-                raise FlexdpoError(f"{place}: the chat template cannot render its messages: {why}") from error
-        raise
-
-
-def _text_of(value: Any) -> str:
-    """All text in messages, for a look at its characters."""
-    if isinstance(value, dict):
-        return "".join(_text_of(part) for pair in value.items() for part in pair)
-    if isinstance(value, list):
-        return "".join(map(_text_of, value))
-    return value if isinstance(value, str) else ""
-
-
-def _hand_out(token_ids: Iterator[list[int]], drafts: Sequence[Draft]) -> None:
-    """Give each draft its tokens, which come as the prompt's and then those of the prompt with each response.
-
-    The response starts where the prompt alone and the prompt with a response part: a template may render the
-    prompt's end otherwise before a response, and tokens may merge across the border.
-    """
-    for draft in drafts:
-        prompt = next(token_ids)
-        wholes = [next(token_ids) for _ in draft.responses]
-        border = min(_common_length(prompt, whole) for whole in wholes)
-        draft.retokenised = border < len(prompt)
-        draft.prompt_ids = prompt[:border]
-        draft.response_ids = [whole[border:] for whole in wholes]
-
-
-def _common_length(ids: list[int], others: list[int]) -> int:
-    if others[: len(ids)] == ids:
-        return len(ids)
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids, others, strict=False)))
-
-
-def tokenizer_name(tokenizer: PreTrainedTokenizerBase) -> str:
-    """How errors call a tokenizer."""
-    return repr(tokenizer.name_or_path or type(tokenizer).__name__)

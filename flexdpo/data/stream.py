@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from flexdpo.data.columns import FEWEST_ROWS, require_prompts, unread_note
+from flexdpo.data.encode import tokenize_batch
 from flexdpo.data.formats import (
     EMPTY_PROMPT,
     ID_FORMS,
@@ -19,7 +20,6 @@ from flexdpo.data.formats import (
     OWN_FORM,
     SKIP_REASONS,
     note_of,
-    tokenize_batch,
 )
 from flexdpo.data.load import silent_json_reader
 from flexdpo.data.tokenize import (
@@ -123,7 +123,6 @@ class StreamedPreferences(IterableDataset[dict[str, Any]]):
         name: str,
         training: bool,
         max_positions: int | None = None,
-        shuffle_buffer: int = 0,
     ) -> StreamedPreferences:
         """The stream of a run with these settings, which are checked first (see :func:`settle_config`)."""
         settle_config(config, training=training)
@@ -136,7 +135,7 @@ class StreamedPreferences(IterableDataset[dict[str, Any]]):
             endless=training,
             batch_size=config.train_batch_size if training else config.eval_batch_size,
             num_processes=config.world_size,
-            shuffle_buffer=shuffle_buffer if training else 0,
+            shuffle_buffer=config.stream_shuffle_buffer if training else 0,
             seed=config.seed if config.data_seed is None else config.data_seed,
             max_positions=max_positions,
         )

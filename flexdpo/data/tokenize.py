@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import astuple, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from flexdpo.data.cache import map_settings, tokenizer_digest
 from flexdpo.data.columns import prompt_like, require_prompts, unread_note
+from flexdpo.data.encode import tokenize_batch, tokenizer_name
 from flexdpo.data.formats import (
     EMPTY_PROMPT,
     ID_FORMS,
@@ -24,8 +25,6 @@ from flexdpo.data.formats import (
     TRL_ID_FORM,
     Settings,
     note_of,
-    tokenize_batch,
-    tokenizer_name,
 )
 from flexdpo.data.load import load_preference_dataset
 from flexdpo.errors import FlexdpoError, nearest, quoted
@@ -88,8 +87,7 @@ class DataReport:
         return "\n".join([f"{self.name}: {'; '.join(parts)}", *(f"  note: {note}" for note in self.notes)])
 
 
-@dataclass(frozen=True)
-class TokenizedPreferences:
+class TokenizedPreferences(NamedTuple):
     """A tokenised dataset and the account of its rows.
 
     Attributes:

@@ -175,12 +175,12 @@ class _InThread(threading.local):
     asking = 0
 
 
-_in_thread = _InThread()
+in_thread = _InThread()
 
 
 def being_asked() -> bool:
     """Whether a model runs in this thread only to be looked at."""
-    return _in_thread.asking > 0
+    return in_thread.asking > 0
 
 
 def ask(
@@ -199,12 +199,12 @@ def ask(
         forced: Draw this share of every uniform range, 0 to 1, and trace what follows.
     """
     inputs = _two_tokens(model) if inputs is None else inputs
-    _in_thread.asking += 1
+    in_thread.asking += 1
     try:
         with Draws(model, torch_only=torch_only, forced=forced) as seen, torch.no_grad():
             output = model(**inputs, use_cache=False)
     finally:
-        _in_thread.asking -= 1
+        in_thread.asking -= 1
     return Answer(seen.counts, _first_floats(output), seen.trace)
 
 

@@ -16,7 +16,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from flexdpo.errors import FlexdpoError, UnsupportedModelError
-from flexdpo.hf.draws import RandomState, being_asked
+from flexdpo.hf.draws import RandomState, in_thread
 from flexdpo.hf.randomness import refuse_draws
 from flexdpo.hf.row_dependence import (
     LengthLimits,
@@ -82,7 +82,7 @@ _forwards = _Forwards()
 
 def held_forward() -> Held | None:
     """Return the packed forward in progress in this thread, or ``None`` when a model runs without a layout."""
-    if being_asked():
+    if in_thread.asking:
         return None
     held = _forwards.held[-1] if _forwards.held else None
     return None if held is None or held.layout is None else held
@@ -230,12 +230,12 @@ def _require_match(layout: RowLayout, args: tuple[Any, ...], kwargs: dict[str, A
     tokens = next((tensor for tensor in candidates if tensor is not None), None)
     if tokens is None:
         raise FlexdpoError("a packed row's layout came without input_ids; call model(**row.inputs())")
-    if tuple(tokens.shape[:2]) != (layout.batch_size, layout.length):
+    if tokens.shape[:2] != layout.position_ids.shape:
         raise FlexdpoError(
             f"the layout is for {layout.batch_size} rows of {layout.length} tokens, but the inputs are "
             f"{list(tokens.shape[:2])}; pass the layout that belongs to these input_ids"
         )
-    if tokens.device != layout.device:
+    if tokens.device != layout.position_ids.device:
         raise FlexdpoError(
             f"the layout is on {layout.device} and the inputs on {tokens.device}; move the row with row.to(device)"
         )
@@ -301,6 +301,6 @@ def _real_tokens(layout: RowLayout) -> Tensor:
 
     Computed from the vectors, not from ``num_tokens``, whose every new value would compile a compiled model again.
     """
-    index = torch.arange(layout.length, device=layout.device)
+    index = torch.arange(layout.position_ids.shape[1], device=layout.position_ids.device)
     # a padding token stands at position 0 and nothing descends from it; a root always has descendants
     return ((layout.position_ids > 0) | (layout.subtree_end > index + 1)).long()

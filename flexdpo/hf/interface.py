@@ -78,7 +78,7 @@ def flexdpo_mask(
             **kwargs,
         )
     layout = held.layout
-    if (batch_size, q_length, kv_length) != (layout.batch_size, layout.length, layout.length):
+    if (batch_size, q_length, kv_length) != (*layout.position_ids.shape, layout.position_ids.shape[1]):
         raise FlexdpoError(
             f"the layout is for {layout.batch_size} rows of {layout.length} tokens, but {type(held.module).__name__} "
             f"asks for a mask of {batch_size} rows with {q_length} queries and {kv_length} keys; "

@@ -95,10 +95,9 @@ class RowLayout:
                 f"position_ids and subtree_end must both be [B, S], got {tuple(self.position_ids.shape)} "
                 f"and {tuple(self.subtree_end.shape)}"
             )
-        if len(self.num_tokens) != self.batch_size:
-            raise FlexdpoError(
-                f"num_tokens must hold one count for each of {self.batch_size} rows, got {len(self.num_tokens)}"
-            )
+        rows, device = len(self.position_ids), self.position_ids.device
+        if len(self.num_tokens) != rows:
+            raise FlexdpoError(f"num_tokens must hold one count for each of {rows} rows, got {len(self.num_tokens)}")
         if self.multiplicity is not None and self.multiplicity.shape != self.position_ids.shape:
             raise FlexdpoError(
                 f"multiplicity must be [B, S]={list(self.position_ids.shape)}, got {list(self.multiplicity.shape)}"
@@ -107,26 +106,27 @@ class RowLayout:
             vector = getattr(self, name)
             if vector is None:
                 continue
-            if vector.dtype != torch.int64 or vector.device != self.device:
+            if vector.dtype != torch.int64 or vector.device != device:
                 raise FlexdpoError(
-                    f"{name} must be int64 on {self.device}, got {vector.dtype} on {vector.device}; convert it with "
-                    f"{name}.to({str(self.device)!r}, torch.int64)"
+                    f"{name} must be int64 on {device}, got {vector.dtype} on {vector.device}; convert it with "
+                    f"{name}.to({str(device)!r}, torch.int64)"
                 )
             # masks read these vectors inside of kernels, for every pair of tokens
             setattr(self, name, vector.contiguous())
-        if self.device.type == "cpu":
+        if device.type == "cpu":
             # elsewhere a look at the values would wait for the device, and rows are made on the host
             self._check_values()
 
     def _check_values(self) -> None:
-        index = torch.arange(self.length)
-        wrong = (self.subtree_end <= index) | (self.subtree_end > self.length) | (self.position_ids < 0)
+        length = self.position_ids.shape[1]
+        index = torch.arange(length)
+        wrong = (self.subtree_end <= index) | (self.subtree_end > length) | (self.position_ids < 0)
         if bool(wrong.any()):
             row, token = wrong.nonzero()[0].tolist()
             raise FlexdpoError(
                 f"token {token} of row {row} has subtree_end {int(self.subtree_end[row, token])} and position "
                 f"{int(self.position_ids[row, token])}; its subtree must end behind it and within the row's "
-                f"{self.length} tokens, and its position must be at least 0 (Row.from_groups makes such layouts)"
+                f"{length} tokens, and its position must be at least 0 (Row.from_groups makes such layouts)"
             )
 
     @property
@@ -304,7 +304,7 @@ class Row:
             raise FlexdpoError("a row needs at least one group, got none")
         if pad_to_multiple_of < 1:
             raise FlexdpoError(f"pad_to_multiple_of must be at least 1, got {pad_to_multiple_of}")
-        stops = list(accumulate(len(trie) for trie in tries))
+        stops = list(accumulate(trie.token_ids.size for trie in tries))
         starts = [0, *stops[:-1]]
         token_ids = np.concatenate([trie.token_ids for trie in tries])
         parents = np.concatenate([trie.parents + start for trie, start in zip(tries, starts, strict=True)])
@@ -312,7 +312,9 @@ class Row:
         paths = tuple(
             path[size:] + start
             for family, trie, start in zip(families, tries, starts, strict=True)
-            for size, path in zip(_prompt_sizes(family), trie.paths, strict=True)
+            for size, path in zip(
+                [group.prompt_ids.size for group in family for _ in group.response_ids], trie.paths, strict=True
+            )
         )
         targets = _Targets.of(paths)
         length = -(-stops[-1] // pad_to_multiple_of) * pad_to_multiple_of
@@ -370,7 +372,7 @@ class Row:
         """The keyword arguments for a prepared model: ``model(**row.inputs())``."""
         return {
             "input_ids": self.input_ids,
-            "position_ids": self.position_ids,
+            "position_ids": self.layout.position_ids,
             "attention_mask": self.layout,
             "use_cache": False,
         }
@@ -440,17 +442,12 @@ def _padded(values: NDArray[np.int64], canvas: NDArray[np.int64]) -> Tensor:
     return torch.from_numpy(canvas)[None]
 
 
-def _prompt_sizes(family: Sequence[Group]) -> list[int]:
-    """The prompt's length of each of a family's sequences."""
-    return [group.prompt_ids.size for group in family for _ in group.response_ids]
-
-
 def _counts(tries: Sequence[Trie]) -> dict[str, list[NDArray[np.int64]]]:
     """How many of a trie's sequences contain each token, and how long the shortest and the longest of them are."""
     found: dict[str, list[NDArray[np.int64]]] = {"multiplicity": [], "shortest": [], "longest": []}
     for trie in tries:
-        multiplicity, longest = np.zeros((2, len(trie)), dtype=np.int64)
-        shortest = np.full(len(trie), np.iinfo(np.int64).max)
+        multiplicity, longest = np.zeros((2, trie.token_ids.size), dtype=np.int64)
+        shortest = np.full(trie.token_ids.size, np.iinfo(np.int64).max)
         for path in trie.paths:
             multiplicity[path] += 1
             shortest[path] = np.minimum(shortest[path], path.size)

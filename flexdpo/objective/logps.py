@@ -122,10 +122,10 @@ def sum_targets(targets: Tensor, row: Row, log_sum_squares: Tensor | None = None
         log_sum_squares: Carried along, ``[T]``.
     """
     members = member_values(targets, row)
-    sums = members.new_zeros(row.num_responses).index_add(0, row.member_responses, members)
+    sums = members.new_zeros(len(row.response_paths)).index_add(0, row.member_responses, members)
     # bincount would wait for the device, to learn the largest response
     ones = torch.ones_like(row.member_responses)
-    lengths = ones.new_zeros(row.num_responses).index_add(0, row.member_responses, ones)
+    lengths = ones.new_zeros(len(row.response_paths)).index_add(0, row.member_responses, ones)
     return ResponseLogps(sums, lengths, targets, log_sum_squares)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
@@ -154,17 +155,17 @@ class Objective(LossSettings):
 
     # --- what the losses need ----------------------------------------------------------------------------------------
 
-    @property
+    @cached_property
     def needs_reference(self) -> bool:
         """Whether any of the losses compares with a reference model."""
         return any(name not in REFERENCE_FREE for name in self.loss_type)
 
-    @property
+    @cached_property
     def needs_pairs(self) -> bool:
         """Whether any of the losses compares responses with each other."""
         return self.rpo_alpha is not None or any(name in PAIR_LOSSES for name in self.loss_type)
 
-    @property
+    @cached_property
     def needs_labels(self) -> bool:
         """Whether any of the losses learns from responses labelled one by one."""
         return any(name in LABELLED_LOSSES for name in self.loss_type)
@@ -174,22 +175,17 @@ class Objective(LossSettings):
         """Whether what is logged belongs to labelled responses, and not to pairs."""
         return self.needs_labels and not self.needs_pairs
 
-    @property
+    @cached_property
     def needs_unrelated_responses(self) -> bool:
         """Whether batches must go through :func:`~flexdpo.objective.unpaired.with_unrelated_responses`."""
         return "kto" in self.loss_type
 
-    @property
-    def needs_log_sum_squares(self) -> bool:
-        """Whether ``response_logps`` must be called with ``with_log_sum_squares=True`` for the policy."""
-        return self.use_weighting
-
-    @property
+    @cached_property
     def averages_tokens(self) -> bool:
         """Whether a term is a mean over the tokens of a step, whose batches and processes hold unequal numbers."""
         return "sft" in self.loss_type or ("cpo" in self.loss_type and self.cpo_alpha != 0)
 
-    @property
+    @cached_property
     def couples_batch(self) -> bool:
         """Whether a row's gradient depends on the batch's other rows, so that several rows take two passes."""
         return any(name in COUPLING for name in self.loss_type)

@@ -278,7 +278,7 @@ def precompute_reference(
             bar.update(len(items))
         for _ in range(most - len(mine) if equal_forwards else 0):
             # a process without work runs the smallest row there is, since sharded weights are gathered by all
-            run(_idle_row().to(device))
+            run(idle_row().to(device))
     return PrecomputeReport(len(wanted), len(wanted) - len(missing), len(mine), tokens, unshared)
 
 
@@ -360,5 +360,7 @@ def _values(items: Sequence[_Item], row: Row, logps: ResponseLogps) -> dict[Key,
     return values
 
 
-def _idle_row() -> Row:
-    return Row.from_groups([Group.from_lists([0], [[0]], edges=())])
+def idle_row(pad_to_multiple_of: int = 1) -> Row:
+    """The smallest row there is, for a process that runs out of rows before the others do."""
+    # token 0 is in every vocabulary
+    return Row.from_groups([Group.from_lists([0], [[0]], edges=())], pad_to_multiple_of=pad_to_multiple_of)

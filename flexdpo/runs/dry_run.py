@@ -80,7 +80,7 @@ def dry_run(job: Job, config: DPOConfig) -> DryRun:
         truncation_mode=config.truncation_mode,
         num_proc=config.dataset_num_proc,
     )
-    model_loading.require_positions(model, tokenised.report.longest)
+    model_loading.require_positions(model_loading.position_limit(model), tokenised.report.longest)
     if config.regroup_prompts:
         tokenised = TokenizedPreferences(regroup_by_prompt(tokenised.dataset), tokenised.report)
     return _predict(tokenised, model, job, config)

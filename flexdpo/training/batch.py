@@ -9,16 +9,17 @@ import torch
 
 from flexdpo.data.tokenize import group_from_row
 from flexdpo.errors import FlexdpoError
-from flexdpo.layout.groups import Group
 from flexdpo.layout.packing import pack_numbered
-from flexdpo.layout.row import Row
 from flexdpo.objective.objective import BatchTotals, ReferenceLogps
 from flexdpo.objective.unpaired import with_unrelated_responses
+from flexdpo.reference.logps import idle_row
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from flexdpo.layout.groups import Group
     from flexdpo.layout.packing import Buckets
+    from flexdpo.layout.row import Row
 
 REFERENCE_COLUMN = "ref_response_logps"
 REFERENCE_PAIR_COLUMN = "ref_pair_logps"
@@ -47,42 +48,19 @@ class PackedBatch:
         cls,
         groups: Sequence[Group],
         *,
-        max_tokens_per_row: int | None = None,
-        pad_to_multiple_of: int = 1,
-        buckets: Buckets | None = None,
-        sharing: str = "group",
         reference: Sequence[Sequence[float]] | None = None,
         reference_pairs: Sequence[Sequence[Sequence[float]]] | None = None,
-        with_idle_row: bool = False,
-        limits: Sequence[int] = (),
+        **layout: Any,
     ) -> PackedBatch:
         """Pack groups, and bring their precomputed reference log-probabilities into row order.
 
         Args:
             groups: The examples of the batch.
-            max_tokens_per_row: Longest row; ``None`` puts all groups into one.
-            pad_to_multiple_of: Rows are padded to a multiple of this many tokens.
-            buckets: Rows are padded to these lengths instead.
-            sharing: ``"group"`` or ``"step"``, see :func:`flexdpo.pack`.
             reference: For each group, one value per response.
             reference_pairs: For each group, chosen and rejected value per preference; only under ``ld_alpha``.
-            with_idle_row: Make :attr:`idle_row`, for processes that must run equal numbers of forward passes.
-            limits: As in :func:`flexdpo.pack`.
+            layout: The fields of :class:`PackingCollator`.
         """
-        packed = pack_numbered(
-            groups,
-            max_tokens_per_row,
-            pad_to_multiple_of=pad_to_multiple_of,
-            buckets=buckets,
-            sharing=sharing,
-            limits=limits,
-        )
-        rows, members = [row for row, _ in packed], [numbers for _, numbers in packed]
-        values = None
-        if reference is not None:
-            values = [_reference_of(row, m, reference, reference_pairs) for row, m in zip(rows, members, strict=True)]
-        idle = _idle_row(pad_to_multiple_of if buckets is None else buckets.lengths[0]) if with_idle_row else None
-        return cls(rows, BatchTotals.of(groups), values, members, idle)
+        return PackingCollator(**layout).packed(groups, reference, reference_pairs)
 
     @property
     def tokens_run(self) -> int:
@@ -124,6 +102,8 @@ class PackedBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """Return the batch with all tensors on ``device``."""
+        if self.rows[0].input_ids.device == torch.device(device):
+            return self
         return self._map(lambda part: part.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> PackedBatch:
@@ -136,11 +116,6 @@ class PackedBatch:
         ]
         idle = None if self.idle_row is None else change(self.idle_row)
         return replace(self, rows=[change(row) for row in self.rows], reference=reference, idle_row=idle)
-
-
-def _idle_row(pad_to_multiple_of: int) -> Row:
-    # token 0 is in every vocabulary
-    return Row.from_groups([Group.from_lists([0], [[0]], edges=())], pad_to_multiple_of=pad_to_multiple_of)
 
 
 def _reference_of(
@@ -188,7 +163,11 @@ class PackingCollator:
         groups: Sequence[Group] = [group_from_row(example) for example in examples]
         if self.unrelated_responses:
             groups = with_unrelated_responses(groups)
-        batch = self.packed(groups, _column(examples, REFERENCE_COLUMN), _column(examples, REFERENCE_PAIR_COLUMN))
+        reference, pairs = (
+            [example[column] for example in examples] if column in examples[0] else None
+            for column in (REFERENCE_COLUMN, REFERENCE_PAIR_COLUMN)
+        )
+        batch = self.packed(groups, reference, pairs)
         return {"example_rows": torch.tensor([int(example["row"]) for example in examples]), "batch": batch}
 
     def packed(
@@ -198,18 +177,19 @@ class PackingCollator:
         reference_pairs: Sequence[Sequence[Sequence[float]]] | None = None,
     ) -> PackedBatch:
         """Pack groups by these settings; the arguments are those of :meth:`PackedBatch.from_groups`."""
-        return PackedBatch.from_groups(
+        packed = pack_numbered(
             groups,
-            max_tokens_per_row=self.max_tokens_per_row,
+            self.max_tokens_per_row,
             pad_to_multiple_of=self.pad_to_multiple_of,
             buckets=self.buckets,
             sharing=self.sharing,
-            with_idle_row=self.with_idle_row,
             limits=self.limits,
-            reference=reference,
-            reference_pairs=reference_pairs,
         )
-
-
-def _column(examples: Sequence[Mapping[str, Any]], name: str) -> list[Any] | None:
-    return [example[name] for example in examples] if name in examples[0] else None
+        rows, members = [row for row, _ in packed], [numbers for _, numbers in packed]
+        values = None
+        if reference is not None:
+            values = [_reference_of(row, m, reference, reference_pairs) for row, m in zip(rows, members, strict=True)]
+        idle = None
+        if self.with_idle_row:
+            idle = idle_row(self.pad_to_multiple_of if self.buckets is None else self.buckets.lengths[0])
+        return PackedBatch(rows, BatchTotals.of(groups), values, members, idle)

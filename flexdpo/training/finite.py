@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from accelerate.utils import DistributedType
+from transformers import TrainerCallback
 
 from flexdpo.errors import FlexdpoError
 from flexdpo.objective.logps import require_finite
@@ -50,16 +51,12 @@ class StepGuard:
     Attributes:
         model: The bare model, whose parameters are trained.
         accelerator: Of the run, where there is one.
-        ran: The batches of the step in progress.
+        ran: The batches of the step in progress, whose gradients were added to the step's.
     """
 
     model: nn.Module
     accelerator: Accelerator | None = None
     ran: list[Ran] = field(default_factory=list)
-
-    def add(self, runner: Runner, batch: PackedBatch, result: BatchLoss) -> None:
-        """Remember a batch whose gradients were added to the step's."""
-        self.ran.append(Ran(runner, batch, result))
 
     @contextlib.contextmanager
     def all_or_nothing(self) -> Iterator[None]:
@@ -89,24 +86,20 @@ class StepGuard:
         """
         ran, self.ran = self.ran, []
         with self.all_or_nothing():
-            found = self._agreed(ran, norm)
-            if found.loss or found.gradient:
+            device = next(self.model.parameters()).device
+            losses = torch.stack([each.result.loss.detach().to(device) for each in ran]) if ran else torch.zeros(1)
+            total = torch.zeros(()) if norm is None else torch.as_tensor(norm).detach()
+            # a sharded gradient's norm is sharded too
+            total = total.full_tensor() if hasattr(total, "full_tensor") else total
+            bad = torch.stack([~torch.isfinite(losses.to(device)).all(), ~torch.isfinite(total.to(device))]).int()
+            if self.accelerator is not None and self.accelerator.num_processes > 1:
+                torch.distributed.all_reduce(bad, op=torch.distributed.ReduceOp.MAX)
+            loss, gradient = (bool(each) for each in bad.tolist())
+            scaler = None if self.accelerator is None else self.accelerator.scaler
+            if gradient and scaler is not None and scaler.is_enabled():
+                gradient = scaler.get_scale() < _SMALLEST_SCALE
+            if loss or gradient:
                 self._stop(ran, f"{where}: " if where else "")
-
-    def _agreed(self, ran: list[Ran], norm: Tensor | float | None) -> _NotFinite:
-        device = next(self.model.parameters()).device
-        losses = torch.stack([each.result.loss.detach().to(device) for each in ran]) if ran else torch.zeros(1)
-        total = torch.zeros(()) if norm is None else torch.as_tensor(norm).detach()
-        # a sharded gradient's norm is sharded too
-        total = total.full_tensor() if hasattr(total, "full_tensor") else total
-        bad = torch.stack([~torch.isfinite(losses.to(device)).all(), ~torch.isfinite(total.to(device))]).to(torch.int32)
-        if self.accelerator is not None and self.accelerator.num_processes > 1:
-            torch.distributed.all_reduce(bad, op=torch.distributed.ReduceOp.MAX)
-        loss, gradient = (bool(each) for each in bad.tolist())
-        scaler = None if self.accelerator is None else self.accelerator.scaler
-        if gradient and scaler is not None and scaler.is_enabled():
-            gradient = scaler.get_scale() < _SMALLEST_SCALE
-        return _NotFinite(loss, gradient)
 
     def _stop(self, ran: list[Ran], place: str) -> None:
         # sharded weights are gathered by all processes together, which may have unequal numbers of groups
@@ -141,9 +134,19 @@ class StepGuard:
             raise FlexdpoError(f"{place}{at_fault} is not finite though the loss is, at {group.name}; {_WAY_OUT}")
 
 
-class _NotFinite(NamedTuple):
-    loss: bool
-    gradient: bool
+class GuardedStep(TrainerCallback):
+    """Holds ``Trainer`` to its word that the gradient's norm is asked for before the optimizer steps."""
+
+    def __init__(self, guard: StepGuard) -> None:
+        self.guard = guard
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        """Stop if the step in progress was not looked at."""
+        if self.guard.ran:
+            raise RuntimeError(
+                "transformers' Trainer did not ask for the gradient's norm before the optimizer's step, so it was not "
+                "looked at; this version of transformers is not supported"
+            )
 
 
 class _Alone(NamedTuple):

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from accelerate import Accelerator
     from torch import Tensor
+    from transformers import TrainingArguments
 
 
 class MeanMetrics:
@@ -45,6 +46,18 @@ class MeanMetrics:
         self.clear()
         totals = accelerator.reduce(totals, reduction="sum")
         return {name: (total / count).item() for name, (total, count) in zip(names, totals, strict=True)}
+
+
+def distinct_examples(example_rows: Tensor, args: TrainingArguments, accelerator: Accelerator) -> list[bool]:
+    """Which examples of an evaluation batch count: all but repeats that fill up the last batch of some ranks."""
+    state = accelerator.gradient_state
+    if (example_rows < 0).any():
+        # a stream marks its repeats itself, for nobody knows its length
+        return [row >= 0 for row in example_rows.tolist()]
+    if args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        return [True] * len(example_rows)
+    distinct = state.remainder - args.process_index * args.eval_batch_size
+    return [example < distinct for example in range(len(example_rows))]
 
 
 class MetricsFile(TrainerCallback):

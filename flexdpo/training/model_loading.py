@@ -142,9 +142,8 @@ def position_limit(model: PreTrainedModel) -> int | None:
     return min(tables, default=None)
 
 
-def require_positions(model: PreTrainedModel, longest: int) -> None:
+def require_positions(limit: int | None, longest: int) -> None:
     """Refuse sequences that reach beyond a learned position table, which could only be an index error later."""
-    limit = position_limit(model)
     if limit is not None and longest > limit:
         raise FlexdpoError(
             f"the longest example has {longest} tokens but the model has {limit} positions; set max_length to at most "

@@ -47,7 +47,6 @@ class Runner:
 
     Attributes:
         model: A prepared causal LM, wrapped or not.
-        objective: The losses.
         reference: Gives the reference log-probabilities of a row, without gradients; not called where the batch brings
             precomputed ones.
         backward: Called with each row's share of the loss, so that one row's activations are freed before the next;
@@ -81,113 +80,79 @@ class Runner:
             passes = self.agree(passes)
         if self.objective.couples_batch and passes > 1:
             return self._in_two_passes(batch, passes)
-        routed = self._routed(batch, passes)
+        routed: list[Routed] = []
+        if self.router is not None and passes > 1:
+            # their loss compares all rows, so all logits come first, without gradients
+            self._values(batch, passes, routed)
         losses, metrics, policy_sums, reference_sums = [], [], [], []
         for number, row in enumerate(batch.rows):
             with self._sync(number, passes):
                 reference = self._reference(batch, number)
-                with self._listening() as own:
-                    policy = self._policy(row)
+                own: list[Routed] = []
+                policy = self._policy(row, own)
                 result = self.objective.row_loss(policy, reference, row, batch.totals, average=self.average)
-                loss = self._with_router_loss(result.loss, number, own, routed, batch)
-                if self.backward is not None:
-                    _require_gradient(loss)
-                    self.backward(loss)
+                loss = result.loss
+                if self.router is not None and passes == 1:
+                    routed = own
+                    loss = loss + self.router.of_row(own[0])
+                elif self.router is not None:
+                    loss = loss + self.router.of_batch([*routed[:number], *own, *routed[number + 1 :]], batch.rows)
+                self._backward(loss)
             losses.append(result.loss.detach())
             metrics.append(result.metrics)
-            policy_sums += _sums(policy)
-            reference_sums += _sums(reference)
+            policy_sums.append(policy.sums.detach())
+            if isinstance(reference, ResponseLogps):
+                reference_sums.append(reference.sums.detach())
         for number in range(len(batch.rows), passes):
             with self._sync(number, passes):
-                self._idle_reference(batch)
+                self._reference(batch, number)
                 self._idle_policy(batch)
         merged = {name: torch.cat([m[name] for m in metrics]) for name in metrics[0]}
-        total = torch.stack(losses).sum()
-        return self._total(total, merged, routed, batch, policy_sums, reference_sums)
+        found = BatchLoss(torch.stack(losses).sum(), merged, policy_sums, reference_sums)
+        return found if self.router is None else self._with_router_loss(self.router, found, routed, batch)
 
     def _in_two_passes(self, batch: PackedBatch, passes: int) -> BatchLoss:
         """Where a row's gradient depends on the others: all values first, then every row again with its gradient."""
-        idle = range(len(batch.rows), passes)
         # the reference's passes all come first, so that processes gather the same weights at the same time
-        references = [self._reference(batch, number) for number in range(len(batch.rows))]
-        for _ in idle:
-            self._idle_reference(batch)
-        first, routed = [], []
-        with torch.no_grad():
-            for row in batch.rows:
-                with self._listening() as own:
-                    first.append(self._policy(row))
-                routed.append(own)
-            for _ in idle:
-                self._idle_policy(batch)
+        references = [self._reference(batch, number) for number in range(passes)][: len(batch.rows)]
+        routed: list[Routed] = []
+        first = self._values(batch, passes, routed)
         found = self.objective.target_gradients(first, references, batch.rows, batch.totals, average=self.average)
         if self.backward is not None:
             for number, (row, gradient) in enumerate(zip(batch.rows, found.targets, strict=True)):
                 with self._sync(number, passes):
-                    with self._listening() as own:
-                        policy = self._policy(row)
-                    share = self._with_router_loss(surrogate_loss(policy, gradient), number, own, routed, batch)
-                    _require_gradient(share)
-                    self.backward(share)
-            for number in idle:
+                    own: list[Routed] = []
+                    share = surrogate_loss(self._policy(row, own), gradient)
+                    if self.router is not None:
+                        together = [*routed[:number], *own, *routed[number + 1 :]]
+                        share = share + self.router.of_batch(together, batch.rows)
+                    self._backward(share)
+            for number in range(len(batch.rows), passes):
                 with self._sync(number, passes):
                     self._idle_policy(batch)
-        sums = [values for logps in first for values in _sums(logps)]
-        of_reference = [values for logps in references for values in _sums(logps)]
-        return self._total(found.loss, dict(found.metrics), routed, batch, sums, of_reference)
+        result = BatchLoss(
+            found.loss,
+            dict(found.metrics),
+            [logps.sums.detach() for logps in first],
+            [logps.sums.detach() for logps in references if isinstance(logps, ResponseLogps)],
+        )
+        return result if self.router is None else self._with_router_loss(self.router, result, routed, batch)
 
-    # --- the routers of a mixture of experts -------------------------------------------------------------------------
+    @torch.no_grad()
+    def _values(self, batch: PackedBatch, passes: int, routed: list[Routed]) -> list[ResponseLogps]:
+        """The policy's log-probabilities of all rows without gradients; ``routed`` gets each row's router logits."""
+        values = [self._policy(row, routed) for row in batch.rows]
+        for _ in range(len(batch.rows), passes):
+            self._idle_policy(batch)
+        return values
 
-    def _listening(self) -> AbstractContextManager[Routed]:
-        return contextlib.nullcontext(Routed()) if self.router is None else self.router.listening()
-
-    def _routed(self, batch: PackedBatch, passes: int) -> list[Routed]:
-        """The routers' logits of all rows without gradients, where a batch of several rows needs them."""
-        routed: list[Routed] = []
-        if self.router is None:
-            return routed
-        if passes > 1:
-            with torch.no_grad():
-                for row in batch.rows:
-                    with self._listening() as own:
-                        self._policy(row)
-                    routed.append(own)
-                for _ in range(len(batch.rows), passes):
-                    self._idle_policy(batch)
-        return routed
-
-    def _with_router_loss(
-        self, loss: Tensor, number: int, own: Routed, routed: list[Routed], batch: PackedBatch
-    ) -> Tensor:
-        """A row's loss plus the whole batch's router loss, in which only this row's routers have a gradient."""
-        if self.router is None:
-            return loss
-        if not routed:
-            routed.append(own)
-            return loss + self.router.of_row(own)
-        added = self.router.of_batch([*routed[:number], own, *routed[number + 1 :]], batch.rows)
-        return loss + added
-
-    def _total(
-        self,
-        loss: Tensor,
-        metrics: dict[str, Tensor],
-        routed: list[Routed],
-        batch: PackedBatch,
-        policy_sums: list[Tensor],
-        reference_sums: list[Tensor],
-    ) -> BatchLoss:
-        if self.router is not None:
-            one = len(batch.rows) == 1
-            added = self.router.of_row(routed[0]) if one else self.router.of_batch(routed, batch.rows)
-            metrics = {**metrics, "aux_loss": (added.detach() / self.router.coefficient)[None]}
-            loss = loss + added.detach()
-        return BatchLoss(loss, metrics, policy_sums, reference_sums)
-
-    def _idle_reference(self, batch: PackedBatch) -> None:
-        """Take part in the others' reference pass."""
-        if batch.idle_row is not None and batch.reference is None:
-            self._run_reference(batch.idle_row)
+    def _policy(self, row: Row, routed: list[Routed] | None = None) -> ResponseLogps:
+        listening = contextlib.nullcontext() if self.router is None else self.router.listening()
+        with listening as heard, self.autocast():
+            logps = response_logps(self.model, row, with_log_sum_squares=self.objective.use_weighting)
+        if heard is not None and routed is not None:
+            routed.append(heard)
+        return logps
 
     def _idle_policy(self, batch: PackedBatch) -> None:
         """Take part in the others' pass without adding anything to the gradient."""
@@ -197,43 +162,43 @@ class Runner:
         if self.backward is not None and torch.is_grad_enabled():
             self.backward(targets.sum() * 0.0)
 
-    def _policy(self, row: Row) -> ResponseLogps:
-        with self.autocast():
-            return response_logps(self.model, row, with_log_sum_squares=self.objective.needs_log_sum_squares)
-
     def _reference(self, batch: PackedBatch, number: int) -> Reference:
+        """The reference's values of a row; with a number beyond the rows, only take part in the others' pass."""
+        row = batch.rows[number] if number < len(batch.rows) else batch.idle_row
         if batch.reference is not None:
-            return batch.reference[number]
-        if not self.objective.needs_reference:
+            return batch.reference[number] if number < len(batch.rows) else None
+        if not self.objective.needs_reference or row is None:
             return None
         if self.reference is None:
             raise FlexdpoError(
                 f"loss_type {', '.join(self.objective.loss_type)} needs a reference model or precomputed values"
             )
-        return self._run_reference(batch.rows[number])
-
-    def _run_reference(self, row: Row) -> ResponseLogps | None:
-        if not self.objective.needs_reference or self.reference is None:
-            return None
         with torch.no_grad(), self.autocast():
             return self.reference(row)
 
+    def _backward(self, loss: Tensor) -> None:
+        if self.backward is None:
+            return
+        if not loss.requires_grad:
+            raise FlexdpoError(
+                "the loss depends on no trainable weight, so nothing would be learned; an adapter must be active and "
+                "not merged (model.set_adapter(name), model.unmerge_adapter()), and checkpointing of an adapter's "
+                "model with use_reentrant=True needs model.enable_input_require_grads()"
+            )
+        self.backward(loss)
+
     def _sync(self, number: int, passes: int) -> AbstractContextManager[Any]:
+        """Hold gradients back in every pass but the last."""
         last = number == passes - 1
         return contextlib.nullcontext() if last or self.backward is None else self.no_sync()
 
-
-def _require_gradient(loss: Tensor) -> None:
-    if not loss.requires_grad:
-        raise FlexdpoError(
-            "the loss depends on no trainable weight, so nothing would be learned; an adapter must be active and not "
-            "merged (model.set_adapter(name), model.unmerge_adapter()), and checkpointing of an adapter's model with "
-            "use_reentrant=True needs model.enable_input_require_grads()"
-        )
-
-
-def _sums(logps: Reference) -> list[Tensor]:
-    return [logps.sums.detach()] if isinstance(logps, ResponseLogps) else []
+    def _with_router_loss(
+        self, router: RouterLoss, found: BatchLoss, routed: list[Routed], batch: PackedBatch
+    ) -> BatchLoss:
+        one = len(batch.rows) == 1
+        added = (router.of_row(routed[0]) if one else router.of_batch(routed, batch.rows)).detach()
+        metrics = {**found.metrics, "aux_loss": (added / router.coefficient)[None]}
+        return replace(found, loss=found.loss + added, metrics=metrics)
 
 
 def run_batch(model: nn.Module, batch: PackedBatch, objective: Objective, **settings: Any) -> BatchLoss:

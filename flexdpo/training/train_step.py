@@ -20,7 +20,7 @@ from flexdpo.objective.objective import Objective
 from flexdpo.objective.unpaired import with_unrelated_responses
 from flexdpo.training import adapters, distribution, model_loading
 from flexdpo.training.batch import PackedBatch
-from flexdpo.training.finite import StepGuard
+from flexdpo.training.finite import Ran, StepGuard
 from flexdpo.training.step import Runner
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def make_train_step(
         batch = batch.to(device, non_blocking=True)
         with guard.all_or_nothing():
             result = runner(batch)
-            guard.add(runner, batch, result)
+            guard.ran.append(Ran(runner, batch, result))
             norm = _clip(model, max_grad_norm, accelerator)
             guard.require_finite(norm)
         optimizer.step()

@@ -343,11 +343,10 @@ def test_settings_that_a_stream_cannot_have(tmp_path: Path, changes: dict[str, A
 
 
 def test_the_stream_of_a_run(tmp_path: Path, tokenizer: Any) -> None:
-    args = settings(tmp_path, data_seed=7, max_length=20, per_device_eval_batch_size=3, eval_strategy="steps")
+    changes = {"per_device_eval_batch_size": 3, "eval_strategy": "steps", "stream_shuffle_buffer": 5}
+    args = settings(tmp_path, data_seed=7, max_length=20, **changes)
     made = [
-        StreamedPreferences.for_run(
-            stream(odd_rows(30)), tokenizer, args, name=name, training=name == "train", shuffle_buffer=5
-        )
+        StreamedPreferences.for_run(stream(odd_rows(30)), tokenizer, args, name=name, training=name == "train")
         for name in ("train", "eval")
     ]
     # each process reads for itself

@@ -170,8 +170,8 @@ def test_layers_are_compiled_for_each_length_only_where_lengths_are_few(
     if few:
         args.attn_kernel_lengths = "bucket"
     plan_ = plan(args, small_model(), tokenised([88] * 8))
-    made = SimpleNamespace(_start_settings=args, row_plan=plan_)
-    DPOTrainer._compile(made, small_model(), None)  # type: ignore[arg-type]
+    made = SimpleNamespace(row_plan=plan_)
+    DPOTrainer._compile(made, args, small_model(), None)  # type: ignore[arg-type]
     assert asked == [{"dynamic": not few}]
 
 

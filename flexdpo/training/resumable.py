@@ -1,0 +1,166 @@
+"""``Trainer`` with checkpoints that are complete or none, and that only the run they came from goes on from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.utils import logging
+
+from flexdpo.data.stream import StreamedPreferences
+from flexdpo.data.tokenize import TOKENISED_COLUMNS
+from flexdpo.data.workers import plain_worker_errors
+from flexdpo.training.checkpoints import (
+    data_digest,
+    file_record,
+    last_checkpoint,
+    load_reference,
+    require_same_run,
+    require_same_schedule,
+    run_record,
+    save_reference,
+    steps_of,
+    tokens_of,
+    write_record,
+    writing_checkpoint,
+)
+from flexdpo.training.finite import require_finite_weights
+from flexdpo.training.output_lock import holding_output
+from flexdpo.training.run_reference import require_movable
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from flexdpo.data.tokenize import DataReport
+    from flexdpo.proof.prove import Proof
+    from flexdpo.training.finite import StepGuard
+
+logger = logging.get_logger(__name__)
+
+
+class ResumableTrainer(Trainer):
+    """The part of :class:`~flexdpo.training.trainer.DPOTrainer` that starts, continues and saves a run.
+
+    Attributes:
+        tokens: That this process ran in training, and that an ordinary run would have.
+        proof: What the run proved before its first step.
+    """
+
+    args: Any
+    train_dataset: Any
+    ref_model: nn.Module | None
+    tokens: dict[str, int]
+    data_reports: dict[str, DataReport]
+    proof: Proof | None = None
+    _guard: StepGuard
+    _fingerprints: dict[str, str]
+    _record: dict[str, Any] | None = None
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train, or continue from a checkpoint of the same data and settings (``True``: the last one in output_dir).
+
+        Raises:
+            FlexdpoError: if the checkpoint belongs to another run, or a loss is not finite.
+        """
+        output_dir = Path(str(self.args.output_dir))
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = str(last_checkpoint(output_dir))
+        if resume_from_checkpoint:
+            self._continue_from(Path(resume_from_checkpoint))
+        stream = self.train_dataset if isinstance(self.train_dataset, StreamedPreferences) else None
+        if stream is not None:
+            done = steps_of(Path(resume_from_checkpoint)) if resume_from_checkpoint else 0
+            stream.closed = done >= self.args.max_steps
+        writes = self.args.should_save and self.args.save_strategy != "no"
+        with holding_output(output_dir, is_owner=writes), plain_worker_errors(self.args.dataloader_num_workers):
+            output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        if stream is not None:
+            self.data_reports["train"] = stream.report
+            logger.warning(stream.report.summary())
+        return output
+
+    def _continue_from(self, folder: Path) -> None:
+        require_same_run(folder, self._run_record())
+        require_same_schedule(folder, self.args)
+        if self.args.sync_ref_model:
+            load_reference(folder, require_movable(self.ref_model), self.args.process_index)
+        # what the run had counted goes on in one process; the log adds them up
+        if self.args.process_index == 0:
+            self.tokens |= tokens_of(folder)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Run an epoch as ``Trainer`` does, but none beyond the last step.
+
+        ``Trainer`` looks at the number of steps only after each, so a run that is continued at its end would go on.
+        """
+        if self.state.global_step >= self.state.max_steps:
+            logger.warning(
+                f"the checkpoint has all {self.state.max_steps} steps of this run, so there is nothing left to do"
+            )
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _run_record(self) -> dict[str, Any]:
+        if self._record is None:
+            data = self.train_dataset
+            if isinstance(data, StreamedPreferences):
+                # its beginning must do
+                data = data.sample(256)
+            self._record = run_record(self.args, data_digest(data, TOKENISED_COLUMNS), self._fingerprints)
+        return self._record
+
+    def total_tokens(self) -> dict[str, int]:
+        """Tokens of the run so far, over all processes, each of which must call this."""
+        counts = torch.tensor(list(self.tokens.values()), device=self.args.device)
+        totals = self.accelerator.reduce(counts, reduction="sum").tolist()
+        return dict(zip(self.tokens, map(int, totals), strict=True))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save as ``Trainer`` does; under FSDP the finished model is saved whole, however its checkpoints are."""
+        if not _internal_call:
+            require_finite_weights(self._guard.model, self.accelerator, "the model")
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is None or _internal_call:
+            super().save_model(output_dir, _internal_call)
+            return
+        kept = plugin.state_dict_type
+        plugin.set_state_dict_type("FULL_STATE_DICT")
+        try:
+            super().save_model(output_dir, _internal_call)
+        finally:
+            plugin.set_state_dict_type(kept)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save as ``Trainer`` does, mark the checkpoint as complete, and only then let older ones go."""
+        output_dir = self._get_output_dir(trial=trial)
+        folder = Path(output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        require_finite_weights(self._guard.model, self.accelerator, f"the checkpoint {folder}")
+        tokens = self.total_tokens()
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        with writing_checkpoint(folder, is_writer=self.args.should_save):
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.args.save_total_limit = limit
+            if self.args.sync_ref_model:
+                save_reference(folder, require_movable(self.ref_model), self.args.process_index)
+            # the record vouches for what all processes have written
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                # the one written before lacks the limit
+                torch.save(self.args, folder / TRAINING_ARGS_NAME)
+                proof = None if self.proof is None else self.proof.figures()
+                vouched = {"tokens": tokens, "files": file_record(folder), "proof": proof}
+                write_record(folder, {**self._run_record(), **vouched})
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=output_dir,
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )

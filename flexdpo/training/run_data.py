@@ -1,0 +1,110 @@
+"""The datasets of a run: tokenised, counted, and refused where the model or the settings could not take them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from transformers.utils import logging
+
+from flexdpo.data.lengths import require_company, require_room, tokens_needed
+from flexdpo.data.regroup import regroup_by_prompt
+from flexdpo.data.stream import StreamedPreferences, is_stream
+from flexdpo.data.tokenize import DataReport, tokenize_preferences
+from flexdpo.errors import FlexdpoError
+from flexdpo.training.model_loading import require_positions
+from flexdpo.training.row_plan import RowPlan
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+    from flexdpo.config import DPOConfig
+
+logger = logging.get_logger(__name__)
+
+# of a stream, before training
+_PREVIEWED_EXAMPLES = 64
+
+
+@dataclass(eq=False)
+class RunData:
+    """Makes the datasets of a run out of what its user gave, and remembers what became of their rows.
+
+    Attributes:
+        max_positions: Of the model's learned position table, if it has one.
+        unrelated_responses: Whether the loss runs other examples' responses behind every prompt.
+        reports: One for each dataset that was tokenised as a whole.
+    """
+
+    args: DPOConfig
+    tokenizer: PreTrainedTokenizerBase
+    max_positions: int | None
+    unrelated_responses: bool
+    reports: dict[str, DataReport] = field(default_factory=dict)
+
+    def tokenised(self, dataset: Any, name: str) -> Dataset | StreamedPreferences | None:
+        """Tokenise one dataset or open one stream.
+
+        Raises:
+            FlexdpoError: if an example is too long for the model or a row, or the last batch too small for the loss.
+        """
+        args = self.args
+        if dataset is None:
+            return None
+        if is_stream(dataset):
+            stream = StreamedPreferences.for_run(
+                dataset, self.tokenizer, args, name=name, training=name == "train", max_positions=self.max_positions
+            )
+            _tell(stream.preview(_PREVIEWED_EXAMPLES))
+            return stream
+        if args.stream_shuffle_buffer and name == "train":
+            raise FlexdpoError(
+                f"stream_shuffle_buffer={args.stream_shuffle_buffer} has no effect: the training data are no stream; "
+                "a dataset in memory is shuffled as a whole"
+            )
+        # one process fills the cache that the others read
+        with args.main_process_first(desc=f"tokenising {name}"):
+            data, report = tokenize_preferences(
+                dataset,
+                self.tokenizer,
+                name=name,
+                max_length=args.max_length,
+                truncation_mode=args.truncation_mode,
+                num_proc=args.dataset_num_proc,
+            )
+            if args.regroup_prompts:
+                data = regroup_by_prompt(data)
+        _tell(report)
+        self.reports[name] = report
+        require_positions(self.max_positions, report.longest)
+        if isinstance(args.max_tokens_per_row, int):
+            require_room(
+                data, args.max_tokens_per_row, args.room_multiple, unrelated_responses=self.unrelated_responses
+            )
+        if self.unrelated_responses:
+            require_company(data, args, name)
+        return data
+
+    def all_tokenised(self, datasets: Any) -> Any:
+        """The same for a dataset to evaluate on, or a dict of them."""
+        if isinstance(datasets, dict):
+            return {name: self.tokenised(part, name) for name, part in datasets.items()}
+        return self.tokenised(datasets, "eval")
+
+    def row_plan(self, train_data: Any, eval_data: Any, model: nn.Module, *, reference: bool) -> RowPlan:
+        """How the rows of these tokenised datasets are laid out, see :meth:`RowPlan.of`."""
+        datasets = [train_data, *(eval_data.values() if isinstance(eval_data, dict) else [eval_data])]
+        sized = [data for data in datasets if hasattr(data, "num_rows")]
+        longest = 0
+        if self.args.max_tokens_per_row == "auto":
+            counts = [tokens_needed(data, unrelated_responses=self.unrelated_responses) for data in sized]
+            longest = max((int(count.max()) for count in counts), default=0)
+        plan = RowPlan.of(self.args, model, reference=reference, longest=longest)
+        return plan.with_buckets(sized[0] if sized else None, self.args, unrelated_responses=self.unrelated_responses)
+
+
+def _tell(report: DataReport) -> None:
+    # what was left out is said at a level that transformers shows by default
+    (logger.warning if report.skipped or report.notes else logger.info)(report.summary())
