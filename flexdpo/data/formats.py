@@ -94,11 +94,6 @@ NOTES = {
 }
 
 
-def note_of(column: str, rows: int, first: int) -> str:
-    """Say what a status column counts, in how many rows, and where first."""
-    return f"{NOTES[column]} in {rows} rows, first at row {first}"
-
-
 def _read_labelled(row: int, values: Mapping[str, Any], settings: Settings) -> Draft:
     draft = _read_texts(row, values, settings)
     if not isinstance(values["label"], bool):

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import KW_ONLY, dataclass, field
 from itertools import count, cycle, islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from flexdpo.data.columns import FEWEST_ROWS, require_prompts, unread_note
+from flexdpo.data.columns import FEWEST_ROWS, require_prompts
 from flexdpo.data.encode import tokenize_batch
 from flexdpo.data.formats import (
     EMPTY_PROMPT,
     ID_FORMS,
     LABELLED_FORM,
     LABELS_COLUMN,
-    NOTES,
     OWN_FORM,
-    SKIP_REASONS,
-    note_of,
 )
 from flexdpo.data.load import silent_json_reader
+from flexdpo.data.report import Counts, DataReport, none_usable
 from flexdpo.data.tokenize import (
     TOKENISED_COLUMNS,
-    DataReport,
-    cut_note,
-    fitting_length,
-    none_usable,
     require_settings,
     settings_for,
 )
@@ -38,15 +32,14 @@ if TYPE_CHECKING:
 
     from datasets import Dataset
     from datasets import IterableDataset as Stream
-    from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
     from flexdpo.config import DPOConfig
-    from flexdpo.data.formats import Settings
 
 _ROWS_AT_ONCE = 64
 
 
+@dataclass(eq=False, repr=False)
 class StreamedPreferences(IterableDataset[dict[str, Any]]):
     """Tokenised rows of a stream, as :func:`~flexdpo.data.tokenize.tokenize_preferences` makes them, in bounded memory.
 
@@ -82,36 +75,30 @@ class StreamedPreferences(IterableDataset[dict[str, Any]]):
             type or length (with its number) and a source that breaks off.
     """
 
-    def __init__(
-        self,
-        source: Stream,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        max_length: int | None,
-        truncation_mode: str = "keep_start",
-        name: str = "train",
-        endless: bool = True,
-        batch_size: int = 1,
-        num_processes: int = 1,
-        shuffle_buffer: int = 0,
-        seed: int = 0,
-        max_positions: int | None = None,
-    ) -> None:
-        require_settings(max_length, truncation_mode, None)
-        _require_whole(source, name)
-        if shuffle_buffer < 0:
-            raise FlexdpoError(f"shuffle_buffer={shuffle_buffer}: use 0 to keep the order, or a number of rows")
-        self.source = source.with_format(None)
-        self.tokenizer = tokenizer
-        self.name, self.endless = name, endless
-        self.batch_size, self.num_processes = batch_size, num_processes
-        self.shuffle_buffer, self.seed = shuffle_buffer, seed
-        self.max_positions = max_positions
-        self.epoch = 0
-        self.closed = False
+    source: Stream
+    tokenizer: PreTrainedTokenizerBase
+    _: KW_ONLY
+    max_length: int | None
+    truncation_mode: str = "keep_start"
+    name: str = "train"
+    endless: bool = True
+    batch_size: int = 1
+    num_processes: int = 1
+    shuffle_buffer: int = 0
+    seed: int = 0
+    max_positions: int | None = None
+    epoch: int = field(default=0, init=False)
+    closed: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        require_settings(self.max_length, self.truncation_mode, None)
+        _require_whole(self.source, self.name)
+        if self.shuffle_buffer < 0:
+            raise FlexdpoError(f"shuffle_buffer={self.shuffle_buffer}: use 0 to keep the order, or a number of rows")
+        self.source = self.source.with_format(None)
         self.columns = self._find_columns()
-        self.settings = settings_for(self.columns, tokenizer, max_length, name)
-        self._counts = _Counts(self.settings)
+        self.settings = settings_for(self.columns, self.tokenizer, self.max_length, self.name)
+        self._counts = Counts(self.settings)
 
     @classmethod
     def for_run(
@@ -151,19 +138,17 @@ class StreamedPreferences(IterableDataset[dict[str, Any]]):
 
     def preview(self, rows: int) -> DataReport:
         """What becomes of the source's beginning, up to so many usable rows, for a word before training."""
-        counts = _Counts(self.settings)
+        counts = Counts(self.settings)
         whole: list[int] = []
         for _ in islice(self._usable(0, counts, whole), rows):
             pass
-        return counts.as_report(
-            f"{self.name}, its beginning", fitting_length(np.asarray(whole)) if any(whole) else None
-        )
+        return counts.as_report(f"{self.name}, its beginning", np.asarray(whole))
 
     def sample(self, rows: int) -> Dataset:
         """The first usable rows of the source as a tokenised dataset, to look at before training or to compare by."""
         from datasets import Dataset
 
-        found = list(islice(self._usable(0, _Counts(self.settings)), rows))
+        found = list(islice(self._usable(0, Counts(self.settings)), rows))
         if not found:
             raise self._nothing_usable()
         return Dataset.from_list(found)
@@ -213,11 +198,11 @@ class StreamedPreferences(IterableDataset[dict[str, Any]]):
         epoch = self.epoch + number
         worker = get_worker_info()
         # every worker reads every row, so one of them counts for all; a later pass meets the same rows again
-        counts = self._counts if number == 0 and (worker is None or worker.id == 0) else _Counts(self.settings)
+        counts = self._counts if number == 0 and (worker is None or worker.id == 0) else Counts(self.settings)
         rows = self._usable(epoch, counts)
         return _shuffled(rows, self.shuffle_buffer, (self.seed, epoch)) if self.shuffle_buffer else rows
 
-    def _usable(self, epoch: int, counts: _Counts, whole: list[int] | None = None) -> Iterator[dict[str, Any]]:
+    def _usable(self, epoch: int, counts: Counts, whole: list[int] | None = None) -> Iterator[dict[str, Any]]:
         """Tokenised rows in the order of the source; the others are counted, and uncut lengths put into ``whole``."""
         counts.clear()
         self.source.set_epoch(epoch)
@@ -245,7 +230,7 @@ class StreamedPreferences(IterableDataset[dict[str, Any]]):
         if start:
             self._require_prompts(counts)
 
-    def _require_prompts(self, counts: _Counts) -> None:
+    def _require_prompts(self, counts: Counts) -> None:
         has_prompt = "prompt" in self.columns
         if self.settings.form in ID_FORMS or (has_prompt and not counts.of("used")):
             return
@@ -329,72 +314,6 @@ def _shuffled(rows: Iterator[dict[str, Any]], size: int, seed: tuple[int, int]) 
         yield out
     for place in generator.permutation(len(buffer)):
         yield buffer[place]
-
-
-class _Counts:
-    """Counters in memory that a loader's worker processes share with the one that reports."""
-
-    _NUMBERS = ("rows", "used", "truncated", "responses", "cut", "longest")
-
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        fields = [*self._NUMBERS, *SKIP_REASONS, *NOTES]
-        self._place = {name: number for number, name in enumerate(fields)}
-        # how often, and the row where first
-        self._values = torch.zeros(len(fields), 2, dtype=torch.int64).share_memory_()
-
-    def clear(self) -> None:
-        self._values.zero_()
-
-    def add(self, tokenised: dict[str, list[Any]]) -> None:
-        """Count a batch of :func:`~flexdpo.data.formats.tokenize_batch`."""
-        values = self._values.numpy().copy()
-        for number, skip in enumerate(tokenised["_skip"]):
-            values[self._place["rows"], 0] += 1
-            row = tokenised["row"][number]
-            if skip:
-                self._count(values, SKIP_REASONS[skip - 1], row)
-                continue
-            values[self._place["used"], 0] += 1
-            values[self._place["truncated"], 0] += tokenised["_cut"][number] > 0
-            values[self._place["responses"], 0] += tokenised["_responses"][number]
-            values[self._place["cut"], 0] += tokenised["_cut"][number]
-            longest = self._place["longest"], 0
-            values[longest] = max(values[longest], tokenised["_longest"][number])
-            for column in NOTES:
-                if tokenised[column][number]:
-                    self._count(values, column, row)
-        # in one go, so that whoever looks meanwhile finds sums that fit
-        self._values.copy_(torch.from_numpy(values))
-
-    def _count(self, values: NDArray[np.int64], name: str, row: int) -> None:
-        entry = values[self._place[name]]
-        if entry[0] == 0:
-            entry[1] = row
-        entry[0] += 1
-
-    def of(self, name: str) -> int:
-        """How many there are of one of the numbers, the reasons to skip and the notes."""
-        return int(self._values[self._place[name], 0])
-
-    def as_report(self, name: str, keeps: int | None = None) -> DataReport:
-        values = {field: self._values[place].tolist() for field, place in self._place.items()}
-        rows, used, truncated, responses, cut, longest = (values[field][0] for field in self._NUMBERS)
-        skipped = {reason: values[reason] for reason in SKIP_REASONS if values[reason][0]}
-        notes = unread_note(self._settings.unread)
-        if cut:
-            notes.append(cut_note(cut, responses, self._settings.max_length, keeps))
-        notes += [note_of(column, *values[column]) for column in NOTES if values[column][0]]
-        return DataReport(
-            name,
-            rows,
-            used,
-            {reason: number for reason, (number, _) in skipped.items()},
-            {reason: first for reason, (_, first) in skipped.items()},
-            truncated,
-            longest,
-            tuple(notes),
-        )
 
 
 def settle_config(config: DPOConfig, *, training: bool = True) -> None:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from flexdpo.data.cache import map_settings, tokenizer_digest
-from flexdpo.data.columns import prompt_like, require_prompts, unread_note
+from flexdpo.data.columns import prompt_like, require_prompts
 from flexdpo.data.encode import tokenize_batch, tokenizer_name
 from flexdpo.data.formats import (
     EMPTY_PROMPT,
     ID_FORMS,
     LABELLED_FORM,
     LABELS_COLUMN,
-    NOTES,
     OWN_FORM,
     READERS,
     SKIP_REASONS,
@@ -24,9 +23,9 @@ from flexdpo.data.formats import (
     TOKENISED_COLUMNS,
     TRL_ID_FORM,
     Settings,
-    note_of,
 )
 from flexdpo.data.load import load_preference_dataset
+from flexdpo.data.report import Counts, DataReport, none_usable
 from flexdpo.errors import FlexdpoError, nearest, quoted
 from flexdpo.layout.groups import Group
 from flexdpo.objective.unpaired import LabelledGroup
@@ -47,44 +46,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from datasets import Dataset
-    from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True)
-class DataReport:
-    """What became of every row of a dataset; ``used + sum(skipped.values()) == rows``.
-
-    Attributes:
-        name: Which dataset, for instance ``"train"``.
-        rows: Rows of the source dataset.
-        used: Rows that can be trained on.
-        skipped: Number of rows left out, by reason (see ``SKIP_REASONS``); reasons that never occurred are absent.
-        first_skipped: The first row left out for each of those reasons, counted from 0.
-        truncated: Used rows of which at least one response was cut to fit ``max_length``.
-        longest: Tokens of the longest used prompt with one response behind it.
-        notes: What else happened to the rows, one sentence each.
-    """
-
-    name: str
-    rows: int
-    used: int
-    skipped: dict[str, int] = field(default_factory=dict)
-    first_skipped: dict[str, int] = field(default_factory=dict)
-    truncated: int = 0
-    longest: int = 0
-    notes: tuple[str, ...] = ()
-
-    def summary(self) -> str:
-        """Return one line for people, and one more for each note."""
-        parts = [f"{self.used} of {self.rows} rows used"]
-        if self.truncated:
-            parts.append(f"{self.truncated} of them cut to max_length")
-        parts += [
-            f"skipped {count} ({reason}, first at row {self.first_skipped[reason]})"
-            for reason, count in self.skipped.items()
-        ]
-        return "\n".join([f"{self.name}: {'; '.join(parts)}", *(f"  note: {note}" for note in self.notes)])
 
 
 class TokenizedPreferences(NamedTuple):
@@ -272,66 +234,20 @@ def _map(
 def _account(mapped: Dataset, settings: Settings, name: str, *, has_prompt: bool) -> TokenizedPreferences:
     """Count the status columns, then drop them and the rows that cannot be used."""
     status: dict[str, Any] = mapped.with_format("numpy", columns=[*STATUS_COLUMNS, "row"])[:]
-    rows, skip = status["row"], status["_skip"]
-    kept = np.flatnonzero(skip == 0)
-    skipped = {reason: int((skip == code).sum()) for code, reason in enumerate(SKIP_REASONS, start=1)}
-    skipped = {reason: count for reason, count in skipped.items() if count}
-    first = {reason: int(rows[np.argmax(skip == SKIP_REASONS.index(reason) + 1)]) for reason in skipped}
-    if not kept.size and (has_prompt or settings.form in ID_FORMS):
-        raise none_usable(name, len(rows), skipped, first)
-    if settings.form not in ID_FORMS:
-        empty = skipped.get(EMPTY_PROMPT, 0) + int(status["_promptless"][kept].sum())
-        require_prompts(name, len(rows), empty, has_prompt=has_prompt, unread=settings.unread)
-    if not kept.size:
-        raise none_usable(name, len(rows), skipped, first)
-    truncated, longest = int((status["_cut"][kept] > 0).sum()), int(status["_longest"][kept].max())
+    counts = Counts(settings)
+    counts.add(status)
+    report = counts.as_report(name, status["_whole"])
+    if settings.form not in ID_FORMS and (report.used or not has_prompt):
+        empty = counts.of(EMPTY_PROMPT) + counts.of("_promptless")
+        require_prompts(name, report.rows, empty, has_prompt=has_prompt, unread=settings.unread)
+    if not report.used:
+        raise none_usable(name, report.rows, report.skipped, report.first_skipped)
     dataset = mapped.remove_columns(list(STATUS_COLUMNS))
-    notes = unread_note(settings.unread)
-    if truncated:
-        keeps = fitting_length(status["_whole"])
-        notes.append(cut_note(status["_cut"][kept].sum(), status["_responses"][kept].sum(), settings.max_length, keeps))
-    notes += _notes({column: values[kept] for column, values in status.items()})
     stale = [column for column in dataset.column_names if column not in (*TOKENISED_COLUMNS, LABELS_COLUMN)]
-    if truncated and stale:
+    if report.truncated and stale:
         dataset = dataset.remove_columns(stale)
-        notes.append(f"dropped {quoted(stale)}, which belonged to the responses before they were cut")
-    if skipped:
-        dataset = dataset.select(kept)
-    report = DataReport(name, len(rows), len(kept), skipped, first, truncated, longest, tuple(notes))
+        dropped = f"dropped {quoted(stale)}, which belonged to the responses before they were cut"
+        report = replace(report, notes=(*report.notes, dropped))
+    if report.skipped:
+        dataset = dataset.select(np.flatnonzero(status["_skip"] == 0))
     return TokenizedPreferences(dataset, report)
-
-
-def fitting_length(whole: NDArray[np.int64]) -> int:
-    """The ``max_length`` that would cut no response of 95 % of the rows.
-
-    Args:
-        whole: Tokens of each row's longest response and its prompt, uncut; 0 where they are not known.
-    """
-    return int(np.quantile(whole[whole > 0], 0.95, method="inverted_cdf"))
-
-
-def cut_note(cut: int, responses: int, max_length: int | None, keeps: int | None = None) -> str:
-    """Say how many responses lost their end to ``max_length``, and which one would keep 95 % of the rows whole."""
-    way_out = (
-        f"; max_length={keeps} would keep 95 % of the rows whole" if keeps and keeps > (max_length or keeps) else ""
-    )
-    said = f"{cut} of {responses} responses cut to max_length={max_length}, and without the token that ends them"
-    if 2 * cut > responses:
-        said += ": more than half of all, so that the model would not learn to end a response"
-    return said + way_out
-
-
-def none_usable(name: str, rows: int, skipped: Mapping[str, int], first: Mapping[str, int]) -> FlexdpoError:
-    """The error for a dataset without a row to train on, with the reasons."""
-    counts = "; ".join(f"{count} skipped ({reason}, first at row {first[reason]})" for reason, count in skipped.items())
-    return FlexdpoError(f"{name}: none of the {rows} rows can be used: {counts or 'there are none'}")
-
-
-def _notes(status: dict[str, Any]) -> list[str]:
-    """Say what happened to used rows, with how often and where first."""
-    notes = []
-    for column in NOTES:
-        hits = np.flatnonzero(status[column])
-        if hits.size:
-            notes.append(note_of(column, hits.size, int(status["row"][hits[0]])))
-    return notes

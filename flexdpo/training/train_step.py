@@ -19,7 +19,7 @@ from flexdpo.objective.logps import response_logps
 from flexdpo.objective.objective import Objective
 from flexdpo.objective.unpaired import with_unrelated_responses
 from flexdpo.training import adapters, distribution, model_loading
-from flexdpo.training.batch import PackedBatch
+from flexdpo.training.batch import PackingCollator
 from flexdpo.training.finite import Ran, StepGuard
 from flexdpo.training.step import Runner
 
@@ -36,8 +36,8 @@ class StepResult:
     """What one step came to.
 
     Attributes:
-        loss: The batch's loss, detached, a scalar.
-        grad_norm: Norm of the gradient before clipping, a scalar.
+        loss: Detached scalar.
+        grad_norm: Before clipping, a scalar.
         metrics: Means over the batch's pairs or labels, under TRL's names.
         tokens_run: Distinct tokens that went through the model.
         tokens_unshared: Tokens that an ordinary step would have run.
@@ -96,7 +96,6 @@ def make_train_step(
     prepare_model(inner, impl=impl)
     disable_dropout(inner)
     adapters.require_trainable(inner)
-    limits = limits_of(inner).limits
     in_step = accelerator is not None and distribution.runs_in_step(accelerator)
     if in_step and ref_model is None and objective.needs_reference and not adapters.is_peft_model(inner):
         raise FlexdpoError("a sharded model cannot be copied as its own reference; give ref_model, sharded like it")
@@ -104,40 +103,50 @@ def make_train_step(
     vocabularies = {"model": model_loading.vocabulary(inner)}
     if ref_model is not None:
         vocabularies["reference model"] = model_loading.vocabulary(unwrap_model(ref_model))
-    device = next(model.parameters()).device
-    multiple = pad_to_multiple_of or tile_multiple(device)
+    collator = PackingCollator(
+        max_tokens_per_row,
+        pad_to_multiple_of or tile_multiple(next(model.parameters()).device),
+        sharing=sharing,
+        with_idle_row=in_step,
+        limits=limits_of(inner).limits,
+    )
     runner = Runner(model, objective, reference=reference, **_surroundings(model, accelerator))
     guard = StepGuard(inner, accelerator)
+    return _Step(model, optimizer, collator, runner, guard, vocabularies, max_grad_norm, accelerator)
 
-    def step(groups: Sequence[Group]) -> StepResult:
-        model.train()
-        if objective.needs_unrelated_responses:
+
+@dataclass(frozen=True)
+class _Step:
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    collator: PackingCollator
+    runner: Runner
+    guard: StepGuard
+    vocabularies: dict[str, int]
+    max_grad_norm: float | None
+    accelerator: Accelerator | None
+
+    def __call__(self, groups: Sequence[Group]) -> StepResult:
+        self.model.train()
+        if self.runner.objective.needs_unrelated_responses:
             groups = with_unrelated_responses(groups)
-        for name, rows in vocabularies.items():
+        for name, rows in self.vocabularies.items():
             _require_ids(groups, name, rows)
-        batch = PackedBatch.from_groups(
-            groups,
-            max_tokens_per_row=max_tokens_per_row,
-            pad_to_multiple_of=multiple,
-            sharing=sharing,
-            with_idle_row=in_step,
-            limits=limits,
-        )
+        batch = self.collator.packed(groups)
+        device = next(self.model.parameters()).device
         if device.type == "cuda":
             # a copy from memory that may be paged out waits for the step before
             batch = batch.pin_memory()
         batch = batch.to(device, non_blocking=True)
-        with guard.all_or_nothing():
-            result = runner(batch)
-            guard.ran.append(Ran(runner, batch, result))
-            norm = _clip(model, max_grad_norm, accelerator)
-            guard.require_finite(norm)
-        optimizer.step()
-        optimizer.zero_grad()
+        with self.guard.all_or_nothing():
+            result = self.runner(batch)
+            self.guard.ran.append(Ran(self.runner, batch, result))
+            norm = _clip(self.model, self.max_grad_norm, self.accelerator)
+            self.guard.require_finite(norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         metrics = {name: values.mean() for name, values in result.metrics.items() if len(values)}
         return StepResult(result.loss, norm, metrics, batch.tokens_run, batch.tokens_unshared)
-
-    return step
 
 
 def _require_ids(groups: Sequence[Group], name: str, rows: int) -> None:

@@ -62,8 +62,7 @@ class DPOTrainer(ResumableTrainer):
         model: A prepared or unprepared causal LM, a ``PeftModel``, or a name or folder to load it from.
         ref_model: The reference; by default a frozen copy of the model, or the model without its adapter.
         args: Settings.
-        train_dataset: Preferences as text or messages, or tokenised (see :func:`tokenize_preferences`); or a stream of
-            them (see :class:`~flexdpo.data.stream.StreamedPreferences`).
+        train_dataset: Preferences as text or messages, tokenised ones, or a stream (``StreamedPreferences``) of them.
         eval_dataset: The same, or a dict of them.
         processing_class: The tokenizer; by default loaded from the model's name.
         peft_config: Wrap the model in this adapter.
@@ -219,8 +218,6 @@ class DPOTrainer(ResumableTrainer):
         self.model.train(was_training)
         self.ref_model = None
 
-    # --- the reference and the data ----------------------------------------------------------------------------------
-
     def reference_logps(self, row: Row) -> ResponseLogps:
         """Log-probabilities of the responses of a row under the reference, without gradients."""
         with torch.no_grad():
@@ -368,7 +365,7 @@ class DPOTrainer(ResumableTrainer):
         return result.loss.to(torch.float32), None, None
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
-        """Floating-point operations of a training step on the tokens that really run (6 per token and parameter)."""
+        """Of a training step on the tokens that really run, 6 per token and parameter."""
         return int(inputs["batch"].tokens_run) * self._flops_per_token
 
     # --- metrics -----------------------------------------------------------------------------------------------------

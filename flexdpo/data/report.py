@@ -1,0 +1,144 @@
+"""What became of the rows of a dataset or a stream: counted once, told in the same words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from flexdpo.data.columns import unread_note
+from flexdpo.data.formats import NOTES, SKIP_REASONS
+from flexdpo.errors import FlexdpoError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+
+    from flexdpo.data.formats import Settings
+
+_NUMBERS = ("rows", "used", "truncated", "responses", "cut", "longest")
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What became of every row of a dataset; ``used + sum(skipped.values()) == rows``.
+
+    Attributes:
+        skipped: Number of rows left out, by reason (see ``SKIP_REASONS``); reasons that never occurred are absent.
+        first_skipped: The first row left out for each of those reasons, counted from 0.
+        truncated: Used rows of which at least one response was cut to fit ``max_length``.
+        longest: Tokens of the longest used prompt with one response behind it.
+        notes: What else happened to the rows, one sentence each.
+    """
+
+    name: str
+    rows: int
+    used: int
+    skipped: dict[str, int] = field(default_factory=dict)
+    first_skipped: dict[str, int] = field(default_factory=dict)
+    truncated: int = 0
+    longest: int = 0
+    notes: tuple[str, ...] = ()
+
+    def summary(self) -> str:
+        """Return one line for people, and one more for each note."""
+        parts = [f"{self.used} of {self.rows} rows used"]
+        if self.truncated:
+            parts.append(f"{self.truncated} of them cut to max_length")
+        parts += [
+            f"skipped {count} ({reason}, first at row {self.first_skipped[reason]})"
+            for reason, count in self.skipped.items()
+        ]
+        return "\n".join([f"{self.name}: {'; '.join(parts)}", *(f"  note: {note}" for note in self.notes)])
+
+
+class Counts:
+    """Counters in memory that a loader's worker processes share with the one that reports."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        names = [*_NUMBERS, *SKIP_REASONS, *NOTES]
+        self._place = {name: number for number, name in enumerate(names)}
+        # how often, and the row where first
+        self._values = torch.zeros(len(names), 2, dtype=torch.int64).share_memory_()
+
+    def clear(self) -> None:
+        """Begin again."""
+        self._values.zero_()
+
+    def add(self, tokenised: Mapping[str, Any]) -> None:
+        """Count a batch of :func:`~flexdpo.data.encode.tokenize_batch`, as lists or arrays."""
+        columns = {name: np.asarray(tokenised[name]) for name in ("row", "_skip", "_cut", "_responses", "_longest")}
+        rows, used = columns["row"], columns["_skip"] == 0
+        cut = columns["_cut"][used]
+        values = self._values.numpy().copy()
+        added = (len(rows), used.sum(), (cut > 0).sum(), columns["_responses"][used].sum(), cut.sum())
+        values[: len(added), 0] += added
+        longest = self._place["longest"], 0
+        values[longest] = max(values[longest], columns["_longest"][used].max(initial=0))
+        found = {reason: columns["_skip"] == code for code, reason in enumerate(SKIP_REASONS, start=1)}
+        found |= {column: used & (np.asarray(tokenised[column]) > 0) for column in NOTES}
+        for name, hits in found.items():
+            entry = values[self._place[name]]
+            if hits.any() and not entry[0]:
+                entry[1] = rows[hits.argmax()]
+            entry[0] += hits.sum()
+        # in one go, so that whoever looks meanwhile finds sums that fit
+        self._values.copy_(torch.from_numpy(values))
+
+    def of(self, name: str) -> int:
+        """How many there are of one of the numbers, the reasons to skip and the notes."""
+        return int(self._values[self._place[name], 0])
+
+    def as_report(self, name: str, whole: NDArray[np.int64] | None = None) -> DataReport:
+        """The account so far; ``whole`` are the rows' uncut lengths, 0 where they are not known."""
+        values = {field: self._values[place].tolist() for field, place in self._place.items()}
+        rows, used, truncated, responses, cut, longest = (values[field][0] for field in _NUMBERS)
+        skipped = {reason: values[reason] for reason in SKIP_REASONS if values[reason][0]}
+        notes = unread_note(self._settings.unread)
+        if cut:
+            keeps = None if whole is None or not whole.any() else fitting_length(whole)
+            notes.append(cut_note(cut, responses, self._settings.max_length, keeps))
+        for column, text in NOTES.items():
+            number, first = values[column]
+            if number:
+                notes.append(f"{text} in {number} rows, first at row {first}")
+        return DataReport(
+            name,
+            rows,
+            used,
+            {reason: number for reason, (number, _) in skipped.items()},
+            {reason: first for reason, (_, first) in skipped.items()},
+            truncated,
+            longest,
+            tuple(notes),
+        )
+
+
+def fitting_length(whole: NDArray[np.int64]) -> int:
+    """The ``max_length`` that would cut no response of 95 % of the rows.
+
+    Args:
+        whole: Tokens of each row's longest response and its prompt, uncut; 0 where they are not known.
+    """
+    return int(np.quantile(whole[whole > 0], 0.95, method="inverted_cdf"))
+
+
+def cut_note(cut: int, responses: int, max_length: int | None, keeps: int | None = None) -> str:
+    """Say how many responses lost their end to ``max_length``, and which one would keep 95 % of the rows whole."""
+    way_out = (
+        f"; max_length={keeps} would keep 95 % of the rows whole" if keeps and keeps > (max_length or keeps) else ""
+    )
+    said = f"{cut} of {responses} responses cut to max_length={max_length}, and without the token that ends them"
+    if 2 * cut > responses:
+        said += ": more than half of all, so that the model would not learn to end a response"
+    return said + way_out
+
+
+def none_usable(name: str, rows: int, skipped: Mapping[str, int], first: Mapping[str, int]) -> FlexdpoError:
+    """The error for a dataset without a row to train on, with the reasons."""
+    counts = "; ".join(f"{count} skipped ({reason}, first at row {first[reason]})" for reason, count in skipped.items())
+    return FlexdpoError(f"{name}: none of the {rows} rows can be used: {counts or 'there are none'}")
