@@ -44,7 +44,7 @@ class BalancedSampler(Sampler[int]):
         for index in self.sampler:
             window.append(index)
             if len(window) == self.batch_size * self.num_processes:
-                for part in deal(self.costs[window], self.num_processes):
+                for part in partition(self.costs[window], self.num_processes):
                     yield from (window[i] for i in part)
                 window = []
         yield from window
@@ -55,23 +55,18 @@ class BalancedSampler(Sampler[int]):
             self.sampler.set_epoch(epoch)
 
 
-def deal(costs: Sequence[float] | NDArray[np.float64], hands: int) -> list[list[int]]:
-    """Deal items into ``hands`` equally large parts of about equal cost: the dearest first, to the poorest hand.
+def partition(costs: Sequence[float] | NDArray[np.float64], count: int) -> list[list[int]]:
+    """Split items into ``count`` equally large parts of about equal cost: the dearest first, to the cheapest part.
 
-    Args:
-        costs: Of each item; their number is a multiple of ``hands``.
-        hands: Parts.
-
-    Returns:
-        The items of each part, in increasing order.
+    The number of items is a multiple of ``count``; each part lists its items in increasing order.
     """
-    size = len(costs) // hands
-    parts: list[list[int]] = [[] for _ in range(hands)]
-    spent = [0.0] * hands
+    size = len(costs) // count
+    parts: list[list[int]] = [[] for _ in range(count)]
+    spent = [0.0] * count
     for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        hand = min((h for h in range(hands) if len(parts[h]) < size), key=lambda h: (spent[h], h))
-        parts[hand].append(item)
-        spent[hand] += float(costs[item])
+        part = min((p for p in range(count) if len(parts[p]) < size), key=lambda p: (spent[p], p))
+        parts[part].append(item)
+        spent[part] += float(costs[item])
     return [sorted(part) for part in parts]
 
 

@@ -34,14 +34,7 @@ def prompt_like(unread: Sequence[str], *, has_prompt: bool) -> tuple[str, ...]:
 
 
 def require_nothing_lost(place: str, values: Mapping[str, Any], unread: Sequence[str], like: Sequence[str]) -> None:
-    """Refuse a row with text in a column called like the prompt that stands in none of the columns that are read.
-
-    Args:
-        place: How errors call the row.
-        values: The row.
-        unread: Its columns that are not read.
-        like: Those of them that :func:`prompt_like` found.
-    """
+    """Refuse a row with text in a column called like the prompt that stands in none of the columns that are read."""
     held = {column: list(_texts(values[column])) for column in like if values[column]}
     if not any(held.values()):
         return

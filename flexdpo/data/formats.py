@@ -33,11 +33,9 @@ class Settings:
 
     Attributes:
         form: One of ``READERS``.
-        max_length: Most tokens of prompt and response.
         largest_id: Of the tokenizer, for rows of token ids.
         unread: Columns that the form does not read.
         prompt_like: Those of them that must hold no text of their own.
-        revision: Of this file's code.
     """
 
     form: str

@@ -180,16 +180,7 @@ def _load_from_hub(name: str, split: str, config_name: str | None, streaming: bo
 def _load(
     shown: str, files: Sequence[Path], source: str, *, streaming: bool, note: str = "", **options: Any
 ) -> Dataset | IterableDataset:
-    """Call ``datasets.load_dataset`` and turn what it raises about the data into one clear error.
-
-    Args:
-        shown: How errors call the source.
-        files: The local files it reads; empty for the hub.
-        source: What the library calls its path: a reader, a folder or a hub name.
-        streaming: Open it only.
-        note: What is already known to be wrong, in place of the library's own words.
-        options: Passed on.
-    """
+    """Call ``datasets.load_dataset`` and turn what it raises about the data into one clear error."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 

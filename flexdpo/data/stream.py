@@ -54,15 +54,8 @@ class StreamedPreferences(IterableDataset[dict[str, Any]]):
 
     Args:
         source: A ``datasets.IterableDataset``, not split by process. One that was shuffled is shuffled anew each epoch.
-        tokenizer: Tokenizes the rows.
         max_length: Most tokens of prompt + response; ``None`` for no limit.
-        truncation_mode: ``"keep_start"``, the only one.
-        name: How errors and the report call this stream.
-        endless: Begin again after the last row.
-        batch_size: Rows of a batch of one process.
-        num_processes: Processes that share the stream.
         shuffle_buffer: Shuffle through a buffer of this many tokenised rows; 0 keeps the order of the source.
-        seed: Of the buffer.
         max_positions: Refuse an example with more tokens, as a model with learned positions must.
 
     Attributes:

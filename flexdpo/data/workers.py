@@ -18,9 +18,6 @@ _MARK = f"{FlexdpoError.__module__}.{FlexdpoError.__qualname__}: "
 def plain_worker_errors(num_workers: int) -> Iterator[None]:
     """Turn the death of a worker, and a traceback that came out of one as text, into one clear message.
 
-    Args:
-        num_workers: ``dataloader_num_workers`` of the run.
-
     Raises:
         FlexdpoError: for both; any other error passes as it is.
     """

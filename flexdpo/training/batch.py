@@ -30,7 +30,6 @@ class PackedBatch:
     """The groups of one micro-batch, laid out in rows.
 
     Attributes:
-        rows: Packed rows; every group stands in exactly one of them.
         totals: Denominators of the losses over the whole batch.
         reference: Precomputed reference log-probabilities for each row, or ``None``.
         members: For each row, which example of the batch each of its groups is.

@@ -57,13 +57,7 @@ _DIGESTED_BYTES = 2**24
 
 
 def run_record(config: DPOConfig, data_digest: str, model: dict[str, str] | None = None) -> dict[str, Any]:
-    """The data and the settings of a run, as plain JSON values.
-
-    Args:
-        config: Settings of the run; all of them are recorded but those with no say in what is learned.
-        data_digest: From :func:`data_digest`.
-        model: Fingerprints of what a checkpoint does not hold itself, by what they stand for.
-    """
+    """The data and the settings of a run, as plain JSON values."""
     settings = {
         field.name: getattr(config, field.name)
         for field in fields(config)
@@ -297,12 +291,7 @@ def _rates(config: DPOConfig, total: int, done: int) -> list[float]:
 
 
 def data_digest(dataset: Dataset, columns: tuple[str, ...]) -> str:
-    """A digest of the tokens of a dataset, independent of files, caches and Arrow chunks.
-
-    Args:
-        dataset: A tokenised dataset.
-        columns: The columns to look at, integers or (lists of) lists of integers.
-    """
+    """A digest of the tokens of a dataset, independent of files, caches and Arrow chunks."""
     digest = hashlib.sha256()
     for table in dataset.with_format("arrow").iter(batch_size=4096):
         for name in columns:

@@ -49,8 +49,6 @@ class StepGuard:
     """Keeps an optimizer from a step that is not finite.
 
     Attributes:
-        model: The bare model, whose parameters are trained.
-        accelerator: Of the run, where there is one.
         ran: The batches of the step in progress, whose gradients were added to the step's.
     """
 
@@ -212,11 +210,6 @@ def not_finite(model: nn.Module, *, gradients: bool = False) -> Iterator[str]:
 
 def require_finite_weights(model: nn.Module, accelerator: Accelerator, what: str) -> None:
     """Refuse to write weights that are not finite, as a step with a learning rate beyond all bounds leaves them.
-
-    Args:
-        model: The bare model.
-        accelerator: Processes that hold parts of the weights agree.
-        what: What was to be written.
 
     Raises:
         FlexdpoError: naming the first parameter at fault.

@@ -42,15 +42,8 @@ class ModelSize:
     """The numbers of a causal LM that its memory depends on.
 
     Attributes:
-        name: What messages call it.
         parameters: All parameters; tied ones once.
-        hidden: Hidden size.
         intermediate: Width of the feed-forward layers that a token passes; all its experts together.
-        layers: Decoder layers.
-        heads: Query heads.
-        key_heads: Key heads.
-        head_dim: Head size.
-        vocabulary: Words.
         gated: Whether the feed-forward layers multiply a gate in (``SwiGLU``), or are two plain matrices.
         layer_norm: Whether norms are torch's fused ``LayerNorm``; otherwise ``RMSNorm`` written out in Python.
         head_norms: Whether queries and keys are normalised head by head.

@@ -61,12 +61,7 @@ def distinct_examples(example_rows: Tensor, args: TrainingArguments, accelerator
 
 
 class MetricsFile(TrainerCallback):
-    """Appends every logged line to a JSONL file, one object per line.
-
-    Args:
-        path: The file; an existing one is continued.
-        extra: Fields added to every line.
-    """
+    """Appends every logged line to a JSONL file, one object per line."""
 
     def __init__(self, path: Path | str, **extra: Any) -> None:
         self.path = Path(path)

@@ -40,13 +40,8 @@ class Precompute:
     """Computes the reference values of datasets and adds them as columns.
 
     Attributes:
-        config: Settings of the run.
-        accelerator: Of the trainer.
-        run: Log-probabilities of a row under the reference.
         model: Fingerprint of the reference's weights, adapter included.
         tokenizer: Fingerprint of the tokenizer.
-        max_tokens_per_row: Longest row.
-        limits: As in :func:`flexdpo.pack`.
         rows_at_once: Rows of the dataset whose tokens are in memory together, and so can be brought together.
     """
 

@@ -44,8 +44,6 @@ class RowPlan:
     """How rows are made.
 
     Attributes:
-        max_tokens_per_row: Longest row, padding included; ``None`` puts a batch into one row.
-        pad_to_multiple_of: Rows are padded to a multiple of this many tokens.
         sharing: ``"group"`` or ``"step"``, see :func:`flexdpo.pack`.
         buckets: The few lengths that rows are padded to; ``None`` for multiples of ``pad_to_multiple_of``.
         kernels: How FlexAttention is compiled for them.
@@ -101,13 +99,7 @@ class RowPlan:
         return cls(budget, args.row_multiple, args.sharing, args.kernel_settings())
 
     def with_buckets(self, dataset: Dataset | None, args: DPOConfig, *, unrelated_responses: bool = False) -> RowPlan:
-        """The plan with row lengths chosen from a sample of the data, where kernels are compiled by length.
-
-        Args:
-            dataset: Tokenised; without one (streaming) a single kernel serves all lengths.
-            args: Settings.
-            unrelated_responses: As in the collator.
-        """
+        """The plan with row lengths chosen from a sample of the data, where kernels are compiled by length."""
         if self.kernels.dynamic(args.device.type):
             return self
         asked = self.kernels.lengths == "bucket"

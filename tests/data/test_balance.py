@@ -7,14 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
-from flexdpo.data.balance import BalancedSampler, balance, deal
+from flexdpo.data.balance import BalancedSampler, balance, partition
 from flexdpo.data.lengths import has_one_pair_each, predicted_costs
 
 
 @given(st.integers(1, 5), st.integers(1, 5), st.data())
-def test_hands_are_equally_large_and_nearly_equally_dear(hands: int, size: int, data: st.DataObject) -> None:
-    costs = data.draw(st.lists(st.integers(1, 100), min_size=hands * size, max_size=hands * size))
-    parts = deal(costs, hands)
+def test_parts_are_equally_large_and_nearly_equally_dear(count: int, size: int, data: st.DataObject) -> None:
+    costs = data.draw(st.lists(st.integers(1, 100), min_size=count * size, max_size=count * size))
+    parts = partition(costs, count)
     assert sorted(item for part in parts for item in part) == list(range(len(costs)))
     assert all(len(part) == size for part in parts)
     sums = [sum(costs[i] for i in part) for part in parts]
@@ -23,7 +23,7 @@ def test_hands_are_equally_large_and_nearly_equally_dear(hands: int, size: int, 
 
 def test_dealing_is_better_than_taking_turns() -> None:
     costs = np.random.default_rng(0).lognormal(5, 1, 32)
-    dealt = [costs[part].sum() for part in deal(costs, 4)]
+    dealt = [costs[part].sum() for part in partition(costs, 4)]
     in_turn = costs.reshape(4, 8).sum(axis=1)
     assert max(dealt) - min(dealt) < 0.1 * (max(in_turn) - min(in_turn))
 
