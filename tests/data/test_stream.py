@@ -334,7 +334,7 @@ def test_sources_that_cannot_be_streamed(tmp_path: Path, streamed: Any) -> None:
             "eval_strategy='epoch' has no meaning for a stream, which has no end; use 'steps'",
         ),
         ({"save_strategy": "epoch"}, "save_strategy='epoch' has no meaning for a stream"),
-        ({"accelerator_config": {"dispatch_batches": True}}, "accelerator_config dispatch_batches=True sends tensors"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "accelerator_config sets dispatch_batches=True"),
     ],
 )
 def test_settings_that_a_stream_cannot_have(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
