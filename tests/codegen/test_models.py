@@ -13,8 +13,10 @@ SHARE = 1e-6
 @pytest.mark.parametrize("case", CASES)
 def test_loss_and_every_gradient_agree(case: str, outcome: dict[str, dict[str, float]]) -> None:
     exact = outcome["to float64"]
-    # where float32 itself loses more, the kernels may lose twice what the pieces do
+    # against float64: within 1e-6 of a tensor's largest value; where the CPU's float32 loses more, within twice that
     budget = {name: max(SHARE, 2 * share) for name, share in outcome["of pieces to float64"].items()}
     assert {name: share for name, share in exact.items() if not share <= budget[name]} == {}
-    if case != "gpt_oss":  # whose experts and sinks lose more than that in float32, either way
+    # both ways of GPT-OSS are up to 2e-6 off in float32, also where no attention is (its router's bias: 1.7e-6 on the
+    # CPU, 1.4e-6 with the kernels), so the two cannot agree more closely with each other than with float64
+    if case != "gpt_oss":
         assert {name: share for name, share in outcome["to pieces"].items() if not share <= SHARE} == {}
