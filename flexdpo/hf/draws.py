@@ -137,7 +137,7 @@ def draws_by_module(model: nn.Module, *, training: bool | None = True) -> Counte
         Draws by the module's name, empty where nothing is random; ``None`` for a model that cannot run: its weights
         are on the meta device, or DeepSpeed ZeRO-3 has spread them over the processes.
     """
-    if not _can_run(model):
+    if not can_run(model):
         return None
     with left_as_it_is(model, training):
         first = ask(model)
@@ -167,7 +167,8 @@ def harmless(model: nn.Module, inputs: dict[str, Any] | None = None) -> bool:
     )
 
 
-def _can_run(model: nn.Module) -> bool:
+def can_run(model: nn.Module) -> bool:
+    """Whether all weights are in memory here: not on the meta device, nor spread over processes by ZeRO-3."""
     return not any(parameter.is_meta or hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 

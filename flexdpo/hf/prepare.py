@@ -10,6 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from flexdpo.attention.row_mask import Impl, resolve_impl
 from flexdpo.errors import UnsupportedModelError
+from flexdpo.hf.adapters import refuse_adapters
 from flexdpo.hf.forward_layout import ATTN_IMPLEMENTATION, find_limits, install_layout_hooks
 from flexdpo.hf.interface import flexdpo_attention, flexdpo_mask
 from flexdpo.hf.rules import backbone_of, refusal_reason, require_exact, unwrap_model
@@ -41,7 +42,7 @@ def prepare_model(model: nn.Module, *, impl: Impl = "auto") -> nn.Module:
     resolve_impl(impl, torch.device("cpu"))
     base: Any = unwrap_model(model)
     require_exact(base)
-    _refuse_adapters(model)
+    refuse_adapters(model)
     backbone: Any = backbone_of(base)
     # the parts of a multimodal model that look at images keep their own attention
     backbone.set_attn_implementation(ATTN_IMPLEMENTATION)
@@ -56,20 +57,6 @@ def prepare_model(model: nn.Module, *, impl: Impl = "auto") -> nn.Module:
         part._flexdpo_checked = True
     find_limits(base)
     return model
-
-
-def _refuse_adapters(model: Any) -> None:
-    for name, adapter in (getattr(model, "peft_config", None) or {}).items():
-        if getattr(adapter, "alora_invocation_tokens", None):
-            raise UnsupportedModelError(
-                f"the adapter {name!r} is an activated LoRA, which is switched on behind a certain token of each "
-                "row of a batch, and a packed row holds many sequences; train it without flexdpo, or use LoRA"
-            )
-    config: Any = getattr(model, "active_peft_config", None)
-    if config is not None and config.is_prompt_learning:
-        raise UnsupportedModelError(
-            f"{config.peft_type} puts extra tokens before every sequence, which packed rows do not have; use LoRA"
-        )
 
 
 def register() -> None:

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from flexdpo.errors import FlexdpoError, UnsupportedModelError, first_line
+from flexdpo.errors import FlexdpoError, first_line
+from flexdpo.hf.adapters import adapter_weights, kind_of
+from flexdpo.hf.draws import can_run
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -52,25 +54,19 @@ def add_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
         wrapped: nn.Module = peft.get_peft_model(model, peft_config)
     except Exception as error:  # each kind has conditions of its own, and errors for them
         raise FlexdpoError(
-            f"peft cannot put the adapter {_kind(peft_config)} into {type(model).__name__} "
+            f"peft cannot put the adapter {kind_of(peft_config)} into {type(model).__name__} "
             f"({type(error).__name__}: {first_line(error)}); change its config, or what it asks of the model"
         ) from error
     return wrapped
 
 
-def _kind(peft_config: Any) -> str:
-    return str(getattr(peft_config.peft_type, "value", peft_config.peft_type))
-
-
 def require_trainable(model: nn.Module) -> None:
-    """Refuse a policy that nothing could train: its loss would stand at ln 2 for ever, or it runs on no tokens alone.
+    """Refuse a policy that nothing could train: its loss would stand at ln 2 for ever.
 
     Raises:
         FlexdpoError: with the way out.
     """
     if any(parameter.requires_grad for parameter in model.parameters()):
-        if is_peft_model(model):
-            _require_runs_on_tokens(model)
         return
     if is_peft_model(model):
         raise FlexdpoError(
@@ -81,27 +77,6 @@ def require_trainable(model: nn.Module) -> None:
         "no weight of the model is trainable, so nothing would be learned; call requires_grad_(True) on what is to be "
         "trained, or give peft_config to train an adapter"
     )
-
-
-@torch.no_grad()
-def _require_runs_on_tokens(model: Any) -> None:
-    """Ask an adapter whether token ids are all it needs: some want a task's number, or layers of another form."""
-    config = model.active_peft_config
-    if config.is_prompt_learning or _is_elsewhere(model):
-        return
-    try:
-        with _evaluating(model):
-            model(input_ids=_two_tokens(model), use_cache=False)
-    except Exception as error:  # adapters raise what they like
-        raise UnsupportedModelError(
-            f"with the adapter {_kind(config)} the model does not run on token ids alone, and a packed row has nothing "
-            f"else ({type(error).__name__}: {first_line(error)}); use another kind of adapter, such as LoRA"
-        ) from error
-
-
-def _is_elsewhere(model: nn.Module) -> bool:
-    """Whether weights are not loaded yet, or spread over processes, so that nothing can be run."""
-    return any(parameter.is_meta or hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def _two_tokens(model: nn.Module) -> Tensor:
@@ -138,7 +113,7 @@ def at_start_of(model: nn.Module, *, fresh: bool) -> AtStart:
 @torch.no_grad()
 def _may_be_switched_off(model: Any) -> bool:
     """Whether the model without its adapter gives the same logits, bit for bit, and none that training could move."""
-    if _is_elsewhere(model):
+    if not can_run(model):
         # the first examples of the run are asked instead
         return True
     input_ids = _two_tokens(model)
@@ -213,15 +188,7 @@ class StartingWeights:
 
 def _moving(model: nn.Module) -> dict[str, nn.Parameter]:
     """Weights that training may move, by name."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    kept: set[nn.Parameter] = set()
-    for layer in model.modules():
-        if isinstance(layer, BaseTunerLayer):
-            base = layer.get_base_layer()
-            kept |= set(layer.parameters(recurse=False)) - set(base.parameters())
-            for child in layer.children():
-                kept |= set(child.parameters()) - set(base.parameters())
+    kept = adapter_weights(model)
     return {_plain(name): p for name, p in model.named_parameters() if p.requires_grad or p in kept}
 
 

@@ -32,10 +32,11 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 EXTRA_TOKENS = r"{kind} puts extra tokens before every (prompt|sequence), which packed rows do not have; use LoRA"
 ON_TOKENS_ALONE = r"with the adapter {kind} the model does not run on token ids alone.*\({why}.*such as LoRA"
-# what puts tokens of its own into every sequence, draws random numbers, or runs on no causal LM without more inputs
+# what puts tokens of its own into every sequence, mixes those of a batch, draws random numbers, or needs more inputs
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "CARTRIDGE": ({"num_virtual_tokens": 2}, EXTRA_TOKENS),
     "CPT": ({"cpt_token_ids": [3, 4], "cpt_mask": [1, 1], "cpt_tokens_type_mask": [1, 1]}, EXTRA_TOKENS),
+    "LILY": ({}, r"LILY computes something from all tokens of a batch .* move the first one's logits by [0-9.]+%"),
     "MULTITASK_PROMPT_TUNING": ({"num_virtual_tokens": 2, "num_tasks": 2}, EXTRA_TOKENS),
     "POLY": ({"n_tasks": 2}, ON_TOKENS_ALONE.replace("{why}", "ValueError: task_ids should not be None")),
     "PREFIX_TUNING": ({"num_virtual_tokens": 2}, EXTRA_TOKENS),
@@ -99,11 +100,6 @@ def test_a_trained_adapter_of_every_kind_starts_at_ln_2(losses: Any, small_model
 
 @pytest.mark.parametrize("kind", EXACT)
 def test_a_fresh_adapter_of_every_kind_starts_at_ln_2(losses: Any, small_model: Any, kind: str) -> None:
-    if kind == "LILY":
-        # its values agree; some of a fresh one's gradients do not, and the proof stops the run
-        with pytest.raises(FlexdpoError, match="packed gradients of the adapter are off by"):
-            losses(small_model(), config_of(kind), learning_rate=5e-2)
-        return
     first, second = losses(small_model(), config_of(kind), learning_rate=5e-2)
     assert first == LN_2
     assert second != LN_2
