@@ -49,15 +49,15 @@ def refuse_adapters(model: Any) -> None:
         share, rounding = _moved_by_others(model)
     except Exception as error:  # adapters raise what they like
         raise UnsupportedModelError(
-            f"with the adapter {kind_of(config)} the model does not run on token ids alone, and a packed row has nothing "
-            f"else ({type(error).__name__}: {first_line(error)}); use another kind of adapter, such as LoRA"
+            f"with the adapter {kind_of(config)} the model does not run on token ids alone, and a packed row has "
+            f"nothing else ({type(error).__name__}: {first_line(error)}); use another kind of adapter, such as LoRA"
         ) from error
     if share > rounding:
         raise UnsupportedModelError(
-            f"the adapter {kind_of(config)} computes something from all tokens of a batch at once: other tokens behind the first "
-            f"one, and in another sequence of the batch, move the first one's logits by {share:.1%}. What a sequence "
-            "gets then depends on its batch and its padding, and a prompt would look at its responses; use another "
-            "kind of adapter, such as LoRA"
+            f"the adapter {kind_of(config)} computes something from all tokens of a batch at once: other tokens behind "
+            f"the first one, and in another sequence of the batch, move the first one's logits by {share:.1%}. What a "
+            "sequence gets then depends on its batch and its padding, and a prompt would look at its responses; use "
+            "another kind of adapter, such as LoRA"
         )
 
 

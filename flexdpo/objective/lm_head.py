@@ -50,14 +50,20 @@ _plans: WeakKeyDictionary[nn.Module, tuple[Any, HeadPlan]] = WeakKeyDictionary()
 _RAMP_HEIGHT = 40.0
 
 
-def base_model(model: nn.Module) -> Any:
-    """Return the Hugging Face model inside DDP, ``torch.compile`` and PEFT wrappers."""
+def without_wrappers(model: nn.Module) -> Any:
+    """Return the Hugging Face or PEFT model inside DDP and ``torch.compile``."""
     inner: Any = model
     while not hasattr(inner, "config"):
         wrapped = getattr(inner, "module", None) or getattr(inner, "_orig_mod", None)
         if wrapped is None:
             break
         inner = wrapped
+    return inner
+
+
+def base_model(model: nn.Module) -> Any:
+    """Return the Hugging Face model inside DDP, ``torch.compile`` and PEFT wrappers."""
+    inner = without_wrappers(model)
     return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
@@ -118,8 +124,8 @@ def head_logps(
 
     Args:
         model: Wrapped or not; called once.
-        inputs: Its keyword arguments, for one row of ``S`` tokens.
-        predictors: Positions in the row that predict, ``[T]`` int64.
+        inputs: Its keyword arguments, for rows of ``S`` tokens.
+        predictors: Positions that predict, counted through all rows, ``[T]`` int64.
         labels: What they predict, ``[T]`` int64.
         plan: From :func:`head_plan`, without an obstacle.
         with_log_sum_squares: Also return ``log(sum p^2)``.
@@ -130,7 +136,7 @@ def head_logps(
 
     def forward(original: Callable[..., Tensor], hidden: Tensor) -> Tensor:
         # a model spread over devices has its head on another one than its inputs
-        states, wanted = hidden[0, predictors.to(hidden.device)], labels.to(hidden.device)
+        states, wanted = hidden.flatten(0, 1)[predictors.to(hidden.device)], labels.to(hidden.device)
         if _is_plain_linear(head, original):
             values = linear_logps(
                 states,

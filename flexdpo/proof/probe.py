@@ -326,10 +326,7 @@ def _unpacked(model: Any, row: Row, *, rounding: float = 0.0) -> _Outcome:
         with _embeddings_captured(unwrap_model(model), rounding) as captured:
             logits.append(model(**inputs, use_cache=False).logits[0])
         gradients.append(torch.autograd.grad(_scores(logits[-1], number), _only(captured))[0][0])
-    return _Outcome(
-        torch.cat(logits).detach(),
-        _summed(gradients, [path_of(row, response) for response in range(row.num_responses)], row),
-    )
+    return _Outcome(torch.cat(logits).detach(), summed_by_token(gradients, row))
 
 
 def beside_another(ids: Tensor) -> dict[str, Tensor]:
@@ -356,12 +353,11 @@ def _only(captured: list[Tensor]) -> Tensor:
     return captured[0]
 
 
-def _summed(gradients: list[Tensor], paths: list[Tensor], row: Row) -> Tensor:
-    """Add the gradients of all copies of a token, ``[S, H]``."""
+def summed_by_token(gradients: list[Tensor], row: Row) -> Tensor:
+    """Add the gradients ``[L, H]`` of all sequences of a row at the tokens that they share, ``[S, H]``."""
+    paths = torch.cat([path_of(row, response) for response in range(row.num_responses)])
     total = gradients[0].new_zeros(row.num_tokens, gradients[0].shape[-1])
-    for gradient, path in zip(gradients, paths, strict=True):
-        total.index_add_(0, path.to(total.device), gradient)
-    return total
+    return total.index_add_(0, paths.to(total.device), torch.cat(gradients))
 
 
 def _errors(got: _Outcome, want: _Outcome) -> tuple[float, float]:

@@ -1,9 +1,9 @@
 """The proof at the start of a run: packed and shared equals one sequence at a time, on the run's own first examples.
 
-Everything is as it will be trained: weights, dtype, adapters, train mode, checkpointing, autocast. The same responses
-run packed, as training lays them out, and one by one through the model's stock attention; compared are their
-log-probabilities and the gradients that arrive at the embeddings (and at an adapter's weights). What rounding alone may
-do is measured, not guessed: some sequences run once more, in another batch.
+Everything is as it will be trained: weights, dtype, adapters, train mode, checkpointing, autocast. The same sequences
+run packed, as training lays them out, and unpacked through the model's stock attention: each alone, or a few short ones
+in a padded batch; compared are their log-probabilities and the gradients that arrive at the embeddings (and at an
+adapter's weights). What rounding alone may do is measured, not guessed: one sequence runs once more, in another batch.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from flexdpo.errors import FlexdpoError
 from flexdpo.hf.draws import RandomState, draws_by_module
@@ -24,7 +25,7 @@ from flexdpo.hf.prepare import prepare_model
 from flexdpo.hf.row_dependence import limits_of
 from flexdpo.layout.packing import pack
 from flexdpo.objective.linear_logps import logits_logps
-from flexdpo.objective.lm_head import base_model, head_logps, head_plan
+from flexdpo.objective.lm_head import base_model, head_logps, head_plan, without_wrappers
 from flexdpo.objective.logps import member_values, require_finite, response_logps
 from flexdpo.proof.probe import (
     NOISE_FACTOR,
@@ -34,6 +35,7 @@ from flexdpo.proof.probe import (
     path_of,
     rounded_otherwise,
     stock_attention,
+    summed_by_token,
     token_error,
 )
 
@@ -48,14 +50,16 @@ ReferenceSums = Callable[["Row"], "Tensor"]
 
 # adapters whose gradients are compared weight by weight: two copies of so many numbers
 _MOST_ADAPTER_WEIGHTS = 1 << 24
+# tokens of a padded batch that are worth one call of the model; more only where a packed row has as many
+_SHORT_BATCH = 1024
 
 
 @dataclass(frozen=True)
 class Proof:
     """What was measured; errors and noise are relative to the largest value of their kind.
 
-    Gradients are NaN where they could not be taken (sharded models), the reference's error where it need not agree.
-    In half precision each figure is that of nine in ten tokens.
+    Gradients are NaN where they could not be taken (sharded models), their noise where rounding explains all without
+    it, the reference's error where it need not agree. In half precision each figure is that of nine in ten tokens.
     """
 
     examples: int
@@ -71,17 +75,30 @@ class Proof:
     seconds: float
 
     @property
+    def value_budget(self) -> float:
+        """What rounding alone may do to log-probabilities."""
+        return max(NOISE_FACTOR * self.value_noise, ROUNDINGS * self.rounding)
+
+    @property
+    def gradient_budget(self) -> float:
+        """What it may do to gradients."""
+        return max(self.value_budget, 0.0 if math.isnan(self.gradient_noise) else NOISE_FACTOR * self.gradient_noise)
+
+    @property
     def failures(self) -> list[str]:
         """What does not hold, with its figures; empty where everything does."""
-        values = max(NOISE_FACTOR * self.value_noise, ROUNDINGS * self.rounding)
-        gradients = max(values, NOISE_FACTOR * self.gradient_noise)
         found = ["random numbers were drawn in the forward pass"] if self.drew_random_numbers else []
+        # rounding spoils the last digits, never half of them
+        if self.value_noise > math.sqrt(self.rounding):
+            found.append(
+                f"unpacked log-probabilities depend on the batch: they move by {self.value_noise:.1e} in another one"
+            )
         for what, error, budget in (
-            ("packed log-probabilities", self.value_error, values),
-            ("packed gradients at the embeddings", self.gradient_error, gradients),
-            ("packed gradients of the adapter", self.adapter_error, gradients),
+            ("packed log-probabilities", self.value_error, self.value_budget),
+            ("packed gradients at the embeddings", self.gradient_error, self.gradient_budget),
+            ("packed gradients of the adapter", self.adapter_error, self.gradient_budget),
             ("the reference's log-probabilities, which are the policy's before the first step,",
-             self.reference_error, values),
+             self.reference_error, self.value_budget),
         ):  # fmt: skip
             # NaN stands for what was not compared
             if error > budget:
@@ -118,8 +135,8 @@ def prove(
 ) -> Proof:
     """Prove on a model, as it is and in the mode it is in, that packed and shared gives the ordinary result.
 
-    Costs a forward and a backward pass over the groups packed, over their sequences one by one and over one sequence
-    of each group again. Weights, gradients and random states are left as they were.
+    Costs a forward and a backward pass over the groups packed and over their sequences unpacked, and a forward pass
+    over the shortest sequence again. Weights, gradients and random states are left as they were.
 
     Args:
         model: A Hugging Face causal LM, with adapters and wrappers; prepared here if it was not.
@@ -137,7 +154,7 @@ def prove(
     Raises:
         FlexdpoError: with the figures, where an error is larger than rounding explains.
     """
-    prepare_model(base_model(model))
+    prepare_model(without_wrappers(model))
     device = next(model.parameters()).device
     rows = pack(
         groups,
@@ -192,55 +209,50 @@ def measure(
         adapter = listener.take_adapter_gradients()
         # a compiled layer would be compiled again for every length of a sequence
         with stock_attention(base), torch.compiler.set_stance("force_eager"):
-            with CoarsestRounding() as rounding:
-                one_by_one = [[runs.alone(row, response) for response in range(row.num_responses)] for row in rows]
-            listener.rounding = rounding.eps
-            adapter_alone = listener.take_adapter_gradients()
-            noise = [
-                (runs.again(row, response), once[response])
-                for row, once in zip(rows, one_by_one, strict=True)
-                for response in _first_responses(row)
-            ]
+            unpacked = [runs.unpacked(row) for row in rows]
+            adapter_unpacked = listener.take_adapter_gradients()
+            with torch.no_grad():
+                again, once = runs.again(rows, unpacked)
+            proof = Proof(
+                examples=sum(len(row.groups) for row in rows),
+                sequences=sum(row.num_responses for row in rows),
+                value_error=runs.error(
+                    (run.logps, torch.cat([other.logps for other in others]))
+                    for run, others in zip(packed, unpacked, strict=True)
+                ),
+                value_noise=runs.error([(again.logps, once.logps)]),
+                gradient_error=runs.error(
+                    (run.gradient[0, : row.num_tokens], summed_by_token([other.gradient for other in others], row))
+                    for run, others, row in zip(packed, unpacked, rows, strict=True)
+                    if run.gradient is not None
+                ),
+                gradient_noise=math.nan,
+                adapter_error=runs.error([(adapter, adapter_unpacked)] if adapter.any() else []),
+                reference_error=math.nan,
+                rounding=runs.rounding,
+                drew_random_numbers=drew,
+                seconds=0.0,
+            )
+            if max(proof.gradient_error, proof.adapter_error) > proof.gradient_budget:
+                again, once = runs.again(rows, unpacked)
+                proof = replace(proof, gradient_noise=runs.error([(again.gradient, once.gradient)]))
         with torch.no_grad(), autocast():
             references = [] if reference is None else [reference(row) for row in rows]
     before.restore()
-
-    def error(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
-        return token_error(pairs, listener.rounding)
-
-    alone = [_joined(runs_of_row) for runs_of_row in one_by_one]
-    gradients = [
-        (run.gradient[: row.num_tokens], _summed_by_token(other.gradient, row))
-        for run, other, row in zip(packed, alone, rows, strict=True)
-        if run.gradient is not None and other.gradient is not None
-    ]
-    return Proof(
-        examples=sum(len(row.groups) for row in rows),
-        sequences=sum(row.num_responses for row in rows),
-        value_error=error((run.logps, other.logps) for run, other in zip(packed, alone, strict=True)),
-        value_noise=error((again.logps, once.logps) for again, once in noise),
-        gradient_error=error(gradients),
-        gradient_noise=error(
-            (again.gradient, once.gradient)
-            for again, once in noise
-            if once.gradient is not None and again.gradient is not None
-        ),
-        adapter_error=error([(adapter, adapter_alone)] if adapter.any() else []),
-        reference_error=error((sums, run.sums(row)) for sums, run, row in zip(references, packed, rows, strict=False)),
-        rounding=listener.rounding,
-        drew_random_numbers=drew,
-        seconds=time.perf_counter() - started,
+    reference_error = runs.error(
+        (sums, run.sums(row)) for sums, run, row in zip(references, packed, rows, strict=False)
     )
+    return replace(proof, reference_error=reference_error, seconds=time.perf_counter() - started)
 
 
 # --- what is run -----------------------------------------------------------------------------------------------------
 
 
 class _Run(NamedTuple):
-    """Log-probabilities of the tokens of responses, ``[M]`` float64, and gradients at the embeddings, ``[L, H]``."""
+    """Log-probabilities of the tokens of responses, ``[M]`` float64; gradients at the embeddings, ``[..., L, H]``."""
 
     logps: Tensor
-    gradient: Tensor | None
+    gradient: Any
 
     def sums(self, row: Row) -> Tensor:
         """Log-probabilities of whole responses, ``[R]``."""
@@ -254,63 +266,88 @@ class _Runs:
     model: Any
     listener: _Listener
     autocast: Callable[[], AbstractContextManager[Any]]
+    rounding: float = 0.0
+
+    def error(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+        return token_error(pairs, self.rounding)
 
     def packed(self, row: Row) -> _Run:
         with self.autocast():
             found = response_logps(self.model, row)
         require_finite(found.sums, row, where="before the first step")
-        logps = member_values(found.targets, row)
-        return self._run(logps, torch.cat([_direction(row, response) for response in range(row.num_responses)]))
+        return self._run(member_values(found.targets, row), row, range(row.num_responses))
 
-    def alone(self, row: Row, response: int) -> _Run:
-        """One sequence, as an ordinary trainer gives it to the model."""
-        ids = row.input_ids[:, path_of(row, response)]
-        return self._sequence({"input_ids": ids}, row, response)
+    def unpacked(self, row: Row) -> list[_Run]:
+        """Every sequence of a row, through batches that hold no more tokens than the row or few."""
+        runs: list[Any] = [None] * row.num_responses
+        for responses in self._batches(row):
+            for response, run in zip(responses, self._batch(row, responses), strict=True):
+                runs[response] = run
+        return runs
 
-    def again(self, row: Row, response: int) -> _Run:
-        """The sequence beside another one in a padded batch, from embeddings that are rounded otherwise."""
-        ids = row.input_ids[:, path_of(row, response)]
-        with self.listener.rounding_otherwise():
-            return self._sequence(beside_another(ids), row, response)
+    def again(self, rows: Sequence[Row], unpacked: Sequence[Sequence[_Run]]) -> tuple[_Run, _Run]:
+        """The shortest sequence in another batch, from embeddings that are rounded otherwise; and as it was before."""
+        runs = [
+            (row, response, run) for row, each in zip(rows, unpacked, strict=True) for response, run in enumerate(each)
+        ]
+        row, response, once = min(runs, key=lambda run: len(path_of(*run[:2])))
+        alone = [response] in self._batches(row)
+        with self.listener.rounding_otherwise(self.rounding):
+            (run,) = self._batch(row, [response], beside=alone)
+        return run, once
 
-    def _sequence(self, inputs: dict[str, Tensor], row: Row, response: int) -> _Run:
-        """Run inputs whose first sequence ends with the response."""
-        ids, size = inputs["input_ids"][0], len(row.response_paths[response])
-        predictors = torch.arange(len(ids) - size - 1, len(ids) - 1, device=ids.device)
-        plan, labels = head_plan(self.model), ids[predictors + 1]
-        with self.autocast():
+    def _batch(self, row: Row, responses: Sequence[int], *, beside: bool = False) -> list[_Run]:
+        """Run sequences as an ordinary trainer would; ``beside`` another one that is not looked at."""
+        sequences = [row.input_ids[0, path_of(row, response)] for response in responses]
+        inputs = {"input_ids": pad_sequence(sequences, batch_first=True)}
+        if beside:
+            inputs = beside_another(inputs["input_ids"])
+        elif len(sequences) > 1:
+            inputs["attention_mask"] = pad_sequence([torch.ones_like(ids) for ids in sequences], batch_first=True)
+        length = inputs["input_ids"].shape[1]
+        sizes = [len(row.response_paths[response]) for response in responses]
+        predictors = torch.cat(
+            [
+                number * length + torch.arange(len(ids) - size - 1, len(ids) - 1, device=ids.device)
+                for number, (ids, size) in enumerate(zip(sequences, sizes, strict=True))
+            ]
+        )
+        labels = inputs["input_ids"].flatten()[predictors + 1]
+        plan = head_plan(self.model)
+        with self.autocast(), contextlib.nullcontext() if self.rounding else CoarsestRounding() as watched:
             if plan.obstacle is None:
                 values = head_logps(self.model, {**inputs, "use_cache": False}, predictors, labels, plan)
             else:
-                values = logits_logps(self.model(**inputs, use_cache=False).logits[0, predictors], labels)
-        run = self._run(values.logps.double(), _direction(row, response))
-        return run if run.gradient is None else run._replace(gradient=run.gradient[: len(ids)])
+                values = logits_logps(self.model(**inputs, use_cache=False).logits.flatten(0, 1)[predictors], labels)
+        if watched is not None:
+            self.rounding = watched.eps
+        run = self._run(values.logps.double(), row, responses)
+        gradients = [None if run.gradient is None else run.gradient[n, : len(ids)] for n, ids in enumerate(sequences)]
+        return [_Run(*each) for each in zip(run.logps.split(sizes), gradients, strict=True)]
 
-    def _run(self, logps: Tensor, direction: Tensor) -> _Run:
+    def _batches(self, row: Row) -> list[list[int]]:
+        """Responses whose sequences may run together: on the same side of every limit, and in no more memory."""
+        limits, room = limits_of(base_model(self.model)), max(row.num_tokens, _SHORT_BATCH)
+        lengths = [len(path_of(row, response)) for response in range(row.num_responses)]
+        batches: list[list[int]] = []
+        for response in sorted(range(row.num_responses), key=lambda each: -lengths[each]):
+            longest = lengths[batches[-1][0]] if batches else room
+            alike = limits.side(lengths[response]) == limits.side(longest)
+            if alike and batches and (len(batches[-1]) + 1) * longest <= room:
+                batches[-1].append(response)
+            else:
+                batches.append([response])
+        return batches
+
+    def _run(self, logps: Tensor, row: Row, responses: Sequence[int]) -> _Run:
+        direction = torch.cat([_direction(row, response) for response in responses])
         return _Run(logps.detach(), self.listener.gradient((logps * direction.to(logps)).sum()))
-
-
-def _joined(runs: Sequence[_Run]) -> _Run:
-    gradients = [run.gradient for run in runs if run.gradient is not None]
-    return _Run(torch.cat([run.logps for run in runs]), torch.cat(gradients) if gradients else None)
-
-
-def _first_responses(row: Row) -> list[int]:
-    """The first response of every group."""
-    counts = [len(group.response_ids) for group in row.groups]
-    return [sum(counts[:number]) for number in range(len(counts))]
 
 
 def _direction(row: Row, response: int) -> Tensor:
     """One random weight for every token of a response, ``[L]``: its gradient then says on what each one depends."""
     generator = torch.Generator().manual_seed(response)
     return torch.randn(len(row.response_paths[response]), generator=generator, dtype=torch.float64)
-
-
-def _summed_by_token(gradient: Tensor, row: Row) -> Tensor:
-    """Add the gradients of all copies of a token, ``[S, H]``."""
-    paths = torch.cat([path_of(row, response) for response in range(row.num_responses)])
-    return gradient.new_zeros(row.num_tokens, gradient.shape[-1]).index_add_(0, paths, gradient)
 
 
 # --- what is listened to ---------------------------------------------------------------------------------------------
@@ -322,23 +359,21 @@ class _Listener:
 
     adapter: list[Tensor] = field(default_factory=list)
     embedded: list[Tensor] = field(default_factory=list)
-    active: bool = True
     rounding: float = 0.0
-    rounds_otherwise: bool = False
 
     @contextlib.contextmanager
-    def rounding_otherwise(self) -> Iterator[None]:
+    def rounding_otherwise(self, rounding: float) -> Iterator[None]:
         """Move every embedding by about its last bit, where another batch alone may happen to round alike."""
-        self.rounds_otherwise = True
+        self.rounding = rounding
         try:
             yield
         finally:
-            self.rounds_otherwise = False
+            self.rounding = 0.0
 
     def capture(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:  # noqa: ARG002
-        if self.rounds_otherwise:
+        if self.rounding:
             output = rounded_otherwise(output.detach(), self.rounding)
-        if not (self.active and torch.is_grad_enabled()):
+        if not torch.is_grad_enabled():
             return output
         # an adapter on the embedding itself needs its gradient too
         leaf = output if output.requires_grad else output.detach().requires_grad_()
@@ -348,14 +383,12 @@ class _Listener:
         return leaf.clone()
 
     def gradient(self, score: Tensor) -> Tensor | None:
-        if not self.active:
+        if not score.requires_grad:
             return None
         # not autograd.grad, which reentrant checkpoints do not know
         score.backward()
         found, self.embedded = self.embedded, []
-        if len(found) != 1 or found[0].grad is None:
-            return None
-        return found[0].grad[0]
+        return found[0].grad if len(found) == 1 else None
 
     def take_adapter_gradients(self) -> Tensor:
         """Gradients of all weights of the adapter since the last call, one after the other."""
@@ -370,8 +403,9 @@ def _listening(model: nn.Module, with_gradients: bool) -> Iterator[_Listener]:
     """Freeze all but the embedding's output and a small adapter, and bring everything back at the end."""
     base: Any = base_model(model)
     learning = [weight for weight in model.parameters() if weight.requires_grad]
-    is_adapter = hasattr(model, "peft_config") and sum(weight.numel() for weight in learning) <= _MOST_ADAPTER_WEIGHTS
-    listener = _Listener(list(learning) if is_adapter else [], active=with_gradients)
+    some_frozen = len(learning) < len(list(model.parameters()))
+    is_adapter = some_frozen and sum(weight.numel() for weight in learning) <= _MOST_ADAPTER_WEIGHTS
+    listener = _Listener([*learning] if is_adapter else [])
     kept = [weight.grad for weight in learning]
     handle = base.get_input_embeddings().register_forward_hook(listener.capture)
     try:

@@ -15,7 +15,9 @@ from tests.hf.architectures import build_model
 peft = pytest.importorskip("peft")
 lora = pytest.importorskip("peft.tuners.lora.layer")
 
-MIXES = r"LORA computes something from all tokens of a batch at once: .* move the first one's logits by \d.*such as LoRA"
+MIXES = (
+    r"LORA computes something from all tokens of a batch at once: .* move the first one's logits by \d.*such as LoRA"
+)
 
 
 def adapted(name: str = "llama", dtype: torch.dtype = torch.float32) -> Any:
