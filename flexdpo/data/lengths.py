@@ -11,18 +11,21 @@ from flexdpo.errors import FlexdpoError
 from flexdpo.layout.trie import Trie
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from datasets import Dataset
     from numpy.typing import NDArray
 
     from flexdpo.config import DPOConfig
 
 
-def token_counts(dataset: Dataset, *, shared: bool) -> NDArray[np.int64]:
+def token_counts(dataset: Dataset, *, shared: bool, limits: Sequence[int] = ()) -> NDArray[np.int64]:
     """Tokens of each example, ``[N]`` int64.
 
     Args:
         dataset: A tokenised dataset.
         shared: Count the prompt once (at most what a trie of the example holds), or once for each response.
+        limits: As in :func:`flexdpo.pack`: a prompt whose sequences lie on both sides of one is there twice.
     """
     counts = []
     for table in dataset.with_format("arrow").iter(batch_size=8192):
@@ -32,25 +35,52 @@ def token_counts(dataset: Dataset, *, shared: bool) -> NDArray[np.int64]:
         tokens = _lengths(responses.flatten())
         first = np.concatenate([[0], number.cumsum()])
         running = np.concatenate([[0], tokens.cumsum()])
-        counts.append(prompts * (1 if shared else number) + running[first[1:]] - running[first[:-1]])
+        copies = copies_of_prompts(prompts, tokens, number, limits) if shared else number
+        counts.append(prompts * copies + running[first[1:]] - running[first[:-1]])
     return np.concatenate(counts) if counts else np.zeros(0, dtype=np.int64)
 
 
-def tokens_needed(dataset: Dataset, *, unrelated_responses: bool = False) -> NDArray[np.int64]:
+def copies_of_prompts(
+    prompts: NDArray[np.int64], response_tokens: NDArray[np.int64], responses: NDArray[np.int64], limits: Sequence[int]
+) -> NDArray[np.int64]:
+    """How many times the trie of each example holds its prompt: once for each side of a limit, ``[N]`` int64.
+
+    Args:
+        prompts: Tokens of each prompt, ``[N]`` int64.
+        response_tokens: Tokens of each response, example by example, ``[R]`` int64.
+        responses: Responses of each example, ``[N]`` int64.
+        limits: Increasing lengths of whole sequences; none of them shares tokens with one on the other side.
+    """
+    copies = np.zeros(len(prompts), dtype=np.int64)
+    examples = np.repeat(np.arange(len(prompts)), responses)
+    sides = np.searchsorted(np.asarray(limits, dtype=np.int64), prompts[examples] + response_tokens)
+    np.add.at(copies, np.unique(np.stack([examples, sides]), axis=1)[0], 1)
+    return copies
+
+
+def tokens_needed(
+    dataset: Dataset, *, unrelated_responses: bool = False, limits: Sequence[int] = ()
+) -> NDArray[np.int64]:
     """Most tokens that the trie of each example can hold, ``[N]`` int64.
 
     Args:
         dataset: A tokenised dataset.
         unrelated_responses: Count the longest response of the others too, once for each label, since
             :func:`~flexdpo.objective.unpaired.with_unrelated_responses` may put as many there.
+        limits: As in :func:`token_counts`; a response of another example may lie on a side of its own.
     """
-    counts = token_counts(dataset, shared=True)
+    counts = token_counts(dataset, shared=True, limits=limits)
     if not unrelated_responses or not len(counts):
         return counts
     own = _longest_responses(dataset)
     first, *others = np.argsort(own)[::-1][:2]
     longest = np.where(np.arange(len(own)) == first, own[others].sum(), own[first])
     added: NDArray[np.int64] = _label_counts(dataset) * longest
+    if limits:
+        alone = token_counts(dataset, shared=True)
+        prompts = np.concatenate([_lengths(t.column("prompt_ids")) for t in dataset.with_format("arrow").iter(8192)])
+        # at worst a prompt for each side
+        counts = alone + len(limits) * prompts
     return counts + added
 
 
@@ -75,13 +105,13 @@ def _longest_responses(dataset: Dataset) -> NDArray[np.int64]:
     return np.concatenate(found)
 
 
-def predicted_costs(dataset: Dataset, hidden_size: int) -> NDArray[np.float64]:
+def predicted_costs(dataset: Dataset, hidden_size: int, limits: Sequence[int] = ()) -> NDArray[np.float64]:
     """What each example costs to run, in units of a short example's token, ``[N]`` float64.
 
     The linear layers of a decoder take about ``24 * hidden_size**2`` operations per token forward, and attention
     ``2 * hidden_size`` for each token before it, half of them on average.
     """
-    tokens = token_counts(dataset, shared=True).astype(np.float64)
+    tokens = token_counts(dataset, shared=True, limits=limits).astype(np.float64)
     return tokens * (1 + tokens / (12 * hidden_size))
 
 
@@ -97,7 +127,12 @@ def _lengths(column: Any) -> NDArray[np.int64]:
 
 
 def require_room(
-    dataset: Dataset, max_tokens_per_row: int, pad_to_multiple_of: int, *, unrelated_responses: bool = False
+    dataset: Dataset,
+    max_tokens_per_row: int,
+    pad_to_multiple_of: int,
+    *,
+    unrelated_responses: bool = False,
+    limits: Sequence[int] = (),
 ) -> None:
     """Refuse a dataset with an example that fits no row, before anything is trained on it.
 
@@ -106,17 +141,18 @@ def require_room(
         max_tokens_per_row: Longest row.
         pad_to_multiple_of: Of which a row's length is a multiple.
         unrelated_responses: Leave room for other examples' responses, see :func:`tokens_needed`.
+        limits: As in :func:`flexdpo.pack`.
 
     Raises:
         FlexdpoError: naming the first such example, its size and the room.
     """
     room = max_tokens_per_row // pad_to_multiple_of * pad_to_multiple_of
-    alone = token_counts(dataset, shared=True)
-    needed = tokens_needed(dataset, unrelated_responses=unrelated_responses)
+    alone = token_counts(dataset, shared=True, limits=limits)
+    needed = tokens_needed(dataset, unrelated_responses=unrelated_responses, limits=limits)
     # responses may share their beginnings, so only the tries of the suspects are counted
     for index in np.flatnonzero(needed > room):
         group = group_from_row(dataset[int(index)])
-        own, added = len(Trie.from_sequences(group.sequences)), int(needed[index] - alone[index])
+        own, added = len(Trie.from_sequences(group.sequences, limits=limits)), int(needed[index] - alone[index])
         if own + added > room:
             others = f", and may get {added} of other examples' responses for the kto loss," if added else ""
             raise FlexdpoError(

@@ -7,6 +7,7 @@ across examples) from a sample of its batches, which is laid out as the trainer 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +21,16 @@ from flexdpo.estimate.lengths import count_rows, regrouped_tokens, shared_prefix
 from flexdpo.estimate.model_shapes import find_shape
 from flexdpo.estimate.report import Estimate
 from flexdpo.estimate.settings import EstimateSettings
-from flexdpo.training.memory import MemoryPrediction, ModelSize, predict_memory, predict_padded_memory
+from flexdpo.hf.row_dependence import length_limits
+from flexdpo.hf.rules import backbone_of
+from flexdpo.objective.lm_head import base_model
+from flexdpo.training.memory import (
+    MemoryPrediction,
+    ModelSize,
+    predict_memory,
+    predict_padded_memory,
+    without_memory,
+)
 from flexdpo.training.row_budget import free_memory
 
 if TYPE_CHECKING:
@@ -55,7 +65,7 @@ def estimate_dataset(
     """
     from datasets import Dataset
 
-    settings = settings or EstimateSettings()
+    settings = _with_limits(settings or EstimateSettings(), model)
     size = model_size(settings, model)
     if not isinstance(dataset, Dataset):
         raise FlexdpoError(
@@ -79,6 +89,14 @@ def model_size(settings: EstimateSettings, model: Any = None) -> ModelSize:
     return find_shape(settings.shape)
 
 
+def _with_limits(settings: EstimateSettings, model: Any) -> EstimateSettings:
+    """The settings with the limits of a model or config, where they name none."""
+    if settings.limits or model is None or isinstance(model, ModelSize):
+        return settings
+    whole = base_model(model if hasattr(model, "parameters") else without_memory(model))
+    return replace(settings, limits=length_limits(backbone_of(whole)).limits)
+
+
 def estimate_tokenised(
     tokenised: TokenizedPreferences,
     settings: EstimateSettings | None = None,
@@ -94,9 +112,9 @@ def estimate_tokenised(
         model: As in :func:`estimate_dataset`.
         dataset_rows: Rows of the dataset that this is a sample of.
     """
-    settings = settings or EstimateSettings()
+    settings = _with_limits(settings or EstimateSettings(), model)
     data = tokenised.dataset
-    counted = count_rows(data)
+    counted = count_rows(data, limits=settings.limits)
     labelled = "labels" in data.column_names
     if not counted.edges.any() and not labelled:
         raise FlexdpoError(
@@ -107,7 +125,7 @@ def estimate_tokenised(
     layouts = Layouts.of(data, counted, settings)
     prefixes, repeated = shared_prefixes(data, counted), RepeatedPrompts.of(counted)
     # a label belongs to a row's own response, so rows with labels are never merged
-    regrouped = int(counted.distinct.sum()) if labelled else regrouped_tokens(data, counted)
+    regrouped = int(counted.distinct.sum()) if labelled else regrouped_tokens(data, counted, limits=settings.limits)
     features = features_of(data, counted, layouts, EpochCost(size, settings), regrouped=regrouped)
     by_name = {feature.name: feature for feature in features}
     tokens = EpochTokens(

@@ -208,7 +208,7 @@ class EpochCost(NamedTuple):
                 # groups merged for the comparison may be longer than the rows that were asked for
                 longest = max(group.unshared_tokens for group in groups)
                 budget = max(budget, -(-longest // multiple) * multiple)
-            rows += pack(groups, budget, pad_to_multiple_of=multiple, **options)
+            rows += pack(groups, budget, pad_to_multiple_of=multiple, limits=self.settings.limits, **options)
         work = sum((row_work(row) for row in rows), Work(0, 0, 0))
         return _Sample(sum(row.num_tokens for row in rows), work, [row_load(row, self.size, machine) for row in rows])
 

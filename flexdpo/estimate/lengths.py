@@ -7,13 +7,14 @@ a whole batch of rows at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from flexdpo.data.lengths import copies_of_prompts
 from flexdpo.layout.packing import MIN_SHARED
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class RowTokens:
         responses: Number of responses of each row, ``[N]`` int64.
         edges: Number of preferences of each row, ``[N]`` int64.
         response_tokens: Tokens of each response, row by row, ``[R]`` int64.
+        copies: Times that each row's trie holds its prompt, ``[N]`` int64; see :func:`count_rows`.
         targets: Distinct response tokens of each row: a beginning that responses share counts once, ``[N]`` int64.
         longest: Tokens of each row's prompt with its longest response, ``[N]`` int64.
         prompt_keys: A number for each prompt, equal for equal prompts only (up to chance of 2**-64), ``[N]`` uint64.
@@ -50,6 +52,7 @@ class RowTokens:
     responses: Ints
     edges: Ints
     response_tokens: Ints
+    copies: Ints
     targets: Ints
     longest: Ints
     prompt_keys: NDArray[np.uint64]
@@ -67,24 +70,25 @@ class RowTokens:
     @property
     def distinct(self) -> Ints:
         """Tokens of each row's trie, ``[N]``."""
-        return self.prompts + self.targets
+        return self.prompts * self.copies + self.targets
 
     def _sums(self, values: Ints) -> Ints:
         return np.add.reduceat(values, np.concatenate(([0], self.responses.cumsum()[:-1])))
 
 
-def count_rows(dataset: Dataset, rows_per_batch: int = ROWS_PER_BATCH) -> RowTokens:
+def count_rows(dataset: Dataset, rows_per_batch: int = ROWS_PER_BATCH, *, limits: Sequence[int] = ()) -> RowTokens:
     """Count the tokens of every row of a tokenised dataset.
 
     Args:
         dataset: With the columns ``prompt_ids``, ``response_ids`` and ``edges``, at least one row.
         rows_per_batch: Rows held at a time.
+        limits: Of the model, as in :func:`flexdpo.pack`: sequences on either side of one share no tokens.
     """
     parts: list[RowTokens] = []
     first: NDArray[np.int32] | None = None
     for batch in batches(dataset, rows_per_batch):
         first = batch.prompt_ids[: batch.prompts[0]] if first is None else first
-        parts.append(_count(batch, first))
+        parts.append(_count(batch, first, limits))
     return RowTokens(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in vars(parts[0])})
 
 
@@ -130,7 +134,7 @@ def _lengths(array: Any) -> Ints:
     return np.asarray(array.value_lengths().to_numpy(zero_copy_only=False), dtype=np.int64)
 
 
-def _count(batch: TokenBatch, first: NDArray[np.int32]) -> RowTokens:
+def _count(batch: TokenBatch, first: NDArray[np.int32], limits: Sequence[int]) -> RowTokens:
     rows = np.repeat(np.arange(len(batch.responses)), batch.responses)
     longest = np.zeros(len(batch.responses), dtype=np.int64)
     np.maximum.at(longest, rows, batch.response_tokens)
@@ -141,12 +145,27 @@ def _count(batch: TokenBatch, first: NDArray[np.int32]) -> RowTokens:
         responses=batch.responses,
         edges=batch.edges,
         response_tokens=batch.response_tokens,
-        targets=distinct_tokens(batch.response_ids, _starts(batch.response_tokens), batch.response_tokens, rows),
+        copies=copies_of_prompts(batch.prompts, batch.response_tokens, batch.responses, limits),
+        targets=_distinct_targets(batch, rows, limits),
         longest=batch.prompts + longest,
         prompt_keys=whole,
         prefix_keys=beginning,
         with_first=_common_with(first, batch.prompt_ids, starts, batch.prompts),
     )
+
+
+def _distinct_targets(batch: TokenBatch, rows: Ints, limits: Sequence[int]) -> Ints:
+    """Distinct response tokens of each of some rows, ``[N]``, where ``rows[r]`` says whose response ``r`` is."""
+    lengths = batch.response_tokens
+    sides = np.searchsorted(np.asarray(limits, dtype=np.int64), np.repeat(batch.prompts, batch.responses) + lengths)
+    parts = rows * (len(limits) + 1) + sides
+    # responses of a row on the same side stand together, as those that share tokens must
+    order = np.argsort(parts, kind="stable")
+    kinds, numbers = np.unique(parts[order], return_inverse=True)
+    counted = distinct_tokens(batch.response_ids, _starts(lengths)[order], lengths[order], numbers.reshape(-1))
+    totals = np.zeros(int(rows.max(initial=-1)) + 1, dtype=np.int64)
+    np.add.at(totals, kinds // (len(limits) + 1), counted)
+    return totals
 
 
 def _common_with(one: NDArray[np.int32], ids: NDArray[np.int32], starts: Ints, lengths: Ints) -> Ints:
@@ -255,7 +274,9 @@ def classes_of(keys: NDArray[np.uint64]) -> tuple[Ints, Ints]:
     return numbers.reshape(-1).astype(np.int64), counts.astype(np.int64)
 
 
-def regrouped_tokens(dataset: Dataset, counted: RowTokens, rows_per_batch: int = ROWS_PER_BATCH) -> int:
+def regrouped_tokens(
+    dataset: Dataset, counted: RowTokens, rows_per_batch: int = ROWS_PER_BATCH, *, limits: Sequence[int] = ()
+) -> int:
     """Distinct tokens of a dataset once rows with the same prompt are one group each, without further sharing."""
     numbers, counts = classes_of(counted.prompt_keys)
     repeated = counts[numbers] > 1
@@ -267,15 +288,14 @@ def regrouped_tokens(dataset: Dataset, counted: RowTokens, rows_per_batch: int =
     members = members[np.argsort(numbers[members], kind="stable")]
     of_members = numbers[members]
     firsts = np.concatenate(([0], np.flatnonzero(np.diff(of_members)) + 1))
-    total += int(counted.prompts[members[firsts]].sum())
     for begin, end in _whole_classes(firsts, members.size, rows_per_batch):
         part = members[begin:end]
         held = next(batches(dataset.select(part.tolist()), part.size))
-        rows = np.repeat(numbers[part], held.responses)
-        _, rows = np.unique(rows, return_inverse=True)
-        total += int(
-            distinct_tokens(held.response_ids, _starts(held.response_tokens), held.response_tokens, rows).sum()
-        )
+        _, kept, classes = np.unique(numbers[part], return_index=True, return_inverse=True)
+        responses = np.bincount(classes.reshape(-1), weights=held.responses).astype(np.int64)
+        prompts = held.prompts[kept]
+        total += int((prompts * copies_of_prompts(prompts, held.response_tokens, responses, limits)).sum())
+        total += int(_distinct_targets(held, np.repeat(classes.reshape(-1), held.responses), limits).sum())
     return total
 
 

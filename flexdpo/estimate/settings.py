@@ -20,6 +20,8 @@ class EstimateSettings:
 
     Attributes:
         reference: Whether a reference model runs beside the policy, and its weights are kept.
+        limits: Lengths at which the model's rotary frequencies change, as in :func:`flexdpo.pack`; by default those of
+            the model or config that is given.
         setup: How the model is trained, for the memory; by default from the above, all weights by AdamW.
         memory: Bytes of the device; by default what is free on it, or 80 GB for a GPU that is not there.
         batches: Batches of the sample that are laid out token by token.
@@ -44,6 +46,7 @@ class EstimateSettings:
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Run layers again in the backward pass."})
     reference: bool = True
     sharing: str = field(default="group", metadata={"help": "group, or step: across the examples of a batch too."})
+    limits: tuple[int, ...] = ()
     setup: TrainingSetup | None = None
     memory: int | None = None
     sample: int | None = field(default=None, metadata={"help": "Look at this many rows, drawn at random."})

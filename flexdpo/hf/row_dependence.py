@@ -51,7 +51,7 @@ class LengthLimits:
 def length_limits(backbone: nn.Module) -> LengthLimits:
     """Ask the rotary embeddings of a backbone from which length on their frequencies are others."""
     found, endings = set(), []
-    for module in rotary_modules(backbone):
+    for module in filter(None, (_in_memory(each, backbone) for each in rotary_modules(backbone))):
         for kwargs in _variants(module, backbone):
             limit = _limit_of(module, kwargs)
             if limit is not None:
@@ -72,8 +72,19 @@ def rotary_modules(backbone: nn.Module) -> Iterator[nn.Module]:
     for module in backbone.modules():
         plain = not module._modules and not module._parameters
         takes = {"x", "position_ids"} <= set(inspect.signature(module.forward).parameters)
-        if plain and takes and not any(buffer.is_meta for buffer in module.buffers()):
+        if plain and takes:
             yield module
+
+
+def _in_memory(module: nn.Module, backbone: Any) -> nn.Module | None:
+    """The module, or where it has no numbers yet a new one; ``None`` where none can be made of the config."""
+    if not any(buffer.is_meta for buffer in module.buffers()):
+        return module
+    try:
+        with torch.device("cpu"):
+            return type(module)(getattr(module, "config", backbone.config))
+    except (AttributeError, TypeError, ValueError):
+        return None
 
 
 def _variants(module: nn.Module, backbone: Any) -> list[dict[str, Any]]:

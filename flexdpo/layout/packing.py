@@ -93,7 +93,11 @@ def pack_numbered(
 
 
 def row_lengths(
-    batches: Iterable[Sequence[Group]], max_tokens_per_row: int | None = None, *, sharing: str = "group"
+    batches: Iterable[Sequence[Group]],
+    max_tokens_per_row: int | None = None,
+    *,
+    sharing: str = "group",
+    limits: Sequence[int] = (),
 ) -> list[int]:
     """Lengths of the rows that :func:`pack` makes of some batches, padding not counted; the rows are not made.
 
@@ -101,11 +105,12 @@ def row_lengths(
         batches: Groups of one optimizer step each; a few hundred are enough for :func:`choose_buckets`.
         max_tokens_per_row: As in :func:`pack`.
         sharing: As in :func:`pack`.
+        limits: As in :func:`pack`.
     """
     return [
         sum(len(family.trie) for family in families)
         for groups in batches
-        for families in _planned(groups, max_tokens_per_row, max_tokens_per_row, sharing)
+        for families in _planned(groups, max_tokens_per_row, max_tokens_per_row, sharing, limits)
     ]
 
 

@@ -15,10 +15,10 @@ from flexdpo.errors import FlexdpoError, first_line
 from flexdpo.hf.names import local_path, require_saved
 from flexdpo.hf.rules import backbone_of, refusal_reason
 from flexdpo.proof.probe import ParityReport, parity_probe
-from flexdpo.proof.tiny_models import small_model
+from flexdpo.proof.tiny_models import tiny_model
 
 EXIT_EXACT, EXIT_REFUSED = 0, 3
-# a saved model up to this size is probed as it is; a larger one through a small model of the same kind
+# a saved model up to this size is probed as it is; a larger one through a tiny model of the same kind
 _LARGEST_LOADED = 500 * 2**20
 _WAY_OUT = "train it without flexdpo, or choose a model of another kind"
 
@@ -33,7 +33,7 @@ class CheckResult:
         model_type: Its ``model_type``.
         verdict: ``"exact"``; ``"refused"``; or ``"accepted"`` where the rule accepts a model that could not be run.
         reason: Why it is refused, or why nothing could be run; empty where it is exact.
-        probed: ``"saved model"``, ``"small model with random weights"`` or ``"nothing"``.
+        probed: ``"saved model"``, ``"tiny model with random weights"`` or ``"nothing"``.
         features: What of the model's attention packed rows have to honour, in words.
         probe: What the parity probe measured, or ``None``.
     """
@@ -86,7 +86,7 @@ def check_model(name_or_path: str, *, trust_remote_code: bool = False) -> CheckR
         report = parity_probe(model)
     except Exception as error:
         # a model class may say anything about a config that was cut, or about one that was never complete
-        return CheckResult(**about, verdict="accepted", reason=f"no small model could be run ({first_line(error)})")
+        return CheckResult(**about, verdict="accepted", reason=f"no tiny model could be run ({first_line(error)})")
     if report.verdict == "inconclusive":
         return CheckResult(**about, verdict="accepted", reason=report.reason, probed=probed, probe=report)
     verdict: Literal["exact", "refused"] = "exact" if report.exact else "refused"
@@ -134,7 +134,7 @@ def _something_to_run(name_or_path: str, config: Any, trust_remote_code: bool) -
             name_or_path, dtype=torch.float32, trust_remote_code=trust_remote_code
         )
         return model, "saved model"
-    return small_model(config, trust_remote_code=trust_remote_code), "small model with random weights"
+    return tiny_model(config, trust_remote_code=trust_remote_code), "tiny model with random weights"
 
 
 # --- what is said ----------------------------------------------------------------------------------------------------
@@ -200,7 +200,7 @@ def _probe_lines(probed: str, report: ParityReport) -> list[str]:
     if report.threshold >= report.tokens:
         lines += _wrapped(
             "note",
-            f"the documents do not reach the model's threshold of {report.threshold} tokens; a small copy with short "
+            f"the documents do not reach the model's threshold of {report.threshold} tokens; a tiny copy with short "
             "thresholds was probed too, if one could be built",
         )
     return lines

@@ -28,7 +28,7 @@ from flexdpo.hf.row_dependence import length_limits
 from flexdpo.hf.rules import backbone_of, refusal_reason, unwrap_model
 from flexdpo.layout.groups import Group
 from flexdpo.layout.row import Row, RowLayout
-from flexdpo.proof.tiny_models import small_model
+from flexdpo.proof.tiny_models import tiny_model
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -63,7 +63,7 @@ class ParityReport:
         tokens: Longest sequence of the probe, prompt and response, in tokens.
         threshold: Largest length at which the model changes what it does, in tokens: a window or chunk of its
             attention, a limit of its rotary frequencies; 0 where it has none. Where the probe does not reach beyond, a
-            small copy of the model was probed too, whose thresholds are short.
+            tiny copy of the model was probed too, whose thresholds are short.
         seconds: Wall time.
     """
 
@@ -126,16 +126,16 @@ class _Outcome(NamedTuple):
 
 
 def _with_short_thresholds(base: Any, report: ParityReport, seed: int) -> ParityReport:
-    """The report, or that of a small copy with short thresholds where the copy is not exact."""
+    """The report, or that of a tiny copy with short thresholds where the copy is not exact."""
     try:
-        copy = small_model(base.config, seed=seed)
+        copy = tiny_model(base.config, seed=seed)
     except Exception:
         # a model class may say anything about a config that was cut; the report names the threshold
         return report
     found = _compare(copy, 2048, seed)
     if found.exact:
         return report
-    return replace(found, reason=f"{found.reason} (on a small copy whose thresholds are short)")
+    return replace(found, reason=f"{found.reason} (on a tiny copy whose thresholds are short)")
 
 
 def _compare(model: nn.Module, max_tokens: int, seed: int) -> ParityReport:

@@ -11,33 +11,21 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from flexdpo.errors import FlexdpoError
 from flexdpo.hf.draws import RandomState, draws_by_module
 from flexdpo.hf.prepare import prepare_model
 from flexdpo.hf.row_dependence import limits_of
 from flexdpo.layout.packing import pack
-from flexdpo.objective.linear_logps import logits_logps
-from flexdpo.objective.lm_head import base_model, head_logps, head_plan, without_wrappers
-from flexdpo.objective.logps import member_values, require_finite, response_logps
-from flexdpo.proof.probe import (
-    NOISE_FACTOR,
-    ROUNDINGS,
-    CoarsestRounding,
-    beside_another,
-    path_of,
-    rounded_otherwise,
-    stock_attention,
-    summed_by_token,
-    token_error,
-)
+from flexdpo.objective.lm_head import base_model, without_wrappers
+from flexdpo.proof.probe import NOISE_FACTOR, ROUNDINGS, stock_attention, summed_by_token
+from flexdpo.proof.proof_runs import Runs, listening
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -47,11 +35,6 @@ if TYPE_CHECKING:
 
 # log-probabilities of the responses of a row, [R]
 ReferenceSums = Callable[["Row"], "Tensor"]
-
-# adapters whose gradients are compared weight by weight: two copies of so many numbers
-_MOST_ADAPTER_WEIGHTS = 1 << 24
-# tokens of a padded batch that are worth one call of the model; more only where a packed row has as many
-_SHORT_BATCH = 1024
 
 
 @dataclass(frozen=True)
@@ -201,8 +184,8 @@ def measure(
     started = time.perf_counter()
     base = base_model(model)
     before = RandomState.now()
-    with _listening(model, with_gradients) as listener:
-        runs = _Runs(model, listener, autocast)
+    with listening(model, with_gradients) as listener:
+        runs = Runs(model, listener, autocast)
         packed = [runs.packed(row) for row in rows]
         # a number that is compared with a rate of 0 changes nothing
         drew = RandomState.now().differs(before) and bool(draws_by_module(base))
@@ -243,179 +226,3 @@ def measure(
         (sums, run.sums(row)) for sums, run, row in zip(references, packed, rows, strict=False)
     )
     return replace(proof, reference_error=reference_error, seconds=time.perf_counter() - started)
-
-
-# --- what is run -----------------------------------------------------------------------------------------------------
-
-
-class _Run(NamedTuple):
-    """Log-probabilities of the tokens of responses, ``[M]`` float64; gradients at the embeddings, ``[..., L, H]``."""
-
-    logps: Tensor
-    gradient: Any
-
-    def sums(self, row: Row) -> Tensor:
-        """Log-probabilities of whole responses, ``[R]``."""
-        return self.logps.new_zeros(row.num_responses).index_add_(0, row.member_responses, self.logps)
-
-
-@dataclass
-class _Runs:
-    """Runs rows and sequences, each with its own random weights on the log-probabilities as what is differentiated."""
-
-    model: Any
-    listener: _Listener
-    autocast: Callable[[], AbstractContextManager[Any]]
-    rounding: float = 0.0
-
-    def error(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
-        return token_error(pairs, self.rounding)
-
-    def packed(self, row: Row) -> _Run:
-        with self.autocast():
-            found = response_logps(self.model, row)
-        require_finite(found.sums, row, where="before the first step")
-        return self._run(member_values(found.targets, row), row, range(row.num_responses))
-
-    def unpacked(self, row: Row) -> list[_Run]:
-        """Every sequence of a row, through batches that hold no more tokens than the row or few."""
-        runs: list[Any] = [None] * row.num_responses
-        for responses in self._batches(row):
-            for response, run in zip(responses, self._batch(row, responses), strict=True):
-                runs[response] = run
-        return runs
-
-    def again(self, rows: Sequence[Row], unpacked: Sequence[Sequence[_Run]]) -> tuple[_Run, _Run]:
-        """The shortest sequence in another batch, from embeddings that are rounded otherwise; and as it was before."""
-        runs = [
-            (row, response, run) for row, each in zip(rows, unpacked, strict=True) for response, run in enumerate(each)
-        ]
-        row, response, once = min(runs, key=lambda run: len(path_of(*run[:2])))
-        alone = [response] in self._batches(row)
-        with self.listener.rounding_otherwise(self.rounding):
-            (run,) = self._batch(row, [response], beside=alone)
-        return run, once
-
-    def _batch(self, row: Row, responses: Sequence[int], *, beside: bool = False) -> list[_Run]:
-        """Run sequences as an ordinary trainer would; ``beside`` another one that is not looked at."""
-        sequences = [row.input_ids[0, path_of(row, response)] for response in responses]
-        inputs = {"input_ids": pad_sequence(sequences, batch_first=True)}
-        if beside:
-            inputs = beside_another(inputs["input_ids"])
-        elif len(sequences) > 1:
-            inputs["attention_mask"] = pad_sequence([torch.ones_like(ids) for ids in sequences], batch_first=True)
-        length = inputs["input_ids"].shape[1]
-        sizes = [len(row.response_paths[response]) for response in responses]
-        predictors = torch.cat(
-            [
-                number * length + torch.arange(len(ids) - size - 1, len(ids) - 1, device=ids.device)
-                for number, (ids, size) in enumerate(zip(sequences, sizes, strict=True))
-            ]
-        )
-        labels = inputs["input_ids"].flatten()[predictors + 1]
-        plan = head_plan(self.model)
-        with self.autocast(), contextlib.nullcontext() if self.rounding else CoarsestRounding() as watched:
-            if plan.obstacle is None:
-                values = head_logps(self.model, {**inputs, "use_cache": False}, predictors, labels, plan)
-            else:
-                values = logits_logps(self.model(**inputs, use_cache=False).logits.flatten(0, 1)[predictors], labels)
-        if watched is not None:
-            self.rounding = watched.eps
-        run = self._run(values.logps.double(), row, responses)
-        gradients = [None if run.gradient is None else run.gradient[n, : len(ids)] for n, ids in enumerate(sequences)]
-        return [_Run(*each) for each in zip(run.logps.split(sizes), gradients, strict=True)]
-
-    def _batches(self, row: Row) -> list[list[int]]:
-        """Responses whose sequences may run together: on the same side of every limit, and in no more memory."""
-        limits, room = limits_of(base_model(self.model)), max(row.num_tokens, _SHORT_BATCH)
-        lengths = [len(path_of(row, response)) for response in range(row.num_responses)]
-        batches: list[list[int]] = []
-        for response in sorted(range(row.num_responses), key=lambda each: -lengths[each]):
-            longest = lengths[batches[-1][0]] if batches else room
-            alike = limits.side(lengths[response]) == limits.side(longest)
-            if alike and batches and (len(batches[-1]) + 1) * longest <= room:
-                batches[-1].append(response)
-            else:
-                batches.append([response])
-        return batches
-
-    def _run(self, logps: Tensor, row: Row, responses: Sequence[int]) -> _Run:
-        direction = torch.cat([_direction(row, response) for response in responses])
-        return _Run(logps.detach(), self.listener.gradient((logps * direction.to(logps)).sum()))
-
-
-def _direction(row: Row, response: int) -> Tensor:
-    """One random weight for every token of a response, ``[L]``: its gradient then says on what each one depends."""
-    generator = torch.Generator().manual_seed(response)
-    return torch.randn(len(row.response_paths[response]), generator=generator, dtype=torch.float64)
-
-
-# --- what is listened to ---------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Listener:
-    """Takes gradients at the embeddings and of an adapter; everything else learns nothing while it listens."""
-
-    adapter: list[Tensor] = field(default_factory=list)
-    embedded: list[Tensor] = field(default_factory=list)
-    rounding: float = 0.0
-
-    @contextlib.contextmanager
-    def rounding_otherwise(self, rounding: float) -> Iterator[None]:
-        """Move every embedding by about its last bit, where another batch alone may happen to round alike."""
-        self.rounding = rounding
-        try:
-            yield
-        finally:
-            self.rounding = 0.0
-
-    def capture(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:  # noqa: ARG002
-        if self.rounding:
-            output = rounded_otherwise(output.detach(), self.rounding)
-        if not torch.is_grad_enabled():
-            return output
-        # an adapter on the embedding itself needs its gradient too
-        leaf = output if output.requires_grad else output.detach().requires_grad_()
-        leaf.retain_grad()
-        self.embedded.append(leaf)
-        # some models scale what they get in place, which a leaf does not allow
-        return leaf.clone()
-
-    def gradient(self, score: Tensor) -> Tensor | None:
-        if not score.requires_grad:
-            return None
-        # not autograd.grad, which reentrant checkpoints do not know
-        score.backward()
-        found, self.embedded = self.embedded, []
-        return found[0].grad if len(found) == 1 else None
-
-    def take_adapter_gradients(self) -> Tensor:
-        """Gradients of all weights of the adapter since the last call, one after the other."""
-        gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in self.adapter]
-        for weight in self.adapter:
-            weight.grad = None
-        return torch.cat([each.flatten() for each in gradients]) if gradients else torch.zeros(0)
-
-
-@contextlib.contextmanager
-def _listening(model: nn.Module, with_gradients: bool) -> Iterator[_Listener]:
-    """Freeze all but the embedding's output and a small adapter, and bring everything back at the end."""
-    base: Any = base_model(model)
-    learning = [weight for weight in model.parameters() if weight.requires_grad]
-    some_frozen = len(learning) < len(list(model.parameters()))
-    is_adapter = some_frozen and sum(weight.numel() for weight in learning) <= _MOST_ADAPTER_WEIGHTS
-    listener = _Listener([*learning] if is_adapter else [])
-    kept = [weight.grad for weight in learning]
-    handle = base.get_input_embeddings().register_forward_hook(listener.capture)
-    try:
-        for weight in learning:
-            weight.grad = None
-            weight.requires_grad_(is_adapter and with_gradients)
-        with torch.set_grad_enabled(with_gradients):
-            yield listener
-    finally:
-        handle.remove()
-        for weight, gradient in zip(learning, kept, strict=True):
-            weight.requires_grad_(True)
-            weight.grad = gradient

@@ -1,4 +1,4 @@
-"""A small model of the same kind as a given one, from its config alone: every mechanism kept, every size cut."""
+"""A tiny model of the same kind as a given one, from its config alone: every mechanism kept, every size cut."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "deco
 # fmt: on
 
 
-def small_model(config: Any, *, seed: int = 0, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Build a small causal LM of the same kind as ``config`` describes, with random weights, in float64.
+def tiny_model(config: Any, *, seed: int = 0, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Build a tiny causal LM of the same kind as ``config`` describes, with random weights, in float64.
 
     Layers, vocabulary, widths, experts, windows and chunks are cut; heads keep their size and, where more than four
     share a key, their grouping. The weights are drawn so that attention matters: with the usual small ones the
-    attention of a small model does next to nothing, and no test of it means anything.
+    attention of a tiny model does next to nothing, and no test of it means anything.
 
     Args:
         config: A transformers config; it is not changed.
@@ -52,7 +52,7 @@ def small_model(config: Any, *, seed: int = 0, trust_remote_code: bool = False) 
         outline = AutoModelForCausalLM.from_config(cut, trust_remote_code=trust_remote_code)
     parameters = sum(parameter.numel() for parameter in outline.parameters())
     if parameters > _MOST_PARAMETERS:
-        raise ValueError(f"a small {type(outline).__name__} would still have {parameters:,} parameters")
+        raise ValueError(f"a tiny {type(outline).__name__} would still have {parameters:,} parameters")
     torch.manual_seed(seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(
         cut, dtype=torch.float64, trust_remote_code=trust_remote_code

@@ -85,7 +85,7 @@ class ModelSize:
         """
         if isinstance(model_or_config, cls):
             return model_or_config
-        model = model_or_config if isinstance(model_or_config, torch.nn.Module) else _without_memory(model_or_config)
+        model = model_or_config if isinstance(model_or_config, torch.nn.Module) else without_memory(model_or_config)
         inner: Any = model
         while not hasattr(inner, "config") and hasattr(inner, "module"):
             inner = inner.module
@@ -112,7 +112,12 @@ class ModelSize:
         )
 
 
-def _without_memory(config: Any) -> torch.nn.Module:
+def without_memory(config: Any) -> torch.nn.Module:
+    """Make a causal LM of a transformers config on torch's ``meta`` device.
+
+    Raises:
+        FlexdpoError: if it is no config, or none can be made of it.
+    """
     from transformers import AutoModelForCausalLM, PreTrainedConfig
 
     if not isinstance(config, PreTrainedConfig):

@@ -98,7 +98,14 @@ class RowPlan:
             logger.warning(f"max_tokens_per_row='auto': rows of up to {budget} tokens fit into the free memory")
         return cls(budget, args.row_multiple, args.sharing, args.kernel_settings())
 
-    def with_buckets(self, dataset: Dataset | None, args: DPOConfig, *, unrelated_responses: bool = False) -> RowPlan:
+    def with_buckets(
+        self,
+        dataset: Dataset | None,
+        args: DPOConfig,
+        *,
+        unrelated_responses: bool = False,
+        limits: Sequence[int] = (),
+    ) -> RowPlan:
         """The plan with row lengths chosen from a sample of the data, where kernels are compiled by length."""
         if self.kernels.dynamic(args.device.type):
             return self
@@ -110,7 +117,7 @@ class RowPlan:
         if unrelated_responses:
             batches = [with_unrelated_responses(batch) for batch in batches if len(batch) > 1] or batches
         multiple, budget = args.room_multiple, self.max_tokens_per_row
-        lengths = row_lengths(batches, budget and budget // multiple * multiple, sharing=self.sharing)
+        lengths = row_lengths(batches, budget and budget // multiple * multiple, sharing=self.sharing, limits=limits)
         most = {} if asked else {"max_buckets": FEW_LENGTHS}
         buckets = choose_buckets(lengths, max_waste=MAX_WASTE, multiple=multiple, **most)
         if buckets.waste > MAX_WASTE:

@@ -35,6 +35,7 @@ class RunData:
     Attributes:
         max_positions: Of the model's learned position table, if it has one.
         unrelated_responses: Whether the loss runs other examples' responses behind every prompt.
+        limits: Lengths at which the model's rotary frequencies change, as in :func:`flexdpo.pack`.
         reports: One for each dataset that was tokenised as a whole.
     """
 
@@ -42,6 +43,7 @@ class RunData:
     tokenizer: PreTrainedTokenizerBase
     max_positions: int | None
     unrelated_responses: bool
+    limits: tuple[int, ...] = ()
     reports: dict[str, DataReport] = field(default_factory=dict)
 
     def tokenised(self, dataset: Any, name: str) -> Dataset | StreamedPreferences | None:
@@ -80,9 +82,7 @@ class RunData:
         self.reports[name] = report
         require_positions(self.max_positions, report.longest)
         if isinstance(args.max_tokens_per_row, int):
-            require_room(
-                data, args.max_tokens_per_row, args.room_multiple, unrelated_responses=self.unrelated_responses
-            )
+            require_room(data, args.max_tokens_per_row, args.room_multiple, **self._counted)
         if self.unrelated_responses:
             require_company(data, args, name)
         return data
@@ -99,10 +99,15 @@ class RunData:
         sized = [data for data in datasets if hasattr(data, "num_rows")]
         longest = 0
         if self.args.max_tokens_per_row == "auto":
-            counts = [tokens_needed(data, unrelated_responses=self.unrelated_responses) for data in sized]
+            counts = [tokens_needed(data, **self._counted) for data in sized]
             longest = max((int(count.max()) for count in counts), default=0)
         plan = RowPlan.of(self.args, model, reference=reference, longest=longest)
-        return plan.with_buckets(sized[0] if sized else None, self.args, unrelated_responses=self.unrelated_responses)
+        return plan.with_buckets(sized[0] if sized else None, self.args, **self._counted)
+
+    @property
+    def _counted(self) -> dict[str, Any]:
+        """What a trie's size depends on beside its example."""
+        return {"unrelated_responses": self.unrelated_responses, "limits": self.limits}
 
 
 def _tell(report: DataReport) -> None:

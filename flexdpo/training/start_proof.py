@@ -73,11 +73,11 @@ class ProofAtStart(TrainerCallback):
     def _first_batches(self) -> list[PackedBatch]:
         """The first examples in micro-batches as in training: rows are no longer, and as many documents share one."""
         trainer, args = self.trainer, self.trainer.args
-        # half a step's pairs or fewer: all passes of the proof together then cost 1.0 to 1.2 steps
+        # half a step's pairs or fewer: all passes of the proof together then cost 1 to 2 steps
         half = args.per_device_train_batch_size * args.gradient_accumulation_steps // 2
         # a loss that compares with other examples needs one
         size = max(args.per_device_train_batch_size, 2 if trainer.objective.needs_unrelated_responses else 1)
-        # one example alone would not show that the documents of a row keep apart; two of two cost 1.8 to 2.4 steps
+        # one example alone would not show that the documents of a row keep apart
         count = max(min(size, 2), min(_MOST_EXAMPLES, half))
         data = trainer.train_dataset
         if isinstance(data, StreamedPreferences):

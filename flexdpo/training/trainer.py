@@ -102,7 +102,7 @@ class DPOTrainer(ResumableTrainer):
         model, reference = self._prepare_models(model, ref_model, peft_config, processing_class, args)
 
         limit = model_loading.position_limit(unwrap_model(model))
-        data = RunData(args, processing_class, limit, self.objective.needs_unrelated_responses)
+        data = RunData(args, processing_class, limit, self.objective.needs_unrelated_responses, limits_of(model).limits)
         train_data, eval_data = data.tokenised(train_dataset, "train"), data.all_tokenised(eval_dataset)
         self._data, self.data_reports = data, data.reports
         self.row_plan = data.row_plan(train_data, eval_data, unwrap_model(model), reference=reference is not None)
@@ -256,7 +256,8 @@ class DPOTrainer(ResumableTrainer):
         wanted = wanted and self._router is None
         if wanted and hasattr(self.train_dataset, "num_rows") and has_one_pair_each(self.train_dataset):
             hidden = unwrap_model(self.model).config.get_text_config().hidden_size
-            balance(loader, predicted_costs(self.train_dataset, hidden), args.world_size)
+            costs = predicted_costs(self.train_dataset, hidden, limits_of(self.model).limits)
+            balance(loader, costs, args.world_size)
         return loader
 
     # --- the step ----------------------------------------------------------------------------------------------------

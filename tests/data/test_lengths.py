@@ -8,8 +8,9 @@ import pytest
 from datasets import Dataset
 
 from flexdpo import DPOTrainer, FlexdpoError
-from flexdpo.data.lengths import tokens_needed
+from flexdpo.data.lengths import require_room, tokens_needed
 from flexdpo.data.tokenize import group_from_row
+from flexdpo.layout.packing import row_lengths
 from flexdpo.objective.unpaired import with_unrelated_responses
 from flexdpo.training.batch import PackedBatch
 from tests.training.test_trainer import settings
@@ -44,18 +45,35 @@ def test_room_is_left_for_other_examples_responses(kto) -> None:
     kto(data, loss_type="apo_zero_unpaired", max_tokens_per_row=44).train()
 
 
+@pytest.mark.parametrize("limits", [(), (12,), (12, 32)], ids=str)
 @pytest.mark.parametrize("paired", [False, True])
-def test_no_batch_needs_more_than_was_counted(kto, paired: bool) -> None:
+def test_no_batch_needs_more_than_was_counted(kto, paired: bool, limits: tuple[int, ...]) -> None:
     rows = labelled([(30, 2), (4, 30), (9, 5), (2, 7)])
     if paired:
         keys = ("prompt", "chosen", "rejected")
         texts = [("w3 " * 9, "w4 " * 20, "w5 "), ("w6 ", "w7 ", "w8 " * 30), ("w9 ", "w10 ", "w11 ")]
         rows = Dataset.from_list([dict(zip(keys, row, strict=True)) for row in texts])
     data = kto(rows).train_dataset
-    needed = tokens_needed(data, unrelated_responses=True)
+    needed = tokens_needed(data, unrelated_responses=True, limits=limits)
     groups = with_unrelated_responses([group_from_row(row) for row in data])
     for group, most in zip(groups, needed, strict=True):
-        assert PackedBatch.from_groups([group]).tokens_run <= most
+        assert PackedBatch.from_groups([group], limits=limits).tokens_run <= most
+    for row, most in zip(data, tokens_needed(data, limits=limits), strict=True):
+        assert PackedBatch.from_groups([group_from_row(row)], limits=limits).tokens_run <= most
+
+
+def test_a_prompt_that_stands_twice_in_a_row_needs_room_for_both(kto) -> None:
+    """A row must not mix the rotations of short and long sequences."""
+    rows = [{"prompt": "w3 " * 20, "chosen": "w4 " * 3, "rejected": "w5 " * 9}]
+    data = kto(Dataset.from_list(rows), loss_type="sigmoid").train_dataset
+    (group,) = (group_from_row(row) for row in data)
+    short, long = sorted(map(len, group.sequences))
+    for limits, needed in (((), group.prompt_ids.size + sum(map(len, group.response_ids))), ((short,), short + long)):
+        require_room(data, needed, 1, limits=limits)
+        with pytest.raises(FlexdpoError, match=f"row 0 has {needed} distinct tokens .* leaves room for {needed - 1}"):
+            require_room(data, needed - 1, 1, limits=limits)
+        assert row_lengths([[group]], limits=limits) == [needed]
+        assert tokens_needed(data, limits=limits).tolist() == [needed]
 
 
 def test_a_last_batch_of_one_is_refused_before_training(kto) -> None:

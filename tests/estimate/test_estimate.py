@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from flexdpo import DPOConfig, DPOTrainer, Trie, pack, regroup_by_prompt
 from flexdpo.bench.bench import run_bench
@@ -69,24 +70,34 @@ def random_rows(rng: np.random.Generator, count: int, words: int = 3) -> list[tu
 # --- counting --------------------------------------------------------------------------------------------------------
 
 
+# lengths at which a model's rotations change: sequences on either side of one share no tokens
+LIMITS = [(), (4,), (3, 5, 6), (100,)]
+
+
+@pytest.mark.parametrize("limits", LIMITS, ids=str)
 @pytest.mark.parametrize("rows_per_batch", [1, 7, 1024])
-def test_rows_are_counted_as_their_tries_are(rng, rows_per_batch) -> None:
+def test_rows_are_counted_as_their_tries_are(rng, rows_per_batch, limits) -> None:
     data = tokenised(random_rows(rng, 200))
-    counted = count_rows(data, rows_per_batch)
+    counted = count_rows(data, rows_per_batch, limits=limits)
     groups = [group_from_row(row) for row in data]
-    assert counted.distinct.tolist() == [len(Trie.from_sequences(group.sequences)) for group in groups]
+    assert counted.distinct.tolist() == [len(Trie.from_sequences(group.sequences, limits=limits)) for group in groups]
+    assert (counted.copies.max() > 1) == (limits not in ((), (100,)))
     assert counted.unshared.tolist() == [group.unshared_tokens for group in groups]
     assert counted.longest.tolist() == [max(map(len, group.sequences)) for group in groups]
     assert counted.responses.tolist() == [len(group.response_ids) for group in groups]
     assert counted.edges.tolist() == [len(group.edges) for group in groups]
     # responses share beginnings, or the comparison says little
-    assert (counted.distinct < counted.unshared - counted.prompts * (counted.responses - 1)).sum() > 50
+    assert limits or (counted.distinct < counted.unshared - counted.prompts * (counted.responses - 1)).sum() > 50
 
 
-def test_targets_are_those_of_the_rows_that_training_packs(rng) -> None:
+@pytest.mark.parametrize("limits", LIMITS, ids=str)
+def test_targets_are_those_of_the_rows_that_training_packs(rng, limits) -> None:
     data = tokenised(random_rows(rng, 60))
-    (row,) = pack([group_from_row(example) for example in data])
-    assert int(count_rows(data).targets.sum()) == len(row.labels)
+    (row,) = pack([group_from_row(example) for example in data], limits=limits)
+    counted = count_rows(data, limits=limits)
+    assert int(counted.distinct.sum()) == row.num_tokens
+    # a response's first token is predicted once more where the prompt stands twice
+    assert int(counted.targets.sum()) == len(row.labels)
 
 
 @pytest.mark.parametrize("length", [0, 1, 8, 9, 40, 41, 200, 1000])
@@ -117,8 +128,9 @@ def test_a_selection_is_counted_and_not_what_lies_behind_it(rng) -> None:
     assert count_rows(some).distinct.tolist() == [len(Trie.from_sequences(group.sequences)) for group in groups]
 
 
+@pytest.mark.parametrize("limits", LIMITS, ids=str)
 @pytest.mark.parametrize("rows_per_batch", [1, 16, 1024])
-def test_regrouped_tokens_are_those_of_the_regrouped_dataset(rng, rows_per_batch) -> None:
+def test_regrouped_tokens_are_those_of_the_regrouped_dataset(rng, rows_per_batch, limits) -> None:
     rows = [
         (prompt, [ids for k, ids in enumerate(responses) if ids not in responses[:k]])
         for prompt, responses in random_rows(rng, 150)
@@ -126,8 +138,24 @@ def test_regrouped_tokens_are_those_of_the_regrouped_dataset(rng, rows_per_batch
     data = tokenised(rows)
     merged = regroup_by_prompt(data)
     assert len(merged) < 60
-    want = sum(len(Trie.from_sequences(group_from_row(row).sequences)) for row in merged)
-    assert regrouped_tokens(data, count_rows(data), rows_per_batch) == want
+    want = sum(len(Trie.from_sequences(group_from_row(row).sequences, limits=limits)) for row in merged)
+    counted = count_rows(data, limits=limits)
+    assert regrouped_tokens(data, counted, rows_per_batch, limits=limits) == want
+
+
+@pytest.mark.parametrize("without_weights", [True, False])
+def test_a_prompt_counts_twice_where_a_models_rotations_split_its_responses(without_weights) -> None:
+    """As the trainer packs them, whether the model is there or only its config."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 24}
+    rope |= {"short_factor": [1.0] * 8, "long_factor": [3.0] * 8}
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1, "intermediate_size": 64}
+    config = LlamaConfig(vocab_size=99, max_position_embeddings=96, rope_parameters=rope, **sizes)
+    model = config if without_weights else LlamaForCausalLM(config)
+    data = tokenised([(list(range(20)), [[1, 2, 3], [1, 2, 3, 4, 5], [1, 2, 6]])])
+    result = estimate_tokenised(as_preferences(data), EstimateSettings(**CPU), model=model)
+    assert result.settings.limits == (24,)
+    assert result.tokens.shared == result.lengths.distinct.most == (20 + 4) + (20 + 5)
+    assert result.tokens.unshared == 3 * 20 + 11
 
 
 def test_beginnings_that_rows_have_in_common(rng) -> None:

@@ -12,7 +12,7 @@ import transformers
 
 from flexdpo import FlexdpoError
 from flexdpo.proof.check import check_model, run_check
-from flexdpo.proof.tiny_models import shrunk_config, small_model
+from flexdpo.proof.tiny_models import shrunk_config, tiny_model
 from tests.hf.architectures import build_model, zoo
 
 
@@ -28,7 +28,7 @@ def test_an_exact_model_on_one_screen(tmp_path: Path) -> None:
     assert "Gemma2ForCausalLM (model_type gemma2)" in text
     assert "verdict   exact" in text
     assert "sliding window of 4096 tokens; score softcap 50.0; logit softcap 30.0" in " ".join(text.split())
-    assert "small model with random weights" in text
+    assert "tiny model with random weights" in text
     lines = text.splitlines()
     assert len(lines) <= 24
     assert max(map(len, lines[1:])) <= 100  # the first names the folder
@@ -66,7 +66,7 @@ def test_a_config_file_and_a_saved_model(tmp_path: Path) -> None:
     folder = check_model(str(tmp_path))
     assert (folder.verdict, folder.probed) == ("exact", "saved model")
     file = check_model(str(tmp_path / "config.json"))
-    assert (file.verdict, file.probed) == ("exact", "small model with random weights")
+    assert (file.verdict, file.probed) == ("exact", "tiny model with random weights")
 
 
 def test_a_config_that_cannot_be_run_is_accepted_but_not_proven(
@@ -75,11 +75,11 @@ def test_a_config_that_cannot_be_run_is_accepted_but_not_proven(
     def fail(*_: Any, **__: Any) -> Any:
         raise RuntimeError("no such size\nand more")
 
-    monkeypatch.setattr("flexdpo.proof.check.small_model", fail)
+    monkeypatch.setattr("flexdpo.proof.check.tiny_model", fail)
     text, code = run_check(save_config(transformers.LlamaConfig(), tmp_path))
     assert code == 0
     assert "verdict   accepted, not proven" in text
-    assert "no small model could be run (no such size)" in text
+    assert "no tiny model could be run (no such size)" in text
     assert "flexdpo.parity_probe(model)" in text
 
 
@@ -126,6 +126,6 @@ def test_full_sized_configs_are_cut_built_and_found_exact(name: str) -> None:
     architecture = zoo()[name]
     if not architecture.available:
         pytest.skip(f"transformers {transformers.__version__} has no {architecture.class_name}")
-    report = parity_probe(small_model(getattr(transformers, architecture.config_class)()))
+    report = parity_probe(tiny_model(getattr(transformers, architecture.config_class)()))
     # its router draws random numbers in training, however it is set
     assert report.exact == (name != "phimoe"), report

@@ -115,18 +115,18 @@ def test_a_model_whose_attention_does_nothing_proves_nothing() -> None:
     assert "not even a wrong mask" in report.reason
 
 
-def test_a_long_window_is_probed_on_a_small_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_window_is_probed_on_a_tiny_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interface, "mask_kind_of", _shorter_window)
     report = parity_probe(build_model("mistral", sliding_window=4096, dtype=torch.float32), max_tokens=64)
     assert report.verdict == "wrong"
-    assert "on a small copy whose thresholds are short" in report.reason
+    assert "on a tiny copy whose thresholds are short" in report.reason
 
 
 @pytest.mark.parametrize("limit", [16, 8192])
 def test_rotations_that_change_with_length_are_probed_beyond_their_limit(
     limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On the model itself, or on a small copy of it."""
+    """On the model itself, or on a tiny copy of it."""
     factors = {"short_factor": [1.0] * 8, "long_factor": [3.0] * 8, "factor": 4.0}
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": limit, **factors}
     model = build_model("llama", rope_parameters=rope, max_position_embeddings=4 * limit, dtype=torch.float32)
