@@ -208,8 +208,12 @@ def _values_right_gradients_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 
-@DTYPES
-@pytest.mark.parametrize("pairs", [1, 2, 8])
+# half precision tells such a fault from rounding on two examples, not always on a single short one
+@pytest.mark.parametrize(
+    ("pairs", "dtype"),
+    [(1, torch.float32), (2, torch.float32), (8, torch.float32), (2, torch.bfloat16), (8, torch.bfloat16)],
+    ids=str,
+)
 @pytest.mark.parametrize("fault", [_leaking, _off_by_one, _values_right_gradients_wrong])
 def test_a_wrong_packed_run_is_stopped(
     fault: Any, pairs: int, dtype: torch.dtype, train: Any, small_model: Any, monkeypatch: pytest.MonkeyPatch
@@ -307,13 +311,12 @@ def test_dropout_that_was_left_on_is_stopped(dtype: torch.dtype, train: Any, sma
         trainer.train()
 
 
-@DTYPES
 def test_a_reference_of_another_adapter_scale_is_stopped(
-    dtype: torch.dtype, train: Any, small_model: Any, monkeypatch: pytest.MonkeyPatch
+    train: Any, small_model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    trainer = train(peft.get_peft_model(small_model(dtype=dtype), config))
+    trainer = train(peft.get_peft_model(small_model(), config))
     layers = [module for module in trainer.model.modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
 
     def scale(by: float) -> None:
