@@ -134,8 +134,6 @@ class DPOTrainer(ResumableTrainer):
         if args.sync_ref_model:
             self.add_callback(SyncReference(require_movable(self.ref_model)))
 
-    # --- before training ---------------------------------------------------------------------------------------------
-
     def _prepare_models(
         self, model: Any, ref_model: nn.Module | None, peft_config: Any, tokenizer: Any, args: DPOConfig
     ) -> tuple[Any, nn.Module | None]:
@@ -260,8 +258,6 @@ class DPOTrainer(ResumableTrainer):
             balance(loader, costs, args.world_size)
         return loader
 
-    # --- the step ----------------------------------------------------------------------------------------------------
-
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """As ``Trainer``'s; a mean over tokens is one over the tokens of all batches of the step."""
         samples, items = super().get_batch_samples(*args, **kwargs)
@@ -368,8 +364,6 @@ class DPOTrainer(ResumableTrainer):
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
         """Of a training step on the tokens that really run, 6 per token and parameter."""
         return int(inputs["batch"].tokens_run) * self._flops_per_token
-
-    # --- metrics -----------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the training metrics added to the lines that carry a training loss."""
