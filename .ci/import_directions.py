@@ -11,7 +11,7 @@ from pathlib import Path
 LAYERS = [
     "errors", "layout", "attention", "hf", "dropin", "trl", "objective", "reference", "proof", "config", "data",
     "example",
-    "show", "training", "estimate", "runs", "bench", "commands", "cli", "__main__",
+    "show", "training", "estimate", "bench", "runs", "commands", "cli", "__main__",
 ]
 # fmt: on
 # what `import flexdpo` must not need

@@ -6,12 +6,9 @@ import itertools
 import json
 import time
 from dataclasses import asdict, dataclass, replace
-from itertools import accumulate
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from tqdm.auto import trange
 from transformers import ProgressCallback
@@ -29,19 +26,15 @@ from flexdpo.example.task import (
     swap_prompts,
 )
 from flexdpo.hf.forward_layout import ATTN_IMPLEMENTATION
-from flexdpo.layout.row import Row
-from flexdpo.layout.trie import Trie
 from flexdpo.runs.job import CURVES_FILE, MASK_FILE, METRICS_FILE, draw_example_mask, require_output_dir
+from flexdpo.runs.step_times import StepTimes, measure_step_times
 from flexdpo.show.plots import draw_training_curves
-from flexdpo.training.batch import PackedBatch
 from flexdpo.training.metrics import MetricsFile
 from flexdpo.training.output_lock import holding_output
-from flexdpo.training.step import run_batch
 from flexdpo.training.trainer import DPOTrainer
 
 if TYPE_CHECKING:
     from flexdpo.example.task import BodyTask
-    from flexdpo.layout.groups import Group
 
 OUTPUT_NAME = "flexdpo-example"
 _ACCURACY, _MARGIN = "rewards/accuracies", "rewards/margins"
@@ -75,26 +68,6 @@ class Recipe:
     beta: float = 0.1
     held_out_pairs: int = HELD_OUT_PAIRS
     timing_rounds: int = 12
-
-
-@dataclass(frozen=True)
-class StepTimes:
-    """One optimizer step on the same pairs, with and without prefix sharing.
-
-    Unshared means every response behind its own copy of the prompt and otherwise the same: packed without padding,
-    log-probabilities at the targets only.
-
-    Attributes:
-        shared: Median seconds with sharing.
-        unshared: Median seconds without.
-        loss_gap: Largest difference between the two losses, which are equal but for rounding.
-        laying_out: Median seconds to make a batch's packed rows of its examples, before a step.
-    """
-
-    shared: float
-    unshared: float
-    loss_gap: float
-    laying_out: float
 
 
 @dataclass(frozen=True)
@@ -383,79 +356,3 @@ def _last_evaluation(trainer: DPOTrainer) -> dict[str, float]:
     if last is None or last["step"] != trainer.state.global_step:
         return _judge(trainer)
     return {name.removeprefix("eval_"): value for name, value in last.items() if name != "step"}
-
-
-# --- shared against unshared ------------------------------------------------------------------------------------------
-
-
-def unshared_batch(batch: PackedBatch, pad_to_multiple_of: int = 1) -> PackedBatch:
-    """Lay the same groups out without prefix sharing: every response stands behind its own copy of the prompt."""
-    rows = [
-        Row.from_tries(
-            row.groups, [_unshared_trie(group) for group in row.groups], pad_to_multiple_of=pad_to_multiple_of
-        )
-        for row in batch.rows
-    ]
-    return PackedBatch(rows, batch.totals)
-
-
-def _unshared_trie(group: Group) -> Trie:
-    """A forest of one unbranched tree per response."""
-    trees = [Trie.from_sequences([sequence]) for sequence in group.sequences]
-    starts = [0, *accumulate(len(tree) for tree in trees)][:-1]
-    placed = list(zip(trees, starts, strict=True))
-    return Trie(
-        token_ids=np.concatenate([tree.token_ids for tree in trees]),
-        parents=np.concatenate([np.where(tree.parents < 0, -1, tree.parents + start) for tree, start in placed]),
-        depths=np.concatenate([tree.depths for tree in trees]),
-        subtree_end=np.concatenate([tree.subtree_end + start for tree, start in placed]),
-        paths=tuple(tree.paths[0] + start for tree, start in placed),
-    )
-
-
-def measure_step_times(trainer: DPOTrainer, rounds: int) -> StepTimes:
-    """Time whole optimizer steps, shared and unshared in alternation, on the trainer's model and first batches.
-
-    The weights stay as they are.
-    """
-    data, size = trainer.train_dataset, trainer.args.per_device_train_batch_size
-    # a learning rate of zero does all the work of a step and changes nothing
-    optimizer = torch.optim.AdamW(trainer.model.parameters(), lr=0.0)
-    seconds: dict[str, list[float]] = {"shared": [], "unshared": []}
-    gaps, laying_out = [], []
-    untimed = 2  # first calls allocate and compile
-    for turn in trange(rounds + untimed, desc="Timing steps, shared and unshared"):
-        examples = [data[(turn * size + i) % len(data)] for i in range(size)]
-        start = time.perf_counter()
-        shared = trainer.data_collator(examples)["batch"]
-        laying_out.append(time.perf_counter() - start)
-        batches = {"shared": shared, "unshared": unshared_batch(shared, trainer.args.row_multiple)}
-        losses = {}
-        for kind in sorted(batches, reverse=bool(turn % 2)):
-            taken, losses[kind] = _timed_step(trainer, optimizer, batches[kind].to(trainer.args.device))
-            if turn >= untimed:
-                seconds[kind].append(taken)
-        gaps.append(abs(losses["shared"] - losses["unshared"]))
-    return StepTimes(median(seconds["shared"]), median(seconds["unshared"]), max(gaps), median(laying_out[untimed:]))
-
-
-def _timed_step(trainer: DPOTrainer, optimizer: torch.optim.Optimizer, batch: PackedBatch) -> tuple[float, float]:
-    """Run one step and return its seconds and its loss."""
-    _wait_for(trainer.args.device)
-    start = time.perf_counter()
-    result = run_batch(
-        trainer.model,
-        batch,
-        trainer.objective,
-        reference=trainer.reference_logps,
-        backward=torch.Tensor.backward,
-    )
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    _wait_for(trainer.args.device)
-    return time.perf_counter() - start, float(result.loss)
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -117,20 +117,7 @@ def tile_kinds(subtree_end: NDArray[np.int64], block_size: int = 128) -> NDArray
 
 
 def draw_row_mask(row: Row, path: str | Path, *, title: str | None = None, block_size: int = 128) -> Path:
-    """Draw the attention mask of one packed row into a file, 1200 pixels square.
-
-    Args:
-        row: The packed row.
-        path: The picture to write; the ending chooses the format, ``.png`` for instance.
-        title: A line above the picture; by default the numbers of documents and tokens.
-        block_size: Tokens to a side of a tile.
-
-    Returns:
-        ``path``.
-
-    Raises:
-        FlexdpoError: as `row_mask_figure`, or if the picture cannot be written.
-    """
+    """Draw :func:`row_mask_figure` into a file, 1200 pixels square; the ending of ``path`` chooses the format."""
     return save_figure(row_mask_figure(row, title=title, block_size=block_size), path)
 
 
@@ -163,14 +150,7 @@ def row_mask_figure(row: Row, *, title: str | None = None, block_size: int = 128
 
 
 def draw_mask_panel(figure: Figure, place: Any, row: Row, *, block_size: int = 128) -> None:
-    """Draw the mask of a row, with its strips and its legend, into a square part of a figure.
-
-    Args:
-        figure: Where to draw.
-        place: A ``SubplotSpec``; equal extents both ways keep the mask square.
-        row: The packed row.
-        block_size: Tokens to a side of a tile.
-    """
+    """Draw the mask of a row, with its strips and its legend, into a square ``SubplotSpec`` of a figure."""
     subtree_end = _subtree_end(row)
     tokens = token_kinds(row)
     colours = token_colours(tokens)

@@ -21,11 +21,10 @@ from flexdpo.runs import example
 from flexdpo.runs.example import (
     ExampleResult,
     Recipe,
-    StepTimes,
     fresh_output_dir,
     run_example,
-    unshared_batch,
 )
+from flexdpo.runs.step_times import StepTimes, unshared_batch
 from flexdpo.training.batch import PackedBatch
 from flexdpo.training.step import run_batch
 from tests.example.part import part_of_the_library
