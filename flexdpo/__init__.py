@@ -13,6 +13,8 @@ from flexdpo.errors import FlexdpoError, UnsupportedModelError
 from flexdpo.hf.on_import import register_when_imported as _register_when_imported
 
 if TYPE_CHECKING:
+    from flexdpo.attention.generator import attend, block_mask, mask_mod
+    from flexdpo.attention.score_mods import alibi_score_mod, logical_score_mod, softcap_score_mod
     from flexdpo.config import DPOConfig
     from flexdpo.data.regroup import regroup_by_prompt
     from flexdpo.data.tokenize import load_preference_dataset, tokenize_preferences
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from flexdpo.objective.logps import response_logps
     from flexdpo.proof.probe import ParityReport, parity_probe
     from flexdpo.proof.prove import Proof, prove
+    from flexdpo.show.draw import draw
     from flexdpo.training.batch import PackingCollator
     from flexdpo.training.train_step import make_train_step
     from flexdpo.training.trainer import DPOTrainer
@@ -47,10 +50,16 @@ __all__ = [
     "RowLayout",
     "Trie",
     "UnsupportedModelError",
+    "alibi_score_mod",
+    "attend",
+    "block_mask",
     "disable_dropout",
+    "draw",
     "estimate_dataset",
     "load_preference_dataset",
+    "logical_score_mod",
     "make_train_step",
+    "mask_mod",
     "pack",
     "parity_probe",
     "prepare_model",
@@ -59,11 +68,14 @@ __all__ = [
     "response_logps",
     "share_prefixes",
     "sharing_stats",
+    "softcap_score_mod",
     "tokenize_preferences",
     "unshare",
 ]
 
 _LAZY = {
+    "flexdpo.attention.generator": ("attend", "block_mask", "mask_mod"),
+    "flexdpo.attention.score_mods": ("alibi_score_mod", "logical_score_mod", "softcap_score_mod"),
     "flexdpo.config": ("DPOConfig",),
     "flexdpo.data.regroup": ("regroup_by_prompt",),
     "flexdpo.data.tokenize": ("load_preference_dataset", "tokenize_preferences"),
@@ -79,6 +91,7 @@ _LAZY = {
     "flexdpo.objective.logps": ("response_logps",),
     "flexdpo.proof.probe": ("ParityReport", "parity_probe"),
     "flexdpo.proof.prove": ("Proof", "prove"),
+    "flexdpo.show.draw": ("draw",),
     "flexdpo.training.batch": ("PackingCollator",),
     "flexdpo.training.train_step": ("make_train_step",),
     "flexdpo.training.trainer": ("DPOTrainer",),

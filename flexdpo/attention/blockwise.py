@@ -15,11 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import create_mask
+from torch.utils.checkpoint import checkpoint
 
 from flexdpo.attention.formula import softmax_attention
 from flexdpo.attention.query_blocks import MAX_QUERIES, Piece, plan_pieces
+from flexdpo.attention.score_mods import modified_scores
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from flexdpo.attention.mask_mods import MaskMod
@@ -45,9 +49,11 @@ def piecewise_attention(
     sinks: Tensor | None,
 ) -> Tensor:
     """Attend piece by piece; arguments and result as in :func:`flexdpo.attention.kernels.packed_attention`."""
-    fused = _is_fused(query, value, softcap)
+    fused = _is_fused(query, value, softcap) and row_mask.score_mod is None
     plan = _plan_for(row_mask, query.shape[1], query.shape[3], fused)
-    run = _Run(row_mask, plan, *_pieces_of(row_mask, plan), fused, scaling, softcap)
+    run = _Run(row_mask, plan, *_pieces_of(row_mask, plan), query.shape[1], fused, scaling, softcap)
+    if row_mask.score_mod is not None:
+        return _attend_with_score_mod(query, key, value, sinks, run)
     output: Tensor = _PiecewiseAttention.apply(query, key, value, sinks, run)
     return output
 
@@ -89,15 +95,14 @@ def _pieces_of(row_mask: RowMask, plan: _Plan) -> tuple[list[Piece], bool]:
 # --- the masks of pieces ---------------------------------------------------------------------------------------------
 
 
-def piece_bias(row_mask: RowMask, piece: Piece, dtype: torch.dtype) -> Tensor:
-    """0 where a query of a piece may attend to one of its keys and ``-inf`` elsewhere, ``[queries, keys]``."""
-    device = row_mask.layout.position_ids.device
-    kv_idx = torch.cat([torch.arange(start, stop, device=device) for start, stop in piece.key_runs])
-    return bias_between(row_mask, piece.row, torch.arange(piece.start, piece.stop, device=device), kv_idx, dtype)
+def _indices(piece: Piece, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Row indices of a piece's queries and of its keys."""
+    keys = [torch.arange(start, stop, device=device) for start, stop in piece.key_runs]
+    return torch.arange(piece.start, piece.stop, device=device), torch.cat(keys)
 
 
-def bias_between(row_mask: RowMask, row: int, q_idx: Tensor, kv_idx: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where a query of a row may attend to a key and ``-inf`` elsewhere, ``[queries, keys]``.
+def bias_between(row_mask: RowMask, row: int, q_idx: Tensor, kv_idx: Tensor, dtype: torch.dtype, heads: int) -> Tensor:
+    """0 where a query of a row may attend to a key and ``-inf`` elsewhere.
 
     Args:
         row_mask: The mask.
@@ -105,6 +110,10 @@ def bias_between(row_mask: RowMask, row: int, q_idx: Tensor, kv_idx: Tensor, dty
         q_idx: Row indices of the queries, ``[queries]`` int64.
         kv_idx: Row indices of the keys, ``[keys]`` int64.
         dtype: Of the result.
+        heads: Query heads.
+
+    Returns:
+        ``[queries, keys]``, or ``[heads, queries, keys]`` where a mask function tells heads apart.
     """
     mask_mod: MaskMod = row_mask.block_mask.mask_mod
     device = q_idx.device
@@ -114,10 +123,20 @@ def bias_between(row_mask: RowMask, row: int, q_idx: Tensor, kv_idx: Tensor, dty
             return mask_mod(batch, head, q_idx[query], kv_idx[key])
 
         batch = torch.full((), row, device=device)
-        allowed = create_mask(shifted, 1, 1, len(q_idx), len(kv_idx), device=str(device))[0, 0]
+        allowed = create_mask(shifted, 1, heads, len(q_idx), len(kv_idx), device=str(device))[0]
+        allowed = allowed[0] if bool((allowed == allowed[:1]).all()) else allowed
     else:
         allowed = mask_mod(row, 0, q_idx[:, None], kv_idx[None, :])
     return torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill_(~allowed, float("-inf"))
+
+
+def block_score_mod(row_mask: RowMask, row: int, q_idx: Tensor, kv_idx: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """The mask's score_mod for scores ``[1, heads, queries, keys]`` of some queries and keys of a row."""
+    score_mod = row_mask.score_mod
+    if score_mod is None:
+        return None
+    batch = torch.full((1,), row, device=q_idx.device)
+    return lambda scores: modified_scores(score_mod, scores, batch, q_idx, kv_idx)
 
 
 # --- forward and backward --------------------------------------------------------------------------------------------
@@ -131,19 +150,22 @@ class _Run:
     plan: _Plan
     pieces: list[Piece]
     keeps_masks: bool
+    heads: int
     fused: bool
     scaling: float | None
     softcap: float | None
 
     def bias(self, number: int, dtype: torch.dtype) -> Tensor:
-        """0 where a query of piece ``number`` may attend to a key and ``-inf`` elsewhere, ``[queries, keys]``."""
+        """What :func:`bias_between` the queries and the keys of piece ``number`` is."""
+        kept = self.row_mask.biases.get((self.plan, dtype), {})
+        if number in kept:
+            return kept[number]
         piece = self.pieces[number]
-        if not self.keeps_masks:
-            return piece_bias(self.row_mask, piece, dtype)
-        kept = self.row_mask.biases.setdefault((self.plan, dtype), {})
-        if number not in kept:
-            kept[number] = piece_bias(self.row_mask, piece, dtype)
-        return kept[number]
+        q_idx, kv_idx = _indices(piece, self.row_mask.layout.position_ids.device)
+        bias = bias_between(self.row_mask, piece.row, q_idx, kv_idx, dtype, self.heads)
+        if bias.ndim == 2 and self.keeps_masks:
+            self.row_mask.biases.setdefault((self.plan, dtype), {})[number] = bias
+        return bias
 
 
 class _Part(NamedTuple):
@@ -158,11 +180,12 @@ class _Part(NamedTuple):
 def _part(run: _Run, number: int, query: Tensor, key: Tensor, value: Tensor) -> _Part:
     piece = run.pieces[number]
     groups = query.shape[1] // key.shape[1]
+    bias = run.bias(number, query.dtype)
     return _Part(
         _grouped(query[piece.row, :, piece.start : piece.stop], key.shape[1]),
         _gathered(key, piece)[:, None].expand(-1, groups, -1, -1),
         _gathered(value, piece)[:, None].expand(-1, groups, -1, -1),
-        run.bias(number, query.dtype),
+        bias if bias.ndim == 2 else _grouped(bias, key.shape[1]),
     )
 
 
@@ -251,19 +274,22 @@ def _sink_gradient(gradient: Tensor, output: Tensor, lse: Tensor, sinks: Tensor)
     return -(weight * delta).sum(dim=(0, 2)).to(sinks.dtype)
 
 
-def _plain_piece(part: _Part, run: _Run, sinks: Tensor | None) -> Tensor:
+def _plain_piece(
+    part: _Part, run: _Run, sinks: Tensor | None, score_mod: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
     """One piece by SDPA or the formula; its scores live as long as the piece."""
     query, key, value, bias = part
-    if run.softcap is None and sinks is None:
+    if run.softcap is None and sinks is None and score_mod is None:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=run.scaling)
     attended = softmax_attention(
         query.flatten(0, 1)[None],
         key.flatten(0, 1)[None],
         value.flatten(0, 1)[None],
-        bias,
+        bias if bias.ndim == 2 else bias.flatten(0, 1),
         scaling=run.scaling,
         softcap=run.softcap,
         sinks=sinks,
+        score_mod=score_mod,
     )
     return _grouped(attended[0], query.shape[0])
 
@@ -275,3 +301,26 @@ def _plain_gradients(part: _Part, run: _Run, sinks: Tensor | None, gradient: Ten
     with torch.enable_grad():
         attended = _plain_piece(_Part(query, key, value, part.bias), run, sink_leaf)
     return torch.autograd.grad(attended, [query, key, value, *([] if sink_leaf is None else [sink_leaf])], gradient)
+
+
+# --- with a score_mod ------------------------------------------------------------------------------------------------
+
+
+def _attend_with_score_mod(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, run: _Run) -> Tensor:
+    """Attend piece by piece and leave the gradients to autograd: a score_mod may have captured what is trained.
+
+    Which tensors those are nobody can tell from outside, so each piece is checkpointed, and runs again in the backward
+    pass with whatever it captured.
+    """
+
+    def attend(number: int, *inputs: Tensor) -> Tensor:
+        piece = run.pieces[number]
+        score_mod = block_score_mod(run.row_mask, piece.row, *_indices(piece, query.device))
+        part = _part(run, number, *inputs[:3])
+        return _plain_piece(part, run, sinks, score_mod).flatten(0, 1)
+
+    rows: list[list[Tensor]] = [[] for _ in range(query.shape[0])]
+    for number, piece in enumerate(run.pieces):
+        attended = checkpoint(attend, number, query, key, value, use_reentrant=False, preserve_rng_state=False)
+        rows[piece.row].append(attended)
+    return torch.stack([torch.cat(row, dim=1) for row in rows])

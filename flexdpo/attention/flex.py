@@ -20,7 +20,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.fx.experimental import _config as shape_config
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
-from flexdpo.attention.score_mods import softcap_score_mod
+from flexdpo.attention.score_mods import composed_score_mod, softcap_score_mod
 from flexdpo.errors import FlexdpoError
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from flexdpo.attention.row_mask import RowMask
+    from flexdpo.attention.score_mods import ScoreMod
 
 
 class KernelKey(NamedTuple):
@@ -43,6 +44,7 @@ class KernelKey(NamedTuple):
         softcap: Bound of the scores.
         sinks: Whether the log-sum-exp is needed.
         options: Kernel options, sorted.
+        score_mod: The code of the row mask's own; tensors that it captures are inputs of the kernel.
     """
 
     mask: str
@@ -52,6 +54,7 @@ class KernelKey(NamedTuple):
     softcap: float | None
     sinks: bool
     options: tuple[tuple[str, Any], ...]
+    score_mod: object = None
 
 
 _kernels: dict[KernelKey, Callable[..., Any]] = {}
@@ -80,8 +83,7 @@ def run_flex(
     kwargs: dict[str, Any] = {
         "block_mask": row_mask.block_mask,
         "scale": scaling,
-        # a score_mod costs in every tile, so a model without softcap gets none
-        "score_mod": None if softcap is None else softcap_score_mod(softcap),
+        "score_mod": _score_mod(row_mask, softcap),
         "enable_gqa": query.shape[1] != key.shape[1],
         "kernel_options": options or None,
     }
@@ -108,6 +110,21 @@ def run_flex(
     return (output * share[..., None]).to(query.dtype)
 
 
+def _score_mod(row_mask: RowMask, softcap: float | None) -> ScoreMod | None:
+    # a score_mod costs in every tile, so a model without softcap gets none
+    if softcap is None or row_mask.score_mod is None:
+        return row_mask.score_mod if softcap is None else softcap_score_mod(softcap)
+    return composed_score_mod(softcap_score_mod(softcap), row_mask.score_mod)
+
+
+def _code_of(score_mod: ScoreMod | None) -> object:
+    # a factory called for every row makes a new function each time, and none of them needs a kernel of its own
+    if not isinstance(score_mod, FunctionType):
+        return score_mod
+    captured = (cell.cell_contents for cell in score_mod.__closure__ or ())
+    return (score_mod.__code__, *(held.__code__ for held in captured if isinstance(held, FunctionType)))
+
+
 def kernel_key_of(
     row_mask: RowMask,
     device_type: str,
@@ -127,6 +144,7 @@ def kernel_key_of(
         softcap,
         sinks,
         tuple(sorted(settings.kernel_options.items())),
+        _code_of(row_mask.score_mod),
     )
 
 

@@ -8,6 +8,7 @@ Shapes: ``B`` rows, ``Hq`` query heads, ``Hkv`` key heads, ``S`` tokens, ``D`` a
 from __future__ import annotations
 
 import threading
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +18,7 @@ from torch.nn.attention.flex_attention import create_mask
 from flexdpo.attention.blockwise import piecewise_attention
 from flexdpo.attention.flex import run_flex
 from flexdpo.attention.formula import softmax_attention
+from flexdpo.attention.score_mods import modified_scores
 from flexdpo.attention.selftest import AttentionCall, Shape, is_compared, require_correct_kernel
 from flexdpo.attention.varlen import require_varlen, varlen_attention
 from flexdpo.errors import FlexdpoError
@@ -49,7 +51,7 @@ def packed_attention(
         query: ``[B, Hq, S, D]``.
         key: ``[B, Hkv, S, D]``, ``Hkv`` divides ``Hq``.
         value: ``[B, Hkv, S, Dv]``.
-        row_mask: The mask and the kernel to run it with.
+        row_mask: The mask, a score_mod of the model's own and the kernel to run them with.
         scaling: Factor on the scores, ``D ** -0.5`` by default.
         softcap: Scores become ``softcap * tanh(score / softcap)``.
         sinks: One extra logit per query head that takes part in the softmax and carries no value, ``[Hq]``.
@@ -196,10 +198,20 @@ def _whole(
     sinks: Tensor | None,
 ) -> Tensor:
     """Attend under one dense mask of ``S * S`` scores, for models compiled where FlexAttention has no backward."""
-    length, device = row_mask.layout.length, row_mask.layout.device
-    allowed = create_mask(row_mask.block_mask.mask_mod, row_mask.layout.batch_size, 1, length, length, str(device))
+    length, device, batch = row_mask.layout.length, row_mask.layout.device, row_mask.layout.batch_size
+    # only a mask function of unknown make may tell heads apart
+    heads = query.shape[1] if row_mask.kind.name == "other" else 1
+    allowed = create_mask(row_mask.block_mask.mask_mod, batch, heads, length, length, str(device))
     bias = torch.zeros(allowed.shape, dtype=query.dtype, device=device).masked_fill(~allowed, float("-inf"))
-    if softcap is None and sinks is None:
+    if softcap is None and sinks is None and row_mask.score_mod is None:
         gqa = query.shape[1] != key.shape[1]
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scaling, enable_gqa=gqa)
-    return softmax_attention(query, key, value, bias, scaling=scaling, softcap=softcap, sinks=sinks)
+    score_mod = None
+    if row_mask.score_mod is not None:
+        index = torch.arange(length, device=device)
+        score_mod = partial(
+            modified_scores, row_mask.score_mod, batch=torch.arange(batch, device=device), q_idx=index, kv_idx=index
+        )
+    return softmax_attention(
+        query, key, value, bias, scaling=scaling, softcap=softcap, sinks=sinks, score_mod=score_mod
+    )

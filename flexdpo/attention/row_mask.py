@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from flexdpo.attention.mask_mods import MaskKind
+    from flexdpo.attention.score_mods import ScoreMod
     from flexdpo.layout.row import RowLayout
 
 Kernel = Literal["flex", "varlen", "sdpa"]
@@ -40,6 +41,7 @@ class RowMask:
         tested: Whether the kernels of the compiled layer that is about to run were compared with dense attention.
         biases: Additive masks of pieces, made at the first layer and shared by the others: by plan and dtype, then by
             number of the piece.
+        score_mod: What a model does to its scores besides a softcap, after it.
     """
 
     layout: RowLayout
@@ -50,6 +52,7 @@ class RowMask:
     traced: bool = False
     tested: bool = False
     biases: dict[tuple[Any, torch.dtype], dict[int, Tensor]] = field(default_factory=dict, repr=False)
+    score_mod: ScoreMod | None = None
 
 
 def row_mask_for(layout: RowLayout, kind: MaskKind, impl: Impl = "auto") -> RowMask:

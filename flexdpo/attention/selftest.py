@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from flexdpo.attention.blockwise import bias_between
+from flexdpo.attention.blockwise import bias_between, block_score_mod
 from flexdpo.attention.flash import FlashCall, require_flash
 from flexdpo.attention.flex import KernelKey, kernel_key_of, run_flex, wants_gradients
 from flexdpo.attention.formula import softmax_attention
@@ -185,12 +185,13 @@ def _dense(
     for row in range(batch):
         for start in range(0, len(queries), step):
             part = queries[start : start + step]
-            bias = bias_between(row_mask, row, part, keys, query.dtype)
+            bias = bias_between(row_mask, row, part, keys, query.dtype, heads)
             leaves = [query[row : row + 1, :, part], key[row : row + 1], value[row : row + 1]]
             leaves = [x.detach().requires_grad_(grad) for x in [*leaves, *([] if sinks is None else [sinks])]]
             sink = None if sinks is None else leaves[3]
+            score_mod = block_score_mod(row_mask, row, part, keys)
             output = softmax_attention(
-                leaves[0], leaves[1], leaves[2], bias, scaling=scaling, softcap=softcap, sinks=sink
+                *leaves[:3], bias, scaling=scaling, softcap=softcap, sinks=sink, score_mod=score_mod
             )
             found["output"][row : row + 1, :, start : start + step] = output.detach()
             if grad:

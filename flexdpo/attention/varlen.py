@@ -118,6 +118,8 @@ def _obstacle(
         return f"it bounds its attention scores (softcap {softcap:g})"
     if sinks is not None:
         return "its attention has sinks"
+    if row_mask.score_mod is not None:
+        return "it changes its attention scores (score_mod)"
     if kind.name not in ("causal", "sliding"):
         mask = f"in chunks of {kind.size} positions" if kind.name == "chunked" else "a function of its own"
         return f"its mask is not causal or a sliding window ({mask})"

@@ -63,6 +63,8 @@ def token_kinds(row: Row) -> TokenKinds:
     listed = np.zeros(length, dtype=np.int64)
     responses_seen = [0] * len(row.documents)
     for path in row.response_paths:
+        if not path.size:
+            continue  # a sequence of one token has no target
         document = int(documents[path[0]])
         kinds[path] = FIRST_RESPONSE + responses_seen[document]
         responses_seen[document] += 1
@@ -121,20 +123,23 @@ def draw_row_mask(row: Row, path: str | Path, *, title: str | None = None, block
     return save_figure(row_mask_figure(row, title=title, block_size=block_size), path)
 
 
-def row_mask_figure(row: Row, *, title: str | None = None, block_size: int = 128) -> Figure:
+def row_mask_figure(
+    row: Row, *, title: str | None = None, block_size: int = 128, visible: NDArray[np.bool_] | None = None
+) -> Figure:
     """Draw the attention mask of one packed row, query down and key across.
 
     A cell is coloured where the query may attend to the key, by what the key is: prompt, response k, a
     beginning that responses share, padding. Documents alternate in tint and are framed. The strips above and
     to the right say what each token is and plot its logical position. A row of at least two tiles also shows
     the tiles that a block-sparse kernel skips, masks cell by cell, or runs unmasked. A window or chunk of
-    the model's own is not part of the row and not drawn.
+    the model's own is not part of the row; :func:`flexdpo.draw` draws it too.
 
     Args:
         row: The packed row; above 2048 tokens it is averaged over squares of tokens, so that memory stays
             small.
         title: A line above the picture; by default the numbers of documents and tokens.
         block_size: Tokens to a side of a tile.
+        visible: Another mask than the row's own, ``[S, S]``, query down, key across.
 
     Returns:
         The figure, unknown to pyplot; its first axes hold the mask.
@@ -144,22 +149,26 @@ def row_mask_figure(row: Row, *, title: str | None = None, block_size: int = 128
     """
     figure = new_figure(7.5, 7.5, dpi=160)
     box = figure.add_gridspec(1, 1, left=0.1, right=0.985, bottom=0.065, top=0.95)
-    draw_mask_panel(figure, box[0], row, block_size=block_size)
+    draw_mask_panel(figure, box[0], row, block_size=block_size, visible=visible)
     figure.text(0.1, 0.966, row_title(row) if title is None else title, fontsize=11, color=INK)
     return figure
 
 
-def draw_mask_panel(figure: Figure, place: Any, row: Row, *, block_size: int = 128) -> None:
-    """Draw the mask of a row, with its strips and its legend, into a square ``SubplotSpec`` of a figure."""
+def draw_mask_panel(
+    figure: Figure, place: Any, row: Row, *, block_size: int = 128, visible: NDArray[np.bool_] | None = None
+) -> None:
+    """Draw the mask of a row, or another ``[S, S]`` one, with its strips and its legend, into a square ``SubplotSpec``."""
     subtree_end = _subtree_end(row)
     tokens = token_kinds(row)
     colours = token_colours(tokens)
-    tiles = tile_kinds(subtree_end, block_size) if subtree_end.size >= 2 * block_size else None
+    tiles = None
+    if subtree_end.size >= 2 * block_size:
+        tiles = tile_kinds(subtree_end, block_size) if visible is None else _tiles_of(visible, block_size)
     grid = place.subgridspec(
         3, 3, width_ratios=(1, 0.024, 0.075), height_ratios=(0.075, 0.024, 1), wspace=0.02, hspace=0.02
     )
     axes = figure.add_subplot(grid[2, 0])
-    _draw_cells(axes, row, subtree_end, colours)
+    _draw_cells(axes, row, subtree_end, colours, visible)
     if tiles is not None:
         _draw_tiles(axes, tiles, block_size)
     _draw_documents(axes, row)
@@ -243,11 +252,24 @@ def _averaged_cells(subtree_end: NDArray[np.int64], colours: NDArray[np.float32]
     return image
 
 
-def _draw_cells(axes: Any, row: Row, subtree_end: NDArray[np.int64], colours: NDArray[np.float32]) -> None:
+def _tiles_of(visible: NDArray[np.bool_], block_size: int) -> NDArray[np.int64]:
+    """As :func:`tile_kinds`, of a mask that is known cell by cell."""
+    starts = np.arange(0, len(visible), block_size)
+    counts = np.add.reduceat(np.add.reduceat(visible, starts, axis=0, dtype=np.int64), starts, axis=1)
+    return np.where(counts == 0, EMPTY, np.where(counts == block_size * block_size, FULL, PARTIAL))
+
+
+def _draw_cells(
+    axes: Any,
+    row: Row,
+    subtree_end: NDArray[np.int64],
+    colours: NDArray[np.float32],
+    visible: NDArray[np.bool_] | None,
+) -> None:
     length = subtree_end.size
-    step = 1 if length <= TOKENS_DRAWN_SINGLY else -(-length // SQUARES_PER_SIDE)
+    step = 1 if length <= TOKENS_DRAWN_SINGLY or visible is not None else -(-length // SQUARES_PER_SIDE)
     if step == 1:
-        hidden = mask_categories(row)[:, :, None] == HIDDEN
+        hidden = (mask_categories(row) == HIDDEN if visible is None else ~visible)[:, :, None]
         image = np.where(hidden, np.float32(1), colours[None])
     else:
         image = _averaged_cells(subtree_end, colours, step)

@@ -1,0 +1,223 @@
+"""Masks, score functions and attention of packed rows, for torch's FlexAttention and for models of any make.
+
+A packed row says who may look at whom (:class:`flexdpo.Row`); what a model wants besides (a window, chunks, a mask
+function of its own) is counted in logical positions, so that it means what it means in one sequence alone.
+
+Shapes: ``B`` rows, ``Hq`` query heads, ``Hkv`` key heads, ``S`` tokens, ``D`` and ``Dv`` head sizes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from flexdpo.attention.block_masks import build_block_mask
+from flexdpo.attention.kernels import packed_attention
+from flexdpo.attention.mask_mods import CAUSAL, MaskKind, mask_mod_for
+from flexdpo.attention.row_mask import row_mask_for
+from flexdpo.errors import FlexdpoError, first_line, found
+from flexdpo.layout.row import TILE, Row, RowLayout
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn.attention.flex_attention import BlockMask
+
+    from flexdpo.attention.mask_mods import MaskMod
+    from flexdpo.attention.row_mask import Impl
+    from flexdpo.attention.score_mods import ScoreMod
+
+__all__ = ["attend", "block_mask", "mask_mod"]
+
+
+def mask_mod(
+    row: Row | RowLayout,
+    *,
+    window: int | None = None,
+    chunk: int | None = None,
+    mask_function: MaskMod | None = None,
+) -> MaskMod:
+    """Which token of a row may attend to which: itself and its ancestors, as far as the model looks back.
+
+    Args:
+        row: A packed row, or the layout of a batch of them.
+        window: A token attends to this many tokens, itself included.
+        chunk: A token attends within its own chunk of this many positions.
+        mask_function: A mask of the model's own, ``(batch, head, q_position, kv_position) -> bool`` on 0-d tensors,
+            evaluated at logical positions and intersected with the row's.
+
+    Returns:
+        ``(batch, head, q_idx, kv_idx) -> bool`` on indices of the row, as FlexAttention takes it.
+
+    Raises:
+        FlexdpoError: if more than one of ``window``, ``chunk`` and ``mask_function`` is given, or one makes no mask.
+    """
+    layout = _layout_of(row)
+    return mask_mod_for(layout, _kind_of(layout, window, chunk, mask_function))
+
+
+def block_mask(
+    row: Row | RowLayout,
+    *,
+    window: int | None = None,
+    chunk: int | None = None,
+    mask_function: MaskMod | None = None,
+    block_size: int | tuple[int, int] = TILE,
+) -> BlockMask:
+    """The BlockMask of :func:`mask_mod`, made from one number per token without looking at any pair of tokens.
+
+    Args:
+        row: A packed row, or the layout of a batch of them.
+        window: As in :func:`mask_mod`.
+        chunk: As in :func:`mask_mod`.
+        mask_function: As in :func:`mask_mod`; every tile that the row leaves open is evaluated.
+        block_size: Side of a tile in tokens, or its queries and its keys.
+
+    Returns:
+        For ``torch.nn.attention.flex_attention.flex_attention``, on the row's device.
+
+    Raises:
+        FlexdpoError: as :func:`mask_mod`, or if ``block_size`` is not positive.
+    """
+    layout = _layout_of(row)
+    sides = (block_size,) if isinstance(block_size, int) else block_size
+    if min(sides) < 1:
+        raise FlexdpoError(f"block_size must be at least 1 token, got {block_size}")
+    return build_block_mask(layout, _kind_of(layout, window, chunk, mask_function), block_size=block_size)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    row: Row | RowLayout,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    chunk: int | None = None,
+    mask_function: MaskMod | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    score_mod: ScoreMod | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Attend within the branches of a packed row, forward and backward, on CUDA and on a CPU.
+
+    On CUDA this is compiled FlexAttention; on a CPU, which has no backward of it, the same attention in pieces of the
+    row, exact in every dtype. Positions are the caller's to apply to queries and keys: ``row.position_ids``.
+
+    Args:
+        query: ``[B, Hq, S, D]``.
+        key: ``[B, Hkv, S, D]``, ``Hkv`` divides ``Hq``.
+        value: ``[B, Hkv, S, Dv]``.
+        row: The packed row (``B = 1``), or the layout of a batch of them.
+        scale: Factor on the scores, ``D ** -0.5`` by default.
+        window: As in :func:`mask_mod`.
+        chunk: As in :func:`mask_mod`.
+        mask_function: As in :func:`mask_mod`.
+        softcap: Scores become ``softcap * tanh(score / softcap)``.
+        sinks: One extra logit per query head that takes part in the softmax and carries no value, ``[Hq]``.
+        score_mod: Any other change of the scores, after the softcap, as FlexAttention takes it:
+            ``(score, batch, head, q_idx, kv_idx) -> score`` on indices of the row (:func:`flexdpo.alibi_score_mod` and
+            :func:`flexdpo.logical_score_mod` look up logical positions). What it captured gets its gradients.
+        impl: ``"flex"``, ``"varlen"`` (FlashAttention, CUDA in half precision), ``"sdpa"`` (pieces, any device), or
+            ``"auto"``.
+
+    Returns:
+        ``[B, Hq, S, Dv]`` in the dtype of ``query``. A query that the mask leaves no key, not even itself, gets zeros.
+
+    Raises:
+        FlexdpoError: if shapes or devices do not fit the row, masks as in :func:`mask_mod`, or the kernel that was
+            asked for cannot do this.
+    """
+    layout = _layout_of(row)
+    for name, tensor in (("query", query), ("key", key), ("value", value), ("sinks", sinks)):
+        if tensor is not None and tensor.device != layout.device:
+            raise FlexdpoError(
+                f"{name} is on {tensor.device} and the row on {layout.device}; move the row once with "
+                f"row.to({str(query.device)!r})"
+            )
+        if name != "sinks" and (tensor is None or tensor.ndim != 4):
+            shape = found(tensor) if tensor is None else list(tensor.shape)
+            raise FlexdpoError(f"{name} must be [rows, heads, tokens, head size], got {shape}")
+    if softcap is not None and not softcap > 0:
+        raise FlexdpoError(f"softcap must be above 0, got {softcap}; leave it out for scores without a bound")
+    row_mask = row_mask_for(layout, _kind_of(layout, window, chunk, mask_function), impl)
+    if score_mod is not None:
+        _require_score(score_mod, layout)
+        row_mask = dataclasses.replace(row_mask, score_mod=score_mod)
+    return packed_attention(query, key, value, row_mask, scaling=scale, softcap=softcap, sinks=sinks)
+
+
+# --- what may be given -----------------------------------------------------------------------------------------------
+
+
+def _layout_of(row: Row | RowLayout) -> RowLayout:
+    if isinstance(row, RowLayout):
+        return row
+    if isinstance(row, Row):
+        return row.layout
+    raise FlexdpoError(
+        f"a row must be a flexdpo.Row (Row.from_groups, from_sequences, from_documents or from_lengths makes one) or a "
+        f"flexdpo.RowLayout, got {found(row)}"
+    )
+
+
+def _kind_of(layout: RowLayout, window: int | None, chunk: int | None, mask_function: MaskMod | None) -> MaskKind:
+    given = {"window": window, "chunk": chunk, "mask_function": mask_function}
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise FlexdpoError(
+            f"give one of window, chunk and mask_function, got {' and '.join(names)}; a mask_function may hold them all"
+        )
+    if mask_function is not None:
+        _require_mask(mask_function, layout)
+        return MaskKind("other", function=mask_function)
+    for name, size in (("window", window), ("chunk", chunk)):
+        if size is None:
+            continue
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise FlexdpoError(f"{name} must be a number of tokens, at least 1, got {size!r}")
+        return MaskKind("sliding" if name == "window" else "chunked", size)
+    return CAUSAL
+
+
+def _require_mask(function: Any, layout: RowLayout) -> None:
+    """Ask a mask function about one pair, as kernels will about all."""
+    answer = _asked("mask_function", function, *_zeros(layout, 4))
+    if answer is not None and answer.dtype != torch.bool:
+        raise FlexdpoError(
+            f"mask_function must return a bool tensor for (batch, head, q_position, kv_position), got {found(answer)}"
+        )
+
+
+def _require_score(function: Any, layout: RowLayout) -> None:
+    """Ask a score function about one score."""
+    score = torch.zeros((), device=layout.device)
+    answer = _asked("score_mod", function, score, *_zeros(layout, 4))
+    if answer is not None and (answer.ndim or not answer.is_floating_point()):
+        raise FlexdpoError(
+            "score_mod must return a score, a 0-d float tensor, for (score, batch, head, q_idx, kv_idx), "
+            f"got {found(answer)}"
+        )
+
+
+def _zeros(layout: RowLayout, count: int) -> list[Tensor]:
+    return [torch.zeros((), dtype=torch.int64, device=layout.device) for _ in range(count)]
+
+
+def _asked(name: str, function: Any, *arguments: Tensor) -> Tensor | None:
+    """What a function says of one pair of tokens; ``None`` inside a graph, where tracing it asks already."""
+    if not callable(function):
+        raise FlexdpoError(f"{name} must be a function, got {found(function)}")
+    if torch.compiler.is_compiling():
+        return None
+    with torch.no_grad():
+        try:
+            return torch.vmap(function)(*(argument[None] for argument in arguments))[0]
+        except Exception as error:
+            raise FlexdpoError(
+                f"{name} cannot be evaluated at one pair of tokens ({first_line(error)}); it takes 0-d tensors on "
+                f"{arguments[0].device}, and chooses with torch.where instead of Python's if"
+            ) from error

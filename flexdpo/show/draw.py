@@ -1,0 +1,66 @@
+"""The picture of a row under any mask, for whoever makes one of their own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch.nn.attention.flex_attention import create_mask
+
+from flexdpo.attention.generator import mask_mod
+from flexdpo.errors import FlexdpoError, found
+from flexdpo.layout.row import Row
+from flexdpo.show.mask_image import TOKENS_DRAWN_SINGLY, row_mask_figure
+from flexdpo.show.overview import picture_block_size
+from flexdpo.show.plots import save_figure
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from matplotlib.figure import Figure
+
+    from flexdpo.attention.mask_mods import MaskMod
+
+
+def draw(
+    row: Row,
+    *,
+    window: int | None = None,
+    chunk: int | None = None,
+    mask_function: MaskMod | None = None,
+    title: str | None = None,
+    block_size: int | None = None,
+    path: str | Path | None = None,
+) -> Figure:
+    """Draw which token of a row attends to which, query down and key across, and what a kernel makes of the tiles.
+
+    Args:
+        row: A packed row.
+        window: As in :func:`flexdpo.mask_mod`.
+        chunk: As in :func:`flexdpo.mask_mod`.
+        mask_function: As in :func:`flexdpo.mask_mod`; drawn for head 0.
+        title: A line above the picture; by default the numbers of documents and tokens.
+        block_size: Tokens to a side of a tile; by default 128, and smaller for a row of less than eight of them.
+        path: A file to write as well; its ending chooses the format, ``.png`` for instance.
+
+    Returns:
+        A matplotlib figure, which a notebook shows, unknown to pyplot.
+
+    Raises:
+        FlexdpoError: as :func:`flexdpo.mask_mod`; if a mask other than the row's own is to be drawn for more than 2048
+            tokens; or if the picture cannot be written.
+    """
+    if not isinstance(row, Row):
+        raise FlexdpoError(f"draw takes one flexdpo.Row, got {found(row)}")
+    length, visible = row.layout.length, None
+    drawn = mask_mod(row.to("cpu"), window=window, chunk=chunk, mask_function=mask_function)
+    if (window, chunk, mask_function) != (None, None, None):
+        if length > TOKENS_DRAWN_SINGLY:
+            raise FlexdpoError(
+                f"a mask other than the row's own is drawn for at most {TOKENS_DRAWN_SINGLY} tokens, got {length}; "
+                "draw a shorter row"
+            )
+        visible = create_mask(drawn, 1, 1, length, length, device="cpu")[0, 0].numpy()
+    figure = row_mask_figure(row, title=title, block_size=block_size or picture_block_size(length), visible=visible)
+    if path is not None:
+        save_figure(figure, path)
+    return figure
