@@ -24,22 +24,18 @@ NAMES = [path.stem for path in NOTEBOOKS]
 # public are `flexdpo` itself and these modules, as far as a name does not begin with an underscore
 PUBLIC_MODULES = {
     "flexdpo",
-    "flexdpo.attention.block_masks",
-    "flexdpo.attention.mask_mods",
     "flexdpo.cli",
     "flexdpo.hf.compilation",
     "flexdpo.bench.bench",
     "flexdpo.bench.variants",
     "flexdpo.estimate.model_shapes",
     "flexdpo.bench.profiles",
-    "flexdpo.estimate.estimate",
     "flexdpo.estimate.costs",
     "flexdpo.show.plots",
     "flexdpo.bench.results_page",
-    "flexdpo.show.mask_image",
 }
 # what `pip install flexdpo[notebooks]` brings
-DEPENDENCIES = {"IPython", "datasets", "matplotlib", "numpy", "tokenizers", "torch", "transformers"}
+DEPENDENCIES = {"IPython", "datasets", "einops", "matplotlib", "numpy", "tokenizers", "torch", "transformers", "trl"}
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -77,8 +73,8 @@ def is_public(module: str, name: str | None) -> bool:
     return name is None or (not name.startswith("_") and hasattr(importlib.import_module(module), name))
 
 
-def test_there_are_five_and_they_are_numbered() -> None:
-    assert NAMES == ["01_masks", "02_hf_attention", "03_training_step", "04_speed", "05_your_data"]
+def test_there_are_six_and_they_are_numbered() -> None:
+    assert NAMES == ["00_from_trl", "01_masks", "02_hf_attention", "03_training_step", "04_speed", "05_your_data"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
@@ -120,7 +116,7 @@ def test_notebooks_prove_what_they_claim(path: Path) -> None:
         "from flexdpo.training.step import Runner",
         "from tests.conftest import build_model",
         "from . import neighbour",
-        "import trl",
+        "import peft",
         "model._flexdpo_impl",
     ],
 )

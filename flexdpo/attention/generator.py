@@ -215,7 +215,8 @@ def _asked(name: str, function: Any, *arguments: Tensor) -> Tensor | None:
         return None
     with torch.no_grad():
         try:
-            return torch.vmap(function)(*(argument[None] for argument in arguments))[0]
+            answers: Tensor = torch.vmap(function)(*(argument[None] for argument in arguments))
+            return answers[0]
         except Exception as error:
             raise FlexdpoError(
                 f"{name} cannot be evaluated at one pair of tokens ({first_line(error)}); it takes 0-d tensors on "

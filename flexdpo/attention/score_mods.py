@@ -41,7 +41,8 @@ def alibi_score_mod(slopes: Tensor, positions: Row | RowLayout | Tensor) -> Scor
     """
 
     def alibi(score: Tensor, batch: Any, head: Any, q_position: Any, kv_position: Any) -> Tensor:  # noqa: ARG001
-        return score - slopes[head] * (q_position - kv_position)
+        biased: Tensor = score - slopes[head] * (q_position - kv_position)
+        return biased
 
     return logical_score_mod(positions, alibi)
 

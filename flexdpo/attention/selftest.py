@@ -191,7 +191,7 @@ def _dense(
             sink = None if sinks is None else leaves[3]
             score_mod = block_score_mod(row_mask, row, part, keys)
             output = softmax_attention(
-                *leaves[:3], bias, scaling=scaling, softcap=softcap, sinks=sink, score_mod=score_mod
+                leaves[0], leaves[1], leaves[2], bias, scaling=scaling, softcap=softcap, sinks=sink, score_mod=score_mod
             )
             found["output"][row : row + 1, :, start : start + step] = output.detach()
             if grad:

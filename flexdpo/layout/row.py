@@ -310,7 +310,11 @@ class Row:
 
     @classmethod
     def from_sequences(
-        cls, sequences: Sequence[Sequence[int]], *, pad_to_multiple_of: int = 1, limits: Sequence[int] = ()
+        cls,
+        sequences: Sequence[Sequence[int] | NDArray[np.int64]],
+        *,
+        pad_to_multiple_of: int = 1,
+        limits: Sequence[int] = (),
     ) -> Row:
         """Build one row from token ids that were never parted into prompts and responses.
 
@@ -334,7 +338,9 @@ class Row:
         return row
 
     @classmethod
-    def from_documents(cls, documents: Sequence[Sequence[int]], *, pad_to_multiple_of: int = 1) -> Row:
+    def from_documents(
+        cls, documents: Sequence[Sequence[int] | NDArray[np.int64]], *, pad_to_multiple_of: int = 1
+    ) -> Row:
         """Build one row of documents side by side that share nothing, whatever they begin with: plain packing.
 
         Args:
