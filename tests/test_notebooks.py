@@ -27,6 +27,7 @@ PUBLIC_MODULES = {
     "flexdpo.cli",
     "flexdpo.hf.compilation",
     "flexdpo.bench.bench",
+    "flexdpo.bench.settings",
     "flexdpo.bench.variants",
     "flexdpo.estimate.model_shapes",
     "flexdpo.bench.profiles",
