@@ -157,7 +157,7 @@ def row_mask_figure(
 def draw_mask_panel(
     figure: Figure, place: Any, row: Row, *, block_size: int = 128, visible: NDArray[np.bool_] | None = None
 ) -> None:
-    """Draw the mask of a row, or another ``[S, S]`` one, with its strips and its legend, into a square ``SubplotSpec``."""
+    """Draw the mask of a row, or another ``[S, S]`` one, with strips and legend into a square ``SubplotSpec``."""
     subtree_end = _subtree_end(row)
     tokens = token_kinds(row)
     colours = token_colours(tokens)
