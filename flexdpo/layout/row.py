@@ -293,93 +293,28 @@ class Row:
 
     @classmethod
     def from_families(
-        cls, families: Sequence[Sequence[Group]], tries: Sequence[Trie], *, pad_to_multiple_of: int = 1
+        cls,
+        families: Sequence[Sequence[Group]],
+        tries: Sequence[Trie],
+        *,
+        pad_to_multiple_of: int = 1,
+        sizes: Sequence[Sequence[int]] | None = None,
     ) -> Row:
         """Build one row from families of groups, each of which shares one trie.
 
         Args:
-            families: Groups that stand in the same trie, at least one of one.
+            families: Groups that stand in the same trie, at least one of one; none where ``sizes`` are given.
             tries: For each family, the trie of its groups' sequences, one group after the other.
             pad_to_multiple_of: The row is padded to a multiple of this many tokens. Padding sees only itself.
+            sizes: For each trie, tokens of each sequence before its first target; by default those of the prompts.
         """
-        if not families:
-            raise FlexdpoError("a row needs at least one group, got none")
-        groups = [group for family in families for group in family]
-        sizes = [[group.prompt_ids.size for group in family for _ in group.response_ids] for family in families]
-        return cls._from_tries(tries, sizes, groups, pad_to_multiple_of)
-
-    @classmethod
-    def from_sequences(
-        cls,
-        sequences: Sequence[Sequence[int] | NDArray[np.int64]],
-        *,
-        pad_to_multiple_of: int = 1,
-        limits: Sequence[int] = (),
-    ) -> Row:
-        """Build one row from token ids that were never parted into prompts and responses.
-
-        All sequences that begin alike share these tokens, in a trie of any depth. Each counts as one response to its
-        first token, so that every later token is a target; the row has no groups and no preferences.
-
-        Args:
-            sequences: Token ids of each sequence, at least one of at least one token.
-            pad_to_multiple_of: The row is padded to a multiple of this many tokens. Padding sees only itself.
-            limits: Sequences on either side of one of these lengths share no tokens; see :func:`flexdpo.pack`.
-
-        Raises:
-            FlexdpoError: if a sequence is empty or holds anything but token ids.
-        """
-        arrays = [token_ids_of(sequence, f"sequence {k}") for k, sequence in enumerate(sequences)]
-        trie = Trie.from_sequences(arrays, limits=limits)
-        row = cls._from_tries([trie], [[1] * len(arrays)], [], pad_to_multiple_of)
-        # the trie is a forest: what begins differently has nothing in common
-        roots = np.flatnonzero(trie.parents < 0)
-        row.documents = tuple(zip(roots.tolist(), trie.subtree_end[roots].tolist(), strict=True))
-        return row
-
-    @classmethod
-    def from_documents(
-        cls, documents: Sequence[Sequence[int] | NDArray[np.int64]], *, pad_to_multiple_of: int = 1
-    ) -> Row:
-        """Build one row of documents side by side that share nothing, whatever they begin with: plain packing.
-
-        Args:
-            documents: Token ids of each document, at least one of at least one token.
-            pad_to_multiple_of: The row is padded to a multiple of this many tokens. Padding sees only itself.
-
-        Raises:
-            FlexdpoError: if a document is empty or holds anything but token ids.
-        """
-        arrays = [token_ids_of(document, f"document {k}") for k, document in enumerate(documents)]
-        tries = [Trie.from_sequences([array]) for array in arrays]
-        return cls._from_tries(tries, [[1]] * len(tries), [], pad_to_multiple_of)
-
-    @classmethod
-    def from_lengths(cls, lengths: Sequence[Any], *, pad_to_multiple_of: int = 1) -> Row:
-        """Build one row of which only lengths are known; its token ids are 0, 1, 2, ... in row order.
-
-        ``[7, (4, [2, 3]), (4, [(1, [2, 2]), 3])]`` is a document of 7 tokens, one prompt of 4 with two responses, and
-        one whose first two responses have their first token in common.
-
-        Args:
-            lengths: For each document its tokens, or ``(tokens, branches)`` where the branches behind these tokens are
-                given in the same way, to any depth.
-            pad_to_multiple_of: The row is padded to a multiple of this many tokens. Padding sees only itself.
-
-        Raises:
-            FlexdpoError: if a length is no whole number above 0.
-        """
-        return cls.from_sequences(numbered_sequences(lengths), pad_to_multiple_of=pad_to_multiple_of)
-
-    @classmethod
-    def _from_tries(
-        cls, tries: Sequence[Trie], sizes: Sequence[Sequence[int]], groups: Sequence[Group], pad_to_multiple_of: int
-    ) -> Row:
-        """Build a row of tries; ``sizes`` are the tokens of each trie's sequences before the first target."""
-        if not any(len(trie) for trie in tries):
-            raise FlexdpoError("a row needs at least one token, got none")
+        if not tries:
+            raise FlexdpoError("a row needs at least one group, document or sequence, got none")
         if pad_to_multiple_of < 1:
             raise FlexdpoError(f"pad_to_multiple_of must be at least 1, got {pad_to_multiple_of}")
+        groups = [group for family in families for group in family]
+        if sizes is None:
+            sizes = [[group.prompt_ids.size for group in family for _ in group.response_ids] for family in families]
         stops = list(accumulate(trie.token_ids.size for trie in tries))
         starts = [0, *stops[:-1]]
         token_ids = np.concatenate([trie.token_ids for trie in tries])
@@ -415,6 +350,71 @@ class Row:
             documents=tuple(zip(starts, stops, strict=True)),
             response_paths=paths,
         )
+
+    @classmethod
+    def from_sequences(
+        cls,
+        sequences: Sequence[Sequence[int] | NDArray[np.int64]],
+        *,
+        pad_to_multiple_of: int = 1,
+        limits: Sequence[int] = (),
+    ) -> Row:
+        """Build one row from token ids that were never parted into prompts and responses.
+
+        All sequences that begin alike share these tokens, in a trie of any depth. Each counts as one response to its
+        first token, so that every later token is a target; the row has no groups and no preferences.
+
+        Args:
+            sequences: Token ids of each sequence, at least one of at least one token.
+            pad_to_multiple_of: The row is padded to a multiple of this many tokens. Padding sees only itself.
+            limits: Sequences on either side of one of these lengths share no tokens; see :func:`flexdpo.pack`.
+
+        Raises:
+            FlexdpoError: if a sequence is empty or holds anything but token ids.
+        """
+        arrays = [token_ids_of(sequence, f"sequence {k}") for k, sequence in enumerate(sequences)]
+        if not arrays:
+            raise FlexdpoError("a row needs at least one group, document or sequence, got none")
+        trie = Trie.from_sequences(arrays, limits=limits)
+        row = cls.from_families([], [trie], sizes=[[1] * len(arrays)], pad_to_multiple_of=pad_to_multiple_of)
+        # the trie is a forest: what begins differently has nothing in common
+        roots = np.flatnonzero(trie.parents < 0)
+        row.documents = tuple(zip(roots.tolist(), trie.subtree_end[roots].tolist(), strict=True))
+        return row
+
+    @classmethod
+    def from_documents(
+        cls, documents: Sequence[Sequence[int] | NDArray[np.int64]], *, pad_to_multiple_of: int = 1
+    ) -> Row:
+        """Build one row of documents side by side that share nothing, whatever they begin with: plain packing.
+
+        Args:
+            documents: Token ids of each document, at least one of at least one token.
+            pad_to_multiple_of: The row is padded to a multiple of this many tokens. Padding sees only itself.
+
+        Raises:
+            FlexdpoError: if a document is empty or holds anything but token ids.
+        """
+        arrays = [token_ids_of(document, f"document {k}") for k, document in enumerate(documents)]
+        tries = [Trie.from_sequences([array]) for array in arrays]
+        return cls.from_families([], tries, sizes=[[1]] * len(tries), pad_to_multiple_of=pad_to_multiple_of)
+
+    @classmethod
+    def from_lengths(cls, lengths: Sequence[Any], *, pad_to_multiple_of: int = 1) -> Row:
+        """Build one row of which only lengths are known; its token ids are 0, 1, 2, ... in row order.
+
+        ``[7, (4, [2, 3]), (4, [(1, [2, 2]), 3])]`` is a document of 7 tokens, one prompt of 4 with two responses, and
+        one whose first two responses have their first token in common.
+
+        Args:
+            lengths: For each document its tokens, or ``(tokens, branches)`` where the branches behind these tokens are
+                given in the same way, to any depth.
+            pad_to_multiple_of: The row is padded to a multiple of this many tokens. Padding sees only itself.
+
+        Raises:
+            FlexdpoError: if a length is no whole number above 0.
+        """
+        return cls.from_sequences(numbered_sequences(lengths), pad_to_multiple_of=pad_to_multiple_of)
 
     @property
     def position_ids(self) -> Tensor:

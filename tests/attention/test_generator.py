@@ -349,7 +349,7 @@ def call(row: Any = None, heads: Any = None, **options: Any) -> Any:
         (lambda: flexdpo.block_mask(ROWS["shared"](), block_size=0), "block_size must be at least 1 token, got 0"),
         (lambda: flexdpo.draw([1, 2]), r"draw takes one flexdpo\.Row, got list"),  # type: ignore[arg-type]
         (lambda: flexdpo.draw(Row.from_lengths([3000]), window=4), "at most 2048 tokens, got 3000"),
-        (lambda: Row.from_sequences([]), "a row needs at least one token, got none"),
+        (lambda: Row.from_sequences([]), "a row needs at least one group, document or sequence, got none"),
         (lambda: Row.from_documents([[1], []]), "document 1 must be one list of token ids"),
         (lambda: Row.from_documents([[1.7]]), "document 0 must be one list of token ids"),  # type: ignore[list-item]
         (lambda: Row.from_sequences([[[1, 2]]]), "sequence 0 must be one list"),  # type: ignore[list-item]
