@@ -1,4 +1,4 @@
-"""Check that imports inside the package point down its layers only."""
+"""Check that imports inside the package point down its layers only, and in no circle between files."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ HEAVY = {"datasets", "trl", "peft", "matplotlib"}
 AT_IMPORT = {"errors", "layout", "attention", "hf", "dropin", "objective", "proof", "__init__"}
 
 
+ROOT = Path(__file__).parents[1] / "flexdpo"
+
+
 def layer_of(module: str) -> str:
     """The layer of ``flexdpo.<layer>.<module>``."""
     parts = module.split(".")
@@ -35,6 +38,25 @@ def imported_modules(tree: ast.AST, *, top_level_only: bool) -> list[tuple[int, 
         elif isinstance(node, ast.ImportFrom) and node.module:
             found.append((node.lineno, node.module))
     return found
+
+
+def circles(root: Path, *, types: bool) -> list[str]:
+    """Files that import each other, round and round; with ``types`` also where an import is for a type alone."""
+    files = {".".join(path.relative_to(root.parent).with_suffix("").parts): path for path in root.rglob("*.py")}
+    reached: dict[str, set[str]] = {}
+    for module, path in files.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        guards = [n for n in tree.body if isinstance(n, ast.If) and getattr(n.test, "id", "") == "TYPE_CHECKING"]
+        left_out = set() if types else {node for guard in guards for node in ast.walk(guard)}
+        froms = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module and n not in left_out]
+        names = {name for node in froms for name in (node.module, *(f"{node.module}.{a.name}" for a in node.names))}
+        reached[module] = {str(name) for name in names if name in files}
+    for middle in files:
+        for others in reached.values():
+            if middle in others:
+                others.update(reached[middle])
+    found = {frozenset(other for other in others if module in reached[other]) for module, others in reached.items()}
+    return [f"a circle of imports: {', '.join(sorted(circle))}" for circle in found if circle]
 
 
 def faults(root: Path) -> list[str]:
@@ -54,10 +76,11 @@ def faults(root: Path) -> list[str]:
         for line, name in imported_modules(tree, top_level_only=True):
             if layer in AT_IMPORT and name.split(".")[0] in HEAVY:
                 wrong.append(f"{path}:{line}: import flexdpo must not need {name}")
-    return wrong
+    return wrong + circles(root, types=False)
 
 
 if __name__ == "__main__":
-    found = faults(Path(__file__).parents[1] / "flexdpo")
-    print("\n".join(found) or "imports point down")
+    found = faults(ROOT)
+    print("\n".join(found) or "imports point down, in no circle")
+    print(*(f"for types alone, {circle}" for circle in circles(ROOT, types=True)), sep="\n")
     sys.exit(bool(found))

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from transformers import Trainer, TrainerCallback
 
 from flexdpo.dropin.hooks import SharingStats
-from flexdpo.dropin.share import is_shared, share_backbone, sharing_stats, taker_of, unshare, unwrapped
+from flexdpo.dropin.share import input_module_of, is_shared, share_backbone, sharing_stats, unshare
 from flexdpo.errors import FlexdpoError
-from flexdpo.hf.rules import unwrap_model
+from flexdpo.hf.unwrap import unwrap_model, unwrapped
 
 if TYPE_CHECKING:
     from torch import nn
@@ -138,5 +138,5 @@ def _models_of(trainer: Any) -> tuple[nn.Module, ...]:
     for model in (trainer.model, getattr(trainer, "ref_model", None)):
         if model is not None:
             inner = unwrapped(model)
-            found.setdefault(id(taker_of(unwrap_model(inner))), inner)
+            found.setdefault(id(input_module_of(unwrap_model(inner))), inner)
     return tuple(found.values())

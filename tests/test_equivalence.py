@@ -14,8 +14,9 @@ import torch.nn.functional as F
 
 from flexdpo import Group, Row, RowLayout, pack, prepare_model
 from flexdpo.layout.packing import MIN_SHARED
+from flexdpo.objective.batch import BatchTotals
 from flexdpo.objective.logps import response_logps
-from flexdpo.objective.objective import BatchTotals, Objective
+from flexdpo.objective.objective import Objective
 from flexdpo.training.batch import PackedBatch
 from flexdpo.training.step import run_batch
 from tests.conftest import CONFIGS, TOLERANCE, build_model, odd_groups, random_ids

@@ -58,3 +58,8 @@ FIRST = [
 @pytest.mark.parametrize("first", FIRST)
 def test_the_attention_is_registered_whichever_is_imported_first(first: str) -> None:
     imported_by(f"{first}\n{REGISTERED}")
+
+
+@pytest.mark.parametrize("module", ["flexdpo.hf.unwrap", "flexdpo.objective.objective"])
+def test_a_module_may_be_the_first_that_imports_transformers(module: str) -> None:
+    assert "transformers" in imported_by(f"import {module}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
+from einops import rearrange
 from torch.nn.attention.flex_attention import BlockMask
 
 from flexdpo.attention.mask_mods import CAUSAL, MaskKind, mask_mod_for
@@ -58,13 +59,9 @@ def build_block_mask(
 
     Shapes: ``B`` rows, ``S`` tokens, ``M`` tiles of queries and ``N`` of keys.
 
-    Args:
-        layout: Positions and subtree ends.
-        kind: What the model wants besides causality.
-        block_size: Side of a tile in tokens, or its queries and its keys.
+    ``block_size`` is the side of a tile in tokens, or its queries and its keys.
 
-    Returns:
-        A BlockMask with ``[B, 1, M, N]`` indices and the kind's ``mask_mod``; time and memory are ``O(B (S + M N))``.
+    Returns a BlockMask with ``[B, 1, M, N]`` indices and the kind's ``mask_mod``, in time and memory ``O(B (S + M N))``
     """
     length = layout.position_ids.shape[1]
     non_empty, full = classify_tiles(layout, kind, block_size)
@@ -81,8 +78,8 @@ def build_block_mask(
         seq_lengths=(length, length),
         compute_q_blocks=False,
     )
-    block_mask.q_num_blocks, block_mask.q_indices = _ordered(partial.transpose(1, 2))
-    block_mask.full_q_num_blocks, block_mask.full_q_indices = _ordered(full.transpose(1, 2))
+    block_mask.q_num_blocks, block_mask.q_indices = _ordered(rearrange(partial, "b m n -> b n m"))
+    block_mask.full_q_num_blocks, block_mask.full_q_indices = _ordered(rearrange(full, "b m n -> b n m"))
     return block_mask
 
 
@@ -128,7 +125,7 @@ def _ranges(values: Tensor, block_size: int) -> _Range:
     missing = -length % block_size
     # repeating the last value changes neither bound of the last block
     padded = torch.cat([values, values[:, -1:].expand(batch_size, missing)], dim=1) if missing else values
-    blocks = padded.reshape(batch_size, -1, block_size)
+    blocks = rearrange(padded, "b (n t) -> b n t", t=block_size)
     return _Range(blocks.amin(dim=-1), blocks.amax(dim=-1))
 
 
@@ -150,12 +147,11 @@ def _ordered(tiles: Tensor) -> tuple[Tensor, Tensor]:
     Contiguous, whatever the strides of ``tiles``: FlexAttention's backward reads ``q_indices`` with a stride of one
     and does not check it, so that a transposed list gives wrong gradients of keys and values and nothing else.
     """
-    batch, rows, columns = tiles.shape
     tiles = tiles.contiguous()
     rank = tiles.cumsum(dim=-1, dtype=torch.int32)
     count = rank[..., -1].contiguous()
-    column = torch.arange(columns, device=tiles.device, dtype=torch.int32).expand_as(tiles)
+    column = torch.arange(tiles.shape[-1], device=tiles.device, dtype=torch.int32).expand_as(tiles)
     # set columns come first, each at its rank; the others follow, each at its rank among them
     place = torch.where(tiles, rank - 1, count[..., None] + column - rank)
     indices = torch.empty(tiles.shape, dtype=torch.int32, device=tiles.device).scatter_(-1, place.long(), column)
-    return count[:, None], indices.view(batch, 1, rows, columns)
+    return rearrange(count, "b m -> b 1 m"), rearrange(indices, "b m n -> b 1 m n")

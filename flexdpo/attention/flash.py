@@ -19,21 +19,13 @@ _LARGEST_HEAD = 128
 
 
 class FlashCall(NamedTuple):
-    """What decides whether FlashAttention-4 can do a call.
+    """What decides whether FlashAttention-4 can do a call."""
 
-    Attributes:
-        head_dim: ``D``.
-        value_dim: ``Dv``.
-        dtype: Of query, key and value.
-        sinks: Whether there are attention sinks, which need the gradient of the log-sum-exp.
-        grad: Whether a backward follows.
-    """
-
-    head_dim: int
-    value_dim: int
-    dtype: torch.dtype
-    sinks: bool
-    grad: bool
+    head_dim: int  # ``D``
+    value_dim: int  # ``Dv``
+    dtype: torch.dtype  # of query, key and value
+    sinks: bool  # whether there are attention sinks, which need the gradient of the log-sum-exp
+    grad: bool  # whether a backward follows
 
 
 def flash_block_size(capability: tuple[int, int]) -> tuple[int, int]:
@@ -50,13 +42,7 @@ def installed_flash() -> Version | None:
 
 
 def flash_refusal(call: FlashCall, capability: tuple[int, int], installed: Version | None) -> str | None:
-    """Say why FlashAttention-4 cannot be trusted with a call; ``None`` where nothing speaks against it.
-
-    Args:
-        call: What is asked of it.
-        capability: Compute capability of the device.
-        installed: Its version.
-    """
+    """Say why FlashAttention-4 cannot be trusted with a call; ``None`` where nothing speaks against it."""
     largest = max(call.head_dim, call.value_dim)
     obstacles = (
         (installed is None, f"it is not installed (pip install --pre 'flash-attn-4>={FIRST_SOUND_VERSION}')"),

@@ -20,6 +20,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.fx.experimental import _config as shape_config
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
+from flexdpo.attention.inputs import AttentionCall, wants_gradients
 from flexdpo.attention.score_mods import composed_score_mod, softcap_score_mod
 from flexdpo.errors import FlexdpoError
 
@@ -29,32 +30,22 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from flexdpo.attention.inputs import AttentionInputs
     from flexdpo.attention.row_mask import RowMask
     from flexdpo.attention.score_mods import ScoreMod
 
 
 class KernelKey(NamedTuple):
-    """What a compiled kernel is for; whatever else differs (dtype, heads) compiles it again, up to torch's limit.
+    """What a compiled kernel is for; whatever else differs (dtype, heads) compiles it again, up to torch's limit."""
 
-    Attributes:
-        mask: Name of the mask kind.
-        grad: Whether a backward follows.
-        length: Tokens of the row; 0 for every length.
-        scaling: Factor on the scores.
-        softcap: Bound of the scores.
-        sinks: Whether the log-sum-exp is needed.
-        options: Kernel options, sorted.
-        score_mod: The code of the row mask's own; tensors that it captures are inputs of the kernel.
-    """
-
-    mask: str
-    grad: bool
-    length: int
-    scaling: float | None
-    softcap: float | None
-    sinks: bool
-    options: tuple[tuple[str, Any], ...]
-    score_mod: object = None
+    mask: str  # name of the mask kind
+    grad: bool  # whether a backward follows
+    length: int  # tokens of the row; 0 for every length
+    scaling: float | None  # factor on the scores
+    softcap: float | None  # bound of the scores
+    sinks: bool  # whether the log-sum-exp is needed
+    options: tuple[tuple[str, Any], ...]  # kernel options, sorted
+    score_mod: object = None  # the code of the row mask's own; tensors that it captures are inputs of the kernel
 
 
 _kernels: dict[KernelKey, Callable[..., Any]] = {}
@@ -62,23 +53,11 @@ _kernels: dict[KernelKey, Callable[..., Any]] = {}
 _adding = threading.Lock()
 
 
-def compiled_kernels() -> tuple[KernelKey, ...]:
-    """What kernels exist so far in this process."""
-    return tuple(_kernels)
-
-
-def run_flex(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    row_mask: RowMask,
-    scaling: float | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    """Run FlexAttention; arguments and result as in :func:`flexdpo.attention.kernels.packed_attention`."""
+def run_flex(inputs: AttentionInputs, row_mask: RowMask) -> Tensor:
+    """Run FlexAttention; see :func:`flexdpo.attention.kernels.packed_attention`."""
+    query, key, value, scaling, softcap, sinks = inputs
     if query.device.type == "cpu":
-        _require_cpu_forward(query, key, value, row_mask, sinks)
+        _require_cpu_forward(inputs, row_mask)
     options = dict(row_mask.settings.kernel_options)
     kwargs: dict[str, Any] = {
         "block_mask": row_mask.block_mask,
@@ -91,15 +70,8 @@ def run_flex(
         # a compiled model compiles its attention along with the rest
         attend: Callable[..., Any] = flex_attention
     else:
-        kernel_key = kernel_key_of(
-            row_mask,
-            query.device.type,
-            grad=wants_gradients(query, key, value),
-            scaling=scaling,
-            softcap=softcap,
-            sinks=sinks is not None,
-        )
-        attend = _kernel_for(kernel_key, row_mask)
+        call = AttentionCall.of(inputs)
+        attend = _kernel_for(kernel_key_of(call, row_mask, query.device.type, grad=wants_gradients(inputs)), row_mask)
     if sinks is None:
         output: Tensor = attend(query, key, value, **kwargs)
         return output
@@ -125,32 +97,19 @@ def _code_of(score_mod: ScoreMod | None) -> object:
     return (score_mod.__code__, *(held.__code__ for held in captured if isinstance(held, FunctionType)))
 
 
-def kernel_key_of(
-    row_mask: RowMask,
-    device_type: str,
-    *,
-    grad: bool,
-    scaling: float | None,
-    softcap: float | None,
-    sinks: bool,
-) -> KernelKey:
+def kernel_key_of(call: AttentionCall, row_mask: RowMask, device_type: str, *, grad: bool) -> KernelKey:
     """Which compiled kernel a call belongs to."""
     settings = row_mask.settings
     return KernelKey(
         row_mask.kind.name,
         grad,
         0 if row_mask.impl == "varlen" or settings.dynamic(device_type) else row_mask.layout.length,
-        scaling,
-        softcap,
-        sinks,
+        call.scaling,
+        call.softcap,
+        call.sinks,
         tuple(sorted(settings.kernel_options.items())),
         _code_of(row_mask.score_mod),
     )
-
-
-def wants_gradients(*tensors: Tensor) -> bool:
-    """Whether a backward may follow a call with these inputs."""
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _kernel_for(kernel_key: KernelKey, row_mask: RowMask) -> Callable[..., Any]:
@@ -182,7 +141,7 @@ def _compile(kernel_key: KernelKey) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
             # torch's kernels for CPUs index with one size in place of another where equal ones are told apart
-            with sizes_told_apart() if _on_card(args[0]) else contextlib.nullcontext():
+            with contextlib.nullcontext() if args[0].device.type == "cpu" else sizes_told_apart():
                 return compiled(*args, **kwargs)
         except FailOnRecompileLimitHit as error:
             raise FlexdpoError(
@@ -194,10 +153,6 @@ def _compile(kernel_key: KernelKey) -> Callable[..., Any]:
     return run
 
 
-def _on_card(query: Tensor) -> bool:
-    return query.device.type != "cpu"
-
-
 def sizes_told_apart() -> AbstractContextManager[Any]:
     """Let what compiles inside take no two sizes for one: 8 tiles and 8 heads at the first call are not at the next."""
     config: Any = shape_config
@@ -205,14 +160,14 @@ def sizes_told_apart() -> AbstractContextManager[Any]:
     return apart
 
 
-def _require_cpu_forward(query: Tensor, key: Tensor, value: Tensor, row_mask: RowMask, sinks: Tensor | None) -> None:
+def _require_cpu_forward(inputs: AttentionInputs, row_mask: RowMask) -> None:
     """FlexAttention on a CPU is a forward for float32 and below; say what is missing before torch does."""
     way_out = "use impl='sdpa' (or 'auto') there"
     if row_mask.settings.backend != "AUTO":
         raise FlexdpoError(f"kernel_options BACKEND={row_mask.settings.backend!r} needs CUDA; leave it out on a CPU")
-    if wants_gradients(query, key, value):
+    if wants_gradients(inputs):
         raise FlexdpoError(f"impl='flex' has no backward on a CPU; {way_out}, or run under torch.no_grad()")
-    if query.dtype == torch.float64:
+    if inputs.query.dtype == torch.float64:
         raise FlexdpoError(f"impl='flex' has no float64 kernel on a CPU; {way_out}")
-    if sinks is not None:
+    if inputs.sinks is not None:
         raise FlexdpoError(f"impl='flex' cannot return the log-sum-exp that attention sinks need on a CPU; {way_out}")

@@ -5,45 +5,35 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from einops import rearrange, repeat
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
 
+    from flexdpo.attention.inputs import AttentionInputs
+
 
 def softmax_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    inputs: AttentionInputs,
     bias: Tensor,
     *,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
     score_mod: Callable[[Tensor], Tensor] | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Attention by the formula, for what SDPA cannot do; the scores are held in memory.
+    """Attend by the formula, for what SDPA cannot do; the scores are held in memory.
 
-    Args:
-        query: ``[B, Hq, Q, D]``.
-        key: ``[B, Hkv, K, D]``.
-        value: ``[B, Hkv, K, Dv]``.
-        bias: Added to the scores, broadcastable to ``[B, Hq, Q, K]``.
-        scaling: Factor on the scores, ``D ** -0.5`` by default.
-        softcap: Scores become ``softcap * tanh(score / softcap)``.
-        sinks: One extra logit per query head that takes part in the softmax and carries no value, ``[Hq]``.
-        score_mod: What happens to the scores after the softcap, in float32 or better, ``[B, Hq, Q, K]`` to the same.
-        dropout: Chance that a weight is dropped, for models that run without a packed row.
+    ``bias`` is added to the scores and broadcasts to ``[B, Hq, Q, K]``; queries and keys may differ in number.
+    ``score_mod`` is what happens to the scores after the softcap, in float32 or better, ``[B, Hq, Q, K]`` to the same.
+    A weight is dropped with the chance ``dropout``, in models that run without a packed row.
 
-    Returns:
-        ``[B, Hq, Q, Dv]`` in the dtype of ``value``; the softmax runs in float32 or better. A query that no key is
-        open to gets zeros, as in SDPA and FlexAttention.
+    Returns ``[B, Hq, Q, Dv]`` in the dtype of ``value``; the softmax runs in float32 or better. A query that no key is
+    open to gets zeros, as in SDPA and FlexAttention.
     """
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    query, key, value, scaling, softcap, sinks = inputs
+    key, value = (repeat(x, "b h k d -> b (h g) k d", g=query.shape[1] // key.shape[1]) for x in (key, value))
+    scores = query @ rearrange(key, "b h k d -> b h d k") * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     wide = torch.promote_types(scores.dtype, torch.float32)
@@ -59,7 +49,7 @@ def softmax_attention(
         scores = scores if score_mod is None else scores.masked_fill(blind, 0)
     scores = (scores + bias).to(wide)
     if sinks is not None:
-        column = sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:-1], 1)
+        column = repeat(sinks.to(scores.dtype), "h -> b h q 1", b=query.shape[0], q=query.shape[2])
         scores = torch.cat([scores, column], dim=-1)
     weights = scores.softmax(dim=-1)[..., : key.shape[2]]
     weights = torch.nn.functional.dropout(weights, dropout)

@@ -1,6 +1,6 @@
-"""Attention over packed rows: compiled FlexAttention, FlashAttention along root paths, or pieces of SDPA.
+"""Attention over packed rows: compiled FlexAttention, FlashAttention along root paths, or blocks of queries by SDPA.
 
-FlexAttention has no backward on a CPU, which is what the pieces are for.
+FlexAttention has no backward on a CPU, which is what the query blocks are for.
 
 Shapes: ``B`` rows, ``Hq`` query heads, ``Hkv`` key heads, ``S`` tokens, ``D`` and ``Dv`` head sizes.
 """
@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_mask
 
-from flexdpo.attention.blockwise import piecewise_attention
+from flexdpo.attention.blockwise import blockwise_attention
 from flexdpo.attention.flex import run_flex
 from flexdpo.attention.formula import softmax_attention
+from flexdpo.attention.inputs import AttentionCall, AttentionInputs
 from flexdpo.attention.score_mods import modified_scores
-from flexdpo.attention.selftest import AttentionCall, Shape, is_compared, require_correct_kernel
+from flexdpo.attention.selftest import is_compared, require_correct_kernel
 from flexdpo.attention.varlen import require_varlen, varlen_attention
 from flexdpo.errors import FlexdpoError
 
@@ -45,44 +46,34 @@ def packed_attention(
 ) -> Tensor:
     """Attend within the branches of a batch of packed rows.
 
+    The mask brings a score_mod of the model's own and its kernel along; the other arguments are those of
+    :class:`~flexdpo.attention.inputs.AttentionInputs`.
     Under autocast the inputs take autocast's dtype, as in ``scaled_dot_product_attention``.
 
-    Args:
-        query: ``[B, Hq, S, D]``.
-        key: ``[B, Hkv, S, D]``, ``Hkv`` divides ``Hq``.
-        value: ``[B, Hkv, S, Dv]``.
-        row_mask: The mask, a score_mod of the model's own and the kernel to run them with.
-        scaling: Factor on the scores, ``D ** -0.5`` by default.
-        softcap: Scores become ``softcap * tanh(score / softcap)``.
-        sinks: One extra logit per query head that takes part in the softmax and carries no value, ``[Hq]``.
-
-    Returns:
-        ``[B, Hq, S, Dv]`` in the dtype of ``query``, or in autocast's.
-
-    Raises:
-        FlexdpoError: if the shapes do not fit the layout, the kernel that was asked for cannot do this, or its
-            self-test found it wrong.
+    Returns ``[B, Hq, S, Dv]`` in the dtype of ``query``, or in autocast's. Raises ``FlexdpoError`` if the shapes do not
+    fit the layout, the kernel that was asked for cannot do this, or its self-test found it wrong.
     """
     _require_shapes(query, key, value, row_mask, sinks)
-    query, key, value = map(_laid_out, _in_one_dtype(query, key, value))
+    query, key, value = (_laid_out(x) for x in _in_one_dtype(query, key, value))
+    inputs = AttentionInputs(query, key, value, scaling, softcap, sinks)
+    compiling = torch.compiler.is_compiling()
     if row_mask.impl == "flex":
-        if torch.compiler.is_compiling():
+        if compiling:
             _require_tested(row_mask, query.device)
+        elif _watch.on:
+            raise _Reached(AttentionCall.of(inputs))
         else:
-            if _watch.on:
-                raise _Reached(AttentionCall(Shape.of(query, key, value), scaling, softcap, sinks is not None))
-            _compare(query, key, value, row_mask, scaling, softcap, sinks)
-        run = run_flex
-    elif row_mask.impl == "varlen":
+            _compare(inputs, row_mask)
+        return run_flex(inputs, row_mask)
+    if row_mask.impl == "varlen":
         # its plan is made on the host, so a compiled layer pauses for it
-        run = _tested_varlen
-    elif torch.compiler.is_compiling():
-        # pieces follow from the data, so a graph that makes its own mask cannot hold them; one that receives a mask
-        # pauses for them
-        run = _whole if row_mask.traced else _paused
-    else:
-        run = piecewise_attention
-    return run(query, key, value, row_mask, scaling, softcap, sinks)
+        found: Tensor = _tested_varlen(inputs, row_mask)
+        return found
+    if not compiling:
+        return blockwise_attention(inputs, row_mask)
+    # query blocks follow from the data, so a graph that makes its own mask cannot hold them; one that receives a mask
+    # pauses for them
+    return _whole(inputs, row_mask) if row_mask.traced else _paused(inputs, row_mask)
 
 
 class _Watch(threading.local):
@@ -103,11 +94,7 @@ def attention_call_of(run: Callable[[], object]) -> AttentionCall | None:
 
     Nothing behind the attention runs, and ``run`` is given up where it stands.
 
-    Args:
-        run: Calls the layer, uncompiled.
-
-    Returns:
-        ``None`` where the layer never gets there.
+    Returns ``None`` where the layer never gets there.
     """
     before, _watch.on = _watch.on, True
     try:
@@ -168,36 +155,22 @@ def _in_one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Te
     return query, key, value
 
 
-_paused = torch.compiler.disable(piecewise_attention)
+_paused = torch.compiler.disable(blockwise_attention)
 # around a graph that broke off, Dynamo would compile the comparison too
 _compare = torch.compiler.disable(require_correct_kernel)
 
 
 @torch.compiler.disable
-def _tested_varlen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    row_mask: RowMask,
-    scaling: float | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    require_varlen(query, value, row_mask, softcap, sinks)
-    require_correct_kernel(query, key, value, row_mask, scaling, softcap, sinks, attend=varlen_attention)
-    return varlen_attention(query, key, value, row_mask, scaling, softcap, sinks)
+def _tested_varlen(inputs: AttentionInputs, row_mask: RowMask) -> Tensor:
+    # what the kernel cannot do is said before it is compared
+    require_varlen(inputs, row_mask)
+    require_correct_kernel(inputs, row_mask, attend=varlen_attention)
+    return varlen_attention(inputs, row_mask)
 
 
-def _whole(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    row_mask: RowMask,
-    scaling: float | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
+def _whole(inputs: AttentionInputs, row_mask: RowMask) -> Tensor:
     """Attend under one dense mask of ``S * S`` scores, for models compiled where FlexAttention has no backward."""
+    query, key, value, scaling, softcap, sinks = inputs
     length, device, batch = row_mask.layout.length, row_mask.layout.device, row_mask.layout.batch_size
     # only a mask function of unknown make may tell heads apart
     heads = query.shape[1] if row_mask.kind.name == "other" else 1
@@ -212,6 +185,4 @@ def _whole(
         score_mod = partial(
             modified_scores, row_mask.score_mod, batch=torch.arange(batch, device=device), q_idx=index, kv_idx=index
         )
-    return softmax_attention(
-        query, key, value, bias, scaling=scaling, softcap=softcap, sinks=sinks, score_mod=score_mod
-    )
+    return softmax_attention(inputs, bias, score_mod=score_mod)

@@ -25,19 +25,15 @@ MaskMod = Callable[[Any, Any, Any, Any], Tensor]
 
 @dataclass(frozen=True)
 class MaskKind:
-    """What a model wants of its mask besides causality.
+    """What a model wants of its mask besides causality."""
 
-    Attributes:
-        name: ``"causal"``, ``"sliding"`` (attends to ``size`` tokens, itself included), ``"chunked"`` (attends within
-            chunks of ``size`` positions) or ``"other"`` (only known as a function of two positions).
-        size: Window or chunk in tokens; 0 where the name needs none. For ``"other"``, where not 0, no token sees one
-            that stands this many logical positions or more before it.
-        function: The model's own mask function for ``"other"``, evaluated at logical positions.
-    """
-
+    # ``"causal"``, ``"sliding"`` (attends to ``size`` tokens, itself included), ``"chunked"`` (attends within chunks of
+    # ``size`` positions) or ``"other"`` (only known as a function of two positions)
     name: Literal["causal", "sliding", "chunked", "other"]
+    # window or chunk in tokens; 0 where the name needs none. For ``"other"``, where not 0, no token sees one that
+    # stands this many logical positions or more before it.
     size: int = 0
-    function: MaskMod | None = None
+    function: MaskMod | None = None  # the model's own mask function for ``"other"``, evaluated at logical positions
 
 
 CAUSAL = MaskKind("causal")
@@ -56,10 +52,7 @@ def tree_mask_mod(subtree_end: Tensor) -> MaskMod:
 def sliding_window_mask_mod(subtree_end: Tensor, position_ids: Tensor, window: Tensor) -> MaskMod:
     """Let a token see the nearest ``window`` tokens of its own branch, itself included.
 
-    Args:
-        subtree_end: See :class:`flexdpo.layout.trie.Trie`.
-        position_ids: Logical positions.
-        window: Tokens, a 0-d int64 tensor: as a Python int every new value would compile a new kernel.
+    ``window`` is a 0-d int64 tensor: as a Python int every new value would compile a new kernel.
     """
     tree = tree_mask_mod(subtree_end)
 

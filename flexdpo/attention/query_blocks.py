@@ -1,7 +1,7 @@
 """Cuts packed rows into runs of queries and finds the keys that each of them can see, for kernels without tiles.
 
 A dense kernel pays for every query times every key it is given. So a row is cut where that product is small: behind a
-prompt, between siblings, and within long runs, whose early queries see few keys. Keys that nothing in a piece can see
+prompt, between siblings, and within long runs, whose early queries see few keys. Keys that nothing in a block can see
 are left out: other documents, and the dead siblings that stand between a prompt and a late response.
 """
 
@@ -20,19 +20,19 @@ if TYPE_CHECKING:
 
     Ints = NDArray[np.int64]
 
-# longest piece: its scores of one head stay in a core's cache
+# longest block: its scores of one head stay in a core's cache
 MAX_QUERIES = 512
-# most scores of a piece, so that memory grows with a row's length and not with its square
+# most scores of a block, so that memory grows with a row's length and not with its square
 MAX_SCORES = 1 << 22
 # reading keys and adding up their gradients costs about as much as this many queries more
 REREAD_QUERIES = 32
-# what starting one piece costs, in multiplications of scores; divided by heads times head size it is in scores
+# what starting one block costs, in multiplications of scores; divided by heads times head size it is in scores
 START_COST = 1 << 21
 # places where a row may be cut: every so many tokens of an unbranched run, and not closer than this
 _GRID, _CLOSEST = 64, 16
 
 
-class Piece(NamedTuple):
+class QueryBlock(NamedTuple):
     """Queries ``[start, stop)`` of one row and the runs of keys some of them see; the last run ends at ``stop``."""
 
     row: int
@@ -51,29 +51,27 @@ class Piece(NamedTuple):
         return (self.stop - self.start) * self.num_keys
 
 
-def plan_pieces(layout: RowLayout, kind: MaskKind, *, width: int = 512, max_queries: int = MAX_QUERIES) -> list[Piece]:
-    """Cut a batch of rows into pieces, so that queries times keys and the number of pieces are small together.
+def plan_query_blocks(
+    layout: RowLayout, kind: MaskKind, *, width: int = 512, max_queries: int = MAX_QUERIES
+) -> list[QueryBlock]:
+    """Cut a batch of rows into blocks, so that queries times keys and the number of blocks are small together.
 
-    Args:
-        layout: Positions and subtree ends; copied to the host.
-        kind: What the model wants besides causality; windows and chunks leave out keys that are too far away.
-        width: Query heads times head size: the wider, the less does starting a piece matter.
-        max_queries: Most queries in a piece.
+    ``width`` is query heads times head size: the wider, the less does starting a block matter. The layout is copied to
+    the host; windows and chunks leave out keys that are too far away.
 
-    Returns:
-        Pieces that cover every query once, in order. Time is linear in the tokens of the batch for documents of
-        bounded length.
+    Returns blocks that cover every query once, in order. Time is linear in the tokens of the batch for documents of
+    bounded length.
     """
     ends, positions = layout.subtree_end.cpu().numpy(), layout.position_ids.cpu().numpy()
-    pieces = []
+    blocks = []
     for row in range(len(ends)):
         cuts = _cuts(ends[row], layout.num_tokens[row], max_queries)
         chosen = _cheapest(cuts, _live_counts(ends[row], cuts, kind), START_COST // width, max_queries)
         document = _document_starts(ends[row])
         for start, stop in pairwise(chosen):
             keys = _earlier_keys(ends[row], positions[row], document[start], start, stop, kind)
-            pieces.append(Piece(row, start, stop, _runs(keys, start, stop)))
-    return pieces
+            blocks.append(QueryBlock(row, start, stop, _runs(keys, start, stop)))
+    return blocks
 
 
 def _cuts(ends: Ints, num_tokens: int, max_queries: int) -> list[int]:
@@ -99,7 +97,7 @@ def _live_counts(ends: Ints, cuts: list[int], kind: MaskKind) -> Ints:
 
 
 def _cheapest(cuts: list[int], live: Ints, start_cost: int, max_queries: int) -> list[int]:
-    """The subset of ``cuts`` with the least cost in all, by dynamic programming over the last piece."""
+    """The subset of ``cuts`` with the least cost in all, by dynamic programming over the last block."""
     earlier = live.tolist()
     best, came_from = [0], [0]
     for stop in range(1, len(cuts)):
@@ -120,7 +118,7 @@ def _cost(queries: int, earlier: int) -> int:
 
 
 def _reachable(cuts: list[int], earlier: list[int], stop: int, max_queries: int) -> range:
-    """From which cuts a piece may reach up to cut number ``stop``; always from the one before."""
+    """From which cuts a block may reach up to cut number ``stop``; always from the one before."""
     start = stop - 1
     while start > 0:
         queries = cuts[stop] - cuts[start - 1]
@@ -150,7 +148,7 @@ def _earlier_keys(ends: Ints, positions: Ints, document: int, start: int, stop: 
 
 
 def _runs(earlier: Ints, start: int, stop: int) -> tuple[tuple[int, int], ...]:
-    """Neighbouring keys as ``(first, past the last)``, with the piece's own tokens at the end."""
+    """Neighbouring keys as ``(first, past the last)``, with the block's own tokens at the end."""
     if not earlier.size:
         return ((start, stop),)
     breaks = np.flatnonzero(np.diff(earlier) > 1) + 1

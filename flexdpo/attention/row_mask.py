@@ -28,31 +28,21 @@ _ATTRIBUTE = "_flexdpo_row_mask"
 
 @dataclass(eq=False)
 class RowMask:
-    """What a kernel needs to know besides the BlockMask.
+    """What a kernel needs to know besides the BlockMask."""
 
-    Attributes:
-        layout: The batch of rows.
-        kind: What the model wants besides causality.
-        impl: ``"flex"`` compiled FlexAttention, ``"varlen"`` FlashAttention along root paths, ``"sdpa"``
-            scaled-dot-product attention in pieces of the row.
-        block_mask: The BlockMask that models pass from layer to layer.
-        settings: How FlexAttention is compiled and checked.
-        traced: Whether the mask was made inside a graph that ``torch.compile`` is making.
-        tested: Whether the kernels of the compiled layer that is about to run were compared with dense attention.
-        biases: Additive masks of pieces, made at the first layer and shared by the others: by plan and dtype, then by
-            number of the piece.
-        score_mod: What a model does to its scores besides a softcap, after it.
-    """
-
-    layout: RowLayout
-    kind: MaskKind
+    layout: RowLayout  # the batch of rows
+    kind: MaskKind  # what the model wants besides causality
+    # ``"flex"`` compiled FlexAttention, ``"varlen"`` FlashAttention along root paths, ``"sdpa"`` scaled-dot-product
+    # attention in query blocks
     impl: Kernel
-    block_mask: BlockMask
-    settings: KernelSettings = field(default_factory=kernel_settings)
-    traced: bool = False
+    block_mask: BlockMask  # the BlockMask that models pass from layer to layer
+    settings: KernelSettings = field(default_factory=kernel_settings)  # how FlexAttention is compiled and checked
+    traced: bool = False  # whether the mask was made inside a graph that ``torch.compile`` is making
+    # whether the kernels of the compiled layer that is about to run were compared with dense attention
     tested: bool = False
+    # additive masks of query blocks, made at the first layer and shared by the others: by plan and dtype, then number
     biases: dict[tuple[Any, torch.dtype], dict[int, Tensor]] = field(default_factory=dict, repr=False)
-    score_mod: ScoreMod | None = None
+    score_mod: ScoreMod | None = None  # what a model does to its scores besides a softcap, after it
 
 
 def row_mask_for(layout: RowLayout, kind: MaskKind, impl: Impl = "auto") -> RowMask:
@@ -100,7 +90,7 @@ def resolve_impl(impl: str, device: torch.device) -> Kernel:
     if impl not in get_args(Impl):
         raise FlexdpoError(f"impl must be one of {get_args(Impl)}, got {impl!r}{nearest(impl, get_args(Impl))}")
     if impl == "auto":
-        # on a CPU the pieces are two to five times faster than FlexAttention's compiled forward, so passes without
-        # gradients run in pieces too
+        # on a CPU query blocks are two to five times faster than FlexAttention's compiled forward, so passes without
+        # gradients run in them too
         return "flex" if device.type == "cuda" else "sdpa"
     return cast("Kernel", impl)

@@ -13,14 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from einops import rearrange
 
 from flexdpo.attention.blockwise import bias_between, block_score_mod
 from flexdpo.attention.flash import FlashCall, require_flash
-from flexdpo.attention.flex import KernelKey, kernel_key_of, run_flex, wants_gradients
+from flexdpo.attention.flex import KernelKey, kernel_key_of, run_flex
 from flexdpo.attention.formula import softmax_attention
+from flexdpo.attention.inputs import AttentionCall, AttentionInputs, Shape, wants_gradients
 from flexdpo.errors import FlexdpoError
 
 if TYPE_CHECKING:
@@ -29,8 +31,7 @@ if TYPE_CHECKING:
     from flexdpo.attention.row_mask import RowMask
     from flexdpo.layout.row import RowLayout
 
-# (query, key, value, row mask, scaling, softcap, sinks) -> output
-AttentionKernel = Callable[..., Any]
+AttentionKernel = Callable[[AttentionInputs, "RowMask"], "Tensor"]
 
 # a kernel may lose this many times what the formula loses in the same dtype, and this share of the largest value
 BUDGET_FACTOR, BUDGET_SHARE = 4.0, 1e-5
@@ -39,78 +40,27 @@ BUDGET_FACTOR, BUDGET_SHARE = 4.0, 1e-5
 COMPARED_QUERIES = 2048
 # scores of the dense version that are held at once
 _SCORES_AT_ONCE = 1 << 25
+_GRADIENTS = ("dQ", "dK", "dV", "dSinks")
 # where kernels are compared without being asked
 _DEVICES = frozenset({"cuda"})
 
 
-class Shape(NamedTuple):
-    """What a kernel is compiled for, besides its mask.
-
-    Attributes:
-        query_heads: ``Hq``.
-        key_heads: ``Hkv``.
-        head_dim: ``D``.
-        value_dim: ``Dv``.
-        dtype: Of the inputs.
-    """
-
-    query_heads: int
-    key_heads: int
-    head_dim: int
-    value_dim: int
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, query: Tensor, key: Tensor, value: Tensor) -> Shape:
-        """The shape of a call."""
-        return cls(query.shape[1], key.shape[1], query.shape[3], value.shape[3], query.dtype)
-
-
-class AttentionCall(NamedTuple):
-    """What a layer asks of its attention, besides the mask.
-
-    Attributes:
-        shape: Heads and dtype.
-        scaling: Factor on the scores.
-        softcap: Bound of the scores.
-        sinks: Whether every head has a sink.
-    """
-
-    shape: Shape
-    scaling: float | None
-    softcap: float | None
-    sinks: bool
-
-
 class Comparison(NamedTuple):
-    """One tensor of the kernel against the same of the dense version.
+    """One tensor of the kernel against the same of the dense version."""
 
-    Attributes:
-        name: ``"output"``, ``"dQ"``, ``"dK"``, ``"dV"`` or ``"dSinks"``.
-        error: Largest difference; infinite where the kernel's values are not finite.
-        dense_error: The same for dense attention in the kernel's dtype.
-        budget: What the kernel may lose.
-    """
-
-    name: str
-    error: float
-    dense_error: float
-    budget: float
+    name: str  # ``"output"``, ``"dQ"``, ``"dK"``, ``"dV"`` or ``"dSinks"``
+    error: float  # largest difference; infinite where the kernel's values are not finite
+    dense_error: float  # the same for dense attention in the kernel's dtype
+    budget: float  # what the kernel may lose
 
 
 @dataclass(frozen=True)
 class SelfTestReport:
-    """How far a kernel is from dense attention.
+    """How far a kernel is from dense attention."""
 
-    Attributes:
-        shape: Heads and dtype.
-        length: Tokens of the row.
-        comparisons: One for each tensor.
-    """
-
-    shape: Shape
-    length: int
-    comparisons: tuple[Comparison, ...]
+    shape: Shape  # heads and dtype
+    length: int  # tokens of the row
+    comparisons: tuple[Comparison, ...]  # one for each tensor
 
     @property
     def wrong(self) -> list[Comparison]:
@@ -121,38 +71,36 @@ class SelfTestReport:
 # --- the dense version -----------------------------------------------------------------------------------------------
 
 
-class _Inputs(NamedTuple):
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    sinks: Tensor | None
-    direction: Tensor
-
-    def to(self, dtype: torch.dtype) -> _Inputs:
-        return _Inputs(*(None if x is None else x.to(dtype) for x in self))  # type: ignore[arg-type]
-
-
-def _random_inputs(shape: Shape, row_mask: RowMask, with_sinks: bool, queries: Tensor) -> _Inputs:
-    """Inputs drawn on the device, with a gradient that comes back from the compared ``queries`` only."""
-    layout = row_mask.layout
-    generator = _generator(layout.device)
+def _random_inputs(call: AttentionCall, layout: RowLayout, queries: Tensor) -> tuple[AttentionInputs, Tensor]:
+    """Inputs drawn on the device, and a gradient of the output that comes from the compared ``queries`` only."""
+    shape, generator = call.shape, _generator(layout.device)
 
     def draw(*size: int) -> Tensor:
         return torch.randn(*size, generator=generator, device=layout.device, dtype=shape.dtype)
 
     def heads(count: int, dim: int) -> Tensor:
         # token by token in memory, as a model's projections leave them: other strides would compile another kernel
-        return draw(layout.batch_size, layout.length, count, dim).transpose(1, 2)
+        return rearrange(draw(layout.batch_size, layout.length, count, dim), "b s h d -> b h s d")
 
     direction = torch.zeros_like(drawn := heads(shape.query_heads, shape.value_dim))
     direction[:, :, queries] = drawn[:, :, queries]
-    return _Inputs(
-        heads(shape.query_heads, shape.head_dim),
-        heads(shape.key_heads, shape.head_dim),
-        heads(shape.key_heads, shape.value_dim),
-        draw(shape.query_heads) if with_sinks else None,
-        direction,
-    )
+    query = heads(shape.query_heads, shape.head_dim)
+    key, value = heads(shape.key_heads, shape.head_dim), heads(shape.key_heads, shape.value_dim)
+    sinks = draw(shape.query_heads) if call.sinks else None
+    return AttentionInputs(query, key, value, call.scaling, call.softcap, sinks), direction
+
+
+def _leaves(
+    inputs: AttentionInputs, grad: bool, dtype: torch.dtype | None = None
+) -> tuple[AttentionInputs, list[Tensor]]:
+    """The same values cut off from what made them, and those of them that gradients are taken in."""
+    tensors = [x.detach().to(dtype or x.dtype).requires_grad_(grad) for x in _tensors(inputs)]
+    query, key, value, *sinks = tensors
+    return AttentionInputs(query, key, value, inputs.scaling, inputs.softcap, sinks[0] if sinks else None), tensors
+
+
+def _tensors(inputs: AttentionInputs) -> list[Tensor]:
+    return [x for x in inputs if isinstance(x, torch.Tensor)]
 
 
 def _generator(device: torch.device) -> torch.Generator:
@@ -171,36 +119,31 @@ def _compared_queries(layout: RowLayout) -> Tensor:
 
 
 def _dense(
-    inputs: _Inputs, row_mask: RowMask, queries: Tensor, scaling: float | None, softcap: float | None, grad: bool
+    inputs: AttentionInputs, direction: Tensor, row_mask: RowMask, queries: Tensor, grad: bool
 ) -> dict[str, Tensor]:
     """Output at ``queries`` and gradients by the formula, some queries at a time."""
-    query, key, value, sinks, direction = inputs
+    query, key, value, *_ = inputs
     batch, heads, length, _ = query.shape
     found = {"output": query.new_empty(batch, heads, len(queries), value.shape[3])}
     if grad:
-        found |= {"dQ": torch.zeros_like(query), "dK": torch.zeros_like(key), "dV": torch.zeros_like(value)}
-        found |= {} if sinks is None else {"dSinks": torch.zeros_like(sinks)}
+        found |= dict(zip(_GRADIENTS, map(torch.zeros_like, _tensors(inputs)), strict=False))
     keys = torch.arange(length, device=queries.device)
     step = max(1, _SCORES_AT_ONCE // (length * heads))
     for row in range(batch):
         for start in range(0, len(queries), step):
             part = queries[start : start + step]
+            here = slice(row, row + 1)
+            leaves, wanted = _leaves(AttentionInputs(query[here, :, part], key[here], value[here], *inputs[3:]), grad)
             bias = bias_between(row_mask, row, part, keys, query.dtype, heads)
-            leaves = [query[row : row + 1, :, part], key[row : row + 1], value[row : row + 1]]
-            leaves = [x.detach().requires_grad_(grad) for x in [*leaves, *([] if sinks is None else [sinks])]]
-            sink = None if sinks is None else leaves[3]
-            score_mod = block_score_mod(row_mask, row, part, keys)
-            output = softmax_attention(
-                leaves[0], leaves[1], leaves[2], bias, scaling=scaling, softcap=softcap, sinks=sink, score_mod=score_mod
-            )
-            found["output"][row : row + 1, :, start : start + step] = output.detach()
+            output = softmax_attention(leaves, bias, score_mod=block_score_mod(row_mask, row, part, keys))
+            found["output"][here, :, start : start + step] = output.detach()
             if grad:
-                grads = torch.autograd.grad(output, leaves, direction[row : row + 1, :, part])
-                found["dQ"][row : row + 1, :, part] = grads[0]
-                found["dK"][row] += grads[1][0]
-                found["dV"][row] += grads[2][0]
-                if sinks is not None:
-                    found["dSinks"] += grads[3]
+                to_query, to_key, to_value, *to_sinks = torch.autograd.grad(output, wanted, direction[here, :, part])
+                found["dQ"][here, :, part] = to_query
+                found["dK"][here] += to_key
+                found["dV"][here] += to_value
+                if to_sinks:
+                    found["dSinks"] += to_sinks[0]
     return found
 
 
@@ -222,55 +165,31 @@ def compare_kernel(
     The definition runs in float64, which no setting makes coarser. In rows of more than ``COMPARED_QUERIES`` tokens as
     many queries are compared, from all parts of the row; the gradients of keys and values are theirs, whole.
 
-    Args:
-        shape: Heads and dtype.
-        row_mask: The mask, on the device to be tested.
-        scaling: Factor on the scores.
-        softcap: Bound of the scores.
-        sinks: Whether every head has a sink.
-        grad: Also compare the gradients.
-        attend: The kernel: takes what :func:`flexdpo.attention.flex.run_flex` takes.
-
-    Returns:
-        Errors and budgets of the output and, with ``grad``, of the gradients.
+    Returns errors and budgets of the output and, with ``grad``, of the gradients.
     """
     device = row_mask.layout.device.type
+    call = AttentionCall(shape, scaling, softcap, sinks)
     # a checkpoint around the layer that calls would drop what the comparison saves for its own backward pass
     keep = torch.autograd.graph.saved_tensors_hooks(_unchanged, _unchanged)
     with torch.autocast(device, enabled=False), torch.set_grad_enabled(grad), keep:
         queries = _compared_queries(row_mask.layout)
-        inputs = _random_inputs(shape, row_mask, sinks, queries)
-        exact = _dense(inputs.to(torch.float64), row_mask, queries, scaling, softcap, grad)
-        plain = _dense(inputs, row_mask, queries, scaling, softcap, grad)
-        found = _kernel_values(inputs, row_mask, queries, scaling, softcap, grad, attend)
-    return SelfTestReport(
-        shape, row_mask.layout.length, tuple(_compare(name, found[name], plain[name], exact[name]) for name in exact)
-    )
+        inputs, direction = _random_inputs(call, row_mask.layout, queries)
+        wide, _ = _leaves(inputs, grad, torch.float64)
+        exact = _dense(wide, direction.double(), row_mask, queries, grad)
+        plain = _dense(inputs, direction, row_mask, queries, grad)
+        leaves, wanted = _leaves(inputs, grad)
+        output = attend(leaves, row_mask)
+        # what is not compared must be finite all the same
+        finite = torch.isfinite(output.detach()).all()
+        found = {"output": output.detach()[:, :, queries].masked_fill(~finite, float("nan"))}
+        if grad:
+            found |= dict(zip(_GRADIENTS, torch.autograd.grad(output, wanted, direction), strict=False))
+    comparisons = tuple(_compare(name, found[name], plain[name], exact[name]) for name in exact)
+    return SelfTestReport(shape, row_mask.layout.length, comparisons)
 
 
 def _unchanged(saved: Tensor) -> Tensor:
     return saved
-
-
-def _kernel_values(
-    inputs: _Inputs,
-    row_mask: RowMask,
-    queries: Tensor,
-    scaling: float | None,
-    softcap: float | None,
-    grad: bool,
-    attend: AttentionKernel,
-) -> dict[str, Tensor]:
-    leaves = [None if x is None else x.detach().requires_grad_(grad) for x in inputs[:4]]
-    output = attend(*leaves[:3], row_mask, scaling, softcap, leaves[3])
-    # what is not compared must be finite all the same
-    finite = torch.isfinite(output.detach()).all()
-    found = {"output": output.detach()[:, :, queries].masked_fill(~finite, float("nan"))}
-    if grad:
-        names = ("dQ", "dK", "dV", "dSinks")
-        wanted = [x for x in leaves if x is not None]
-        found |= dict(zip(names, torch.autograd.grad(output, wanted, inputs.direction), strict=False))
-    return found
 
 
 def _compare(name: str, found: Tensor, plain: Tensor, exact: Tensor) -> Comparison:
@@ -294,19 +213,10 @@ def is_compared(row_mask: RowMask, device: torch.device) -> bool:
 
 
 def require_correct_kernel(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    row_mask: RowMask,
-    scaling: float | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-    *,
-    attend: AttentionKernel | None = None,
+    inputs: AttentionInputs, row_mask: RowMask, *, attend: AttentionKernel | None = None
 ) -> None:
     """Compare the kernel of a call as :func:`require_correct_call` does."""
-    call = AttentionCall(Shape.of(query, key, value), scaling, softcap, sinks is not None)
-    require_correct_call(call, row_mask, grad=wants_gradients(query, key, value), attend=attend)
+    require_correct_call(AttentionCall.of(inputs), row_mask, grad=wants_gradients(inputs), attend=attend)
 
 
 def require_correct_call(
@@ -316,20 +226,13 @@ def require_correct_call(
 
     Nothing happens on a CPU, or where the settings ask for no self-test, unless the backend is one that needs it.
 
-    Args:
-        call: What is asked of the kernel.
-        row_mask: The mask, on the device where the kernel runs.
-        grad: Whether a backward follows.
-        attend: The kernel, :func:`flexdpo.attention.flex.run_flex` by default.
-
-    Raises:
-        FlexdpoError: naming everything that is wrong and by how much.
+    Raises ``FlexdpoError`` naming everything that is wrong and by how much.
     """
     device = row_mask.layout.device
     if not is_compared(row_mask, device):
         return
     shape, scaling, softcap, sinks = call
-    key = kernel_key_of(row_mask, device.type, grad=grad, scaling=scaling, softcap=softcap, sinks=sinks)
+    key = kernel_key_of(call, row_mask, device.type, grad=grad)
     if (row_mask.impl, key, shape) in _passed:
         return
     if row_mask.impl == "flex" and row_mask.settings.backend == "FLASH" and device.type == "cuda":

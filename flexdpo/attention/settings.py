@@ -21,26 +21,21 @@ _BROKEN_PROMISES = ("ROWS_GUARANTEED_SAFE", "BLOCKS_ARE_CONTIGUOUS")
 
 @dataclass(frozen=True)
 class KernelSettings:
-    """How FlexAttention is compiled and checked.
+    """How FlexAttention is compiled and checked."""
 
-    Attributes:
-        lengths: ``"bucket"`` compiles one kernel per row length, which must then be few, multiples of 128
-            (:func:`flexdpo.layout.packing.choose_buckets`); whole tiles let the kernel skip its bounds checks.
-            ``"dynamic"`` compiles one kernel for all lengths. ``"auto"`` is ``"bucket"`` on CUDA, ``"dynamic"`` on a
-            CPU.
-        max_kernels: Most kernels a process compiles; one more raises instead of compiling for hours.
-        kernel_options: For ``torch.nn.attention.flex_attention``, for example ``{"BLOCK_M": 64, "BLOCK_N": 64}``
-            (queries and keys of a forward tile, which divide 128), ``{"bwd_BLOCK_M1": 32, "bwd_BLOCK_N1": 64,
-            "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 32}`` (of the backward tiles), ``{"num_stages": 2}`` where shared
-            memory is short, ``{"BACKEND": "FLASH"}`` for FlashAttention-4. See torch's ``FlexKernelOptions``. FLASH is
-            used only after its gradients were compared with dense attention at the shape and mask of the training.
-        self_test: On CUDA, compare every kernel's output and gradients with dense attention at its first row, and stop
-            where they are wrong. FLASH is always compared.
-    """
-
+    # ``"bucket"`` compiles one kernel per row length, which must then be few, multiples of 128
+    # (:func:`flexdpo.layout.packing.choose_buckets`); whole tiles let the kernel skip its bounds checks. ``"dynamic"``
+    # compiles one kernel for all lengths. ``"auto"`` is ``"bucket"`` on CUDA, ``"dynamic"`` on a CPU.
     lengths: Lengths = "auto"
-    max_kernels: int = 32
+    max_kernels: int = 32  # most kernels a process compiles; one more raises instead of compiling for hours
+    # for ``torch.nn.attention.flex_attention``, for example ``{"BLOCK_M": 64, "BLOCK_N": 64}`` (queries and keys of a
+    # forward tile, which divide 128), ``{"bwd_BLOCK_M1": 32, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2":
+    # 32}`` (of the backward tiles), ``{"num_stages": 2}`` where shared memory is short, ``{"BACKEND": "FLASH"}`` for
+    # FlashAttention-4. See torch's ``FlexKernelOptions``. FLASH is used only after its gradients were compared with
+    # dense attention at the shape and mask of the training.
     kernel_options: Mapping[str, Any] = field(default_factory=dict)
+    # on CUDA, compare every kernel's output and gradients with dense attention at its first row, and stop where they
+    # are wrong. FLASH is always compared.
     self_test: bool = True
 
     def __post_init__(self) -> None:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from flexdpo.attention.inputs import AttentionInputs
     from flexdpo.attention.row_mask import RowMask
     from flexdpo.layout.row import RowLayout
 
@@ -36,43 +37,28 @@ if TYPE_CHECKING:
 
 
 class VarlenPlan(NamedTuple):
-    """The sequences of a batch of rows.
+    """The sequences of a batch of rows."""
 
-    Attributes:
-        counts: For each row, the tokens at its beginning that are run; those behind see nothing but themselves.
-        keys: Which tokens of the batch stand in each sequence's root path, counted through all rows, ``[Tk]`` int64.
-        query_starts: Where each sequence's queries begin, and the end of the last, ``[N + 1]`` int32.
-        key_starts: The same of its keys, ``[N + 1]`` int32. Another tensor even where all lengths are equal: torch
-            takes one tensor given twice for self-attention, which it may run by a kernel that aligns at the beginnings.
-        longest_query: Most queries of a sequence.
-        longest_key: Most keys of a sequence.
-        consecutive: Whether every root path stands at consecutive positions, as a window needs.
-    """
-
+    # for each row, the tokens at its beginning that are run; those behind see nothing but themselves
     counts: tuple[int, ...]
+    # which tokens of the batch stand in each sequence's root path, counted through all rows, ``[Tk]`` int64
     keys: Tensor
-    query_starts: Tensor
+    query_starts: Tensor  # where each sequence's queries begin, and the end of the last, ``[N + 1]`` int32
+    # the same of its keys, ``[N + 1]`` int32. Another tensor even where all lengths are equal: torch takes one tensor
+    # given twice for self-attention, which it may run by a kernel that aligns at the beginnings.
     key_starts: Tensor
-    longest_query: int
-    longest_key: int
-    consecutive: bool
+    longest_query: int  # most queries of a sequence
+    longest_key: int  # most keys of a sequence
+    consecutive: bool  # whether every root path stands at consecutive positions, as a window needs
 
 
-def varlen_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    row_mask: RowMask,
-    scaling: float | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    """Attend leaf by leaf; arguments and result as in :func:`flexdpo.attention.kernels.packed_attention`.
+def varlen_attention(inputs: AttentionInputs, row_mask: RowMask) -> Tensor:
+    """Attend leaf by leaf; see :func:`flexdpo.attention.kernels.packed_attention`.
 
-    Raises:
-        UnsupportedModelError: if the model needs what the kernel cannot do, naming it.
+    Raises ``UnsupportedModelError`` if the model needs what the kernel cannot do, naming it.
     """
-    require_varlen(query, value, row_mask, softcap, sinks)
+    require_varlen(inputs, row_mask)
+    query, key, value = inputs[:3]
     plan = plan_for(row_mask.layout)
     window = row_mask.kind.size if row_mask.kind.name == "sliding" else 0
     if window and not plan.consecutive:
@@ -94,37 +80,34 @@ def varlen_attention(
         plan.longest_query,
         plan.longest_key,
         window=window,
-        scaling=scaling,
+        scaling=inputs.scaling,
     )
     return _with_lone_tokens(output, value, plan, heads)
 
 
-def require_varlen(
-    query: Tensor, value: Tensor, row_mask: RowMask, softcap: float | None, sinks: Tensor | None
-) -> None:
+def require_varlen(inputs: AttentionInputs, row_mask: RowMask) -> None:
     """Raise where the kernel cannot do what the model needs, or cannot run at all."""
-    obstacle = _obstacle(query, value, row_mask, softcap, sinks)
+    obstacle = _obstacle(inputs, row_mask)
     if obstacle is not None:
         raise UnsupportedModelError(f"impl='varlen' cannot run this model: {obstacle}; {WAY_OUT}")
-    require_flash(query)
+    require_flash(inputs.query)
 
 
-def _obstacle(
-    query: Tensor, value: Tensor, row_mask: RowMask, softcap: float | None, sinks: Tensor | None
-) -> str | None:
+def _obstacle(inputs: AttentionInputs, row_mask: RowMask) -> str | None:
     """Why the kernel cannot give the model's result, or ``None``."""
     kind = row_mask.kind
-    if softcap is not None:
-        return f"it bounds its attention scores (softcap {softcap:g})"
-    if sinks is not None:
+    if inputs.softcap is not None:
+        return f"it bounds its attention scores (softcap {inputs.softcap:g})"
+    if inputs.sinks is not None:
         return "its attention has sinks"
     if row_mask.score_mod is not None:
         return "it changes its attention scores (score_mod)"
     if kind.name not in ("causal", "sliding"):
         mask = f"in chunks of {kind.size} positions" if kind.name == "chunked" else "a function of its own"
         return f"its mask is not causal or a sliding window ({mask})"
-    if query.shape[-1] != value.shape[-1]:
-        return f"its queries have head size {query.shape[-1]} and its values {value.shape[-1]}"
+    head_dim, value_dim = inputs.query.shape[-1], inputs.value.shape[-1]
+    if head_dim != value_dim:
+        return f"its queries have head size {head_dim} and its values {value_dim}"
     return None
 
 

@@ -25,36 +25,22 @@ _COMPARED = 1 << 25
 
 
 class RowSpans(NamedTuple):
-    """Where the real tokens of each row stand.
+    """Where the real tokens of each row stand."""
 
-    Attributes:
-        starts: Column of the first real token, 0 in a row without any, ``[N]`` int64.
-        lengths: Real tokens, ``[N]`` int64.
-        gaps: Whether padding stands between two real tokens of some row; a 0-d bool tensor.
-    """
-
-    starts: Tensor
-    lengths: Tensor
-    gaps: Tensor
+    starts: Tensor  # column of the first real token, 0 in a row without any, ``[N]`` int64
+    lengths: Tensor  # real tokens, ``[N]`` int64
+    gaps: Tensor  # whether padding stands between two real tokens of some row; a 0-d bool tensor
 
 
 @dataclass(frozen=True, eq=False)
 class BatchTrie:
-    """The distinct tokens of a padded batch in depth-first order, and where every place of the batch finds its own.
+    """The distinct tokens of a padded batch in depth-first order, and where every place of the batch finds its own."""
 
-    Attributes:
-        sources: For each token a place of the flattened batch, ``n * T + t``, that holds it, ``[S]`` int64.
-        depths: Tokens before it in its rows, ``[S]`` int64.
-        subtree_end: Index just past the last descendant, ``[S]`` int64.
-        multiplicity: How many rows contain it, ``[S]`` int64.
-        nodes: For each place of the batch the index of its token, -1 at padding, ``[N, T]`` int64.
-    """
-
-    sources: Tensor
-    depths: Tensor
-    subtree_end: Tensor
-    multiplicity: Tensor
-    nodes: Tensor
+    sources: Tensor  # for each token a place of the flattened batch, ``n * T + t``, that holds it, ``[S]`` int64
+    depths: Tensor  # tokens before it in its rows, ``[S]`` int64
+    subtree_end: Tensor  # index just past the last descendant, ``[S]`` int64
+    multiplicity: Tensor  # how many rows contain it, ``[S]`` int64
+    nodes: Tensor  # for each place of the batch the index of its token, -1 at padding, ``[N, T]`` int64
 
     def __len__(self) -> int:
         return int(self.sources.shape[0])
@@ -63,8 +49,7 @@ class BatchTrie:
 def row_spans(attention_mask: Tensor) -> RowSpans:
     """Find where the real tokens of each row begin and how many there are.
 
-    Args:
-        attention_mask: Nonzero at real tokens, ``[N, T]``, any dtype.
+    ``attention_mask``, ``[N, T]`` of any dtype, is nonzero at real tokens.
     """
     real = attention_mask != 0
     lengths = real.sum(dim=1)
@@ -76,21 +61,13 @@ def row_spans(attention_mask: Tensor) -> RowSpans:
 
 
 class SortedBatch(NamedTuple):
-    """A padded batch with its rows moved to the left and sorted, ready to be read as a trie.
+    """A padded batch with its rows moved to the left and sorted, ready to be read as a trie."""
 
-    Attributes:
-        order: Number of the row that stands at each rank, ``[N]`` int64.
-        starts: Column of its first real token, ``[N]`` int64.
-        lengths: Its real tokens, ``[N]`` int64.
-        shared: Tokens at its beginning that it has in common with the rank above, 0 at rank 0, ``[N]`` int64.
-        columns: Places per row, ``T``.
-    """
-
-    order: Tensor
-    starts: Tensor
-    lengths: Tensor
-    shared: Tensor
-    columns: int
+    order: Tensor  # number of the row that stands at each rank, ``[N]`` int64
+    starts: Tensor  # column of its first real token, ``[N]`` int64
+    lengths: Tensor  # its real tokens, ``[N]`` int64
+    shared: Tensor  # tokens at its beginning that it has in common with the rank above, 0 at rank 0, ``[N]`` int64
+    columns: int  # places per row, ``T``
 
     @property
     def num_tokens(self) -> Tensor:
@@ -101,13 +78,10 @@ class SortedBatch(NamedTuple):
 def sort_batch(input_ids: Tensor, spans: RowSpans, *, min_prefix: int = 1) -> SortedBatch:
     """Sort the rows of a padded batch, so that those with equal beginnings stand together.
 
-    Args:
-        input_ids: Token ids, ``[N, T]`` int64, not negative.
-        spans: Where the real tokens of each row stand; there must be no gaps.
-        min_prefix: Rows that have fewer tokens than this in common share none of them.
+    ``input_ids`` are ``[N, T]`` int64, not negative, without gaps. Rows that have fewer than ``min_prefix`` tokens in
+    common share none of them.
 
-    Returns:
-        The ranks and what neighbours share. Work is ``N * N * T`` comparisons, memory is bounded.
+    Returns the ranks and what neighbours share. Work is ``N * N * T`` comparisons, memory is bounded.
     """
     if input_ids.ndim != 2 or input_ids.shape[0] == 0:
         raise FlexdpoError(f"input_ids must be [N, T] with at least one row, got {list(input_ids.shape)}")
@@ -153,9 +127,7 @@ def _first_differences(rows: Tensor) -> Tensor:
 def trie_of(batch: SortedBatch, num_tokens: int) -> BatchTrie:
     """Read a sorted batch as a trie.
 
-    Args:
-        batch: The sorted rows.
-        num_tokens: ``int(batch.num_tokens)``. With it no operation here waits for the device.
+    With ``num_tokens``, which is ``int(batch.num_tokens)``, no operation here waits for the device.
     """
     order, starts, lengths, shared, columns = batch
     rows = order.shape[0]
@@ -199,29 +171,3 @@ def _at_their_places(values: Tensor, batch: SortedBatch) -> Tensor:
     inside = (back >= 0) & (back < batch.lengths[:, None])
     moved = torch.where(inside, values.gather(1, back.clamp(0, batch.columns - 1)), -1)
     return torch.empty_like(moved).index_copy_(0, batch.order, moved)
-
-
-def find_trie(input_ids: Tensor, attention_mask: Tensor | None = None, *, min_prefix: int = 1) -> BatchTrie:
-    """Merge the rows of a padded batch by their common beginnings.
-
-    Rows may be padded on the right, on the left or on both sides; a token's depth counts real tokens only.
-
-    Args:
-        input_ids: Token ids, ``[N, T]`` int64, not negative.
-        attention_mask: Nonzero at real tokens, ``[N, T]``; without it all are real.
-        min_prefix: Rows that have fewer tokens than this in common share none of them.
-
-    Returns:
-        The trie. The device is waited for once.
-
-    Raises:
-        FlexdpoError: if padding stands between the tokens of a row.
-    """
-    spans = row_spans(torch.ones_like(input_ids) if attention_mask is None else attention_mask)
-    batch = sort_batch(input_ids, spans, min_prefix=min_prefix)
-    num_tokens, gaps = torch.stack([batch.num_tokens, spans.gaps.long()]).tolist()
-    if gaps:
-        raise FlexdpoError(
-            "attention_mask is 0 between two real tokens of a row; a trie needs each row's tokens side by side"
-        )
-    return trie_of(batch, num_tokens)

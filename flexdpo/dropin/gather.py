@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from einops import rearrange
 
 from flexdpo.errors import UnsupportedModelError
 from flexdpo.layout.row import RowLayout
@@ -22,17 +23,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class SharedBatch:
-    """One packed row that stands for a padded batch.
+    """One packed row that stands for a padded batch."""
 
-    Attributes:
-        input_ids: ``[1, S]`` int64.
-        layout: Positions and subtree ends, ``[1, S]`` each.
-        nodes: For each place of the batch the index of its token in the row, -1 at padding, ``[N, T]`` int64.
-    """
-
-    input_ids: Tensor
-    layout: RowLayout
-    nodes: Tensor
+    input_ids: Tensor  # ``[1, S]`` int64
+    layout: RowLayout  # positions and subtree ends, ``[1, S]`` each
+    nodes: Tensor  # for each place of the batch the index of its token in the row, -1 at padding, ``[N, T]`` int64
 
     @classmethod
     def of(cls, input_ids: Tensor, trie: BatchTrie, *, pad_to_multiple_of: int = 1) -> SharedBatch:
@@ -54,16 +49,11 @@ class SharedBatch:
     def at_padded_places(self, output: Any) -> Any:
         """Put what a model returned for the row where it would have stood for the padded batch.
 
-        Args:
-            output: A tensor ``[1, S, ...]`` or ``[S, ...]`` with one entry per token, or any nesting of mappings, lists
-                and tuples of such. Anything that is not a tensor stays as it is.
+        ``output`` is a tensor ``[1, S, ...]`` or ``[S, ...]`` with one entry per token, or any nesting of mappings,
+        lists and tuples of such. Anything that is not a tensor stays as it is.
 
-        Returns:
-            The same nesting with tensors ``[N, T, ...]`` or ``[N * T, ...]``, 0 at padding. Mappings are changed in
-            place.
-
-        Raises:
-            UnsupportedModelError: if a tensor has not one entry per token.
+        Returns the same nesting with tensors ``[N, T, ...]`` or ``[N * T, ...]``, 0 at padding. Mappings are changed in
+        place. Raises ``UnsupportedModelError`` if a tensor has not one entry per token.
         """
         return self._placed(output, {})
 
@@ -92,7 +82,7 @@ class SharedBatch:
                 "(output_hidden_states=False, output_router_logits=False) or call flexdpo.unshare(model)"
             )
         placed: Tensor = _Gather.apply(values[0] if one_row else values, self.nodes)
-        return placed if one_row else placed.flatten(0, 1)
+        return placed if one_row else rearrange(placed, "n t ... -> (n t) ...")
 
 
 class _Gather(torch.autograd.Function):
@@ -105,7 +95,8 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, nodes: Tensor) -> Tensor:
         ctx.save_for_backward(nodes)
         ctx.length, ctx.dtype = values.shape[0], values.dtype
-        placed: Tensor = values.index_select(0, nodes.clamp(min=0).reshape(-1)).unflatten(0, tuple(nodes.shape))
+        gathered = values.index_select(0, rearrange(nodes.clamp(min=0), "n t -> (n t)"))
+        placed: Tensor = rearrange(gathered, "(n t) ... -> n t ...", n=nodes.shape[0])
         padding = (nodes < 0).reshape(nodes.shape + (1,) * (placed.ndim - nodes.ndim))
         return placed.masked_fill_(padding, 0)
 
@@ -116,5 +107,5 @@ class _Gather(torch.autograd.Function):
         # what arrives at padding comes from no token, need not even be finite, and goes into one slot more
         slots = torch.where(nodes < 0, ctx.length, nodes).reshape(-1)
         total = gradient.new_zeros((ctx.length + 1, *gradient.shape[2:]), dtype=wide)
-        total.index_add_(0, slots, gradient.flatten(0, 1).to(wide))
+        total.index_add_(0, slots, rearrange(gradient, "n t ... -> (n t) ...").to(wide))
         return total[:-1].to(ctx.dtype), None

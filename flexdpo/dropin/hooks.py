@@ -21,7 +21,7 @@ from flexdpo.dropin.batch_trie import row_spans, sort_batch, trie_of
 from flexdpo.dropin.gather import SharedBatch
 from flexdpo.dropin.rules import REASONS, Positions, reason_by_arguments
 from flexdpo.hf.draws import being_asked
-from flexdpo.hf.forward_layout import held_forward
+from flexdpo.hf.forward_layout import packed_forward
 from flexdpo.hf.randomness import DrawsWatch
 from flexdpo.layout.row import TILE, RowLayout
 
@@ -35,18 +35,13 @@ class SharingStats:
     """What sharing has done so far on one model, since :func:`share_prefixes`.
 
     What a checkpoint runs a second time in the backward pass counts once.
-
-    Attributes:
-        tokens_in: Places of all padded batches that the backbone was given, ``N * T`` each, padding included.
-        tokens_run: Tokens that it ran instead; for a batch that passed through, all its places.
-        batches_shared: Batches that ran as one packed row.
-        passed_through: Batches that ran as if flexdpo were not there, by reason; the reasons are explained in
-            :data:`flexdpo.dropin.rules.REASONS`.
     """
 
-    tokens_in: int = 0
-    tokens_run: int = 0
-    batches_shared: int = 0
+    tokens_in: int = 0  # places of all padded batches that the backbone was given, ``N * T`` each, padding included
+    tokens_run: int = 0  # tokens that it ran instead; for a batch that passed through, all its places
+    batches_shared: int = 0  # batches that ran as one packed row
+    # batches that ran as if flexdpo were not there, by reason; the reasons are explained in
+    # :data:`flexdpo.dropin.rules.REASONS`
     passed_through: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -81,33 +76,19 @@ class SharingStats:
 
 @dataclass(eq=False)
 class Sharing:
-    """What a shared backbone carries along.
+    """What a shared backbone carries along."""
 
-    Attributes:
-        stock: Its attention implementation before.
-        impl_before: Its kernel before, where it was prepared for packed rows already.
-        impl: The kernel that was asked for.
-        min_gain: Padded places per token run, below which a batch passes through.
-        min_prefix: Tokens in common from which rows share them.
-        positions: How it makes use of positions.
-        parameters: Names of its positional arguments.
-        hooks: To take off again.
-        stats: What was done so far.
-        warned: Whether it was said that dropout keeps batches from being shared.
-        watch: Knows whether the backbone draws random numbers.
-    """
-
-    stock: str
-    impl_before: Impl | None
-    impl: Impl
-    min_gain: float
-    min_prefix: int
-    positions: Positions
-    parameters: tuple[str, ...]
-    hooks: tuple[RemovableHandle, ...] = ()
-    stats: SharingStats = field(default_factory=SharingStats)
-    warned: bool = False
-    watch: DrawsWatch = field(default_factory=DrawsWatch)
+    stock: str  # its attention implementation before
+    impl_before: Impl | None  # its kernel before, where it was prepared for packed rows already
+    impl: Impl  # the kernel that was asked for
+    min_gain: float  # padded places per token run, below which a batch passes through
+    min_prefix: int  # tokens in common from which rows share them
+    positions: Positions  # how it makes use of positions
+    parameters: tuple[str, ...]  # names of its positional arguments
+    hooks: tuple[RemovableHandle, ...] = ()  # to take off again
+    stats: SharingStats = field(default_factory=SharingStats)  # what was done so far
+    warned: bool = False  # whether it was said that dropout keeps batches from being shared
+    watch: DrawsWatch = field(default_factory=DrawsWatch)  # knows whether the backbone draws random numbers
 
     def stats_so_far(self) -> SharingStats:
         """A copy of what was done, which threads that go on do not change."""
@@ -146,17 +127,11 @@ def sharing_of(backbone: nn.Module) -> Sharing | None:
 
 
 class _Running(NamedTuple):
-    """A shared batch in progress.
+    """A shared batch in progress."""
 
-    Attributes:
-        backbone: What runs it.
-        batch: The batch.
-        settings: Kernel settings to put back in force after it.
-    """
-
-    backbone: nn.Module
-    batch: SharedBatch
-    settings: KernelSettings
+    backbone: nn.Module  # what runs it
+    batch: SharedBatch  # the batch
+    settings: KernelSettings  # kernel settings to put back in force after it
 
 
 class _InThread(threading.local):
@@ -187,7 +162,7 @@ def _share_batch(
     # Ctrl-C skips the hook that takes a batch off again
     _finish(backbone)
     named = {**dict(zip(sharing.parameters, args, strict=False)), **kwargs}
-    if held_forward() is not None or any(isinstance(value, RowLayout) for value in named.values()):
+    if packed_forward() is not None or any(isinstance(value, RowLayout) for value in named.values()):
         return None  # the caller packed a row already
     # every process of a sharded model comes here equally often, whatever its batch is
     random = sharing.watch.draws(backbone)
@@ -314,13 +289,9 @@ def _planned(sharing: Sharing, named: dict[str, Any]) -> SharedBatch | str:
 def plan_batch(input_ids: Tensor, mask: Tensor | None, plan_key: PlanKey) -> SharedBatch | str:
     """Find the trie of a padded batch and lay it out as one row.
 
-    Args:
-        input_ids: ``[N, T]`` int64.
-        mask: Nonzero at real tokens, ``[N, T]``; without it all are real.
-        plan_key: What decides besides the batch.
+    ``mask``, ``[N, T]``, is nonzero at real tokens; without it all are real.
 
-    Returns:
-        The row, or the reason why the batch is not shared, one of :data:`flexdpo.dropin.rules.REASONS`.
+    Returns the row, or the reason why the batch is not shared, one of :data:`flexdpo.dropin.rules.REASONS`.
     """
     rows, columns = input_ids.shape
     spans = row_spans(torch.ones_like(input_ids) if mask is None else mask)

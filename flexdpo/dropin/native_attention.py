@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from flexdpo.attention.row_mask import row_mask_of
 from flexdpo.errors import FlexdpoError, UnsupportedModelError
-from flexdpo.hf.forward_layout import ATTN_IMPLEMENTATION, held_forward
+from flexdpo.hf.forward_layout import ATTN_IMPLEMENTATION, packed_forward
 from flexdpo.hf.interface import flexdpo_attention, flexdpo_mask
 
 if TYPE_CHECKING:
@@ -27,11 +27,7 @@ if TYPE_CHECKING:
 def implementation_over(stock: str) -> str:
     """Register flexdpo's attention over another one, and return the name it has in transformers.
 
-    Args:
-        stock: The attention that a model has: ``"sdpa"``, ``"eager"``, ``"flash_attention_2"``, ...
-
-    Raises:
-        FlexdpoError: if transformers does not know it, or has no mask for it.
+    Raises ``FlexdpoError`` if transformers does not know it, or has no mask for it.
     """
     if stock == ATTN_IMPLEMENTATION:
         return stock
@@ -50,7 +46,7 @@ def implementation_over(stock: str) -> str:
 
 def _mask_over(stock: str) -> Callable[..., Any]:
     def mask(*args: Any, **kwargs: Any) -> Any:
-        if held_forward() is not None:
+        if packed_forward() is not None:
             return flexdpo_mask(*args, **kwargs)
         return ALL_MASK_ATTENTION_FUNCTIONS[stock](*args, **kwargs)
 
@@ -61,7 +57,7 @@ def _attention_over(stock: str) -> Callable[..., Any]:
     def attention(
         module: nn.Module, query: Any, key: Any, value: Any, attention_mask: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        if row_mask_of(attention_mask) is not None or held_forward() is not None:
+        if row_mask_of(attention_mask) is not None or packed_forward() is not None:
             return flexdpo_attention(module, query, key, value, attention_mask, *args, **kwargs)
         attend = _eager_attention_of(module) if stock == "eager" else ALL_ATTENTION_FUNCTIONS[stock]
         return attend(module, query, key, value, attention_mask, *args, **kwargs)

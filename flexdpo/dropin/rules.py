@@ -117,15 +117,10 @@ def _makes_cache(backbone: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
 
 @dataclass(frozen=True)
 class Positions:
-    """How a backbone makes use of positions.
+    """How a backbone makes use of positions."""
 
-    Attributes:
-        relative: Only distances matter, so that a row gives the same result wherever it begins.
-        limits: Lengths of a padded batch at which its frequencies change.
-    """
-
-    relative: bool
-    limits: LengthLimits
+    relative: bool  # only distances matter, so that a row gives the same result wherever it begins
+    limits: LengthLimits  # lengths of a padded batch at which its frequencies change
 
     @classmethod
     def of(cls, backbone: PreTrainedModel) -> Positions:

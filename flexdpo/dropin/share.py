@@ -17,9 +17,9 @@ from flexdpo.dropin.hooks import Sharing, SharingStats, install_sharing_hooks, r
 from flexdpo.dropin.native_attention import implementation_over
 from flexdpo.dropin.rules import Positions
 from flexdpo.errors import FlexdpoError
-from flexdpo.hf.forward_layout import install_layout_hooks, remove_layout_hooks
+from flexdpo.hf.forward_layout import find_limits, install_layout_hooks, remove_layout_hooks
 from flexdpo.hf.prepare import prepare_model
-from flexdpo.hf.rules import backbone_of, unwrap_model
+from flexdpo.hf.unwrap import backbone_of, unwrap_model, unwrapped
 
 if TYPE_CHECKING:
     from torch import nn
@@ -101,8 +101,8 @@ def share_backbone(
     if min_prefix < 1:
         raise FlexdpoError(f"min_prefix must be at least 1 token, got {min_prefix}")
     base = unwrap_model(model)
-    backbone, taker = backbone_of(base), taker_of(base)
-    if sharing_of(taker) is not None:
+    backbone, input_module = backbone_of(base), input_module_of(base)
+    if sharing_of(input_module) is not None:
         raise FlexdpoError(
             f"this {type(base).__name__} shares prefixes already; call flexdpo.unshare(model) before sharing it again"
         )
@@ -111,28 +111,25 @@ def share_backbone(
     name = implementation_over(stock)
     prepare_model(model, impl=impl)
     backbone.set_attn_implementation(name)
-    install_layout_hooks(taker, impl)
-    parameters = tuple(inspect.signature(type(taker).forward).parameters)[1:]
+    install_layout_hooks(input_module, impl)
+    find_limits(input_module)
+    parameters = tuple(inspect.signature(type(input_module).forward).parameters)[1:]
     positions = Positions.of(backbone)
-    install_sharing_hooks(taker, Sharing(stock, impl_before, impl, min_gain, min_prefix, positions, parameters))
+    install_sharing_hooks(input_module, Sharing(stock, impl_before, impl, min_gain, min_prefix, positions, parameters))
     return PrefixSharing(model)
 
 
 def unshare(model: nn.Module) -> None:
     """Undo :func:`share_prefixes`: the model has its attention back and runs as if it had never been shared.
 
-    Args:
-        model: The model that was shared, or whatever wraps it by now.
-
-    Raises:
-        FlexdpoError: if it is not shared.
+    Raises ``FlexdpoError`` if it is not shared.
     """
     base = unwrap_model(unwrapped(model))
-    backbone, taker = backbone_of(base), taker_of(base)
-    sharing = _require_shared(taker)
-    remove_sharing_hooks(taker)
+    backbone, input_module = backbone_of(base), input_module_of(base)
+    sharing = _require_shared(input_module)
+    remove_sharing_hooks(input_module)
     backbone.set_attn_implementation(sharing.stock)
-    parts: set[Any] = {base, backbone, taker}
+    parts: set[Any] = {base, backbone, input_module}
     for part in parts:
         if sharing.impl_before is None:
             remove_layout_hooks(part)
@@ -143,24 +140,20 @@ def unshare(model: nn.Module) -> None:
 def sharing_stats(model: nn.Module) -> SharingStats:
     """Tell how many tokens a shared model was given and how many it ran, and which batches passed through and why.
 
-    Args:
-        model: A model after :func:`share_prefixes`, or whatever wraps it by now.
-
-    Raises:
-        FlexdpoError: if it is not shared.
+    Raises ``FlexdpoError`` if it is not shared.
     """
-    return _require_shared(taker_of(unwrap_model(unwrapped(model)))).stats_so_far()
+    return _require_shared(input_module_of(unwrap_model(unwrapped(model)))).stats_so_far()
 
 
 def is_shared(model: nn.Module) -> bool:
     """Whether prefixes are shared on a model, or on what is inside of its wrappers."""
-    return sharing_of(taker_of(unwrap_model(unwrapped(model)))) is not None
+    return sharing_of(input_module_of(unwrap_model(unwrapped(model)))) is not None
 
 
 # --- which part, and in which order ----------------------------------------------------------------------------------
 
 
-def taker_of(base: PreTrainedModel) -> PreTrainedModel:
+def input_module_of(base: PreTrainedModel) -> PreTrainedModel:
     """Return the part of a model that takes token ids from its head.
 
     It is the backbone, except where a model of text and images first makes embeddings of both.
@@ -171,22 +164,12 @@ def taker_of(base: PreTrainedModel) -> PreTrainedModel:
     return inner if composed and "position_ids" in inspect.signature(inner.forward).parameters else backbone
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside DDP, FSDP, DeepSpeed or a compiled module."""
-    inner: Any = model
-    while not isinstance(inner, PreTrainedModel) and not hasattr(inner, "get_base_model"):
-        found = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
-        if found is None:
-            break
-        inner = found
-    bare: nn.Module = inner
-    return bare
-
-
-def _require_shared(taker: nn.Module) -> Sharing:
-    sharing = sharing_of(taker)
+def _require_shared(input_module: nn.Module) -> Sharing:
+    sharing = sharing_of(input_module)
     if sharing is None:
-        raise FlexdpoError(f"this {type(taker).__name__} shares no prefixes; call flexdpo.share_prefixes(model) first")
+        raise FlexdpoError(
+            f"this {type(input_module).__name__} shares no prefixes; call flexdpo.share_prefixes(model) first"
+        )
     return sharing
 
 
@@ -219,4 +202,4 @@ def _is_compiled(model: Any) -> bool:
     if not isinstance(model, PreTrainedModel) and not hasattr(model, "get_base_model"):
         return False
     base = unwrap_model(model)
-    return any(part._compiled_call_impl is not None for part in (model, base, taker_of(base), backbone_of(base)))
+    return any(part._compiled_call_impl is not None for part in (model, base, input_module_of(base), backbone_of(base)))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from flexdpo.attention.mask_mods import CAUSAL
-from flexdpo.attention.query_blocks import REREAD_QUERIES, START_COST, plan_pieces
+from flexdpo.attention.query_blocks import REREAD_QUERIES, START_COST, plan_query_blocks
 from flexdpo.errors import FlexdpoError, nearest
 from flexdpo.estimate.flops import row_work
 
@@ -125,14 +125,14 @@ class StepSeconds(NamedTuple):
 
 
 def row_load(row: Row, shape: ModelSize, machine: Machine) -> Load:
-    """The load of a packed row: scores by whole tiles on CUDA, by pieces elsewhere."""
+    """The load of a packed row: scores by whole tiles on CUDA, by query blocks elsewhere."""
     work = row_work(row)
     if machine.name == "cuda":
         return Load(row.layout.length, work.scores, work.targets)
     width = shape.heads * shape.head_dim
-    pieces = plan_pieces(row.layout, CAUSAL, width=width)
-    scores = sum((piece.stop - piece.start + REREAD_QUERIES) * piece.num_keys for piece in pieces)
-    return Load(work.tokens, scores + len(pieces) * START_COST / width, work.targets)
+    blocks = plan_query_blocks(row.layout, CAUSAL, width=width)
+    scores = sum((block.stop - block.start + REREAD_QUERIES) * block.num_keys for block in blocks)
+    return Load(work.tokens, scores + len(blocks) * START_COST / width, work.targets)
 
 
 def padded_load(groups: Sequence[Group]) -> Load:

@@ -22,8 +22,7 @@ from flexdpo.estimate.model_shapes import find_shape
 from flexdpo.estimate.report import Estimate
 from flexdpo.estimate.settings import EstimateSettings
 from flexdpo.hf.row_dependence import length_limits
-from flexdpo.hf.rules import backbone_of
-from flexdpo.objective.lm_head import base_model
+from flexdpo.hf.unwrap import backbone_of, base_model
 from flexdpo.training.memory import (
     MemoryPrediction,
     ModelSize,

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from flexdpo.errors import UnsupportedModelError, first_line
 from flexdpo.hf.draws import can_run, left_as_it_is
-from flexdpo.hf.rules import unwrap_model
+from flexdpo.hf.unwrap import unwrap_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,8 +11,7 @@ _NAMES = ("activation_checkpointing", "gradient_checkpointing")
 def checkpointing_name(owner: Any, suffix: str = "") -> str:
     """The name that a model, training arguments or their class knows, with ``suffix`` behind it.
 
-    Raises:
-        AttributeError: if ``owner`` knows neither.
+    Raises ``AttributeError`` if ``owner`` knows neither.
     """
     names = [name + suffix for name in _NAMES]
     for name in names:

@@ -13,15 +13,15 @@ from flexdpo.attention.kernels import attention_call_of
 from flexdpo.attention.row_mask import row_mask_of
 from flexdpo.attention.selftest import is_compared, require_correct_call
 from flexdpo.errors import FlexdpoError
-from flexdpo.hf.rules import backbone_of, unwrap_model
+from flexdpo.hf.unwrap import backbone_of, unwrap_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import nn
 
+    from flexdpo.attention.inputs import AttentionCall
     from flexdpo.attention.row_mask import RowMask
-    from flexdpo.attention.selftest import AttentionCall
 
 
 # a length counts up to four times: with gradients, and without them, of the policy and of its reference. Past torch's
@@ -35,7 +35,7 @@ def compile_decoder_layers(model: nn.Module, *, dynamic: bool = True, **options:
     Layers are alike, so the first one compiled serves the others; the mask is made outside of them, once per row. On
     CUDA the attention is compiled into the layer, and before a layer first runs under a mask, its kernel is compared
     with dense attention by itself: the same FlexAttention with the same mask, options, heads and dtype. Where attention
-    runs in pieces (CPU training) the layer pauses for it.
+    runs in query blocks (CPU training) the layer pauses for it.
 
     Args:
         model: After :func:`flexdpo.prepare_model`, before DDP or FSDP wrap it.
@@ -74,19 +74,13 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList | None:
 
 @dataclass(eq=False)
 class _CompiledLayer:
-    """A layer's compiled call, with the self-test of its attention before it.
+    """A layer's compiled call, with the self-test of its attention before it."""
 
-    Attributes:
-        layer: The layer.
-        compiled: What torch made of its call.
-        dynamic: Whether that serves all row lengths.
-        calls: What the layer asks of its attention, by autocast's dtype; looked up by running it up to there once. All
-            processes of a sharded model do so at the layer's first call, and only then.
-    """
-
-    layer: nn.Module
-    compiled: Callable[..., Any]
-    dynamic: bool
+    layer: nn.Module  # the layer
+    compiled: Callable[..., Any]  # what torch made of its call
+    dynamic: bool  # whether that serves all row lengths
+    # what the layer asks of its attention, by autocast's dtype; looked up by running it up to there once. All processes
+    # of a sharded model do so at the layer's first call, and only then.
     calls: dict[torch.dtype | None, AttentionCall | None] = field(default_factory=dict)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -110,17 +110,11 @@ def _put_back(generator: Any, state: Any) -> None:
 
 
 class Answer(NamedTuple):
-    """What a forward did.
+    """What a forward did."""
 
-    Attributes:
-        draws: How many times each module drew, by its name; ``""`` is the model itself.
-        result: The first floating-point tensor of its output.
-        trace: Operators and sums over their outputs, where these were asked for.
-    """
-
-    draws: Counter[str]
-    result: Tensor
-    trace: list[tuple[str, float, float]]
+    draws: Counter[str]  # how many times each module drew, by its name; ``""`` is the model itself
+    result: Tensor  # the first floating-point tensor of its output
+    trace: list[tuple[str, float, float]]  # operators and sums over their outputs, where these were asked for
 
 
 def draws_by_module(model: nn.Module, *, training: bool | None = True) -> Counter[str] | None:
@@ -129,13 +123,10 @@ def draws_by_module(model: nn.Module, *, training: bool | None = True) -> Counte
     Generators, buffers, gradients and modes are afterwards what they were. A draw counts for the innermost module that
     was running.
 
-    Args:
-        model: A ``PreTrainedModel``; a sharded one must be asked in every process at once.
-        training: Whether in training or in evaluation mode; ``None`` asks in the mode that each module has.
+    A sharded model must be asked in every process at once. ``training=None`` asks in the mode that each module has.
 
-    Returns:
-        Draws by the module's name, empty where nothing is random; ``None`` for a model that cannot run: its weights
-        are on the meta device, or DeepSpeed ZeRO-3 has spread them over the processes.
+    Returns draws by the module's name, empty where nothing is random; ``None`` for a model that cannot run: its weights
+    are on the meta device, or DeepSpeed ZeRO-3 has spread them over the processes.
     """
     if not can_run(model):
         return None
@@ -193,11 +184,8 @@ def ask(
 ) -> Answer:
     """Run a model and see who draws.
 
-    Args:
-        model: As in :func:`draws_by_module`; the caller puts back what the forward changes.
-        inputs: Its ``input_ids`` or ``inputs_embeds``; by default two tokens.
-        torch_only: Count what torch's operators draw, and nothing that another thread may have drawn.
-        forced: Draw this share of every uniform range, 0 to 1, and trace what follows.
+    The caller puts back what the forward changes. Without ``inputs`` two tokens run; ``torch_only`` leaves out what
+    another thread may have drawn; ``forced`` draws this share, 0 to 1, of every uniform range, and traces what follows.
     """
     inputs = _two_tokens(model) if inputs is None else inputs
     in_thread.asking += 1

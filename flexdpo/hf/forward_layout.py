@@ -25,7 +25,7 @@ from flexdpo.hf.row_dependence import (
     require_own_lengths,
     rotary_modules,
 )
-from flexdpo.hf.rules import backbone_of, require_exact
+from flexdpo.hf.unwrap import backbone_of
 from flexdpo.layout.row import RowLayout
 
 if TYPE_CHECKING:
@@ -39,26 +39,18 @@ _TESTED = ("_flexdpo_tested", "_flexdpo_tested_with_gradients")
 
 
 @dataclass(eq=False)
-class Held:
-    """The layout of one forward in progress.
+class PackedForward:
+    """The layout of one forward in progress."""
 
-    Attributes:
-        module: The model that took the layout.
-        layout: The batch of rows being run; ``None`` while another prepared model runs without one in between.
-        impl: The kernel that was asked for.
-        attention_ran: Whether our attention function ran under a mask of this layout.
-        brings_token_types: Whether the call says which tokens are images.
-        states: Of the random number generators when it began; ``None`` where Dynamo traces the hooks.
-        inputs: Its token ids or embeddings.
-    """
-
-    module: Any
+    module: Any  # the model that took the layout
+    # the batch of rows being run; ``None`` while another prepared model runs without one in between
     layout: RowLayout | None
-    impl: Impl
-    attention_ran: bool = False
-    brings_token_types: bool = False
+    impl: Impl  # the kernel that was asked for
+    attention_ran: bool = False  # whether our attention function ran under a mask of this layout
+    brings_token_types: bool = False  # whether the call says which tokens are images
+    # of the random number generators when it began; ``None`` where Dynamo traces the hooks
     states: RandomState | None = None
-    inputs: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, Any] = field(default_factory=dict)  # its token ids or embeddings
 
     def tested(self, grad: bool) -> bool:
         """Whether the model's kernels went through their self-test, in an uncompiled run in this gradient mode."""
@@ -74,18 +66,18 @@ class _Forwards(threading.local):
     """The packed forwards in progress in each thread, innermost last."""
 
     def __init__(self) -> None:
-        self.held: list[Held] = []
+        self.stack: list[PackedForward] = []
 
 
 _forwards = _Forwards()
 
 
-def held_forward() -> Held | None:
+def packed_forward() -> PackedForward | None:
     """Return the packed forward in progress in this thread, or ``None`` when a model runs without a layout."""
     if in_thread.asking:
         return None
-    held = _forwards.held[-1] if _forwards.held else None
-    return None if held is None or held.layout is None else held
+    forward = _forwards.stack[-1] if _forwards.stack else None
+    return None if forward is None or forward.layout is None else forward
 
 
 def install_layout_hooks(module: nn.Module, impl: Impl) -> None:
@@ -102,8 +94,7 @@ def install_layout_hooks(module: nn.Module, impl: Impl) -> None:
 def find_limits(module: Any) -> None:
     """Ask a backbone's rotary embeddings at which lengths they change, and let them go by each token's sequence.
 
-    Args:
-        module: A causal LM or its backbone; safe to call again.
+    ``module`` is a causal LM or its backbone. Safe to call again.
     """
     backbone = backbone_of(module)
     if "_flexdpo_limits" not in vars(backbone):
@@ -116,17 +107,17 @@ def find_limits(module: Any) -> None:
 
 
 def _go_by_sequences(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:  # noqa: ARG001
-    held = held_forward()
-    if held is None or held.layout is None or held.layout.longest is None:
+    forward = packed_forward()
+    if forward is None or forward.layout is None or forward.layout.longest is None:
         return None  # without lengths all sequences were found to be short
-    return evaluated_by_side(module, held.module._flexdpo_limits, held.layout.longest, args, kwargs)
+    return evaluated_by_side(module, forward.module._flexdpo_limits, forward.layout.longest, args, kwargs)
 
 
 def remove_layout_hooks(module: nn.Module) -> None:
     """Undo :func:`install_layout_hooks`. Safe to call again."""
     for handle in module.__dict__.pop("_flexdpo_hooks", ()):
         handle.remove()
-    for name in ("_flexdpo_impl", "_flexdpo_checked", "_flexdpo_harmless", "_flexdpo_limits", *_TESTED):
+    for name in ("_flexdpo_impl", "_flexdpo_harmless", "_flexdpo_limits", *_TESTED):
         module.__dict__.pop(name, None)
 
 
@@ -139,8 +130,6 @@ def _take_layout(
             raise FlexdpoError("pass a row by name, model(**row.inputs()); its layout came as a positional argument")
         _run_without_layout(module)
         return None if (whole := _with_all_positions(module, kwargs)) is kwargs else (args, whole)
-    if not getattr(module, "_flexdpo_checked", False):
-        _check_once(module)
     _require_single_owner(module)
     _require_match(layout, args, kwargs)
     _require_known_inputs(kwargs)
@@ -153,10 +142,10 @@ def _take_layout(
     impl: Impl = module._flexdpo_impl  # type: ignore[assignment]
     _forget_interrupted(module)
     types = any(kwargs.get(name) is not None for name in ("token_type_ids", "mm_token_type_ids"))
-    held = Held(module, layout, impl, brings_token_types=types)
+    forward = PackedForward(module, layout, impl, brings_token_types=types)
     if not torch.compiler.is_compiling():
-        held.states, held.inputs = RandomState.now(), _tokens_of(args, kwargs)
-    _forwards.held.append(held)
+        forward.states, forward.inputs = RandomState.now(), _tokens_of(args, kwargs)
+    _forwards.stack.append(forward)
     return args, kwargs
 
 
@@ -179,42 +168,34 @@ def _tokens_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def _run_without_layout(module: nn.Module) -> None:
     """Keep a held layout from a model that runs without one: its own backbone inherits it, nobody else does."""
-    if not _forwards.held:
+    if not _forwards.stack:
         return
     _forget_interrupted(module)
-    if _forwards.held and not any(part is module for part in _forwards.held[-1].module.modules()):
-        _forwards.held.append(Held(module, None, "auto"))
+    if _forwards.stack and not any(part is module for part in _forwards.stack[-1].module.modules()):
+        _forwards.stack.append(PackedForward(module, None, "auto"))
 
 
 def _forget_interrupted(module: nn.Module) -> None:
     """Drop what an interrupted forward of the same module left behind: Ctrl-C skips the hook that releases it."""
-    for number, held in enumerate(_forwards.held):
-        if held.module is module:
-            del _forwards.held[number:]
+    for number, forward in enumerate(_forwards.stack):
+        if forward.module is module:
+            del _forwards.stack[number:]
             return
 
 
-@torch.compiler.disable
-def _check_once(module: Any) -> None:
-    """Apply the static rule to a model that was loaded with our attention but never prepared."""
-    require_exact(module)
-    find_limits(module)
-    module._flexdpo_checked = True
-
-
 def _release_layout(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:  # noqa: ARG001
-    if not _forwards.held or _forwards.held[-1].module is not module:
+    if not _forwards.stack or _forwards.stack[-1].module is not module:
         return
-    held = _forwards.held.pop()
+    forward = _forwards.stack.pop()
     # output is None when the forward raised; its own error says more
-    if held.layout is not None and not held.attention_ran and output is not None:
+    if forward.layout is not None and not forward.attention_ran and output is not None:
         raise UnsupportedModelError(
             f"{type(module).__name__} never called flexdpo's attention on a packed row, so its result mixes responses; "
             f"load it with attn_implementation={ATTN_IMPLEMENTATION!r} and call flexdpo.prepare_model(model), "
             "or train this model without flexdpo"
         )
-    if held.states is not None and output is not None:
-        refuse_draws(held.module, held.states, held.inputs)
+    if forward.states is not None and output is not None:
+        refuse_draws(forward.module, forward.states, forward.inputs)
 
 
 def _require_single_owner(module: nn.Module) -> None:

@@ -12,15 +12,18 @@ from types import CellType, FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from einops import rearrange
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
-from flexdpo.attention.kernels import packed_attention, softmax_attention
+from flexdpo.attention.formula import softmax_attention
+from flexdpo.attention.inputs import AttentionInputs
+from flexdpo.attention.kernels import packed_attention
 from flexdpo.attention.mask_mods import CAUSAL, MaskKind
 from flexdpo.attention.row_mask import row_mask_for, row_mask_of
 from flexdpo.attention.selftest import is_compared
 from flexdpo.errors import FlexdpoError, UnsupportedModelError
-from flexdpo.hf.forward_layout import held_forward
+from flexdpo.hf.forward_layout import packed_forward
 from flexdpo.hf.randomness import WAY_OUT
 from flexdpo.hf.row_dependence import scaled_by_position
 from flexdpo.layout.row import RowLayout
@@ -65,8 +68,8 @@ def flexdpo_mask(
 
     The arguments are those of ``transformers.masking_utils.sdpa_mask``.
     """
-    held = held_forward()
-    if held is None or held.layout is None:
+    forward = packed_forward()
+    if forward is None or forward.layout is None:
         return sdpa_mask(
             batch_size=batch_size,
             q_length=q_length,
@@ -77,12 +80,12 @@ def flexdpo_mask(
             attention_mask=attention_mask,
             **kwargs,
         )
-    layout = held.layout
+    layout = forward.layout
     if (batch_size, q_length, kv_length) != (*layout.position_ids.shape, layout.position_ids.shape[1]):
         raise FlexdpoError(
-            f"the layout is for {layout.batch_size} rows of {layout.length} tokens, but {type(held.module).__name__} "
-            f"asks for a mask of {batch_size} rows with {q_length} queries and {kv_length} keys; "
-            "a packed row cannot be combined with a cache or with extra tokens (prompt tuning)"
+            f"the layout is for {layout.batch_size} rows of {layout.length} tokens, but "
+            f"{type(forward.module).__name__} asks for a mask of {batch_size} rows with {q_length} queries and "
+            f"{kv_length} keys; a packed row cannot be combined with a cache or with extra tokens (prompt tuning)"
         )
     if mask_function is bidirectional_mask_function:
         raise UnsupportedModelError(_LOOKS_AHEAD)
@@ -91,9 +94,9 @@ def flexdpo_mask(
         kind = MaskKind("other", kwargs.get("local_size") or 0, mask_function)
     else:
         kind = mask_kind_of(mask_function)
-    row_mask = row_mask_for(layout, kind, held.impl)
+    row_mask = row_mask_for(layout, kind, forward.impl)
     if torch.compiler.is_compiling() and is_compared(row_mask, layout.device):
-        row_mask.tested = held.tested(torch.is_grad_enabled())
+        row_mask.tested = forward.tested(torch.is_grad_enabled())
     return row_mask.block_mask
 
 
@@ -102,16 +105,15 @@ def mask_kind_of(mask_function: Callable[..., Any]) -> MaskKind:
 
     Whatever is not recognised is still honoured, evaluated at logical positions pair by pair.
 
-    Raises:
-        UnsupportedModelError: if the function looks ahead, or depends on more than the two positions.
+    Raises ``UnsupportedModelError`` if the function looks ahead, or depends on more than the two positions.
     """
     if mask_function is causal_mask_function:
         return CAUSAL
     parts = _closure(mask_function, "or_masks").get("mask_functions", ())
     if len(parts) == 2 and "block_sequence_ids" in (blocks := _closure(parts[1], "blockwise_overlay")):
-        held = held_forward()
+        forward = packed_forward()
         # where nothing but text came in, the model made these ids itself; a look at them would wait for the device
-        if held is None or held.brings_token_types:
+        if forward is None or forward.brings_token_types:
             _require_text_only(blocks["block_sequence_ids"])
         return mask_kind_of(parts[0])
     parts = _closure(mask_function, "and_masks").get("mask_functions", ())
@@ -225,8 +227,8 @@ def flexdpo_attention(
         ``([B, S, Hq, Dv], None)``, as transformers expects.
     """
     row_mask = row_mask_of(attention_mask)
-    held = held_forward()
-    if held is not None and (row_mask is None or row_mask.layout is not held.layout):
+    forward = packed_forward()
+    if forward is not None and (row_mask is None or row_mask.layout is not forward.layout):
         raise UnsupportedModelError(
             f"{type(module).__name__} received a mask that is not the packed row's own "
             f"({type(attention_mask).__name__}); it would mix responses, so train this model without flexdpo"
@@ -244,15 +246,15 @@ def flexdpo_attention(
             s_aux=s_aux,
             **kwargs,
         )
-    if held is not None:
+    if forward is not None:
         # a flag and not a count, which a compiled layer would be traced again for
-        held.attention_ran = True
+        forward.attention_ran = True
     _refuse_unknown(module, dropout, kwargs)
     query = scaled_by_position(module, query, row_mask.layout)
     output = packed_attention(query, key, value, row_mask, scaling=scaling, softcap=softcap, sinks=s_aux)
-    if held is not None and not torch.compiler.is_compiling() and is_compared(row_mask, query.device):
-        held.mark_tested(torch.is_grad_enabled())
-    return output.transpose(1, 2).contiguous(), None
+    if forward is not None and not torch.compiler.is_compiling() and is_compared(row_mask, query.device):
+        forward.mark_tested(torch.is_grad_enabled())
+    return rearrange(output, "b h s d -> b s h d").contiguous(), None
 
 
 def _refuse_unknown(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
@@ -306,5 +308,6 @@ def _stock_attention(
     if bias.dtype == torch.bool:
         bias = torch.zeros(bias.shape, dtype=query.dtype, device=query.device)
         bias = bias.masked_fill_(~attention_mask, torch.finfo(query.dtype).min)
-    output = softmax_attention(query, key, value, bias, scaling=scaling, softcap=softcap, sinks=s_aux, dropout=dropout)
-    return output.transpose(1, 2).contiguous(), None
+    inputs = AttentionInputs(query, key, value, scaling, softcap, s_aux)
+    output = softmax_attention(inputs, bias, dropout=dropout)
+    return rearrange(output, "b h s d -> b s h d").contiguous(), None

@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import sys
 from importlib.abc import MetaPathFinder
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,15 +34,37 @@ class _RegisterBehind(MetaPathFinder):
 
             def exec_module(module: ModuleType) -> None:
                 execute(module)
-                importlib.import_module("flexdpo.hf.prepare")
+                _register(module)
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
+def _register(models: ModuleType) -> None:
+    """Register functions that load ours when they are called.
+
+    A module of ours may be in the middle of its own import when transformers' models are imported by it.
+    """
+    masks = importlib.import_module("transformers.masking_utils")
+    models.AttentionInterface.register("flexdpo", _attention)
+    masks.AttentionMaskInterface.register("flexdpo", _mask)
+
+
+def _attention(*args: Any, **kwargs: Any) -> Any:
+    from flexdpo.hf.interface import flexdpo_attention
+
+    return flexdpo_attention(*args, **kwargs)
+
+
+def _mask(*args: Any, **kwargs: Any) -> Any:
+    from flexdpo.hf.interface import flexdpo_mask
+
+    return flexdpo_mask(*args, **kwargs)
+
+
 def register_when_imported() -> None:
     """Register now if transformers' models are there already, otherwise behind their import. Safe to call again."""
     if _MODELS in sys.modules:
-        importlib.import_module("flexdpo.hf.prepare")
+        _register(sys.modules[_MODELS])
     elif not any(isinstance(finder, _RegisterBehind) for finder in sys.meta_path):
         sys.meta_path.insert(0, _RegisterBehind())

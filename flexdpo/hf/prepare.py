@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface
 
 from flexdpo.attention.row_mask import Impl, resolve_impl
 from flexdpo.errors import UnsupportedModelError
 from flexdpo.hf.adapters import refuse_adapters
 from flexdpo.hf.forward_layout import ATTN_IMPLEMENTATION, find_limits, install_layout_hooks
 from flexdpo.hf.interface import flexdpo_attention, flexdpo_mask
-from flexdpo.hf.rules import backbone_of, refusal_reason, require_exact, unwrap_model
+from flexdpo.hf.rules import require_exact
+from flexdpo.hf.unwrap import backbone_of, unwrap_model
 
 if TYPE_CHECKING:
     from torch import nn
-
-__all__ = ["backbone_of", "prepare_model", "refusal_reason", "register", "unwrap_model"]
 
 
 def prepare_model(model: nn.Module, *, impl: Impl = "auto") -> nn.Module:
@@ -54,40 +52,17 @@ def prepare_model(model: nn.Module, *, impl: Impl = "auto") -> nn.Module:
         )
     for part in {base, backbone}:
         install_layout_hooks(part, impl)
-        part._flexdpo_checked = True
     find_limits(base)
     return model
 
 
 def register() -> None:
-    """Make ``attn_implementation="flexdpo"`` known to transformers. Safe to call again."""
+    """Make ``attn_implementation="flexdpo"`` known to transformers, and change nothing else there.
+
+    A model loaded with the name alone runs as transformers' own until it is prepared.
+    """
     AttentionInterface.register(ATTN_IMPLEMENTATION, flexdpo_attention)
     AttentionMaskInterface.register(ATTN_IMPLEMENTATION, flexdpo_mask)
-    _hook_into_loading()
-
-
-def _hook_into_loading() -> None:
-    """Let a model that is loaded with ``attn_implementation="flexdpo"`` take layouts at once.
-
-    The name alone would run packed rows on no model: each one reads its ``attention_mask`` in its own way, and three
-    never read it at all. transformers asks every model, when it is made and whenever the implementation changes,
-    whether it can run the name asked for; that is where the hooks go in. The static rule follows at the first row.
-    """
-    ask = PreTrainedModel.get_correct_attn_implementation
-    if hasattr(ask, "_flexdpo_asks"):
-        return
-
-    @wraps(ask)
-    def get_correct_attn_implementation(
-        self: PreTrainedModel, requested_attention: str | None, is_init_check: bool = False
-    ) -> str:
-        applicable: str = ask(self, requested_attention, is_init_check)
-        if applicable == ATTN_IMPLEMENTATION and not hasattr(self, "_flexdpo_impl"):
-            install_layout_hooks(self, "auto")
-        return applicable
-
-    get_correct_attn_implementation._flexdpo_asks = ask  # type: ignore[attr-defined]
-    PreTrainedModel.get_correct_attn_implementation = get_correct_attn_implementation
 
 
 # whoever gets here has imported transformers' models already

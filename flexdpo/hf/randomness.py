@@ -16,7 +16,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from flexdpo.errors import UnsupportedModelError
 from flexdpo.hf.draws import RandomState, ask, draws_by_module, harmless, left_as_it_is
-from flexdpo.hf.rules import backbone_of, unwrap_model
+from flexdpo.hf.unwrap import backbone_of, unwrap_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -38,15 +38,8 @@ def disable_dropout(model: nn.Module) -> Callable[[], None]:
     DeepSpeed ZeRO-3) cannot be asked: there everything is set to 0 that is called dropout, jitter or noise, and its
     first packed row is looked at, as that of every model.
 
-    Args:
-        model: A ``PreTrainedModel`` or a ``PeftModel`` around one, in any mode.
-
-    Returns:
-        Puts every setting back.
-
-    Raises:
-        UnsupportedModelError: naming the modules that draw random numbers however they are set; the model is left as
-            it was.
+    Returns what puts every setting back. Raises ``UnsupportedModelError`` naming the modules that draw random numbers
+    however they are set; the model is left as it was.
     """
     base = unwrap_model(model)
     changed = [_Rate([(vars(m), "p")], "p") for m in base.modules() if isinstance(m, _DropoutNd) and m.p > 0]
@@ -74,12 +67,7 @@ def disable_dropout(model: nn.Module) -> Callable[[], None]:
 def require_no_draws(model: nn.Module, setting: str) -> None:
     """Refuse a model that draws random numbers in training.
 
-    Args:
-        model: As in :func:`disable_dropout`.
-        setting: Why nobody set them to 0, for the message.
-
-    Raises:
-        UnsupportedModelError: naming the modules.
+    Raises ``UnsupportedModelError`` naming the modules.
     """
     base = unwrap_model(model)
     draws = draws_by_module(base)
@@ -230,13 +218,7 @@ def refuse_draws(module: PreTrainedModel, before: RandomState, inputs: dict[str,
 
     Others may have drawn them meanwhile, so the backbone is run once more, without a layout, and looked at alone.
 
-    Args:
-        module: That ran.
-        before: The states when it began.
-        inputs: Its ``input_ids`` or ``inputs_embeds``.
-
-    Raises:
-        UnsupportedModelError: naming the modules and the way out.
+    Raises ``UnsupportedModelError`` naming the modules and the way out.
     """
     now = RandomState.now()
     if not now.differs(before):

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from einops import rearrange
 
 from flexdpo.errors import FlexdpoError, UnsupportedModelError
-from flexdpo.hf.rules import backbone_of, unwrap_model
+from flexdpo.hf.unwrap import backbone_of, unwrap_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,14 +34,11 @@ _LONGEST = 1 << 24
 
 @dataclass(frozen=True)
 class LengthLimits:
-    """At which lengths a model's rotary frequencies change.
+    """At which lengths a model's rotary frequencies change."""
 
-    Attributes:
-        limits: Increasing; a sequence of at most so many tokens has other frequencies than a longer one.
-        open_end: The limit beyond which every length has frequencies of its own; ``None`` where there is none.
-    """
-
+    # increasing; a sequence of at most so many tokens has other frequencies than a longer one
     limits: tuple[int, ...] = ()
+    # the limit beyond which every length has frequencies of its own; ``None`` where there is none
     open_end: int | None = None
 
     def side(self, length: int) -> int:
@@ -70,7 +68,7 @@ def limits_of(model: nn.Module) -> LengthLimits:
 def rotary_modules(backbone: nn.Module) -> Iterator[nn.Module]:
     """Modules that make something of positions alone: no weights, no parts, ``position_ids`` among their arguments."""
     for module in backbone.modules():
-        plain = not module._modules and not module._parameters
+        plain = not list(module.children()) and not list(module.parameters(recurse=False))
         takes = {"x", "position_ids"} <= set(inspect.signature(module.forward).parameters)
         if plain and takes:
             yield module
@@ -170,15 +168,10 @@ def require_own_lengths(limits: LengthLimits, layout: RowLayout, model: str) -> 
 def evaluated_by_side(module: nn.Module, limits: LengthLimits, longest: Tensor, args: Any, kwargs: Any) -> Any:
     """What a rotary embedding gives at every token of a row, each by the length of its own sequences.
 
-    Args:
-        module: The embedding.
-        limits: Of the model.
-        longest: Tokens of the longest sequence of each token of a row, ``[B, S]``.
-        args: Positional arguments it was called with.
-        kwargs: The others; among both ``position_ids`` ``[B, S]``.
+    ``longest``, ``[B, S]``, holds the tokens of the longest sequence of each token; ``args`` and ``kwargs`` are those
+    of the call.
 
-    Returns:
-        What the module returns: tensors ``[B, S, ...]``.
+    Returns what the module returns: tensors ``[B, S, ...]``.
     """
     named = inspect.signature(module.forward).bind(*args, **kwargs).arguments
     positions = named["position_ids"]
@@ -204,13 +197,7 @@ def evaluated_by_side(module: nn.Module, limits: LengthLimits, longest: Tensor, 
 def scaled_by_position(module: Any, query: Tensor, layout: RowLayout) -> Tensor:
     """Undo Llama 4's scaling of the queries by the row index, and scale them by the position instead.
 
-    Args:
-        module: The attention that scaled them, or one that did not.
-        query: ``[B, Hq, S, D]``.
-        layout: Of the row.
-
-    Source:
-        ``Llama4TextAttention.forward`` of transformers; it scales only layers without rotations.
+    Source: ``Llama4TextAttention.forward`` of transformers; it scales only layers without rotations.
     """
     tuned = getattr(module, "attn_temperature_tuning", None) and not getattr(module, "use_rope", True)
     if not tuned or layout.length < module.floor_scale:
@@ -222,5 +209,5 @@ def scaled_by_position(module: Any, query: Tensor, layout: RowLayout) -> Tensor:
         return found
 
     factor = scale(layout.position_ids) / scale(index)
-    scaled: Tensor = query * factor[:, None, :, None]
+    scaled: Tensor = query * rearrange(factor, "b s -> b 1 s 1")
     return scaled.to(query.dtype)

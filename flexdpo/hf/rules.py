@@ -6,15 +6,12 @@ Whatever the rule cannot see is closed at run time, by :mod:`flexdpo.hf.forward_
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
-import transformers
-
-from flexdpo.errors import FlexdpoError, UnsupportedModelError
+from flexdpo.errors import UnsupportedModelError
+from flexdpo.hf.unwrap import backbone_of
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedModel
 
 _EXACT_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
@@ -71,27 +68,3 @@ def require_exact(model: PreTrainedModel) -> None:
             f"{type(model).__name__} (model_type {model.config.model_type!r}) cannot be exact on shared, packed rows: "
             f"{reason}. Train it without flexdpo, or choose another model ('flexdpo check MODEL' tells beforehand)."
         )
-
-
-def unwrap_model(model: nn.Module) -> PreTrainedModel:
-    """Return the ``PreTrainedModel`` inside a PEFT model, or the model itself."""
-    if isinstance(model, torch.nn.DataParallel):
-        raise UnsupportedModelError(
-            "nn.DataParallel runs replicas in threads that would share one layout; start one process per GPU with "
-            "torchrun or accelerate launch"
-        )
-    wrapper: Any = model
-    inner = wrapper.get_base_model() if hasattr(model, "get_base_model") else model
-    if not isinstance(inner, transformers.PreTrainedModel):
-        raise FlexdpoError(
-            f"expected a transformers PreTrainedModel or a PeftModel around one, got {type(inner).__name__}; "
-            "prepare the model before it is wrapped or compiled"
-        )
-    return inner
-
-
-def backbone_of(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the decoder below the language-model head, which is what decides whether a model can be exact."""
-    decoder = model.get_decoder()
-    # some classes call their vocabulary projection "decoder"
-    return decoder if isinstance(decoder, transformers.PreTrainedModel) else model.base_model

@@ -20,18 +20,14 @@ class Group:
     """A tokenised preference example: one prompt, ``K >= 1`` responses and the preferences among them.
 
     A pair is ``K = 2`` with the single edge ``(0, 1)``: response 0 is chosen over response 1.
-
-    Attributes:
-        prompt_ids: Token ids of the prompt, ``[P]`` int64, ``P >= 1``.
-        response_ids: Token ids of each response without the prompt, ``K`` arrays ``[L_k]`` int64, ``L_k >= 1``.
-        edges: Preferences ``(chosen, rejected)`` as indices into ``response_ids``; empty for plain supervision.
-        name: How error messages call this example, for instance ``"row 17"``.
     """
 
-    prompt_ids: NDArray[np.int64]
+    prompt_ids: NDArray[np.int64]  # token ids of the prompt, ``[P]`` int64, ``P >= 1``
+    # token ids of each response without the prompt, ``K`` arrays ``[L_k]`` int64, ``L_k >= 1``
     response_ids: tuple[NDArray[np.int64], ...]
+    # preferences ``(chosen, rejected)`` as indices into ``response_ids``; empty for plain supervision
     edges: tuple[tuple[int, int], ...] = ()
-    name: str = "group"
+    name: str = "group"  # how error messages call this example, for instance ``"row 17"``
 
     def __post_init__(self) -> None:
         if self.prompt_ids.size == 0:

@@ -79,16 +79,16 @@ def pack_numbered(
     multiple = pad_to_multiple_of if buckets is None else buckets.multiple
     budget = None if max_tokens_per_row is None else max_tokens_per_row // multiple * multiple
     packed = []
-    for families in _planned(groups, budget, max_tokens_per_row, sharing, limits):
+    for clusters in _planned(groups, budget, max_tokens_per_row, sharing, limits):
         target = multiple
         if buckets is not None:
-            target = buckets.length_for(sum(len(family.trie) for family in families), most=max_tokens_per_row)
-        row = Row.from_families(
-            [[groups[i] for i in family.members] for family in families],
-            [family.trie for family in families],
+            target = buckets.length_for(sum(len(cluster.trie) for cluster in clusters), most=max_tokens_per_row)
+        row = Row.from_clusters(
+            [[groups[i] for i in cluster.members] for cluster in clusters],
+            [cluster.trie for cluster in clusters],
             pad_to_multiple_of=target,
         )
-        packed.append((row, [i for family in families for i in family.members]))
+        packed.append((row, [i for cluster in clusters for i in cluster.members]))
     return packed
 
 
@@ -101,16 +101,12 @@ def row_lengths(
 ) -> list[int]:
     """Lengths of the rows that :func:`pack` makes of some batches, padding not counted; the rows are not made.
 
-    Args:
-        batches: Groups of one optimizer step each; a few hundred are enough for :func:`choose_buckets`.
-        max_tokens_per_row: As in :func:`pack`.
-        sharing: As in :func:`pack`.
-        limits: As in :func:`pack`.
+    A few hundred batches are enough for :func:`choose_buckets`.
     """
     return [
-        sum(len(family.trie) for family in families)
+        sum(len(cluster.trie) for cluster in clusters)
         for groups in batches
-        for families in _planned(groups, max_tokens_per_row, max_tokens_per_row, sharing, limits)
+        for clusters in _planned(groups, max_tokens_per_row, max_tokens_per_row, sharing, limits)
     ]
 
 
@@ -118,14 +114,14 @@ def row_lengths(
 
 
 @dataclass(frozen=True, eq=False)
-class _Family:
+class _Cluster:
     """Groups, by index, that share one trie."""
 
     members: list[int]
     trie: Trie
 
     @classmethod
-    def of(cls, members: list[int], groups: Sequence[Group], limits: Sequence[int]) -> _Family:
+    def of(cls, members: list[int], groups: Sequence[Group], limits: Sequence[int]) -> _Cluster:
         return cls(members, Trie.from_sequences([ids for i in members for ids in groups[i].sequences], limits=limits))
 
 
@@ -135,35 +131,35 @@ def _planned(
     max_tokens_per_row: int | None,
     sharing: str,
     limits: Sequence[int] = (),
-) -> list[list[_Family]]:
-    """The families of each row."""
-    families = _families(groups, budget, max_tokens_per_row, sharing, limits)
+) -> list[list[_Cluster]]:
+    """The clusters of each row."""
+    clusters = _clusters(groups, budget, max_tokens_per_row, sharing, limits)
     if budget is None:
-        return [families] if families else []
-    bins = best_fit_decreasing([len(family.trie) for family in families], budget)
-    return [[families[i] for i in members] for members in bins]
+        return [clusters] if clusters else []
+    bins = best_fit_decreasing([len(cluster.trie) for cluster in clusters], budget)
+    return [[clusters[i] for i in members] for members in bins]
 
 
-def _families(
+def _clusters(
     groups: Sequence[Group],
     budget: int | None,
     max_tokens_per_row: int | None,
     sharing: str,
     limits: Sequence[int],
-) -> list[_Family]:
+) -> list[_Cluster]:
     """Tries of the groups, or of groups with long common beginnings as far as these fit a row together."""
     if sharing not in SHARING:
         raise FlexdpoError(f"sharing must be one of {SHARING}, got {sharing!r}{nearest(sharing, SHARING)}")
-    families: list[_Family] = []
+    clusters: list[_Cluster] = []
     for members in _relatives(groups) if sharing == "step" else [[i] for i in range(len(groups))]:
-        whole = _Family.of(members, groups, limits)
+        whole = _Cluster.of(members, groups, limits)
         if budget is None or len(whole.trie) <= budget:
-            families.append(whole)
+            clusters.append(whole)
         elif len(members) > 1:
-            families += _split(whole, groups, budget, max_tokens_per_row, limits)
+            clusters += _split(whole, groups, budget, max_tokens_per_row, limits)
         else:
             _require_fit(groups[members[0]], len(whole.trie), budget, max_tokens_per_row)
-    return families
+    return clusters
 
 
 def _relatives(groups: Sequence[Group]) -> list[list[int]]:
@@ -176,15 +172,15 @@ def _relatives(groups: Sequence[Group]) -> list[list[int]]:
 
 
 def _split(
-    family: _Family, groups: Sequence[Group], budget: int, max_tokens_per_row: int | None, limits: Sequence[int]
-) -> list[_Family]:
-    """Break a family that fits no row into as many as needed, nearest relatives together."""
-    paths = iter(family.trie.paths)
-    nodes = {i: np.unique(np.concatenate([next(paths) for _ in groups[i].response_ids])) for i in family.members}
+    cluster: _Cluster, groups: Sequence[Group], budget: int, max_tokens_per_row: int | None, limits: Sequence[int]
+) -> list[_Cluster]:
+    """Break a cluster that fits no row into as many as needed, nearest relatives together."""
+    paths = iter(cluster.trie.paths)
+    nodes = {i: np.unique(np.concatenate([next(paths) for _ in groups[i].response_ids])) for i in cluster.members}
     parts: list[list[int]] = []
-    covered = np.zeros(len(family.trie), dtype=bool)
+    covered = np.zeros(len(cluster.trie), dtype=bool)
     # depth-first order puts those side by side that part last
-    for i in sorted(family.members, key=lambda i: nodes[i].tolist()):
+    for i in sorted(cluster.members, key=lambda i: nodes[i].tolist()):
         _require_fit(groups[i], nodes[i].size, budget, max_tokens_per_row)
         grown = covered.copy()
         grown[nodes[i]] = True
@@ -195,7 +191,7 @@ def _split(
             parts.append([i])
             covered[:] = False
             covered[nodes[i]] = True
-    return [_Family.of(sorted(part), groups, limits) for part in parts]
+    return [_Cluster.of(sorted(part), groups, limits) for part in parts]
 
 
 def _require_fit(group: Group, length: int, budget: int, max_tokens_per_row: int | None) -> None:
@@ -209,12 +205,7 @@ def _require_fit(group: Group, length: int, budget: int, max_tokens_per_row: int
 def best_fit_decreasing(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Place each length, longest first, into the fullest bin that still has room for it.
 
-    Args:
-        lengths: Sizes of the items, each at most ``budget``.
-        budget: Size of a bin.
-
-    Returns:
-        The indices in each bin, in increasing order; bins ordered by their first index.
+    Returns the indices in each bin, in increasing order; bins ordered by their first index.
     """
     bins: list[list[int]] = []
     room: list[int] = []
@@ -235,17 +226,11 @@ def best_fit_decreasing(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Buckets:
-    """The few lengths that rows are padded to, so that few kernels are compiled.
+    """The few lengths that rows are padded to, so that few kernels are compiled."""
 
-    Attributes:
-        lengths: Increasing multiples of ``multiple``.
-        multiple: A tile of FlexAttention, in tokens.
-        waste: Share of padding in all tokens run, on the rows these lengths were chosen for.
-    """
-
-    lengths: tuple[int, ...]
-    multiple: int
-    waste: float
+    lengths: tuple[int, ...]  # increasing multiples of ``multiple``
+    multiple: int  # a tile of FlexAttention, in tokens
+    waste: float  # share of padding in all tokens run, on the rows these lengths were chosen for
 
     def length_for(self, tokens: int, *, most: int | None = None) -> int:
         """The length to pad a row of ``tokens`` to.
@@ -253,9 +238,7 @@ class Buckets:
         A row longer than all buckets is padded to a multiple of an eighth of the longest, so that even surprises come
         in few lengths.
 
-        Args:
-            tokens: Of the row.
-            most: The token budget, which padding does not exceed.
+        ``most`` is the token budget, which padding does not exceed.
         """
         index = bisect_left(self.lengths, tokens)
         if index < len(self.lengths):

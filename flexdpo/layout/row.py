@@ -11,30 +11,21 @@ import numpy as np
 import torch
 
 from flexdpo.errors import FlexdpoError
+from flexdpo.layout.groups import Group
+from flexdpo.layout.row_layout import RowLayout
 from flexdpo.layout.sequences import numbered_sequences, token_ids_of
 from flexdpo.layout.trie import Trie
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from flexdpo.layout.groups import Group
+__all__ = ["TILE", "Row", "RowLayout", "idle_row", "on_device", "stack_inputs", "tile_multiple"]
 
 # tokens to a side of a tile of FlexAttention
 TILE = 128
-
-# what a model that was not prepared would ask of its attention_mask first
-# fmt: off
-_TENSOR_ATTRIBUTES = frozenset(
-    (
-        "ndim", "shape", "size", "dim", "dtype", "view", "reshape", "sum", "any", "all", "bool", "long",
-        "int", "float", "masked_fill", "eq", "ne", "expand", "unsqueeze", "repeat", "cumsum", "flatten",
-        "contiguous", "type", "transpose", "permute", "squeeze", "half", "bfloat16",
-    )
-)
-# fmt: on
 
 
 def tile_multiple(device: torch.device | str) -> int:
@@ -45,240 +36,34 @@ def tile_multiple(device: torch.device | str) -> int:
     return TILE if torch.device(device).type == "cuda" else 1
 
 
-class RowLayout:
-    """Where every token of a batch of packed rows stands: all that attention needs to keep branches apart.
-
-    It travels as the model's ``attention_mask``. A prepared model takes it out before its forward; any other model
-    that reads its mask stops with an error, instead of running the row as one long sequence.
-
-    Not a dataclass: FSDP looks into the dataclasses among a module's inputs and makes copies of them, and a copy is
-    another row.
-
-    Shapes: ``B`` rows, ``S`` tokens per row.
-
-    Attributes:
-        position_ids: Logical positions (depth in the trie), ``[B, S]`` int64.
-        subtree_end: Row index just past the last descendant of each token, ``[B, S]`` int64.
-        num_tokens: Real tokens of each row; the rest, up to ``S``, is padding.
-        multiplicity: How many sequences contain each token, 0 at padding, ``[B, S]`` int64: what an ordinary run, which
-            repeats the prompt for every response, counts it as. ``None`` where it is not known.
-        shortest: Tokens of the shortest sequence that contains each token, 0 at padding, ``[B, S]`` int64; ``None``
-            where it is not known. Some rotary embeddings go by it.
-        longest: The same of the longest.
-        memo: Masks already built for this layout, shared by all layers and by every model that runs it.
-    """
-
-    def __init__(
-        self,
-        position_ids: Tensor,
-        subtree_end: Tensor,
-        num_tokens: tuple[int, ...],
-        multiplicity: Tensor | None = None,
-        shortest: Tensor | None = None,
-        longest: Tensor | None = None,
-    ) -> None:
-        self.position_ids = position_ids
-        self.subtree_end = subtree_end
-        self.num_tokens = num_tokens
-        self.multiplicity = multiplicity
-        self.shortest = shortest
-        self.longest = longest
-        self.memo: dict[Any, Any] = {}
-        self._host: RowLayout | None = None
-        self._check()
-
-    def __repr__(self) -> str:
-        return f"RowLayout({self.batch_size} rows of {self.length}, {self.num_tokens} real tokens, on {self.device})"
-
-    def _check(self) -> None:
-        if self.position_ids.ndim != 2 or self.position_ids.shape != self.subtree_end.shape:
-            raise FlexdpoError(
-                f"position_ids and subtree_end must both be [B, S], got {tuple(self.position_ids.shape)} "
-                f"and {tuple(self.subtree_end.shape)}"
-            )
-        rows, device = len(self.position_ids), self.position_ids.device
-        if len(self.num_tokens) != rows:
-            raise FlexdpoError(f"num_tokens must hold one count for each of {rows} rows, got {len(self.num_tokens)}")
-        if self.multiplicity is not None and self.multiplicity.shape != self.position_ids.shape:
-            raise FlexdpoError(
-                f"multiplicity must be [B, S]={list(self.position_ids.shape)}, got {list(self.multiplicity.shape)}"
-            )
-        for name in ("position_ids", "subtree_end", "multiplicity"):
-            vector = getattr(self, name)
-            if vector is None:
-                continue
-            if vector.dtype != torch.int64 or vector.device != device:
-                raise FlexdpoError(
-                    f"{name} must be int64 on {device}, got {vector.dtype} on {vector.device}; convert it with "
-                    f"{name}.to({str(device)!r}, torch.int64)"
-                )
-            # masks read these vectors inside of kernels, for every pair of tokens
-            setattr(self, name, vector.contiguous())
-        if device.type == "cpu":
-            # elsewhere a look at the values would wait for the device, and rows are made on the host
-            self._check_values()
-
-    def _check_values(self) -> None:
-        length = self.position_ids.shape[1]
-        index = torch.arange(length)
-        wrong = (self.subtree_end <= index) | (self.subtree_end > length) | (self.position_ids < 0)
-        if bool(wrong.any()):
-            row, token = wrong.nonzero()[0].tolist()
-            raise FlexdpoError(
-                f"token {token} of row {row} has subtree_end {int(self.subtree_end[row, token])} and position "
-                f"{int(self.position_ids[row, token])}; its subtree must end behind it and within the row's "
-                f"{length} tokens, and its position must be at least 0 (Row.from_groups makes such layouts)"
-            )
-
-    @property
-    def batch_size(self) -> int:
-        """Rows in the batch, ``B``."""
-        return int(self.position_ids.shape[0])
-
-    @property
-    def length(self) -> int:
-        """Tokens per row, padding included, ``S``."""
-        return int(self.position_ids.shape[1])
-
-    @property
-    def device(self) -> torch.device:
-        """Where the layout lives."""
-        return self.position_ids.device
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> RowLayout:
-        """Return this layout on another device, without the masks that were built for this one."""
-        if torch.device(device) == self.device:
-            return self
-        moved = self._map_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-        moved._host = self if self.device.type == "cpu" else self._host
-        return moved
-
-    def on_host(self) -> RowLayout:
-        """This layout on the CPU: the one it was moved from, or else a copy, for which the device is waited for."""
-        if self.device.type == "cpu":
-            return self
-        if self._host is None:
-            self._host = self._map_tensors(lambda tensor: tensor.cpu())
-        return self._host
-
-    def without_masks(self) -> RowLayout:
-        """The same layout as it comes from a data loader, with no mask built yet."""
-        bare = self._map_tensors(lambda tensor: tensor)
-        bare._host = self._host
-        return bare
-
-    def pin_memory(self) -> RowLayout:
-        """Return this layout in page-locked memory, without the masks that were built for it."""
-        return self._map_tensors(lambda tensor: tensor.pin_memory())
-
-    def _map_tensors(self, change: Callable[[Tensor], Tensor]) -> RowLayout:
-        known = (self.multiplicity, self.shortest, self.longest)
-        return RowLayout(
-            change(self.position_ids),
-            change(self.subtree_end),
-            self.num_tokens,
-            *(None if each is None else change(each) for each in known),
-        )
-
-    @classmethod
-    def stack(cls, layouts: Sequence[RowLayout]) -> RowLayout:
-        """Put the rows of several layouts into one batch; shorter rows are padded to the longest.
-
-        Args:
-            layouts: At least one, all on the same device.
-        """
-        if not layouts:
-            raise FlexdpoError("a batch needs at least one layout, got none")
-        if len({layout.device for layout in layouts}) > 1:
-            raise FlexdpoError(
-                f"the layouts are on {', '.join(sorted({str(e.device) for e in layouts}))}; move them first"
-            )
-        length = max(layout.length for layout in layouts)
-        padded = [layout._padded_to(length) for layout in layouts]
-        known = ([getattr(each, name) for each in padded] for name in ("multiplicity", "shortest", "longest"))
-        return cls(
-            torch.cat([each.position_ids for each in padded]),
-            torch.cat([each.subtree_end for each in padded]),
-            tuple(count for each in padded for count in each.num_tokens),
-            *(None if any(tensor is None for tensor in tensors) else torch.cat(tensors) for tensors in known),
-        )
-
-    def _padded_to(self, length: int) -> RowLayout:
-        missing = length - self.length
-        if missing == 0:
-            return self
-        # padding stands at position 0, sees only itself and belongs to no sequence
-        ends = torch.arange(self.length + 1, length + 1, device=self.device).expand(self.batch_size, missing)
-        padding = (0, missing)
-        multiplicity = self.multiplicity
-        return RowLayout(
-            torch.nn.functional.pad(self.position_ids, padding),
-            torch.cat([self.subtree_end, ends], dim=1),
-            self.num_tokens,
-            None if multiplicity is None else torch.nn.functional.pad(multiplicity, padding),
-        )
-
-    def __getattr__(self, name: str) -> Any:
-        message = (
-            f"a packed row reached a model that was not prepared for it (something asked for "
-            f"attention_mask.{name}); call flexdpo.prepare_model(model) once after loading"
-        )
-        if name in _TENSOR_ATTRIBUTES:
-            raise FlexdpoError(message)
-        raise AttributeError(message)
-
-    def __getitem__(self, _: Any) -> Any:
-        return self.__getattr__("view")
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise FlexdpoError(
-            f"something computed with a packed row's layout ({getattr(func, '__name__', func)}) before it reached a "
-            "prepared model; call flexdpo.prepare_model(model) once after loading, and use no prompt tuning"
-        )
-
-
 @dataclass(eq=False)
 class Row:
     """One packed row: token tries of several groups side by side, with what is predicted by what.
 
     Shapes: ``S`` tokens of the row, ``T`` targets (distinct edges into response tokens), ``M`` memberships of targets
     in responses, ``R`` responses, ``E`` preferences. All tensors are int64.
-
-    Attributes:
-        input_ids: ``[1, S]``.
-        layout: Positions and subtree ends, ``[1, S]`` each.
-        predictors: Row index of the token that predicts each target, ``[T]``.
-        labels: The token predicted, ``[T]``.
-        member_targets: Target index of each membership, ``[M]``; a beginning that two responses share exists once as
-            a target and is listed by both.
-        member_responses: Response index of each membership, ``[M]``.
-        edges: Preferences as response indices ``(chosen, rejected)``, ``[E, 2]``.
-        groups: The groups of this row, in row order; their responses are numbered through. Empty where the row was made
-            of sequences, documents or lengths, each of which is numbered as a response to its first token.
-        documents: ``(start, stop)`` of each trie's tokens: one group's, or those of groups that begin alike.
-        response_paths: For each response, the row index of each of its tokens, the prompt not included.
     """
 
-    input_ids: Tensor
-    layout: RowLayout
-    predictors: Tensor
-    labels: Tensor
+    input_ids: Tensor  # ``[1, S]``
+    layout: RowLayout  # positions and subtree ends, ``[1, S]`` each
+    predictors: Tensor  # row index of the token that predicts each target, ``[T]``
+    labels: Tensor  # the token predicted, ``[T]``
+    # target index of each membership, ``[M]``; a beginning that two responses share exists once as a target and is
+    # listed by both
     member_targets: Tensor
-    member_responses: Tensor
-    edges: Tensor
-    groups: tuple[Group, ...]
+    member_responses: Tensor  # response index of each membership, ``[M]``
+    edges: Tensor  # preferences as response indices ``(chosen, rejected)``, ``[E, 2]``
+    groups: tuple[Group, ...]  # the groups of this row, in row order; their responses are numbered through
+    # ``(start, stop)`` of each trie's tokens: one group's, or those of groups that begin alike
     documents: tuple[tuple[int, int], ...]
+    # for each response, the row index of each of its tokens, the prompt not included
     response_paths: tuple[NDArray[np.int64], ...]
 
     @classmethod
     def from_groups(cls, groups: Sequence[Group], *, pad_to_multiple_of: int = 1, limits: Sequence[int] = ()) -> Row:
         """Build one row that holds all of ``groups``, each as its own token trie.
 
-        Args:
-            groups: At least one group.
-            pad_to_multiple_of: The row is padded to a multiple of this many tokens. Padding sees only itself.
-            limits: Sequences on either side of one of these lengths share no tokens; see :func:`flexdpo.pack`.
+        Padding sees only itself; ``limits`` are those of :func:`flexdpo.pack`.
         """
         return cls.from_tries(
             groups,
@@ -289,22 +74,22 @@ class Row:
     @classmethod
     def from_tries(cls, groups: Sequence[Group], tries: Sequence[Trie], *, pad_to_multiple_of: int = 1) -> Row:
         """Build one row from groups and the tries of their sequences, as :meth:`from_groups` makes them."""
-        return cls.from_families([[group] for group in groups], tries, pad_to_multiple_of=pad_to_multiple_of)
+        return cls.from_clusters([[group] for group in groups], tries, pad_to_multiple_of=pad_to_multiple_of)
 
     @classmethod
-    def from_families(
+    def from_clusters(
         cls,
-        families: Sequence[Sequence[Group]],
+        clusters: Sequence[Sequence[Group]],
         tries: Sequence[Trie],
         *,
         pad_to_multiple_of: int = 1,
         sizes: Sequence[Sequence[int]] | None = None,
     ) -> Row:
-        """Build one row from families of groups, each of which shares one trie.
+        """Build one row from clusters of groups, each of which shares one trie.
 
         Args:
-            families: Groups that stand in the same trie, at least one of one; none where ``sizes`` are given.
-            tries: For each family, the trie of its groups' sequences, one group after the other.
+            clusters: Groups that stand in the same trie, at least one of one; none where ``sizes`` are given.
+            tries: For each cluster, the trie of its groups' sequences, one group after the other.
             pad_to_multiple_of: The row is padded to a multiple of this many tokens. Padding sees only itself.
             sizes: For each trie, tokens of each sequence before its first target; by default those of the prompts.
         """
@@ -312,9 +97,9 @@ class Row:
             raise FlexdpoError("a row needs at least one group, document or sequence, got none")
         if pad_to_multiple_of < 1:
             raise FlexdpoError(f"pad_to_multiple_of must be at least 1, got {pad_to_multiple_of}")
-        groups = [group for family in families for group in family]
+        groups = [group for cluster in clusters for group in cluster]
         if sizes is None:
-            sizes = [[group.prompt_ids.size for group in family for _ in group.response_ids] for family in families]
+            sizes = [[group.prompt_ids.size for group in cluster for _ in group.response_ids] for cluster in clusters]
         stops = list(accumulate(trie.token_ids.size for trie in tries))
         starts = [0, *stops[:-1]]
         token_ids = np.concatenate([trie.token_ids for trie in tries])
@@ -376,7 +161,7 @@ class Row:
         if not arrays:
             raise FlexdpoError("a row needs at least one group, document or sequence, got none")
         trie = Trie.from_sequences(arrays, limits=limits)
-        row = cls.from_families([], [trie], sizes=[[1] * len(arrays)], pad_to_multiple_of=pad_to_multiple_of)
+        row = cls.from_clusters([], [trie], sizes=[[1] * len(arrays)], pad_to_multiple_of=pad_to_multiple_of)
         # the trie is a forest: what begins differently has nothing in common
         roots = np.flatnonzero(trie.parents < 0)
         row.documents = tuple(zip(roots.tolist(), trie.subtree_end[roots].tolist(), strict=True))
@@ -397,7 +182,7 @@ class Row:
         """
         arrays = [token_ids_of(document, f"document {k}") for k, document in enumerate(documents)]
         tries = [Trie.from_sequences([array]) for array in arrays]
-        return cls.from_families([], tries, sizes=[[1]] * len(tries), pad_to_multiple_of=pad_to_multiple_of)
+        return cls.from_clusters([], tries, sizes=[[1]] * len(tries), pad_to_multiple_of=pad_to_multiple_of)
 
     @classmethod
     def from_lengths(cls, lengths: Sequence[Any], *, pad_to_multiple_of: int = 1) -> Row:
@@ -477,15 +262,18 @@ def on_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -
     return tensor.to(device, non_blocking=True)
 
 
+def idle_row(pad_to_multiple_of: int = 1) -> Row:
+    """The smallest row there is, for a process that has no row of its own while the others still run theirs."""
+    # token 0 is in every vocabulary
+    return Row.from_groups([Group.from_lists([0], [[0]], edges=())], pad_to_multiple_of=pad_to_multiple_of)
+
+
 def stack_inputs(rows: Sequence[Row]) -> dict[str, Any]:
     """The keyword arguments that run several rows as one batch: ``model(**stack_inputs(rows))``.
 
     Row ``b`` of the output belongs to ``rows[b]``, whose indices (``predictors``, ``response_paths``) hold in it as
     they are; what lies behind ``rows[b].layout.length`` is padding. One longer row does the same work in one
     kernel call; a batch of rows is for whoever wants a fixed row length.
-
-    Args:
-        rows: At least one, all on the same device; shorter rows are padded to the longest.
     """
     layout = RowLayout.stack([row.layout for row in rows])
     input_ids = [torch.nn.functional.pad(row.input_ids, (0, layout.length - row.layout.length)) for row in rows]

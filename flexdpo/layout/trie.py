@@ -25,20 +25,14 @@ class Trie:
     """A forest of distinct tokens in depth-first order.
 
     Shapes: ``N`` distinct tokens.
-
-    Attributes:
-        token_ids: The token at each node, ``[N]`` int64.
-        parents: Index of the token before it, ``-1`` at a root, ``[N]`` int64; a parent predicts its children.
-        depths: Logical position, 0 at a root, ``[N]`` int64.
-        subtree_end: Index just past the last descendant, ``[N]`` int64.
-        paths: For each sequence, in the order given, the node of each of its tokens.
     """
 
-    token_ids: NDArray[np.int64]
+    token_ids: NDArray[np.int64]  # the token at each node, ``[N]`` int64
+    # index of the token before it, ``-1`` at a root, ``[N]`` int64; a parent predicts its children
     parents: NDArray[np.int64]
-    depths: NDArray[np.int64]
-    subtree_end: NDArray[np.int64]
-    paths: tuple[NDArray[np.int64], ...]
+    depths: NDArray[np.int64]  # logical position, 0 at a root, ``[N]`` int64
+    subtree_end: NDArray[np.int64]  # index just past the last descendant, ``[N]`` int64
+    paths: tuple[NDArray[np.int64], ...]  # for each sequence, in the order given, the node of each of its tokens
 
     def __len__(self) -> int:
         return int(self.token_ids.size)
@@ -49,13 +43,10 @@ class Trie:
 
         Equal sequences end at the same node, and a sequence that begins another one ends inside it.
 
-        Args:
-            sequences: Token ids, arrays ``[L_i]`` of integers; empty ones get an empty path.
-            limits: Increasing lengths; sequences on either side of one share nothing, since their tokens differ in a
-                model that goes by the length.
+        Sequences ``[L_i]`` on either side of one of the increasing lengths ``limits`` share nothing, since their tokens
+        differ in a model that goes by the length.
 
-        Returns:
-            The trie. Time and memory are linear in the number of tokens times the branching depth.
+        Returns the trie. Time and memory are linear in the number of tokens times the branching depth.
         """
         return _TrieBuilder(sequences, limits).build()
 

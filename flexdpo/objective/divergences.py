@@ -49,9 +49,7 @@ def _bounded_expm1(exponents: Tensor, divisor: float = 1.0) -> Tensor:
     float64 holds would turn into infinities there, and into NaN behind them. Half of what a dtype holds is left, so
     that a difference of two such scores still fits.
 
-    Args:
-        exponents: Any shape.
-        divisor: What the result will be divided by, below 1 in size or not.
+    ``divisor`` is what the result will be divided by.
     """
     room = math.log(min(1.0, abs(divisor)) / 2)
     largest = math.log(torch.finfo(exponents.dtype).max) + room
@@ -72,13 +70,7 @@ F_DIVERGENCES = (*_SCORES, "alpha_divergence")
 def divergence_scores(logratios: Tensor, f_divergence_type: str = "reverse_kl", alpha: float = 0.5) -> Tensor:
     """Return ``f'(t)`` for ``log t = logratios``, the reward of each response divided by beta.
 
-    Args:
-        logratios: Policy minus reference log-probability of whole responses, in nats, any shape.
-        f_divergence_type: One of :data:`F_DIVERGENCES`.
-        alpha: Of the alpha-divergence.
-
-    Returns:
-        Scores in the shape of ``logratios``; 0 where policy and reference agree.
+    Returns scores in the shape of ``logratios``; 0 where policy and reference agree.
     """
     if f_divergence_type == "alpha_divergence":
         return alpha_divergence(logratios, alpha)

@@ -38,15 +38,10 @@ _MULTIPLY_HALVES = ("cuda", "meta")
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """What a model does to the output of its head: ``softcap * tanh(scale * logit / softcap)``.
+    """What a model does to the output of its head: ``softcap * tanh(scale * logit / softcap)``."""
 
-    Attributes:
-        scale: Factor on the logits (Granite, Cohere).
-        softcap: Bound of the scaled logits (Gemma); ``None`` leaves them unbounded.
-    """
-
-    scale: float = 1.0
-    softcap: float | None = None
+    scale: float = 1.0  # factor on the logits (Granite, Cohere)
+    softcap: float | None = None  # bound of the scaled logits (Gemma); ``None`` leaves them unbounded
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Transform logits, differentiably."""
@@ -59,25 +54,17 @@ IDENTITY = LogitTransform()
 
 
 class TargetLogps(NamedTuple):
-    """Values of ``T`` targets.
+    """Values of ``T`` targets."""
 
-    Attributes:
-        logps: Log-probability of each label in nats, ``[T]``, float32 or better.
-        log_sum_squares: ``log(sum over words of p^2)`` at each target, ``[T]``, without gradient; ``None`` if not
-            asked.
-    """
-
-    logps: Tensor
+    logps: Tensor  # log-probability of each label in nats, ``[T]``, float32 or better
+    # ``log(sum over words of p^2)`` at each target, ``[T]``, without gradient; ``None`` if not asked
     log_sum_squares: Tensor | None
 
 
 def logits_logps(logits: Tensor, labels: Tensor, *, with_log_sum_squares: bool = False) -> TargetLogps:
     """Return the log-probability of each label under logits that exist already.
 
-    Args:
-        logits: ``[T, V]``, any float dtype.
-        labels: ``[T]`` int64.
-        with_log_sum_squares: Also return ``log(sum p^2)``.
+    Shapes: logits ``[T, V]`` of any float dtype, labels ``[T]`` int64.
     """
     if logits.shape[0] != labels.shape[0]:
         raise FlexdpoError(f"got {logits.shape[0]} rows of logits for {labels.shape[0]} targets")
@@ -146,16 +133,8 @@ def module_logps(
 ) -> TargetLogps:
     """Return the log-probability of each label under any head, each chunk of targets recomputed in the backward pass.
 
-    For heads that are more than a plain matrix: adapters, quantised weights, wrappers.
-
-    Args:
-        head: Maps ``[1, C, H]`` to logits ``[1, C, V]``.
-        hidden: ``[T, H]``.
-        labels: ``[T]`` int64.
-        vocabulary: ``V``, which decides the size of a chunk.
-        transform: What follows the head.
-        with_log_sum_squares: Also return ``log(sum p^2)``.
-        chunk_size: Targets per chunk.
+    For heads that are more than a plain matrix: adapters, quantised weights, wrappers. ``head`` maps ``[1, C, H]`` to
+    ``[1, C, V]``; the other arguments are those of :func:`linear_logps`.
     """
 
     def values(states: Tensor, wanted: Tensor) -> TargetLogps:
@@ -380,14 +359,8 @@ def _error(
 ) -> Tensor:
     """Return ``exp(exponents)`` with other values at the labels, times ``slope``.
 
-    Args:
-        products: Says the dtype of the result, unless ``keep``.
-        exponents: ``[T, B]``, overwritten where the result has their dtype.
-        labels: ``[T]``; those that are none of the ``B`` words from ``first_word`` on change nothing.
-        first_word: Number of the first column.
-        at_labels: ``[T]``.
-        slope: ``[T, B]`` or ``None``.
-        keep: Keep the dtype of ``exponents``.
+    Labels that are none of the ``B`` words from ``first_word`` on change nothing. The exponents, ``[T, B]``, are
+    overwritten where the result has their dtype; it has that of ``products`` unless ``keep``.
     """
     narrow = slope is None and not keep
     # one pass that also rounds: on a GPU the cast costs nothing there

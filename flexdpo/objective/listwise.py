@@ -20,11 +20,9 @@ def ranking_of(group: Group) -> tuple[int, ...]:
 
     The edges must leave no question open: all pairs of a ranking do, and so do its neighbours alone.
 
-    Args:
-        group: With at least one edge. Responses that no edge names are left out.
+    Responses that no edge names are left out.
 
-    Raises:
-        FlexdpoError: if the edges contradict each other, or leave the order of two responses open.
+    Raises ``FlexdpoError`` if the edges contradict each other, or leave the order of two responses open.
     """
     better: dict[int, set[int]] = {}
     for chosen, rejected in group.edges:
@@ -55,14 +53,11 @@ def plackett_luce_loss(ranked_rewards: Tensor) -> Tensor:
 
     Shapes: ``N`` rankings of ``K`` responses each.
 
-    Args:
-        ranked_rewards: Implicit rewards ``beta * (policy - reference)`` from best to worst, ``[N, K]``.
+    ``ranked_rewards``, ``[N, K]``, are implicit rewards ``beta * (policy - reference)`` from best to worst.
 
-    Returns:
-        ``[N]``; for ``K = 2`` equal to the sigmoid loss, ``ln(K!)`` where policy and reference agree.
+    Returns ``[N]``; for ``K = 2`` equal to the sigmoid loss, ``ln(K!)`` where policy and reference agree.
 
-    Source:
-        Rafailov et al. 2023, arXiv:2305.18290, Eq. 20.
+    Source: Rafailov et al. 2023, arXiv:2305.18290, Eq. 20.
     """
     of_those_left = ranked_rewards.flip(1).logcumsumexp(dim=1).flip(1)
     return (of_those_left - ranked_rewards).sum(dim=1)

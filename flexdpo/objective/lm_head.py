@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from flexdpo.errors import FlexdpoError
+from flexdpo.hf.unwrap import base_model
 from flexdpo.objective.linear_logps import IDENTITY, LogitTransform, TargetLogps, linear_logps, module_logps
 
 if TYPE_CHECKING:
@@ -30,17 +31,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class HeadPlan:
-    """How to get log-probabilities out of a model.
+    """How to get log-probabilities out of a model."""
 
-    Attributes:
-        vocabulary: Words the head scores, ``V``.
-        transform: What the model does to the head's output.
-        obstacle: Why the head cannot be used directly; ``None`` where it can.
-    """
-
-    vocabulary: int = 0
-    transform: LogitTransform = IDENTITY
-    obstacle: str | None = None
+    vocabulary: int = 0  # words the head scores, ``V``
+    transform: LogitTransform = IDENTITY  # what the model does to the head's output
+    obstacle: str | None = None  # why the head cannot be used directly; ``None`` where it can
 
 
 # each with what it was measured under
@@ -48,23 +43,6 @@ _plans: WeakKeyDictionary[nn.Module, tuple[Any, HeadPlan]] = WeakKeyDictionary()
 
 # made-up logits reach beyond every softcap in use (Gemma's is 30), so that bending shows
 _RAMP_HEIGHT = 40.0
-
-
-def without_wrappers(model: nn.Module) -> Any:
-    """Return the Hugging Face or PEFT model inside DDP and ``torch.compile``."""
-    inner: Any = model
-    while not hasattr(inner, "config"):
-        wrapped = getattr(inner, "module", None) or getattr(inner, "_orig_mod", None)
-        if wrapped is None:
-            break
-        inner = wrapped
-    return inner
-
-
-def base_model(model: nn.Module) -> Any:
-    """Return the Hugging Face model inside DDP, ``torch.compile`` and PEFT wrappers."""
-    inner = without_wrappers(model)
-    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
 def head_of(model: nn.Module) -> nn.Module | None:
@@ -77,9 +55,7 @@ def head_of(model: nn.Module) -> nn.Module | None:
 def head_plan(model: nn.Module, device: torch.device | None = None) -> HeadPlan:
     """Return how to use a model's head, measured at the first call and whenever the model has other settings.
 
-    Args:
-        model: Wrapped or not.
-        device: Of its inputs; by default that of its first weight that is in memory.
+    ``device`` is that of the inputs; by default that of the first weight in memory.
     """
     base = base_model(model)
     settings = _settings(base)
@@ -122,13 +98,8 @@ def head_logps(
 ) -> TargetLogps:
     """Run a model whose head computes log-probabilities of labels instead of logits.
 
-    Args:
-        model: Wrapped or not; called once.
-        inputs: Its keyword arguments, for rows of ``S`` tokens.
-        predictors: Positions that predict, counted through all rows, ``[T]`` int64.
-        labels: What they predict, ``[T]`` int64.
-        plan: From :func:`head_plan`, without an obstacle.
-        with_log_sum_squares: Also return ``log(sum p^2)``.
+    ``predictors`` and ``labels``, ``[T]`` int64, are the positions that predict, counted through all
+    rows, and what they predict.
     """
     head = head_of(model)
     assert head is not None
@@ -215,16 +186,11 @@ def _is_plain_linear(head: nn.Module, forward: Callable[..., Tensor]) -> bool:
 
 @dataclass(eq=False)
 class _Replacement:
-    """What stands in for a module's ``forward`` while some thread has replaced it.
+    """What stands in for a module's ``forward`` while some thread has replaced it."""
 
-    Attributes:
-        original: The forward that all other threads go on running.
-        own: The module's instance attribute of that name, if it had one.
-        by_thread: The replacements of each thread, innermost last.
-    """
-
-    original: Callable[..., Tensor]
-    own: Callable[..., Tensor] | None
+    original: Callable[..., Tensor]  # the forward that all other threads go on running
+    own: Callable[..., Tensor] | None  # the module's instance attribute of that name, if it had one
+    # the replacements of each thread, innermost last
     by_thread: dict[int, list[Callable[..., Tensor]]] = field(default_factory=dict)
 
     def run(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -302,10 +268,7 @@ def _measure(model: nn.Module, device: torch.device) -> HeadPlan:
 def recognise_transform(logits: Tensor, transformed: Tensor, config: Any) -> LogitTransform | None:
     """Recognise what turned ``logits`` into ``transformed``, if it is a scale or a softcap.
 
-    Args:
-        logits: Known values, ``[V]``.
-        transformed: What the model made of them, ``[V]``.
-        config: The model's config, where the exact constants stand; names differ and are not relied on.
+    Names of settings differ and are not relied on; the exact constants stand in the config.
     """
     transformed = transformed.to(logits.dtype)
     if torch.allclose(transformed, logits, rtol=1e-5, atol=1e-6):

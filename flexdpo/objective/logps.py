@@ -13,8 +13,9 @@ import torch
 from transformers.utils import logging
 
 from flexdpo.errors import FlexdpoError
+from flexdpo.hf.unwrap import base_model
 from flexdpo.objective.linear_logps import TargetLogps, logits_logps
-from flexdpo.objective.lm_head import base_model, head_logps, head_plan
+from flexdpo.objective.lm_head import head_logps, head_plan
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,19 +29,13 @@ logger = logging.get_logger(__name__)
 
 
 class ResponseLogps(NamedTuple):
-    """Log-probabilities of the ``R`` responses of a row.
+    """Log-probabilities of the ``R`` responses of a row."""
 
-    Attributes:
-        sums: Sum over the tokens of each response, in nats, ``[R]``; float64, so that adding many tokens adds no error.
-        lengths: Tokens in each response, ``[R]`` int64.
-        targets: Log-probability of each distinct target, in nats, ``[T]``, float32 or better.
-        log_sum_squares: ``log(sum over words of p^2)`` at each target, ``[T]``, without gradient; ``None`` where it
-            was not asked for.
-    """
-
+    # sum over the tokens of each response, in nats, ``[R]``; float64, so that adding many tokens adds no error
     sums: Tensor
-    lengths: Tensor
-    targets: Tensor
+    lengths: Tensor  # tokens in each response, ``[R]`` int64
+    targets: Tensor  # log-probability of each distinct target, in nats, ``[T]``, float32 or better
+    # ``log(sum over words of p^2)`` at each target, ``[T]``, without gradient; ``None`` where it was not asked for
     log_sum_squares: Tensor | None = None
 
     @property
@@ -100,26 +95,10 @@ def _from_logits(model: nn.Module, row: Row, obstacle: str, with_log_sum_squares
     return logits_logps(logits, row.labels, with_log_sum_squares=with_log_sum_squares)
 
 
-def target_logps(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the log-probability of each label under its logits.
-
-    Args:
-        logits: ``[T, V]``, any float dtype.
-        labels: ``[T]`` int64.
-
-    Returns:
-        ``[T]`` in nats, float32 for half inputs, else the dtype of ``logits``.
-    """
-    return logits_logps(logits, labels).logps
-
-
 def sum_targets(targets: Tensor, row: Row, log_sum_squares: Tensor | None = None) -> ResponseLogps:
     """Sum per-target values into every response that contains the target.
 
-    Args:
-        targets: One value per target of the row, ``[T]``.
-        row: The row the targets belong to.
-        log_sum_squares: Carried along, ``[T]``.
+    ``targets`` holds one value per target of the row, ``[T]``.
     """
     members = member_values(targets, row)
     sums = members.new_zeros(len(row.response_paths)).index_add(0, row.member_responses, members)
@@ -139,14 +118,7 @@ def member_values(targets: Tensor, row: Row) -> Tensor:
 def require_finite(sums: Tensor, row: Row, *, model: str = "the policy", where: str = "") -> None:
     """Refuse log-probabilities that are NaN or infinite; waits for the device once.
 
-    Args:
-        sums: Of the row's responses, ``[R]``.
-        row: The row.
-        model: Whose log-probabilities they are, for the message.
-        where: For instance ``"step 12"``, for the message.
-
-    Raises:
-        FlexdpoError: naming the example, the response and the value.
+    Raises ``FlexdpoError`` naming the example, the response and the value.
     """
     finite = torch.isfinite(sums.detach())
     if bool(finite.all()):
@@ -169,17 +141,12 @@ def row_responses(row: Row) -> Iterator[tuple[Group, int]]:
 def pair_sums(logps: ResponseLogps, row: Row, ld_alpha: float | None = None) -> Tensor:
     """Return the log-probability of each preference's chosen and rejected response.
 
-    Args:
-        logps: Of the row.
-        row: The row, with ``E`` preferences.
-        ld_alpha: Weight of the tokens beyond the length of the pair's shorter response, so that length itself is
-            learned less; ``None`` and 1 weigh all tokens alike, 0 looks at equal lengths only.
+    ``ld_alpha`` weighs the tokens beyond the length of the pair's shorter response, so that length itself is learned
+    less; ``None`` and 1 weigh all tokens alike, 0 looks at equal lengths only.
 
-    Returns:
-        ``[E, 2]`` in nats.
+    Returns ``[E, 2]`` in nats.
 
-    Source:
-        Liu et al. 2024 (LD-DPO), arXiv:2409.06411.
+    Source: Liu et al. 2024 (LD-DPO), arXiv:2409.06411.
     """
     sums = logps.sums[row.edges]
     if ld_alpha is None:
@@ -199,15 +166,9 @@ def response_weights(logps: ResponseLogps, row: Row) -> Tensor:
 
     The geometric mean over tokens of ``p(token) / sum p^2``: about 1 for responses that the policy would sample.
 
-    Args:
-        logps: The policy's, with ``log_sum_squares``.
-        row: The row.
+    Returns ``[R]``, without gradient.
 
-    Returns:
-        ``[R]``, without gradient.
-
-    Source:
-        Zhou et al. 2024, arXiv:2406.11827, Eq. 2, with sampled alignment.
+    Source: Zhou et al. 2024, arXiv:2406.11827, Eq. 2, with sampled alignment.
     """
     if logps.log_sum_squares is None:
         raise FlexdpoError("use_weighting needs response_logps(..., with_log_sum_squares=True)")

@@ -16,8 +16,6 @@ from flexdpo.objective.divergences import F_DIVERGENCES, divergence_scores
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from flexdpo.objective.objective import Objective
-
 
 def setting(default: Any, text: str) -> Any:
     """A dataclass field with the text that ``--help`` shows for it."""
@@ -87,17 +85,16 @@ _SORTING = frozenset({"aot", "aot_unpaired"})
 # --- the checks of the settings --------------------------------------------------------------------------------------
 
 
-def check_objective(objective: Objective) -> None:
+def check_losses(names: tuple[str, ...], weights: tuple[float, ...] | None, settings: LossSettings) -> None:
     """Refuse losses, weights, numbers and combinations that have no meaning.
 
-    Raises:
-        FlexdpoError: naming the setting, its value and what it may be.
+    Raises ``FlexdpoError`` naming the setting, its value and what it may be.
     """
-    _check_names(objective.loss_type)
-    _check_weights(objective.loss_type, objective.loss_weights)
-    _check_numbers(objective)
-    _check_combinations(objective)
-    _check_effects(objective)
+    _check_names(names)
+    _check_weights(names, weights)
+    _check_numbers(settings)
+    _check_combinations(set(names), settings)
+    _check_effects(names, settings)
 
 
 def _check_names(names: tuple[str, ...]) -> None:
@@ -121,22 +118,22 @@ def _check_weights(names: tuple[str, ...], weights: tuple[float, ...] | None) ->
             raise FlexdpoError(f"loss_weights gives {name} the weight {weight}; it must be a finite number")
 
 
-def _check_numbers(objective: Objective) -> None:
-    for name, value in vars(objective).items():
+def _check_numbers(settings: LossSettings) -> None:
+    for name, value in vars(settings).items():
         if isinstance(value, float | int) and not math.isfinite(value):
             raise FlexdpoError(f"{name} must be a finite number, got {value}")
     for name in ("beta", "discopop_tau"):
-        if not getattr(objective, name) > 0:
-            raise FlexdpoError(f"{name} must be positive, got {getattr(objective, name)}")
+        if not getattr(settings, name) > 0:
+            raise FlexdpoError(f"{name} must be positive, got {getattr(settings, name)}")
     for name in ("rpo_alpha", "cpo_alpha", "desirable_weight", "undesirable_weight"):
-        if (getattr(objective, name) or 0) < 0:
-            raise FlexdpoError(f"{name} must not be negative, got {getattr(objective, name)}")
-    if not 0 <= objective.label_smoothing < 0.5:
-        raise FlexdpoError(f"label_smoothing must be in [0, 0.5), got {objective.label_smoothing}")
-    if objective.ld_alpha is not None and not 0 <= objective.ld_alpha <= 1:
-        raise FlexdpoError(f"ld_alpha must be in [0, 1], got {objective.ld_alpha}")
+        if (getattr(settings, name) or 0) < 0:
+            raise FlexdpoError(f"{name} must not be negative, got {getattr(settings, name)}")
+    if not 0 <= settings.label_smoothing < 0.5:
+        raise FlexdpoError(f"label_smoothing must be in [0, 0.5), got {settings.label_smoothing}")
+    if settings.ld_alpha is not None and not 0 <= settings.ld_alpha <= 1:
+        raise FlexdpoError(f"ld_alpha must be in [0, 1], got {settings.ld_alpha}")
     # an unknown divergence names the known ones
-    divergence_scores(torch.zeros(1), objective.f_divergence_type, objective.f_alpha_divergence_coef)
+    divergence_scores(torch.zeros(1), settings.f_divergence_type, settings.f_alpha_divergence_coef)
 
 
 def _settings_read(names: set[str], f_divergence_type: str) -> set[str]:
@@ -156,48 +153,46 @@ def _settings_read(names: set[str], f_divergence_type: str) -> set[str]:
     return read | {"f_divergence_type", "ld_alpha", "use_weighting", "rpo_alpha"}
 
 
-def _check_effects(objective: Objective) -> None:
+def _check_effects(names: tuple[str, ...], settings: LossSettings) -> None:
     """Refuse a setting that no loss reads, instead of training as if it had not been given."""
-    divergence = objective.f_divergence_type
-    read = _settings_read(set(objective.loss_type), divergence)
+    divergence = settings.f_divergence_type
+    read = _settings_read(set(names), divergence)
     for unread, default in sorted((each.name, each.default) for each in fields(LossSettings) if each.name not in read):
-        value = getattr(objective, unread)
+        value = getattr(settings, unread)
         if value != default:
             takers = [name for name in LOSS_TYPES if unread in _settings_read({name}, divergence)]
             place = f"loss_type {', '.join(takers)}" if takers else "f_divergence_type 'alpha_divergence'"
             raise FlexdpoError(
-                f"{unread}={value} has no effect with loss_type {', '.join(objective.loss_type)}, it belongs to "
-                f"{place}; leave it out"
+                f"{unread}={value} has no effect with loss_type {', '.join(names)}, it belongs to {place}; leave it out"
             )
 
 
-def _check_combinations(objective: Objective) -> None:
-    names = set(objective.loss_type)
-    if "exo_pair" in names and objective.label_smoothing == 0:
+def _check_combinations(names: set[str], settings: LossSettings) -> None:
+    if "exo_pair" in names and settings.label_smoothing == 0:
         raise FlexdpoError(
             "loss_type 'exo_pair' takes the logarithm of label_smoothing; set it above 0, for instance 1e-3"
         )
     _refuse(
         names - _TAKES_DIVERGENCE,
-        objective.f_divergence_type != F_DIVERGENCES[0],
-        f"f_divergence_type={objective.f_divergence_type!r}",
+        settings.f_divergence_type != F_DIVERGENCES[0],
+        f"f_divergence_type={settings.f_divergence_type!r}",
         "it uses rewards one by one, and an f-divergence fixes them only up to a constant",
     )
     _refuse(
         names - PAIR_LOSSES.keys() - {"sft"},
-        objective.use_weighting,
+        settings.use_weighting,
         "use_weighting",
         "the weights are those of pairs",
     )
     _refuse(
         names & _SORTING,
-        objective.use_weighting,
+        settings.use_weighting,
         "use_weighting",
         "it sorts the batch, so its values belong to no pair",
     )
     _refuse(
         names - (PAIR_LOSSES.keys() - REFERENCE_FREE) - {"sft"},
-        objective.ld_alpha is not None,
+        settings.ld_alpha is not None,
         "ld_alpha",
         "it does not compare a response with one other under a reference",
     )

@@ -23,27 +23,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """Chosen and rejected responses under the policy and the reference, ``[E]`` each.
+    """Chosen and rejected responses under the policy and the reference, ``[E]`` each."""
 
-    Attributes:
-        chosen_logps: Of the policy.
-        rejected_logps: Of the policy.
-        chosen_lengths: Tokens in the chosen response.
-        rejected_lengths: Tokens in the rejected response.
-        ref_chosen_logps: Of the reference; zeros where there is none.
-        ref_rejected_logps: Of the reference.
-        f_divergence_type: Divergence that the scores are made for.
-        f_alpha_divergence_coef: Alpha of the alpha-divergence.
-    """
-
-    chosen_logps: Tensor
-    rejected_logps: Tensor
-    chosen_lengths: Tensor
-    rejected_lengths: Tensor
-    ref_chosen_logps: Tensor
-    ref_rejected_logps: Tensor
-    f_divergence_type: str = "reverse_kl"
-    f_alpha_divergence_coef: float = 0.5
+    chosen_logps: Tensor  # of the policy
+    rejected_logps: Tensor  # of the policy
+    chosen_lengths: Tensor  # tokens in the chosen response
+    rejected_lengths: Tensor  # tokens in the rejected response
+    ref_chosen_logps: Tensor  # of the reference; zeros where there is none
+    ref_rejected_logps: Tensor  # of the reference
+    f_divergence_type: str = "reverse_kl"  # divergence that the scores are made for
+    f_alpha_divergence_coef: float = 0.5  # alpha of the alpha-divergence
 
     def __len__(self) -> int:
         return len(self.chosen_logps)
@@ -87,16 +76,11 @@ def _smoothed_logistic(logits: Tensor, label_smoothing: float) -> Tensor:
 def sigmoid_loss(pairs: Pairs, beta: float, label_smoothing: float = 0.0) -> Tensor:
     """DPO: the log-odds that the chosen response wins, under the implicit rewards.
 
-    Args:
-        pairs: The pairs.
-        beta: Strength of the pull towards the reference.
-        label_smoothing: Probability that a preference was labelled the wrong way round (cDPO), in ``[0, 0.5)``.
+    ``label_smoothing``, in ``[0, 0.5)``, is the probability that a preference was labelled the wrong way round (cDPO).
 
-    Returns:
-        ``ln 2`` where policy and reference agree.
+    Returns ``ln 2`` where policy and reference agree.
 
-    Source:
-        Rafailov et al. 2023, arXiv:2305.18290, Eq. 7; Mitchell 2023, "A note on DPO with noisy preferences".
+    Source: Rafailov et al. 2023, arXiv:2305.18290, Eq. 7; Mitchell 2023, "A note on DPO with noisy preferences".
     """
     return _smoothed_logistic(beta * (pairs.chosen_scores - pairs.rejected_scores), label_smoothing)
 
@@ -104,8 +88,7 @@ def sigmoid_loss(pairs: Pairs, beta: float, label_smoothing: float = 0.0) -> Ten
 def sigmoid_norm_loss(pairs: Pairs, beta: float) -> Tensor:
     """DPO on rewards per token, so that length alone does not win.
 
-    Source:
-        Lambert et al. 2024 (Tulu 3), arXiv:2411.15124, length-normalised DPO.
+    Source: Lambert et al. 2024 (Tulu 3), arXiv:2411.15124, length-normalised DPO.
     """
     chosen = pairs.chosen_scores / pairs.chosen_lengths
     return -F.logsigmoid(beta * (chosen - pairs.rejected_scores / pairs.rejected_lengths))
@@ -114,8 +97,7 @@ def sigmoid_norm_loss(pairs: Pairs, beta: float) -> Tensor:
 def hinge_loss(pairs: Pairs, beta: float) -> Tensor:
     """SLiC on implicit rewards: nothing is learned from a margin beyond 1.
 
-    Source:
-        Zhao et al. 2023 (SLiC-HF), arXiv:2305.10425; on implicit rewards Liu et al. 2023 (RSO), arXiv:2309.06657.
+    Source: Zhao et al. 2023 (SLiC-HF), arXiv:2305.10425; on implicit rewards Liu et al. 2023 (RSO), arXiv:2309.06657.
     """
     return torch.relu(1 - beta * (pairs.chosen_scores - pairs.rejected_scores))
 
@@ -126,8 +108,7 @@ def ipo_loss(pairs: Pairs, beta: float) -> Tensor:
     Scores are divided by the number of response tokens, without which the target would depend on length; the paper's
     authors confirmed to TRL's that their results are of this form.
 
-    Source:
-        Azar et al. 2023, arXiv:2310.12036, Eq. 17 (``beta`` is ``tau`` there).
+    Source: Azar et al. 2023, arXiv:2310.12036, Eq. 17 (``beta`` is ``tau`` there).
     """
     chosen = pairs.chosen_scores / pairs.chosen_lengths
     return (chosen - pairs.rejected_scores / pairs.rejected_lengths - 1 / (2 * beta)).square()
@@ -136,13 +117,9 @@ def ipo_loss(pairs: Pairs, beta: float) -> Tensor:
 def exo_pair_loss(pairs: Pairs, beta: float, label_smoothing: float) -> Tensor:
     """EXO for pairs: reverse KL from the policy's preference to the smoothed label.
 
-    Args:
-        pairs: The pairs.
-        beta: ``beta_pi`` there.
-        label_smoothing: Must be above 0, since the label's logarithm is taken.
+    ``label_smoothing`` must be above 0, since its logarithm is taken.
 
-    Source:
-        Ji et al. 2024, arXiv:2402.00856, Eq. 16.
+    Source: Ji et al. 2024, arXiv:2402.00856, Eq. 16.
     """
     logits = beta * (pairs.chosen_scores - pairs.rejected_scores)
     wins = torch.sigmoid(logits) * (F.logsigmoid(logits) - math.log1p(-label_smoothing))
@@ -153,8 +130,7 @@ def exo_pair_loss(pairs: Pairs, beta: float, label_smoothing: float) -> Tensor:
 def nca_pair_loss(pairs: Pairs, beta: float) -> Tensor:
     """NCA for pairs: each response against noise, so that the chosen likelihood itself is kept up.
 
-    Source:
-        Chen et al. 2024, arXiv:2402.05369, the preference-data loss NCA with K = 2.
+    Source: Chen et al. 2024, arXiv:2402.05369, the preference-data loss NCA with K = 2.
     """
     chosen, rejected = beta * pairs.chosen_logratios, beta * pairs.rejected_logratios
     return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
@@ -163,13 +139,7 @@ def nca_pair_loss(pairs: Pairs, beta: float) -> Tensor:
 def robust_loss(pairs: Pairs, beta: float, label_smoothing: float) -> Tensor:
     """DPO made unbiased under labels that are flipped with a known probability; may be negative.
 
-    Args:
-        pairs: The pairs.
-        beta: As in DPO.
-        label_smoothing: Probability that a label is flipped, below 0.5.
-
-    Source:
-        Ray Chowdhury et al. 2024, arXiv:2403.00409.
+    Source: Ray Chowdhury et al. 2024, arXiv:2403.00409.
     """
     logits = beta * (pairs.chosen_scores - pairs.rejected_scores)
     clean, flipped = -F.logsigmoid(logits), -F.logsigmoid(-logits)
@@ -179,8 +149,7 @@ def robust_loss(pairs: Pairs, beta: float, label_smoothing: float) -> Tensor:
 def bco_pair_loss(pairs: Pairs, beta: float) -> Tensor:
     """BCO for pairs: a classifier whose logit is the implicit reward, with its threshold at 0.
 
-    Source:
-        Jung et al. 2024, arXiv:2404.04656, without the reward shift.
+    Source: Jung et al. 2024, arXiv:2404.04656, without the reward shift.
     """
     return -F.logsigmoid(beta * pairs.chosen_logratios) - F.logsigmoid(-beta * pairs.rejected_logratios)
 
@@ -188,8 +157,7 @@ def bco_pair_loss(pairs: Pairs, beta: float) -> Tensor:
 def sppo_hard_loss(pairs: Pairs, beta: float) -> Tensor:
     """SPPO with win probabilities 1 and 0: log-ratios are drawn to plus and minus ``1 / (2 beta)``.
 
-    Source:
-        Wu et al. 2024, arXiv:2405.00675, Eq. 4.7 (``1 / beta`` is ``eta`` there).
+    Source: Wu et al. 2024, arXiv:2405.00675, Eq. 4.7 (``1 / beta`` is ``eta`` there).
     """
     chosen = (pairs.chosen_logratios - 0.5 / beta).square()
     return chosen + (pairs.rejected_logratios + 0.5 / beta).square()
@@ -201,8 +169,7 @@ def aot_loss(pairs: Pairs, beta: float, label_smoothing: float = 0.0) -> Tensor:
     Couples all pairs of the batch: both sets of margins are sorted, so value ``i`` belongs to a quantile, not to pair
     ``i``.
 
-    Source:
-        Melnyk et al. 2024, arXiv:2406.05882, paired variant with the logistic loss.
+    Source: Melnyk et al. 2024, arXiv:2406.05882, paired variant with the logistic loss.
     """
     margins = (pairs.chosen_logps - pairs.rejected_logps).sort(dim=0).values
     ref_margins = (pairs.ref_chosen_logps - pairs.ref_rejected_logps).sort(dim=0).values
@@ -214,8 +181,7 @@ def aot_unpaired_loss(pairs: Pairs, beta: float, label_smoothing: float = 0.0) -
 
     Couples all pairs of the batch, like :func:`aot_loss`.
 
-    Source:
-        Melnyk et al. 2024, arXiv:2406.05882, unpaired variant with the logistic loss.
+    Source: Melnyk et al. 2024, arXiv:2406.05882, unpaired variant with the logistic loss.
     """
     chosen = pairs.chosen_logratios.sort(dim=0).values
     return _smoothed_logistic(beta * (chosen - pairs.rejected_logratios.sort(dim=0).values), label_smoothing)
@@ -224,8 +190,7 @@ def aot_unpaired_loss(pairs: Pairs, beta: float, label_smoothing: float = 0.0) -
 def apo_zero_loss(pairs: Pairs, beta: float) -> Tensor:
     """APO-zero: chosen likelihood up, rejected likelihood down; for answers better than the model's own.
 
-    Source:
-        D'Oosterlinck et al. 2024, arXiv:2408.06266, Eq. 7.
+    Source: D'Oosterlinck et al. 2024, arXiv:2408.06266, Eq. 7.
     """
     return torch.sigmoid(-beta * pairs.chosen_logratios) + torch.sigmoid(beta * pairs.rejected_logratios)
 
@@ -233,8 +198,7 @@ def apo_zero_loss(pairs: Pairs, beta: float) -> Tensor:
 def apo_down_loss(pairs: Pairs, beta: float) -> Tensor:
     """APO-down: both likelihoods down, the rejected one more; for answers worse than the model's own.
 
-    Source:
-        D'Oosterlinck et al. 2024, arXiv:2408.06266, Eq. 8.
+    Source: D'Oosterlinck et al. 2024, arXiv:2408.06266, Eq. 8.
     """
     margin = beta * (pairs.chosen_logratios - pairs.rejected_logratios)
     return torch.sigmoid(beta * pairs.chosen_logratios) + torch.sigmoid(-margin)
@@ -243,13 +207,7 @@ def apo_down_loss(pairs: Pairs, beta: float) -> Tensor:
 def discopop_loss(pairs: Pairs, beta: float, tau: float = 0.05) -> Tensor:
     """DiscoPOP: a blend of logistic and exponential loss, found by search.
 
-    Args:
-        pairs: The pairs.
-        beta: As in DPO.
-        tau: Temperature of the blend.
-
-    Source:
-        Lu et al. 2024, arXiv:2406.08414, Eq. 5 (log-ratio modulated loss).
+    Source: Lu et al. 2024, arXiv:2406.08414, Eq. 5 (log-ratio modulated loss).
     """
     logits = beta * (pairs.chosen_scores - pairs.rejected_scores)
     # the exponential is weighed inside of its exponent: far on the wrong side it would be 0 times infinity
@@ -260,14 +218,9 @@ def discopop_loss(pairs: Pairs, beta: float, tau: float = 0.05) -> Tensor:
 def simpo_loss(pairs: Pairs, beta: float, gamma: float = 0.5, label_smoothing: float = 0.0) -> Tensor:
     """SimPO: mean log-probability per token as reward, no reference, and a margin to win by.
 
-    Args:
-        pairs: The pairs; their reference is not looked at.
-        beta: Factor on the mean log-probability (2.0 to 2.5 in the paper).
-        gamma: Margin that the chosen reward must lead by.
-        label_smoothing: As in cDPO.
+    ``beta`` is 2.0 to 2.5 in the paper; ``gamma`` is the margin that the chosen reward must lead by.
 
-    Source:
-        Meng et al. 2024, arXiv:2405.14734, Eq. 6.
+    Source: Meng et al. 2024, arXiv:2405.14734, Eq. 6.
     """
     return _smoothed_logistic(beta * (pairs.chosen_means - pairs.rejected_means) - gamma, label_smoothing)
 
@@ -275,8 +228,7 @@ def simpo_loss(pairs: Pairs, beta: float, gamma: float = 0.5, label_smoothing: f
 def cpo_loss(pairs: Pairs, beta: float, label_smoothing: float = 0.0) -> Tensor:
     """CPO's preference term: DPO with a uniform reference. The objective adds the likelihood of the chosen responses.
 
-    Source:
-        Xu et al. 2024, arXiv:2401.08417, Eq. 3.
+    Source: Xu et al. 2024, arXiv:2401.08417, Eq. 3.
     """
     return _smoothed_logistic(beta * (pairs.chosen_logps - pairs.rejected_logps), label_smoothing)
 
@@ -287,8 +239,7 @@ def orpo_loss(pairs: Pairs, beta: float) -> Tensor:
     ``P`` is the geometric mean of token probabilities, ``odds = P / (1 - P)``. The likelihood is that of the response
     given the prompt, averaged over its tokens.
 
-    Source:
-        Hong et al. 2024, arXiv:2403.07691, Eq. 4 to 7 (``beta`` is ``lambda`` there).
+    Source: Hong et al. 2024, arXiv:2403.07691, Eq. 4 to 7 (``beta`` is ``lambda`` there).
     """
     chosen, rejected = pairs.chosen_means, pairs.rejected_means
     log_odds = (chosen - _log1mexp(chosen)) - (rejected - _log1mexp(rejected))
@@ -309,11 +260,7 @@ def _log1mexp(x: Tensor) -> Tensor:
 def rpo_loss(chosen_means: Tensor) -> Tensor:
     """The likelihood term of RPO: negative mean log-probability per token of the chosen response.
 
-    Args:
-        chosen_means: In nats, ``[E]``.
-
-    Source:
-        Pang et al. 2024 (Iterative RPO), arXiv:2404.19733, Eq. 1, second term.
+    Source: Pang et al. 2024 (Iterative RPO), arXiv:2404.19733, Eq. 1, second term.
     """
     return -chosen_means
 
@@ -321,11 +268,8 @@ def rpo_loss(chosen_means: Tensor) -> Tensor:
 def sft_loss(logps: Tensor, total_tokens: int | Tensor) -> Tensor:
     """Negative log-likelihood of supervised responses, averaged over all tokens of the batch.
 
-    Args:
-        logps: Log-probability of each supervised response, any shape.
-        total_tokens: Tokens in all supervised responses of the batch, this row's and the others'.
+    ``total_tokens`` are those of all supervised responses of the batch, this row's and the others'.
 
-    Returns:
-        A scalar: this row's share of the batch mean.
+    Returns a scalar: this row's share of the batch mean.
     """
     return -logps.sum() / total_tokens

@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from flexdpo.errors import FlexdpoError
 from flexdpo.layout.row import on_device
 from flexdpo.objective import listwise, losses, unpaired
+from flexdpo.objective.batch import BatchGradients, BatchTotals, Reference, ReferenceLogps, RowLoss, supervised_index
 from flexdpo.objective.logps import ResponseLogps, pair_sums, response_weights, sum_targets
 from flexdpo.objective.loss_types import (
     COUPLING,
@@ -27,131 +28,27 @@ from flexdpo.objective.loss_types import (
     PER_TOKEN,
     REFERENCE_FREE,
     LossSettings,
-    check_objective,
+    check_losses,
 )
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from flexdpo.layout.groups import Group
     from flexdpo.layout.row import Row
-
-
-@dataclass(frozen=True)
-class BatchTotals:
-    """What a batch of groups holds in all its rows together: the denominators of the losses.
-
-    Attributes:
-        pairs: Preferences in the batch.
-        supervised_tokens: Tokens of the responses that the ``sft`` loss learns, each counted as often as it is used; a
-            mean over the batches and processes of a step where it has several (see :attr:`averages_tokens`).
-        labelled: Labels, by themselves or by edges, that ``kto`` learns from.
-        rankings: Groups with preferences, for ``plackett_luce``.
-        responses: Responses in the batch.
-    """
-
-    pairs: int
-    supervised_tokens: int | Tensor
-    labelled: int = 0
-    rankings: int = 0
-    responses: int = 0
-
-    @classmethod
-    def of(cls, groups: Sequence[Group]) -> BatchTotals:
-        """Count what the losses divide by."""
-        return cls(
-            pairs=sum(len(group.edges) for group in groups),
-            supervised_tokens=sum(group.response_ids[k].size for group in groups for k in supervised_responses(group)),
-            labelled=sum(len(unpaired.labels_of(group)) for group in groups),
-            rankings=sum(bool(group.edges) for group in groups),
-            responses=sum(len(group.response_ids) for group in groups),
-        )
-
-
-def supervised_responses(group: Group) -> list[int]:
-    """The responses that the ``sft`` loss learns.
-
-    The chosen one of every pair, or what is labelled desirable, or all where nothing is preferred.
-    """
-    labels = unpaired.labels_of(group)
-    return [k for k, desirable in labels if desirable] if labels else list(range(len(group.response_ids)))
-
-
-class ReferenceLogps(NamedTuple):
-    """The reference's log-probabilities of a row, as a cache stores them.
-
-    Attributes:
-        sums: Per response, ``[R]``.
-        pair_sums: Per preference, chosen and rejected, ``[E, 2]``; only under ``ld_alpha``, where a response counts
-            differently against a shorter one.
-    """
-
-    sums: Tensor
-    pair_sums: Tensor | None = None
-
-    @classmethod
-    def of(cls, logps: ResponseLogps, row: Row, ld_alpha: float | None = None) -> ReferenceLogps:
-        """Take what an objective with this ``ld_alpha`` needs out of full log-probabilities."""
-        return cls(logps.sums, None if ld_alpha is None else pair_sums(logps, row, ld_alpha))
-
-
-Reference: TypeAlias = "Tensor | ResponseLogps | ReferenceLogps | None"
-"""The reference's log-probabilities of a row: sums ``[R]``, or more where ``ld_alpha`` needs it."""
-
-
-class RowLoss(NamedTuple):
-    """The loss of one row, or of all rows of a batch, and what is logged of it.
-
-    Attributes:
-        loss: The share of the batch loss, a scalar.
-        metrics: Detached per-pair or per-response values by their logged name.
-    """
-
-    loss: Tensor
-    metrics: dict[str, Tensor]
-
-
-class BatchGradients(NamedTuple):
-    """The loss of a whole batch and its gradient in every row's targets.
-
-    Attributes:
-        loss: Detached scalar.
-        targets: For each row, gradient in :attr:`ResponseLogps.targets`, ``[T]``.
-        metrics: As in :class:`RowLoss`, over all rows.
-    """
-
-    loss: Tensor
-    targets: list[Tensor]
-    metrics: dict[str, Tensor]
-
-
-def surrogate_loss(policy: ResponseLogps, gradient: Tensor) -> Tensor:
-    """A scalar whose gradient in the model is that of the batch's loss; its value means nothing.
-
-    Args:
-        policy: Of one row, with gradients.
-        gradient: That row's entry of :attr:`BatchGradients.targets`.
-    """
-    return (policy.targets * gradient).sum()
 
 
 @dataclass
 class Objective(LossSettings):
-    """A weighted sum of losses, with their settings.
+    """A weighted sum of losses, with their settings."""
 
-    Attributes:
-        loss_type: Names of the losses, out of :data:`LOSS_TYPES`.
-        loss_weights: One weight per loss; 1 for each by default.
-    """
-
-    loss_type: tuple[str, ...] = ("sigmoid",)
-    loss_weights: tuple[float, ...] | None = None
+    loss_type: tuple[str, ...] = ("sigmoid",)  # names of the losses, out of :data:`LOSS_TYPES`
+    loss_weights: tuple[float, ...] | None = None  # one weight per loss; 1 for each by default
 
     def __post_init__(self) -> None:
         given: Any = self.loss_type
         if isinstance(given, str):
             self.loss_type = (given,)
-        check_objective(self)
+        check_losses(self.loss_type, self.loss_weights, self)
 
     # --- what the losses need ----------------------------------------------------------------------------------------
 
@@ -209,12 +106,7 @@ class Objective(LossSettings):
     ) -> RowLoss:
         """Compute one row's share of the batch loss; the shares of a batch's rows add up to its loss.
 
-        Args:
-            policy: The policy's log-probabilities.
-            reference: The reference's; may be ``None`` for losses that need none.
-            row: The row.
-            totals: Of the whole batch.
-            average: Mean of a scalar over all processes, for KTO's KL; by default this process stands alone.
+        ``average`` takes the mean of a scalar over all processes, for KTO's KL; by default this process stands alone.
 
         Raises:
             FlexdpoError: if something the losses need is missing.
@@ -457,15 +349,5 @@ def _weighted_sum(values: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def _supervised(policy: Sequence[ResponseLogps], rows: Sequence[Row], totals: BatchTotals) -> Tensor:
-    logps = [logps.sums[_supervised_index(row)] for logps, row in zip(policy, rows, strict=True)]
+    logps = [logps.sums[supervised_index(row)] for logps, row in zip(policy, rows, strict=True)]
     return losses.sft_loss(torch.cat(logps), totals.supervised_tokens)
-
-
-def _supervised_index(row: Row) -> Tensor:
-    """Index of every supervised response of a row, ``[N]`` int64."""
-    index: list[int] = []
-    first = 0
-    for group in row.groups:
-        index += [first + k for k in supervised_responses(group)]
-        first += len(group.response_ids)
-    return on_device(index, torch.int64, row.edges.device)

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from einops import rearrange
 
 from flexdpo.errors import FlexdpoError
-from flexdpo.objective.lm_head import base_model
+from flexdpo.hf.unwrap import base_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -27,40 +28,27 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class Routed:
-    """What one forward pass said of its routers; filled when it is done.
+    """What one forward pass said of its routers; filled when it is done."""
 
-    Attributes:
-        aux_loss: The model's own load-balancing loss of this pass, a scalar.
-        logits: Logits of each layer's router, ``[S, experts]`` each.
-    """
-
-    aux_loss: Tensor | None = None
-    logits: tuple[Tensor, ...] = ()
+    aux_loss: Tensor | None = None  # the model's own load-balancing loss of this pass, a scalar
+    logits: tuple[Tensor, ...] = ()  # logits of each layer's router, ``[S, experts]`` each
 
 
 @dataclass(frozen=True)
 class RouterLoss:
-    """The load-balancing loss of a model, times a coefficient.
+    """The load-balancing loss of a model, times a coefficient."""
 
-    Attributes:
-        base: The Hugging Face model, whose forward gives the loss of one row.
-        coefficient: Weight of the loss.
-    """
-
-    base: Any
-    coefficient: float
+    base: Any  # the Hugging Face model, whose forward gives the loss of one row
+    coefficient: float  # weight of the loss
     _reproduces: list[bool] = field(default_factory=list)
 
     @classmethod
     def of(cls, model: nn.Module, coefficient: float | None) -> RouterLoss | None:
         """The loss of a model, or ``None`` where it has none or the coefficient is 0.
 
-        Args:
-            model: Wrapped or not.
-            coefficient: Its weight; ``None`` takes the config's ``router_aux_loss_coef``, as TRL does.
+        A coefficient of ``None`` is the config's ``router_aux_loss_coef``, as in TRL.
 
-        Raises:
-            FlexdpoError: if a coefficient is given for a model without routers, or it is negative.
+        Raises ``FlexdpoError`` if a coefficient is given for a model without routers, or it is negative.
         """
         base = base_model(model)
         config = base.config.get_text_config()
@@ -86,7 +74,7 @@ class RouterLoss:
         def take(module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001
             routed.aux_loss = output.aux_loss
             logits = output.router_logits or ()
-            routed.logits = tuple(each.reshape(-1, each.shape[-1]) for each in logits if each is not None)
+            routed.logits = tuple(rearrange(each, "... e -> (...) e") for each in logits if each is not None)
 
         handles = (
             # before the hook that takes the layout out, which weighs tokens where routers are asked for

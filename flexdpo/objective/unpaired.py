@@ -20,16 +20,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LabelledGroup(Group):
-    """A group whose responses are labelled one by one.
+    """A group whose responses are labelled one by one."""
 
-    Attributes:
-        labels: For each response, whether it is desirable; ``None`` for responses that are not learned from. Empty
-            where the edges label them: each edge makes its chosen end desirable and its rejected end undesirable.
-        unrelated: Responses that belong to other prompts. They are run behind this one only to estimate how far the
-            policy has moved, and never learned from.
-    """
-
+    # for each response, whether it is desirable; ``None`` for responses that are not learned from. Empty where the
+    # edges label them: each edge makes its chosen end desirable and its rejected end undesirable.
     labels: tuple[bool | None, ...] = ()
+    # responses that belong to other prompts. They are run behind this one only to estimate how far the policy has
+    # moved, and never learned from.
     unrelated: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -51,17 +48,11 @@ class LabelledGroup(Group):
 
 
 class Labelled(NamedTuple):
-    """The labelled responses of a row, ``N`` in all, and its unrelated ones.
+    """The labelled responses of a row, ``N`` in all, and its unrelated ones."""
 
-    Attributes:
-        responses: Response index, ``[N]`` int64; a response with several labels stands here as often.
-        desirable: Its label, ``[N]`` bool.
-        unrelated: Response indices of the unrelated ones, ``[U]`` int64.
-    """
-
-    responses: Tensor
-    desirable: Tensor
-    unrelated: Tensor
+    responses: Tensor  # response index, ``[N]`` int64; a response with several labels stands here as often
+    desirable: Tensor  # its label, ``[N]`` bool
+    unrelated: Tensor  # response indices of the unrelated ones, ``[U]`` int64
 
 
 def labels_of(group: Group) -> list[tuple[int, bool]]:
@@ -95,11 +86,7 @@ def with_unrelated_responses(groups: Sequence[Group]) -> list[LabelledGroup]:
     the second the one before that, and so on; before the first comes the last. Behind the shared prompt each costs its
     own tokens only.
 
-    Args:
-        groups: One batch, with labels or edges and at least two different prompts.
-
-    Raises:
-        FlexdpoError: if the batch holds one prompt only, whose own responses say nothing about others.
+    Raises ``FlexdpoError`` if the batch holds one prompt only, whose own responses say nothing about others.
     """
     labelled = [[k for k, _ in labels_of(group)] for group in groups]
     prompts = [group.prompt_ids.tobytes() for group in groups]
@@ -141,19 +128,12 @@ def kto_loss(
 ) -> Tensor:
     """KTO: a desirable response gains, and an undesirable one loses, against how far the policy has moved on average.
 
-    Args:
-        logratios: Policy minus reference log-probability of each labelled response, in nats, ``[N]``.
-        desirable: Labels, ``[N]`` bool.
-        kl: Estimate of ``KL(policy || reference)`` in nats, at least 0, a scalar without gradient; see :func:`kto_kl`.
-        beta: Risk aversion, and pull towards the reference.
-        desirable_weight: Weight of desirable responses.
-        undesirable_weight: Weight of undesirable responses.
+    ``logratios`` ``[N]`` are policy minus reference in nats; ``kl`` estimates ``KL(policy || reference)`` in nats, at
+    least 0, a scalar without gradient (:func:`kto_kl`); ``beta`` is risk aversion, and pull towards the reference.
 
-    Returns:
-        ``[N]``.
+    Returns ``[N]``.
 
-    Source:
-        Ethayarajh et al. 2024, arXiv:2402.01306, the default KTO loss.
+    Source: Ethayarajh et al. 2024, arXiv:2402.01306, the default KTO loss.
     """
     signs, weights = _signs_and_weights(logratios, desirable, desirable_weight, undesirable_weight)
     return weights * torch.sigmoid(-signs * beta * (logratios - kl))
@@ -170,8 +150,7 @@ def apo_zero_unpaired_loss(
 
     The arguments and the result are those of :func:`kto_loss`.
 
-    Source:
-        D'Oosterlinck et al. 2024, arXiv:2408.06266, Eq. 7, term by term.
+    Source: D'Oosterlinck et al. 2024, arXiv:2408.06266, Eq. 7, term by term.
     """
     signs, weights = _signs_and_weights(logratios, desirable, desirable_weight, undesirable_weight)
     return weights * torch.sigmoid(-signs * beta * logratios)
@@ -180,11 +159,7 @@ def apo_zero_unpaired_loss(
 def kto_kl(unrelated_logratios: Tensor) -> Tensor:
     """Estimate the KL from responses to other prompts, as a mean in nats without gradient; may still be negative.
 
-    Args:
-        unrelated_logratios: Policy minus reference log-probability of each unrelated response, ``[U]``, ``U >= 1``.
-
-    Source:
-        Ethayarajh et al. 2024, arXiv:2402.01306 (``z_0`` there; the loss takes it at least 0).
+    Source: Ethayarajh et al. 2024, arXiv:2402.01306 (``z_0`` there; the loss takes it at least 0).
     """
     return unrelated_logratios.detach().mean()
 

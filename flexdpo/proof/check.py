@@ -13,7 +13,8 @@ import torch
 
 from flexdpo.errors import FlexdpoError, first_line
 from flexdpo.hf.names import local_path, require_saved
-from flexdpo.hf.rules import backbone_of, refusal_reason
+from flexdpo.hf.rules import refusal_reason
+from flexdpo.hf.unwrap import backbone_of
 from flexdpo.proof.probe import ParityReport, parity_probe
 from flexdpo.proof.tiny_models import tiny_model
 

@@ -25,7 +25,8 @@ from flexdpo.hf.forward_layout import ATTN_IMPLEMENTATION
 from flexdpo.hf.prepare import prepare_model
 from flexdpo.hf.randomness import disable_dropout
 from flexdpo.hf.row_dependence import length_limits
-from flexdpo.hf.rules import backbone_of, refusal_reason, unwrap_model
+from flexdpo.hf.rules import refusal_reason
+from flexdpo.hf.unwrap import backbone_of, unwrap_model
 from flexdpo.layout.groups import Group
 from flexdpo.layout.row import Row, RowLayout
 from flexdpo.proof.tiny_models import tiny_model

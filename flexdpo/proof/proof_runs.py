@@ -12,8 +12,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from flexdpo.hf.row_dependence import limits_of
+from flexdpo.hf.unwrap import base_model
 from flexdpo.objective.linear_logps import logits_logps
-from flexdpo.objective.lm_head import base_model, head_logps, head_plan
+from flexdpo.objective.lm_head import head_logps, head_plan
 from flexdpo.objective.logps import member_values, require_finite, response_logps
 from flexdpo.proof.probe import CoarsestRounding, beside_another, path_of, rounded_otherwise, token_error
 

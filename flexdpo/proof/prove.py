@@ -22,8 +22,8 @@ from flexdpo.errors import FlexdpoError
 from flexdpo.hf.draws import RandomState, draws_by_module
 from flexdpo.hf.prepare import prepare_model
 from flexdpo.hf.row_dependence import limits_of
+from flexdpo.hf.unwrap import base_model, unwrapped
 from flexdpo.layout.packing import pack
-from flexdpo.objective.lm_head import base_model, without_wrappers
 from flexdpo.proof.probe import NOISE_FACTOR, ROUNDINGS, stock_attention, summed_by_token
 from flexdpo.proof.proof_runs import Runs, listening
 
@@ -137,7 +137,7 @@ def prove(
     Raises:
         FlexdpoError: with the figures, where an error is larger than rounding explains.
     """
-    prepare_model(without_wrappers(model))
+    prepare_model(unwrapped(model))
     device = next(model.parameters()).device
     rows = pack(
         groups,

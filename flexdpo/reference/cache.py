@@ -38,16 +38,11 @@ Key = tuple[int, int]
 
 @dataclass(frozen=True)
 class ReferenceIdentity:
-    """What reference values depend on beside the tokens themselves.
+    """What reference values depend on beside the tokens themselves."""
 
-    Attributes:
-        model: From :func:`~flexdpo.reference.fingerprints.model_fingerprint`.
-        tokenizer: What stands for the tokenizer.
-        settings: Whatever else changes values, as JSON-able numbers and strings: ``max_length``, precision, ...
-    """
-
-    model: str
-    tokenizer: str = ""
+    model: str  # from :func:`~flexdpo.reference.fingerprints.model_fingerprint`
+    tokenizer: str = ""  # what stands for the tokenizer
+    # whatever else changes values, as JSON-able numbers and strings: ``max_length``, precision, ..
     settings: tuple[tuple[str, Any], ...] = ()
 
     def folder_in(self, root: Path | str) -> Path:
@@ -75,13 +70,8 @@ def response_key(prompt_ids: NDArray[np.int64], response_ids: NDArray[np.int64])
 class ReferenceCache:
     """Reference log-probabilities of responses, in memory and in a folder.
 
-    Args:
-        folder: Made if it does not exist.
-        identity: Whose values these are.
-
-    Raises:
-        FlexdpoError: if the folder holds another model's, tokenizer's or setting's values, or a damaged or foreign
-            file.
+    Raises ``FlexdpoError`` if the folder holds another model's, tokenizer's or setting's values, or a damaged or
+    foreign file.
     """
 
     def __init__(self, folder: Path | str, identity: ReferenceIdentity) -> None:
@@ -112,9 +102,7 @@ class ReferenceCache:
     def add(self, values: dict[Key, float], writer: int = 0) -> None:
         """Write values to a new part, whole or not at all.
 
-        Args:
-            values: By key.
-            writer: Number of this process; parts of different processes never meet.
+        ``writer`` is the number of this process; parts of different processes never meet.
         """
         if not values:
             return
@@ -180,12 +168,9 @@ def _claim(path: Path, identity: ReferenceIdentity) -> None:
 def read(path: Path, expected: dict[str, tuple[str, int]]) -> dict[str, NDArray[Any]]:
     """Read a file of the cache.
 
-    Args:
-        path: A safetensors file.
-        expected: The dtype (in safetensors' words) and the number of dimensions of each tensor.
+    ``expected`` holds the dtype (in safetensors' words) and the number of dimensions of each tensor.
 
-    Raises:
-        FlexdpoError: if it is truncated or holds anything else.
+    Raises ``FlexdpoError`` if it is truncated or holds anything else.
     """
     try:
         with safe_open(path, framework="numpy") as file:

@@ -28,9 +28,6 @@ def model_fingerprint(model: nn.Module) -> str:
 
     Adapters that are switched off have no part in it. Take it before weights are sharded over processes.
 
-    Args:
-        model: A Hugging Face model or a ``PeftModel``, as it is to be run.
-
     Returns:
         32 hexadecimal digits; every bit of every weight and buffer counts, and so do names, shapes and dtypes, every
         entry of the configs, and every plain value that a module keeps: an epsilon, an adapter's scale, what is active.
@@ -68,10 +65,8 @@ def settings_fingerprint(model: nn.Module) -> str:
 def weights_sample(model: nn.Module, *, trainable: bool, per_tensor: int = 64) -> str:
     """Return a fingerprint of a few values of every weight: cheap, and another checkpoint has another.
 
-    Args:
-        model: With weights that are neither sharded nor still to be loaded.
-        trainable: Whether the weights that are trained count too.
-        per_tensor: Values that are looked at, evenly spaced.
+    The weights must be neither sharded nor still to be loaded. ``per_tensor`` values are looked at, evenly spaced, of
+    those that are trained only with ``trainable``.
     """
     digest = hashlib.blake2b(digest_size=16)
     for name, parameter in sorted(model.named_parameters()):

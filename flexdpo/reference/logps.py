@@ -22,7 +22,7 @@ import torch
 from flexdpo.errors import FlexdpoError
 from flexdpo.layout.groups import Group
 from flexdpo.layout.packing import MIN_SHARED, best_fit_decreasing
-from flexdpo.layout.row import Row
+from flexdpo.layout.row import Row, idle_row
 from flexdpo.reference.cache import Key, ReferenceCache, damaged, read, response_key, write
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from flexdpo.objective.logps import ResponseLogps
 
 _PLAN = "plan.safetensors"
-# packing compares every family with every open row, so it looks at this many families at a time
+# packing compares every cluster with every open row, so it looks at this many clusters at a time
 _PACKED_TOGETHER = 2048
 
 
@@ -56,7 +56,7 @@ class _Item:
 
 
 _PlannedRow = list[list[_Item]]
-"""The families of one row."""
+"""The clusters of one row."""
 
 
 def _wanted(groups: Iterable[Group], with_beginnings: bool) -> dict[Key, _Item]:
@@ -87,13 +87,14 @@ def _common(a: NDArray[np.uint32], b: NDArray[np.uint32]) -> int:
     return int(differs.argmax()) if differs.any() else length
 
 
-def _families(items: Sequence[_Item], budget: int | None, min_shared: int, limits: Sequence[int]) -> list[list[_Item]]:
+def _clusters(items: Sequence[_Item], settings: PrecomputeSettings) -> list[list[_Item]]:
     """Runs of sorted sequences that share a prompt, or at least ``min_shared`` tokens, and fit a row together."""
+    budget = settings.budget
 
     def side(item: _Item) -> int:
-        return bisect_left(limits, item.sequence.size)
+        return bisect_left(settings.limits, item.sequence.size)
 
-    families: list[list[_Item]] = []
+    clusters: list[list[_Item]] = []
     size = 0
     # big-endian bytes sort like the tokens themselves
     for item in sorted(items, key=lambda item: (side(item), item.sequence.astype(">u4").tobytes(), item.tail)):
@@ -103,56 +104,57 @@ def _families(items: Sequence[_Item], budget: int | None, min_shared: int, limit
                 f"{item.name} has a sequence of {length} tokens but rows have room for {budget}; raise "
                 "max_tokens_per_row or lower max_length"
             )
-        if families:
-            previous = families[-1][-1]
+        if clusters:
+            previous = clusters[-1][-1]
             shared = _common(previous.sequence, item.sequence)
             same_prompt = shared >= length - item.tail and previous.sequence.size - previous.tail == length - item.tail
             # in sorted order a sequence adds to the trie what its predecessor does not begin with
             added = length - shared
-            related = (same_prompt or shared >= min_shared) and side(previous) == side(item)
+            related = (same_prompt or shared >= settings.min_shared) and side(previous) == side(item)
             if related and (budget is None or size + added <= budget):
-                families[-1].append(item)
+                clusters[-1].append(item)
                 size += added
                 continue
-        families.append([item])
+        clusters.append([item])
         size = length
-    return families
+    return clusters
 
 
-def _plan(
-    items: Sequence[_Item], budget: int | None, min_shared: int, per_row: int, limits: Sequence[int]
-) -> list[_PlannedRow]:
-    """Which families share a row."""
-    families = _families(items, budget, min_shared, limits)
+def _plan(items: Sequence[_Item], settings: PrecomputeSettings) -> list[_PlannedRow]:
+    """Which clusters share a row."""
+    clusters = _clusters(items, settings)
+    budget, per_row = settings.budget, settings.clusters_per_row
     if budget is None:
-        return [families[start : start + per_row] for start in range(0, len(families), per_row)]
+        return [clusters[start : start + per_row] for start in range(0, len(clusters), per_row)]
     rows = []
-    for start in range(0, len(families), _PACKED_TOGETHER):
-        part = families[start : start + _PACKED_TOGETHER]
-        bins = best_fit_decreasing([_trie_size(family) for family in part], budget)
+    for start in range(0, len(clusters), _PACKED_TOGETHER):
+        part = clusters[start : start + _PACKED_TOGETHER]
+        bins = best_fit_decreasing([_trie_size(cluster) for cluster in part], budget)
         rows += [[part[i] for i in members] for members in bins]
     return rows
 
 
-def _trie_size(family: Sequence[_Item]) -> int:
-    """Distinct tokens of a sorted family."""
-    return family[0].sequence.size + sum(b.sequence.size - _common(a.sequence, b.sequence) for a, b in pairwise(family))
+def _trie_size(cluster: Sequence[_Item]) -> int:
+    """Distinct tokens of a sorted cluster."""
+    return cluster[0].sequence.size + sum(
+        b.sequence.size - _common(a.sequence, b.sequence) for a, b in pairwise(cluster)
+    )
 
 
 def _save_plan(path: Path, rows: Sequence[_PlannedRow]) -> None:
     placed = [
-        (item.key, row, family)
-        for row, families in enumerate(rows)
-        for family, items in enumerate(families)
+        (item.key, row, cluster)
+        for row, clusters in enumerate(rows)
+        for cluster, items in enumerate(clusters)
         for item in items
     ]
-    keys, row_numbers, family_numbers = zip(*placed, strict=True)
+    keys, row_numbers, cluster_numbers = zip(*placed, strict=True)
     write(
         path,
         {
             "keys": np.array(keys, dtype=np.int64).reshape(-1, 2),
             "rows": np.array(row_numbers, dtype=np.int64),
-            "families": np.array(family_numbers, dtype=np.int64),
+            "clusters": np.array(cluster_numbers, dtype=np.int64),
         },
     )
 
@@ -164,20 +166,20 @@ def _load_plan(path: Path, wanted: dict[Key, _Item], missing: set[Key]) -> list[
     """
     if not path.exists():
         return None
-    tensors = read(path, {"keys": ("I64", 2), "rows": ("I64", 1), "families": ("I64", 1)})
-    if not len(tensors["keys"]) == len(tensors["rows"]) == len(tensors["families"]):
+    tensors = read(path, {"keys": ("I64", 2), "rows": ("I64", 1), "clusters": ("I64", 1)})
+    if not len(tensors["keys"]) == len(tensors["rows"]) == len(tensors["clusters"]):
         raise damaged(path, "its rows do not fit its keys")
     keys: list[Key] = [(first, second) for first, second in tensors["keys"].tolist()]
     if not missing <= set(keys):
         return None
-    places = zip(tensors["rows"].tolist(), tensors["families"].tolist(), keys, strict=True)
+    places = zip(tensors["rows"].tolist(), tensors["clusters"].tolist(), keys, strict=True)
     rows: list[_PlannedRow] = []
     for _, in_row in groupby(places, key=lambda place: place[0]):
-        families = [[key for *_, key in members] for _, members in groupby(in_row, key=lambda place: place[1])]
-        if all(missing.isdisjoint(family) for family in families):
+        clusters = [[key for *_, key in members] for _, members in groupby(in_row, key=lambda place: place[1])]
+        if all(missing.isdisjoint(cluster) for cluster in clusters):
             rows.append([])
-        elif all(key in wanted for family in families for key in family):
-            rows.append([[wanted[key] for key in family] for family in families])
+        elif all(key in wanted for cluster in clusters for key in cluster):
+            rows.append([[wanted[key] for key in cluster] for cluster in clusters])
         else:
             return None
     return rows
@@ -188,97 +190,82 @@ def _load_plan(path: Path, wanted: dict[Key, _Item], missing: set[Key]) -> list[
 
 @dataclass(frozen=True)
 class PrecomputeReport:
-    """What precomputing did in this process.
+    """What precomputing did in this process."""
 
-    Attributes:
-        responses: Distinct responses of the groups.
-        found: Of these, how many the cache held already.
-        rows_run: Rows that went through the model.
-        tokens_run: Distinct tokens in them, padding not counted.
-        tokens_unshared: Tokens that an ordinary run would take for the same responses, each behind its own prompt.
-    """
+    responses: int  # distinct responses of the groups
+    found: int  # of these, how many the cache held already
+    rows_run: int  # rows that went through the model
+    tokens_run: int  # distinct tokens in them, padding not counted
+    tokens_unshared: int  # tokens that an ordinary run would take for the same responses, each behind its own prompt
 
-    responses: int
-    found: int
-    rows_run: int
-    tokens_run: int
-    tokens_unshared: int
+
+@dataclass(frozen=True, kw_only=True)
+class PrecomputeSettings:
+    """How the reference of a dataset is laid out in rows, where it runs, and who runs it."""
+
+    max_tokens_per_row: int | None = None  # longest row, padding included
+    clusters_per_row: int = 8  # sets of related sequences in a row, where there is no token budget
+    pad_to_multiple_of: int = 1  # tokens
+    # tokens that sequences with different prompts must share to be brought together: merging on less would tie all of
+    # the row together and cost more tiles of attention than it saves tokens
+    min_shared: int = MIN_SHARED
+    with_beginnings: bool = False  # also what LD-DPO needs: the beginning of each pair's longer response
+    limits: Sequence[int] = ()  # as in :func:`flexdpo.pack`
+    device: torch.device | str = "cpu"
+    process_index: int = 0
+    num_processes: int = 1
+    equal_forwards: bool = False  # run as many forwards in every process, as sharded models need
+    save_every_s: float = 30.0
+    progress: bool = True
+    description: str = "Reference log-probabilities"
+
+    @property
+    def budget(self) -> int | None:
+        """Most real tokens of a row."""
+        if self.max_tokens_per_row is None:
+            return None
+        return self.max_tokens_per_row // self.pad_to_multiple_of * self.pad_to_multiple_of
 
 
 def precompute_reference(
     cache: ReferenceCache,
     groups: Iterable[Group],
     run: Callable[[Row], ResponseLogps],
-    *,
-    max_tokens_per_row: int | None = None,
-    families_per_row: int = 8,
-    pad_to_multiple_of: int = 1,
-    min_shared: int = MIN_SHARED,
-    with_beginnings: bool = False,
-    limits: Sequence[int] = (),
-    device: torch.device | str = "cpu",
-    process_index: int = 0,
-    num_processes: int = 1,
-    equal_forwards: bool = False,
-    save_every_s: float = 30.0,
-    progress: bool = True,
-    description: str = "Reference log-probabilities",
+    settings: PrecomputeSettings = PrecomputeSettings(),
 ) -> PrecomputeReport:
     """Fill a cache with the reference log-probability of every response of a dataset, continuing where it stopped.
 
-    With several processes all of them open the cache and wait for each other, then call this with the same groups, wait
-    again and call :meth:`ReferenceCache.reload`.
+    ``run`` gives the reference's log-probabilities of a row and is called without gradients. With several processes all
+    of them open the cache and wait for each other, then call this with the same groups, wait again and call
+    :meth:`ReferenceCache.reload`.
 
-    Args:
-        cache: Is written to as the work goes on.
-        groups: The dataset, or several in a row.
-        run: Gives the reference's log-probabilities of a row; called without gradients.
-        max_tokens_per_row: Longest row, padding included.
-        families_per_row: Without a token budget, sets of related sequences per row.
-        pad_to_multiple_of: Rows are padded to a multiple of this many tokens.
-        min_shared: Tokens that sequences with different prompts must share to be brought together; merging on less
-            would tie the whole row together and cost more tiles of attention than it saves tokens.
-        with_beginnings: Also compute what LD-DPO needs: the beginning of each pair's longer response.
-        limits: As in :func:`flexdpo.pack`.
-        device: Where rows are run.
-        process_index: Of this process.
-        num_processes: That share the work.
-        equal_forwards: Run as many forwards in every process, as sharded models need.
-        save_every_s: Seconds between two writes.
-        progress: Show a progress bar.
-        description: Beside the bar.
-
-    Returns:
-        What was done here.
-
-    Raises:
-        FlexdpoError: if a sequence fits no row, or a log-probability is not finite; the message names the example.
+    Raises ``FlexdpoError`` naming the example if a sequence fits no row, or a log-probability is not finite.
     """
-    budget = None if max_tokens_per_row is None else max_tokens_per_row // pad_to_multiple_of * pad_to_multiple_of
-    wanted = _wanted(groups, with_beginnings)
+    wanted = _wanted(groups, settings.with_beginnings)
     missing = {key for key, item in wanted.items() if any(part not in cache for part in item.keys)}
     path = cache.folder / _PLAN
     rows = _load_plan(path, wanted, missing)
     if rows is None:
-        rows = _plan([wanted[key] for key in wanted if key in missing], budget, min_shared, families_per_row, limits)
-        if process_index == 0 and rows:
+        rows = _plan([wanted[key] for key in wanted if key in missing], settings)
+        if settings.process_index == 0 and rows:
             _save_plan(path, rows)
-    mine = [row for row in rows[process_index::num_processes] if row]
-    most = max(sum(bool(row) for row in rows[i::num_processes]) for i in range(num_processes))
-    writer = _Writer(cache, process_index, save_every_s)
+    shares = [[row for row in rows[i :: settings.num_processes] if row] for i in range(settings.num_processes)]
+    mine = shares[settings.process_index]
+    idle = max(map(len, shares)) - len(mine) if settings.equal_forwards else 0
+    writer = _Writer(cache, settings.process_index, settings.save_every_s)
     tokens = unshared = 0
-    responses = sum(len(family) for families in mine for family in families)
-    with _progress_bar(responses, description, progress) as bar, writer, torch.no_grad():
-        for families in mine:
-            row = _row_of(families, pad_to_multiple_of)
-            items = [item for family in families for item in family]
-            writer.put(_values(items, row, run(row.to(device))))
+    responses = sum(len(cluster) for clusters in mine for cluster in clusters)
+    with _progress_bar(responses, settings.description, settings.progress) as bar, writer, torch.no_grad():
+        for clusters in mine:
+            row = _row_of(clusters, settings.pad_to_multiple_of)
+            items = [item for cluster in clusters for item in cluster]
+            writer.put(_values(items, row, run(row.to(settings.device))))
             tokens += row.num_tokens
             unshared += sum(item.sequence.size for item in items)
             bar.update(len(items))
-        for _ in range(most - len(mine) if equal_forwards else 0):
-            # a process without work runs the smallest row there is, since sharded weights are gathered by all
-            run(idle_row().to(device))
+        for _ in range(idle):
+            # sharded weights are gathered by all processes, so one without work runs as often as the others
+            run(idle_row().to(settings.device))
     return PrecomputeReport(len(wanted), len(wanted) - len(missing), len(mine), tokens, unshared)
 
 
@@ -311,19 +298,19 @@ class _Writer:
             self.saved = time.monotonic()
 
 
-def _row_of(families: _PlannedRow, pad_to_multiple_of: int) -> Row:
-    """One row of several families; its targets are the tokens wanted, and nothing of the prompts."""
-    row = Row.from_groups([_as_group(family) for family in families], pad_to_multiple_of=pad_to_multiple_of)
-    return _restricted(row, [item.tail for family in families for item in family])
+def _row_of(clusters: _PlannedRow, pad_to_multiple_of: int) -> Row:
+    """One row of several clusters; its targets are the tokens wanted, and nothing of the prompts."""
+    row = Row.from_groups([_as_group(cluster) for cluster in clusters], pad_to_multiple_of=pad_to_multiple_of)
+    return _restricted(row, [item.tail for cluster in clusters for item in cluster])
 
 
-def _as_group(family: Sequence[_Item]) -> Group:
-    """A family as a group: what all of them begin with is the prompt, and the rest of each is a response."""
-    shared = min(item.sequence.size - item.tail for item in family)
-    for a, b in pairwise(family):
+def _as_group(cluster: Sequence[_Item]) -> Group:
+    """A cluster as a group: what all of them begin with is the prompt, and the rest of each is a response."""
+    shared = min(item.sequence.size - item.tail for item in cluster)
+    for a, b in pairwise(cluster):
         shared = min(shared, _common(a.sequence, b.sequence))
-    sequences = [item.sequence.astype(np.int64) for item in family]
-    return Group(sequences[0][:shared], tuple(s[shared:] for s in sequences), name=family[0].name)
+    sequences = [item.sequence.astype(np.int64) for item in cluster]
+    return Group(sequences[0][:shared], tuple(s[shared:] for s in sequences), name=cluster[0].name)
 
 
 def _restricted(row: Row, tails: Sequence[int]) -> Row:
@@ -358,9 +345,3 @@ def _values(items: Sequence[_Item], row: Row, logps: ResponseLogps) -> dict[Key,
         values[item.key] = float(running[-1])
         values.update({key: float(running[length - 1]) for length, key in item.beginnings})
     return values
-
-
-def idle_row(pad_to_multiple_of: int = 1) -> Row:
-    """The smallest row there is, for a process that runs out of rows before the others do."""
-    # token 0 is in every vocabulary
-    return Row.from_groups([Group.from_lists([0], [[0]], edges=())], pad_to_multiple_of=pad_to_multiple_of)

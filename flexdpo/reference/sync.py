@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from flexdpo.errors import FlexdpoError
-from flexdpo.objective.lm_head import base_model
+from flexdpo.hf.unwrap import base_model
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,16 +19,11 @@ def mix_into_reference(reference: nn.Module, policy: nn.Module, alpha: float = 0
 
     Sharded weights (FSDP2) are mixed shard by shard, so both models must be sharded alike.
 
-    Args:
-        reference: Changed in place.
-        policy: The model in training; wrapped or not.
-        alpha: In ``(0, 1]``; 1 copies the policy (a hard update).
+    ``alpha`` is in ``(0, 1]``; 1 copies the policy (a hard update).
 
-    Raises:
-        FlexdpoError: if ``alpha`` is out of range or the models' weights do not match.
+    Raises ``FlexdpoError`` if ``alpha`` is out of range or the models' weights do not match.
 
-    Source:
-        Gorbatovski et al. 2024, arXiv:2404.09656, soft update (hard for ``alpha = 1``).
+    Source: Gorbatovski et al. 2024, arXiv:2404.09656, soft update (hard for ``alpha = 1``).
     """
     if not 0 < alpha <= 1:
         raise FlexdpoError(f"ref_model_mixup_alpha must be in (0, 1], got {alpha}")

@@ -10,9 +10,9 @@ import torch
 from flexdpo.data.tokenize import group_from_row
 from flexdpo.errors import FlexdpoError
 from flexdpo.layout.packing import pack_numbered
-from flexdpo.objective.objective import BatchTotals, ReferenceLogps
+from flexdpo.layout.row import idle_row
+from flexdpo.objective.batch import BatchTotals, ReferenceLogps
 from flexdpo.objective.unpaired import with_unrelated_responses
-from flexdpo.reference.logps import idle_row
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -19,7 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from flexdpo.errors import FlexdpoError, first_line
-from flexdpo.objective.lm_head import base_model
+from flexdpo.hf.unwrap import base_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

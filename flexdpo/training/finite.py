@@ -16,8 +16,8 @@ from accelerate.utils import DistributedType
 from transformers import TrainerCallback
 
 from flexdpo.errors import FlexdpoError
+from flexdpo.objective.batch import BatchTotals, ReferenceLogps
 from flexdpo.objective.logps import require_finite
-from flexdpo.objective.objective import BatchTotals, ReferenceLogps
 from flexdpo.training.batch import PackedBatch
 from flexdpo.training.distribution import runs_in_step
 from flexdpo.training.step import BatchLoss, Runner

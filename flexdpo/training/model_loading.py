@@ -17,7 +17,7 @@ from flexdpo.data.tokenize import require_special_tokens
 from flexdpo.errors import FlexdpoError, first_line, quoted
 from flexdpo.hf.forward_layout import ATTN_IMPLEMENTATION
 from flexdpo.hf.names import require_saved, why_unreachable
-from flexdpo.hf.rules import unwrap_model
+from flexdpo.hf.unwrap import unwrap_model
 
 if TYPE_CHECKING:
     from torch import nn

@@ -12,7 +12,7 @@ from accelerate.utils import DistributedType
 from flexdpo.data.cache import cache_folder
 from flexdpo.data.tokenize import group_from_row
 from flexdpo.reference.cache import ReferenceCache, ReferenceIdentity
-from flexdpo.reference.logps import precompute_reference
+from flexdpo.reference.logps import PrecomputeSettings, precompute_reference
 from flexdpo.training.batch import REFERENCE_COLUMN, REFERENCE_PAIR_COLUMN
 
 if TYPE_CHECKING:
@@ -71,13 +71,10 @@ class Precompute:
 
     def _fill(self, cache: ReferenceCache, groups: list[Group], name: str) -> None:
         config = self.config
-        precompute_reference(
-            cache,
-            groups,
-            self.run,
+        settings = PrecomputeSettings(
             max_tokens_per_row=self.max_tokens_per_row,
             limits=self.limits,
-            families_per_row=config.precompute_ref_batch_size or config.per_device_train_batch_size,
+            clusters_per_row=config.precompute_ref_batch_size or config.per_device_train_batch_size,
             pad_to_multiple_of=config.row_multiple,
             with_beginnings=config.ld_alpha is not None,
             device=config.device,
@@ -87,6 +84,7 @@ class Precompute:
             progress=not config.disable_tqdm,
             description=f"Reference log-probabilities, {name}",
         )
+        precompute_reference(cache, groups, self.run, settings)
         self.accelerator.wait_for_everyone()
         cache.reload()
         # nobody writes the next part's values before all have read this one's

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 from flexdpo.errors import FlexdpoError
-from flexdpo.hf.prepare import prepare_model, unwrap_model
+from flexdpo.hf.prepare import prepare_model
+from flexdpo.hf.unwrap import unwrap_model
 from flexdpo.reference.fingerprints import settings_fingerprint, weights_sample
 from flexdpo.reference.sync import mix_into_reference
 from flexdpo.training import adapters, distribution, model_loading

@@ -12,8 +12,9 @@ import torch
 
 from flexdpo.errors import FlexdpoError
 from flexdpo.layout.row import Row
+from flexdpo.objective.batch import Reference, surrogate_loss
 from flexdpo.objective.logps import ResponseLogps, response_logps
-from flexdpo.objective.objective import Objective, Reference, surrogate_loss
+from flexdpo.objective.objective import Objective
 from flexdpo.objective.router import Routed, RouterLoss
 
 if TYPE_CHECKING:

@@ -10,9 +10,10 @@ import torch
 
 from flexdpo.attention.row_mask import Impl
 from flexdpo.errors import FlexdpoError
-from flexdpo.hf.prepare import prepare_model, unwrap_model
+from flexdpo.hf.prepare import prepare_model
 from flexdpo.hf.randomness import disable_dropout
 from flexdpo.hf.row_dependence import limits_of
+from flexdpo.hf.unwrap import unwrap_model
 from flexdpo.layout.groups import Group
 from flexdpo.layout.row import tile_multiple
 from flexdpo.objective.logps import response_logps

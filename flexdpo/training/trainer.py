@@ -21,9 +21,10 @@ from flexdpo.data.tokenize import LABELS_COLUMN, TOKENISED_COLUMNS
 from flexdpo.data.workers import plain_worker_errors
 from flexdpo.errors import FlexdpoError
 from flexdpo.hf.compilation import compile_decoder_layers, decoder_layers
-from flexdpo.hf.prepare import prepare_model, unwrap_model
+from flexdpo.hf.prepare import prepare_model
 from flexdpo.hf.randomness import disable_dropout, require_no_draws
 from flexdpo.hf.row_dependence import limits_of
+from flexdpo.hf.unwrap import unwrap_model
 from flexdpo.objective.logps import response_logps
 from flexdpo.objective.router import RouterLoss
 from flexdpo.reference.fingerprints import model_fingerprint

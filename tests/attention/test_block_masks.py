@@ -11,7 +11,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from flexdpo import Group, Row, RowLayout
 from flexdpo.attention.block_masks import build_block_mask, classify_tiles
 from flexdpo.attention.mask_mods import CAUSAL, MaskKind
-from flexdpo.attention.oracle import dense_mask
+from tests.oracle import dense_mask
 
 FIELDS = [
     f"{full}{axis}_{what}" for full in ("", "full_") for axis in ("kv", "q") for what in ("num_blocks", "indices")

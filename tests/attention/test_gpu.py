@@ -14,10 +14,11 @@ from torch._dynamo.utils import counters
 from flexdpo import Group, Row, RowLayout, pack
 from flexdpo.attention import flex, selftest
 from flexdpo.attention.block_masks import build_block_mask
+from flexdpo.attention.inputs import Shape
 from flexdpo.attention.kernels import packed_attention
 from flexdpo.attention.mask_mods import CAUSAL, MaskKind
 from flexdpo.attention.row_mask import Impl, RowMask, row_mask_for
-from flexdpo.attention.selftest import Shape, compare_kernel
+from flexdpo.attention.selftest import compare_kernel
 from flexdpo.attention.settings import KernelSettings, kernel_settings_as
 from flexdpo.attention.varlen import varlen_attention
 from flexdpo.layout.packing import choose_buckets, row_lengths

@@ -6,9 +6,9 @@ from flexdpo import FlexdpoError, Group, Row, RowLayout
 from flexdpo.attention import kernels
 from flexdpo.attention.kernels import packed_attention
 from flexdpo.attention.mask_mods import CAUSAL, MaskKind
-from flexdpo.attention.oracle import dense_attention, dense_mask
 from flexdpo.attention.row_mask import resolve_impl, row_mask_for
 from tests.conftest import odd_groups, random_ids
+from tests.oracle import dense_attention, dense_mask
 
 KINDS = [
     CAUSAL,
@@ -173,7 +173,7 @@ def test_flex_attention_gets_its_inputs_dense_at_the_last_size(monkeypatch) -> N
     layout = Row.from_groups([Group.from_lists([1] * 20, [[2] * 9, [5] * 7])]).layout
     row_mask = row_mask_for(RowLayout.stack([layout, layout]), CAUSAL, "flex")
     seen = []
-    monkeypatch.setattr(kernels, "run_flex", lambda *inputs: seen.append(inputs[:3]) or inputs[0])
+    monkeypatch.setattr(kernels, "run_flex", lambda inputs, _: seen.append(inputs[:3]) or inputs.query)
     for strides in STRIDES.values():
         inputs = [strides(heads, layout.length) for heads in (4, 2, 2)]
         packed_attention(*inputs, row_mask)

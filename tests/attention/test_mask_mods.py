@@ -4,8 +4,8 @@ import torch
 
 from flexdpo import Row
 from flexdpo.attention.mask_mods import CAUSAL, MaskKind, mask_mod_for
-from flexdpo.attention.oracle import dense_mask
 from tests.conftest import odd_groups
+from tests.oracle import dense_mask
 
 
 def branch_mask(row: Row, allowed) -> torch.Tensor:

@@ -9,10 +9,10 @@ from flexdpo import FlexdpoError, Group, pack
 from flexdpo.attention import flex
 from flexdpo.attention.kernels import packed_attention
 from flexdpo.attention.mask_mods import CAUSAL, MaskKind
-from flexdpo.attention.oracle import dense_attention, dense_mask
 from flexdpo.attention.row_mask import row_mask_for
 from flexdpo.attention.settings import KernelSettings, kernel_settings_as
 from flexdpo.layout.packing import choose_buckets, row_lengths
+from tests.oracle import dense_attention, dense_mask
 
 STEPS = 50
 
@@ -58,7 +58,7 @@ def test_buckets_compile_once_for_each_length() -> None:
         for row in rows:
             attend(row, CAUSAL)
     assert compiled_graphs() == before
-    assert {kernel.length for kernel in flex.compiled_kernels()} == set(buckets.lengths)
+    assert {kernel.length for kernel in flex._kernels} == set(buckets.lengths)
     assert len(buckets.lengths) == 2
 
 
@@ -78,7 +78,7 @@ def test_one_dynamic_kernel_serves_all_lengths_and_windows() -> None:
             # a window that changes is a tensor in the kernel, not a constant
             attend(row, MaskKind("sliding", 20 + step))
     assert compiled_graphs() == before
-    assert len(flex.compiled_kernels()) == 2
+    assert len(flex._kernels) == 2
 
 
 def test_one_kernel_more_than_allowed_raises() -> None:

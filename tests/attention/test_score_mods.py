@@ -11,9 +11,9 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from flexdpo import Row
 from flexdpo.attention.block_masks import build_block_mask
-from flexdpo.attention.oracle import ancestor_mask
 from flexdpo.attention.score_mods import ScoreMod, alibi_score_mod, softcap_score_mod
 from tests.conftest import odd_groups
+from tests.oracle import ancestor_mask
 
 SLOPES = torch.tensor([0.5, 0.25, 0.125])
 

@@ -9,12 +9,13 @@ from torch.utils.checkpoint import checkpoint
 from flexdpo import FlexdpoError, Group, Row
 from flexdpo.attention import flash, selftest
 from flexdpo.attention import row_mask as row_mask_module
-from flexdpo.attention.blockwise import piecewise_attention
+from flexdpo.attention.blockwise import blockwise_attention
 from flexdpo.attention.flash import FlashCall
 from flexdpo.attention.flex import run_flex
+from flexdpo.attention.inputs import AttentionInputs, Shape
 from flexdpo.attention.mask_mods import CAUSAL, MaskKind
 from flexdpo.attention.row_mask import RowMask, row_mask_for
-from flexdpo.attention.selftest import Shape, compare_kernel, require_correct_kernel
+from flexdpo.attention.selftest import compare_kernel, require_correct_kernel
 from flexdpo.attention.settings import KernelSettings, kernel_settings_as
 
 SHAPES = [
@@ -40,7 +41,7 @@ def mask(kind: MaskKind = CAUSAL, impl: str = "sdpa") -> RowMask:
 @pytest.mark.parametrize("kind", [CAUSAL, MaskKind("sliding", 30)], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("extras", [{}, {"softcap": 2.0}, {"sinks": True}, {"softcap": 2.0, "sinks": True}], ids=str)
 def test_a_right_kernel_passes(shape: Shape, kind: MaskKind, extras: dict) -> None:
-    report = compare_kernel(shape, mask(kind), attend=piecewise_attention, **extras)
+    report = compare_kernel(shape, mask(kind), attend=blockwise_attention, **extras)
     assert [found.name for found in report.comparisons[:4]] == ["output", "dQ", "dK", "dV"]
     assert len(report.comparisons) == (5 if "sinks" in extras else 4)
     assert report.wrong == []
@@ -58,24 +59,24 @@ def test_the_compiled_forward_passes() -> None:
 def without_gradient_in_a_tile(which: int):
     """A kernel that forgets a tile's share of one gradient."""
 
-    def attend(*inputs, **options):
-        tensors = list(inputs)
-        lost = torch.zeros(tensors[which].shape[2], 1, dtype=torch.bool)
+    def attend(inputs, row_mask):
+        fields = list(inputs)
+        lost = torch.zeros(fields[which].shape[2], 1, dtype=torch.bool)
         lost[64:128] = True
-        tensors[which] = torch.where(lost, tensors[which].detach(), tensors[which])
-        return piecewise_attention(*tensors, **options)
+        fields[which] = torch.where(lost, fields[which].detach(), fields[which])
+        return blockwise_attention(AttentionInputs(*fields), row_mask)
 
     return attend
 
 
-def leaking(query, key, value, row_mask, *rest):
+def leaking(inputs, row_mask):
     """A kernel that lets responses see each other."""
     whole = Row.from_groups([Group.from_lists([1] * (row_mask.layout.length - 1), [[2]], [])])
-    return piecewise_attention(query, key, value, row_mask_for(whole.layout, CAUSAL, "sdpa"), *rest)
+    return blockwise_attention(inputs, row_mask_for(whole.layout, CAUSAL, "sdpa"))
 
 
-def not_a_number(*inputs):
-    return piecewise_attention(*inputs) * torch.tensor(float("nan"))
+def not_a_number(inputs, row_mask):
+    return blockwise_attention(inputs, row_mask) * torch.tensor(float("nan"))
 
 
 @pytest.mark.parametrize(
@@ -95,20 +96,19 @@ def test_a_wrong_kernel_is_found(shape: Shape, kernel, names: list[str]) -> None
     assert [found.name for found in report.wrong] == names
 
 
-def heads(row_mask: RowMask) -> list[torch.Tensor]:
+def heads(row_mask: RowMask) -> AttentionInputs:
     length = row_mask.layout.length
-    return [torch.randn(1, h, length, 16, dtype=torch.bfloat16, requires_grad=True) for h in (4, 2, 2)]
+    return AttentionInputs(
+        *[torch.randn(1, h, length, 16, dtype=torch.bfloat16, requires_grad=True) for h in (4, 2, 2)]
+    )
 
 
-def wrong_in_keys_and_values(*inputs):
+def wrong_in_keys_and_values(inputs, row_mask):
     """A kernel whose output and dQ are right."""
-    return without_gradient_in_a_tile(1)(*without_gradient_of_the_last_value(inputs))
-
-
-def without_gradient_of_the_last_value(inputs):
-    query, key, value, *rest = inputs
+    value = inputs.value
     last = torch.arange(value.shape[2])[:, None] == value.shape[2] - 1
-    return query, key, torch.where(last, 2 * value.detach() - value, value), *rest
+    wrong = inputs._replace(value=torch.where(last, 2 * value.detach() - value, value))
+    return without_gradient_in_a_tile(1)(wrong, row_mask)
 
 
 @pytest.mark.parametrize("backend", ["FLASH", "AUTO"])
@@ -117,7 +117,7 @@ def test_a_complaint_gives_every_figure_and_every_suspect(on_a_cpu, backend: str
     with kernel_settings_as(KernelSettings(kernel_options=options)):
         row_mask = mask(impl="flex")
         with pytest.raises(FlexdpoError) as raised:
-            require_correct_kernel(*heads(row_mask), row_mask, None, None, None, attend=wrong_in_keys_and_values)
+            require_correct_kernel(heads(row_mask), row_mask, attend=wrong_in_keys_and_values)
     figure = r"\d\.\d\de[+-]\d\d"
     each = rf"by {figure} \(dense attention in torch.bfloat16: {figure}, allowed: {figure}\)"
     assert re.search(
@@ -132,15 +132,15 @@ def test_a_complaint_gives_every_figure_and_every_suspect(on_a_cpu, backend: str
 def test_a_kernel_is_compared_once_for_each_thing_it_is_compiled_for(on_a_cpu) -> None:
     calls = []
 
-    def counted(*inputs):
+    def counted(inputs, row_mask):
         calls.append(inputs)
-        return piecewise_attention(*inputs)
+        return blockwise_attention(inputs, row_mask)
 
     for kind in (CAUSAL, CAUSAL, MaskKind("sliding", 30), MaskKind("sliding", 31)):
         row_mask = mask(kind, "flex")
-        require_correct_kernel(*heads(row_mask), row_mask, None, None, None, attend=counted)
+        require_correct_kernel(heads(row_mask), row_mask, attend=counted)
     with torch.no_grad():
-        require_correct_kernel(*heads(row_mask), row_mask, None, None, None, attend=counted)
+        require_correct_kernel(heads(row_mask), row_mask, attend=counted)
     # causal, sliding with gradients, sliding without
     assert len(calls) == 3
 
@@ -149,12 +149,13 @@ def test_a_kernel_is_compared_once_for_each_thing_it_is_compiled_for(on_a_cpu) -
 def test_a_checkpointed_layer_can_be_compared_too(on_a_cpu, reentrant: bool) -> None:
 
     def layer(query, key, value):
-        require_correct_kernel(query, key, value, row_mask, None, None, None, attend=piecewise_attention)
-        return piecewise_attention(query, key, value, row_mask, None, None, None)
+        inputs = AttentionInputs(query, key, value)
+        require_correct_kernel(inputs, row_mask, attend=blockwise_attention)
+        return blockwise_attention(inputs, row_mask)
 
     row_mask = mask(impl="flex")
-    inputs = heads(row_mask)
-    plain = piecewise_attention(*inputs, row_mask, None, None, None)
+    inputs = heads(row_mask)[:3]
+    plain = blockwise_attention(AttentionInputs(*inputs), row_mask)
     want = torch.autograd.grad(plain.sum(), inputs)
     checkpoint(layer, *inputs, use_reentrant=reentrant).sum().backward()
     assert len(selftest._passed) == (2 if reentrant else 1)
@@ -166,7 +167,7 @@ def test_nothing_is_compared_on_a_cpu_unasked() -> None:
         raise AssertionError
 
     row_mask = mask(impl="flex")
-    require_correct_kernel(*heads(row_mask), row_mask, None, None, None, attend=fail)
+    require_correct_kernel(heads(row_mask), row_mask, attend=fail)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +190,7 @@ def test_other_backends_need_cuda() -> None:
     with kernel_settings_as(KernelSettings(kernel_options={"BACKEND": "TRITON"})):
         row_mask = mask(impl="flex")
         with torch.no_grad(), pytest.raises(FlexdpoError, match="BACKEND='TRITON' needs CUDA"):
-            run_flex(*heads(row_mask), row_mask, None, None, None)
+            run_flex(heads(row_mask), row_mask)
 
 
 # --- what is compared, and where it is drawn --------------------------------------------------------------------------
@@ -220,7 +221,7 @@ def test_inputs_are_drawn_where_the_kernel_runs(monkeypatch) -> None:
     monkeypatch.setattr(torch, "Generator", recorded)
     row_mask = mask()
     with HostCopies() as copies:
-        compare_kernel(SHAPES[1], row_mask, attend=piecewise_attention)
+        compare_kernel(SHAPES[1], row_mask, attend=blockwise_attention)
     assert made == [row_mask.layout.device]
     assert len(copies.drawn) == 4
     assert None not in copies.drawn
@@ -234,14 +235,14 @@ def test_a_long_row_is_compared_at_queries_of_every_tile(monkeypatch, kernel: tu
     assert len(queries) <= 24
     # 8 of each tile of 128
     assert torch.bincount(queries // 128).tolist() == [8, 8, 8]
-    assert compare_kernel(SHAPES[1], row_mask, attend=piecewise_attention, sinks=True).wrong == []
+    assert compare_kernel(SHAPES[1], row_mask, attend=blockwise_attention, sinks=True).wrong == []
     which, name = kernel
     report = compare_kernel(SHAPES[1], row_mask, attend=without_gradient_in_a_tile(which))
     assert [found.name for found in report.wrong] == [name]
     assert compare_kernel(SHAPES[1], row_mask, attend=not_a_number).wrong != []
 
-    def infinite_elsewhere(*inputs):
-        output = piecewise_attention(*inputs)
+    def infinite_elsewhere(inputs, row_mask):
+        output = blockwise_attention(inputs, row_mask)
         place = next(k for k in range(output.shape[2]) if k not in queries)
         return output.index_fill(2, torch.tensor([place]), float("inf"))
 

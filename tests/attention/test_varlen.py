@@ -12,16 +12,17 @@ import flexdpo
 from flexdpo import FlexdpoError, Group, Row, RowLayout
 from flexdpo.attention import torch_varlen, varlen
 from flexdpo.attention.flex import kernel_key_of
+from flexdpo.attention.inputs import AttentionCall, Shape
 from flexdpo.attention.kernels import packed_attention
 from flexdpo.attention.mask_mods import CAUSAL, MaskKind
-from flexdpo.attention.oracle import dense_attention, dense_mask
 from flexdpo.attention.row_mask import RowMask, row_mask_for
-from flexdpo.attention.selftest import Shape, compare_kernel
+from flexdpo.attention.selftest import compare_kernel
 from flexdpo.attention.settings import KernelSettings, kernel_settings_as
 from flexdpo.attention.varlen import plan_for, varlen_attention
 from flexdpo.hf.checkpointing import enable_checkpointing
 from flexdpo.hf.compilation import compile_decoder_layers
 from tests.conftest import build_model, odd_groups
+from tests.oracle import dense_attention, dense_mask
 
 
 def definition(
@@ -298,7 +299,7 @@ def test_one_comparison_serves_rows_of_every_length() -> None:
     def key_of(length: int, impl: str) -> Any:
         row = Row.from_groups([Group.from_lists([1] * length, [[2]], [])])
         row_mask: RowMask = row_mask_for(row.layout, CAUSAL, impl)  # type: ignore[arg-type]
-        return kernel_key_of(row_mask, "cpu", grad=True, scaling=None, softcap=None, sinks=False)
+        return kernel_key_of(AttentionCall(Shape(2, 2, 8, 8, torch.float32)), row_mask, "cpu", grad=True)
 
     with kernel_settings_as(KernelSettings(lengths="bucket")):
         assert key_of(20, "varlen") == key_of(30, "varlen")

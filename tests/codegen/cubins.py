@@ -24,6 +24,7 @@ import torch
 
 from flexdpo import Group, Row
 from flexdpo.attention import flex
+from flexdpo.attention.inputs import AttentionInputs
 from flexdpo.attention.mask_mods import CAUSAL, MaskKind
 from flexdpo.attention.row_mask import row_mask_for
 from flexdpo.attention.settings import KernelSettings, kernel_settings_as
@@ -92,7 +93,7 @@ class Case:
 
         sinks = torch.zeros(self.heads[0], dtype=torch.bfloat16, requires_grad=True) if self.sinks else None
         query, key, value = tokens(self.heads[0]), tokens(self.heads[1]), tokens(self.heads[1])
-        output = flex.run_flex(query, key, value, row_mask, None, self.softcap, sinks)
+        output = flex.run_flex(AttentionInputs(query, key, value, None, self.softcap, sinks), row_mask)
         output.backward(torch.zeros_like(output))
 
 

@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 
 from flexdpo import Group, Row, prepare_model, response_logps
 from flexdpo.attention import flex
+from flexdpo.attention.inputs import AttentionInputs
 from flexdpo.attention.mask_mods import CAUSAL
 from flexdpo.attention.row_mask import row_mask_for
 from flexdpo.attention.settings import KernelSettings, kernel_settings_as
@@ -35,7 +36,7 @@ def lengths_of_one_kernel(heads: tuple[int, int], lengths: Sequence[int], batch_
                 torch.zeros(batch_size, length, count, 64, dtype=torch.bfloat16).transpose(1, 2).requires_grad_()
                 for count in (heads[0], heads[1], heads[1])
             )
-            flex.run_flex(query, key, value, row_mask, None, None, None).sum().backward()
+            flex.run_flex(AttentionInputs(query, key, value), row_mask).sum().backward()
     return graphs()
 
 
@@ -51,7 +52,7 @@ def layers_of(name: str, dynamic: bool, lengths: Sequence[int], recording: Recor
     return {
         "graphs": graphs(),
         "graph breaks": dict(counters["graph_break"]),
-        "attention outside of layers": len(flex.compiled_kernels()),
+        "attention outside of layers": len(flex._kernels),
         "launches of attention": [
             sum(".run(" in line and "tem_fused" in line for line in wrapper.splitlines())
             for wrapper in recording.wrappers[before:]

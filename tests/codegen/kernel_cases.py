@@ -11,9 +11,10 @@ import torch
 
 from flexdpo import Group, Row, RowLayout
 from flexdpo.attention import flex
+from flexdpo.attention.inputs import Shape
 from flexdpo.attention.mask_mods import CAUSAL, MaskKind
 from flexdpo.attention.row_mask import RowMask, row_mask_for
-from flexdpo.attention.selftest import Shape, compare_kernel
+from flexdpo.attention.selftest import compare_kernel
 from flexdpo.attention.settings import KernelSettings, kernel_settings_as
 from tests.codegen.as_if_cuda import Recording
 

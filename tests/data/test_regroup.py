@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from flexdpo import FlexdpoError, Row, prepare_model, response_logps
 from flexdpo.data.regroup import regroup_by_prompt
 from flexdpo.data.tokenize import group_from_row, tokenize_preferences
-from flexdpo.objective.objective import BatchTotals, Objective
+from flexdpo.objective.batch import BatchTotals
+from flexdpo.objective.objective import Objective
 from tests.conftest import build_model, preference_rows
 
 

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flexdpo.dropin import batch_trie
-from flexdpo.dropin.batch_trie import BatchTrie, find_trie
+from flexdpo.dropin.batch_trie import BatchTrie
 from flexdpo.errors import FlexdpoError
 from flexdpo.layout.trie import Trie
 
@@ -39,6 +39,11 @@ def pad(sequences: list[list[int]], side: str, filler: int = 0) -> tuple[torch.T
         ids[number, start : start + len(sequence)] = torch.tensor(sequence, dtype=torch.int64)
         mask[number, start : start + len(sequence)] = 1
     return ids, mask
+
+
+def find_trie(ids: torch.Tensor, mask: torch.Tensor, min_prefix: int = 1) -> BatchTrie:
+    batch = batch_trie.sort_batch(ids, batch_trie.row_spans(mask), min_prefix=min_prefix)
+    return batch_trie.trie_of(batch, int(batch.num_tokens))
 
 
 def paths(trie: BatchTrie) -> list[list[int]]:
@@ -86,12 +91,6 @@ def test_a_small_batch_worked_by_hand() -> None:
     assert trie.nodes.tolist() == [[2, 3, 4, 5], [2, 3, 6, -1], [0, 1, -1, -1]]
 
 
-def test_without_a_mask_every_token_is_real() -> None:
-    ids = torch.tensor([[1, 0, 0], [1, 0, 2]])
-    assert torch.equal(find_trie(ids).nodes, find_trie(ids, torch.ones_like(ids)).nodes)
-    assert len(find_trie(ids)) == 4
-
-
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float32])
 def test_masks_of_any_dtype(dtype: torch.dtype) -> None:
     ids, mask = pad(random_sequences(1), "left")
@@ -100,8 +99,9 @@ def test_masks_of_any_dtype(dtype: torch.dtype) -> None:
 
 def test_short_beginnings_are_not_shared() -> None:
     ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5], [1, 2, 6, 7], [1, 8, 9, 9]])
-    assert [len(find_trie(ids, min_prefix=least)) for least in (1, 2, 3, 4, 5)] == [10, 11, 13, 16, 16]
-    trie = find_trie(ids, min_prefix=3)
+    tries = [find_trie(ids, torch.ones_like(ids), least) for least in (1, 2, 3, 4, 5)]
+    assert [len(trie) for trie in tries] == [10, 11, 13, 16, 16]
+    trie = tries[2]
     first, second = paths(trie)[:2]
     assert first[:3] == second[:3]
     # no token of the row that shares nothing is seen from elsewhere
@@ -118,9 +118,9 @@ def test_rows_are_compared_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> N
         assert torch.equal(getattr(got, name), getattr(want, name))
 
 
-def test_padding_between_tokens() -> None:
-    with pytest.raises(FlexdpoError, match="0 between two real tokens of a row"):
-        find_trie(torch.ones(2, 3, dtype=torch.int64), torch.tensor([[1, 0, 1], [1, 1, 1]]))
+def test_padding_between_tokens_shows() -> None:
+    assert batch_trie.row_spans(torch.tensor([[1, 0, 1], [1, 1, 1]])).gaps
+    assert not batch_trie.row_spans(torch.tensor([[0, 1, 1], [1, 1, 1], [1, 0, 0], [0, 0, 0]])).gaps
 
 
 def test_input_ids_of_another_shape() -> None:

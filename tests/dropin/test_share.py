@@ -23,7 +23,7 @@ from flexdpo.errors import FlexdpoError, UnsupportedModelError
 from flexdpo.hf.checkpointing import enable_checkpointing
 from flexdpo.hf.draws import being_asked
 from flexdpo.hf.row_dependence import LengthLimits
-from flexdpo.hf.rules import backbone_of
+from flexdpo.hf.unwrap import backbone_of
 from tests.hf.architectures import build_model, build_or_skip, zoo
 from tests.hf.equivalence import Float64, Run, example_row, gradient_error, logit_error, packed_run, unpacked_run
 
@@ -919,7 +919,7 @@ def test_eight_completions_of_prompts_four_times_as_long(name: str) -> None:
 @pytest.mark.gpu
 def test_on_a_gpu() -> None:
     """No further from float64 than the padded run, and no kernel for every number of tokens."""
-    from flexdpo.attention.flex import compiled_kernels
+    from flexdpo.attention.flex import _kernels
     from tests.conftest import build_model as build_with_heads_of_16
 
     batches = [completions(2, 4, prompt=100 + 9 * number, completion=40, seed=number) for number in range(6)]
@@ -936,10 +936,10 @@ def test_on_a_gpu() -> None:
     got = moved(run(model, on_device[0]))
     assert logit_error(got, truth) < 1.25 * logit_error(plain, truth) + 1e-2
     assert gradient_error(got, truth) < 1.25 * gradient_error(plain, truth) + 1e-2
-    kernels = len(compiled_kernels())
+    kernels = len(_kernels)
     for batch in on_device[1:]:
         run(model, batch)
-    assert len(compiled_kernels()) == kernels
+    assert len(_kernels) == kernels
     assert sharing.stats.batches_shared == len(batches)
 
 

@@ -102,8 +102,8 @@ def test_packed_equals_unpacked(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", _marked(EXACT))
-def test_loading_by_name_is_enough(name: str) -> None:
-    """A model that was loaded with the name alone takes a row at once, and without one is the stock model."""
+def test_loading_by_name(name: str) -> None:
+    """A model loaded with the name alone is the stock model and says so to a row; prepared, it runs the row."""
     stock, row = build_or_skip(name), example_row()
     loaded = type(stock)._from_config(stock.config, attn_implementation="flexdpo", dtype=torch.float64)
     # before the weights, which would be rounded where the model keeps a router or sinks in float32
@@ -116,7 +116,9 @@ def test_loading_by_name_is_enough(name: str) -> None:
         got = [loaded(input_ids=torch.from_numpy(s)[None], use_cache=False).logits for s in row.groups[0].sequences]
         for g, w in zip(got, want, strict=True):
             torch.testing.assert_close(g, w, rtol=0, atol=TOLERANCE * float(w.abs().max()))
-        packed = loaded(**row.inputs()).logits[0, : len(row.groups[0].prompt_ids)]
+        with pytest.raises((ValueError, AttributeError), match=r"flexdpo\.prepare_model"):
+            loaded(**row.inputs())
+        packed = prepare_model(loaded)(**row.inputs()).logits[0, : len(row.groups[0].prompt_ids)]
     # the row begins with the first prompt
     wanted = want[0][0, : len(row.groups[0].prompt_ids)]
     torch.testing.assert_close(packed, wanted, rtol=0, atol=TOLERANCE * float(wanted.abs().max()))
@@ -151,7 +153,7 @@ def test_what_is_not_exact_is_refused(name: str, record_property: Any) -> None:
             prepare_model(stock)
     # KeyError: some keep a table of attention classes, where our name is not
     with pytest.raises((UnsupportedModelError, KeyError), match="flexdpo"):
-        type(stock)._from_config(stock.config, attn_implementation="flexdpo", dtype=torch.float64)(**row.inputs())
+        prepare_model(type(stock)._from_config(stock.config, attn_implementation="flexdpo"))(**row.inputs())
 
 
 @pytest.mark.zoo

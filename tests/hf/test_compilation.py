@@ -10,8 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from flexdpo import FlexdpoError, Group, pack, prepare_model, response_logps
 from flexdpo.attention import kernels, selftest
-from flexdpo.attention.blockwise import piecewise_attention
-from flexdpo.attention.selftest import AttentionCall, Shape
+from flexdpo.attention.blockwise import blockwise_attention
+from flexdpo.attention.inputs import AttentionCall, Shape
 from flexdpo.attention.settings import KernelSettings, kernel_settings_as
 from flexdpo.hf.checkpointing import enable_checkpointing
 from flexdpo.hf.compilation import compile_decoder_layers
@@ -145,9 +145,9 @@ def compared(monkeypatch) -> list:
     """What is compared before compiled layers run, on a CPU as on CUDA, with a kernel that trains there."""
     calls: list = []
 
-    def right(*inputs):
-        calls.append((AttentionCall(Shape.of(*inputs[:3]), *inputs[4:6], inputs[6] is not None), inputs[3]))
-        return piecewise_attention(*inputs)
+    def right(inputs, row_mask):
+        calls.append((AttentionCall.of(inputs), row_mask))
+        return blockwise_attention(inputs, row_mask)
 
     monkeypatch.setattr(selftest, "_DEVICES", frozenset({"cpu"}))
     monkeypatch.setattr(selftest, "_passed", set())
@@ -156,9 +156,10 @@ def compared(monkeypatch) -> list:
     return calls
 
 
-def losing_a_tile_of_values(*inputs):
-    lost = torch.arange(inputs[2].shape[2])[:, None] < 16
-    return piecewise_attention(*inputs[:2], torch.where(lost, inputs[2].detach(), inputs[2]), *inputs[3:])
+def losing_a_tile_of_values(inputs, row_mask):
+    lost = torch.arange(inputs.value.shape[2])[:, None] < 16
+    value = torch.where(lost, inputs.value.detach(), inputs.value)
+    return blockwise_attention(inputs._replace(value=value), row_mask)
 
 
 def some_row():

@@ -164,9 +164,12 @@ def test_attention_switched_back_after_preparation(model: Any) -> None:
     model(**example_row().inputs())
 
 
-def test_unprepared_model() -> None:
+@pytest.mark.parametrize("attention", ["sdpa", "flexdpo"])
+def test_unprepared_model(attention: str) -> None:
+    model = build_model("mistral")
+    model.set_attn_implementation(attention)
     with pytest.raises(FlexdpoError, match=r"not prepared for it .* call flexdpo\.prepare_model\(model\)"):
-        build_model("mistral")(**example_row().inputs())
+        model(**example_row().inputs())
 
 
 # --- inputs and layouts ----------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 
 from flexdpo import FlexdpoError, Group, Row, Trie, UnsupportedModelError, make_train_step, pack, prepare_model
 from flexdpo.hf.row_dependence import LengthLimits, length_limits, limits_of
-from flexdpo.hf.rules import backbone_of
+from flexdpo.hf.unwrap import backbone_of
 from flexdpo.objective.logps import response_logps
 from tests.hf.architectures import build_model, zoo
 from tests.hf.equivalence import Float64, Run, example_groups, gradient_error, logit_error, packed_run, unpacked_run

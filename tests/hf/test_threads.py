@@ -204,21 +204,21 @@ def test_a_forward_inside_of_another_ones_forward() -> None:
 
     def look(*_: Any) -> None:
         def run() -> None:
-            assert forward_layout.held_forward() is None
+            assert forward_layout.packed_forward() is None
             with torch.no_grad():
                 inner.append(other(**padded(0), use_cache=False).logits)
 
         thread = threading.Thread(target=run)
         thread.start()
         thread.join()
-        assert forward_layout.held_forward().module is model
+        assert forward_layout.packed_forward().module is model
 
     model.model.layers[0].register_forward_pre_hook(look)
     with torch.no_grad():
         got = model(**row(0).inputs()).logits
     torch.testing.assert_close(got, want[0])
     torch.testing.assert_close(inner[0], want[1])
-    assert forward_layout.held_forward() is None
+    assert forward_layout.packed_forward() is None
 
 
 def test_an_interrupted_thread_leaves_the_others_alone() -> None:

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexdpo import Trie
-from flexdpo.attention.oracle import ancestor_mask
+from tests.oracle import ancestor_mask
 
 # few distinct tokens, so that sequences share beginnings, end inside one another and repeat
 sequences = st.lists(st.lists(st.integers(0, 2), max_size=9), min_size=1, max_size=7)

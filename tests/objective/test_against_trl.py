@@ -13,8 +13,9 @@ from datasets import Dataset
 
 from flexdpo import Group, Row, prepare_model, response_logps
 from flexdpo.objective import losses
+from flexdpo.objective.batch import BatchTotals, surrogate_loss
 from flexdpo.objective.loss_types import _settings_read
-from flexdpo.objective.objective import BatchTotals, Objective, surrogate_loss
+from flexdpo.objective.objective import Objective
 from flexdpo.objective.unpaired import LabelledGroup, with_unrelated_responses
 from tests.conftest import preference_rows
 

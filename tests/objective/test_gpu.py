@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from flexdpo.objective.linear_logps import LogitTransform, linear_logps
+from flexdpo.objective.linear_logps import LogitTransform, linear_logps, logits_logps
 from flexdpo.objective.lm_head import _held_against
-from flexdpo.objective.logps import target_logps
 
 
 @pytest.mark.gpu
@@ -35,7 +34,7 @@ def test_halves_on_a_gpu_err_no_more_than_the_ordinary_way(how: str) -> None:
         return [logps.detach().double(), *(g.double() for g in torch.autograd.grad(logps, inputs, gradient.to(logps)))]
 
     def ordinary(h: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        return target_logps(F.linear(h, w), labels)
+        return logits_logps(F.linear(h, w), labels).logps
 
     want = run(ordinary, hidden.double(), weight.double())
     rough = run(ordinary, hidden, weight)

@@ -12,8 +12,7 @@ from torch import nn
 
 from flexdpo import FlexdpoError, prepare_model, response_logps
 from flexdpo.objective import lm_head as heads
-from flexdpo.objective.linear_logps import LogitTransform
-from flexdpo.objective.logps import target_logps
+from flexdpo.objective.linear_logps import LogitTransform, logits_logps
 from tests.conftest import build_model
 from tests.objective.test_logps import a_row, assert_as_by_logits, by_the_models_own_logits, small
 
@@ -139,7 +138,7 @@ def test_threads_do_not_disturb_each_other() -> None:
     wrong: list[Any] = []
 
     def take(labels: torch.Tensor) -> None:
-        want = target_logps(logits[0, predictors], labels)
+        want = logits_logps(logits[0, predictors], labels).logps
         for _ in range(30):
             got = heads.head_logps(model, {"input_ids": tokens}, predictors, labels, plan).logps
             wrong.extend([] if torch.allclose(got, want, rtol=1e-9) else [got])

@@ -25,7 +25,7 @@ from flexdpo.objective.linear_logps import (
     module_logps,
     targets_per_chunk,
 )
-from flexdpo.objective.logps import pair_sums, response_weights, sum_targets, target_logps
+from flexdpo.objective.logps import pair_sums, response_weights, sum_targets
 from tests.conftest import VOCABULARY, build_model, odd_groups, strengthen
 
 TRANSFORMS = {
@@ -235,7 +235,7 @@ def test_shapes_that_do_not_fit() -> None:
     with pytest.raises(FlexdpoError, match="got 13 hidden states for 12 targets"):
         linear_logps(hidden, weight, bias, labels[:12])
     with pytest.raises(FlexdpoError, match="got 13 rows of logits for 12 targets"):
-        target_logps(F.linear(hidden, weight), labels[:12])
+        logits_logps(F.linear(hidden, weight), labels[:12])
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
@@ -274,7 +274,7 @@ def a_row() -> Row:
 
 
 def by_the_models_own_logits(model: Any, row: Row) -> torch.Tensor:
-    return sum_targets(target_logps(model(**row.inputs()).logits[0, row.predictors], row.labels), row).sums
+    return sum_targets(logits_logps(model(**row.inputs()).logits[0, row.predictors], row.labels).logps, row).sums
 
 
 def gradients(model: Any) -> list[torch.Tensor | None]:

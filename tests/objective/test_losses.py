@@ -12,7 +12,6 @@ from flexdpo import FlexdpoError, Group
 from flexdpo.objective import losses
 from flexdpo.objective.divergences import F_DIVERGENCES, divergence_scores
 from flexdpo.objective.listwise import plackett_luce_loss, ranking_of
-from flexdpo.objective.rewards import bradley_terry_loss, centre_loss
 from flexdpo.objective.unpaired import apo_zero_unpaired_loss, kto_kl, kto_loss
 
 LN2 = math.log(2)
@@ -243,16 +242,6 @@ def test_rankings() -> None:
 def test_edges_that_are_no_ranking(edges: list[tuple[int, int]], message: str) -> None:
     with pytest.raises(FlexdpoError, match=message):
         ranked(*edges)
-
-
-# --- reward models ---------------------------------------------------------------------------------------------------
-
-
-def test_bradley_terry_by_hand() -> None:
-    chosen, rejected = column(2, 0), column(1, 1)
-    torch.testing.assert_close(bradley_terry_loss(chosen, rejected), column(L[1.0], L[-1.0]))
-    torch.testing.assert_close(bradley_terry_loss(chosen, rejected, column(0.5, -1)), column(L[0.5], LN2))
-    torch.testing.assert_close(centre_loss(chosen, rejected), column(9, 1))
 
 
 # --- a missing response ----------------------------------------------------------------------------------------------

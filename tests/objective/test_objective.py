@@ -14,9 +14,10 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from flexdpo import FlexdpoError, Group, Row, response_logps
+from flexdpo.objective.batch import BatchTotals, ReferenceLogps, surrogate_loss
 from flexdpo.objective.logps import ResponseLogps, require_finite
 from flexdpo.objective.loss_types import LOSS_TYPES, _settings_read
-from flexdpo.objective.objective import BatchTotals, Objective, ReferenceLogps, surrogate_loss
+from flexdpo.objective.objective import Objective
 from flexdpo.objective.unpaired import LabelledGroup, with_unrelated_responses
 from tests.objective import padded
 
@@ -114,7 +115,7 @@ def rows_of(groups: list[Group], apart: bool) -> list[Row]:
 
 def objective_of(s: dict[str, Any]) -> Objective:
     # a setting that the losses do not read is refused
-    read = _settings_read(set(s["loss_type"]), s.get("f_divergence_type", "reverse_kl"))
+    read = {"loss_type", "loss_weights"} | _settings_read(set(s["loss_type"]), s.get("f_divergence_type", "reverse_kl"))
     s = {name: value for name, value in {**COMMON, **s, "loss_type": tuple(s["loss_type"])}.items() if name in read}
     if s.get("loss_weights"):
         s["loss_weights"] = tuple(s["loss_weights"])

@@ -24,7 +24,7 @@ from flexdpo.reference.cache import (
     response_key,
 )
 from flexdpo.reference.fingerprints import model_fingerprint
-from flexdpo.reference.logps import PrecomputeReport, precompute_reference
+from flexdpo.reference.logps import PrecomputeReport, PrecomputeSettings, precompute_reference
 from tests.conftest import build_model, odd_groups, random_ids
 
 IDENTITY = ReferenceIdentity("model-a", "tokenizer-a", (("max_length", 64),))
@@ -58,12 +58,12 @@ def filled(
 ) -> tuple[ReferenceCache, PrecomputeReport]:
     cache = ReferenceCache(folder, IDENTITY)
     settings = {"min_shared": 4, "progress": False, "max_tokens_per_row": 64, **settings}
-    return cache, precompute_reference(cache, groups, run, **settings)
+    return cache, precompute_reference(cache, groups, run, PrecomputeSettings(**settings))
 
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"max_tokens_per_row": None}, {"min_shared": 10_000}, {"pad_to_multiple_of": 16}, {"families_per_row": 1}],
+    [{}, {"max_tokens_per_row": None}, {"min_shared": 10_000}, {"pad_to_multiple_of": 16}, {"clusters_per_row": 1}],
     ids=str,
 )
 def test_values_are_the_ordinary_ones(model: Any, tmp_path: Path, settings: dict[str, Any]) -> None:
@@ -211,12 +211,14 @@ def test_processes_share_the_rows(model: Any, tmp_path: Path) -> None:
                 cache,
                 groups,
                 run,
-                min_shared=4,
-                max_tokens_per_row=64,
-                progress=False,
-                process_index=index,
-                num_processes=3,
-                equal_forwards=True,
+                PrecomputeSettings(
+                    min_shared=4,
+                    max_tokens_per_row=64,
+                    progress=False,
+                    process_index=index,
+                    num_processes=3,
+                    equal_forwards=True,
+                ),
             )
         )
     assert sum(report.rows_run for report in reports) == alone.rows_run
@@ -385,7 +387,7 @@ def test_a_foreign_plan(written: Path) -> None:
     shutil.copy(written, written.parent / "plan.safetensors")
     cache = ReferenceCache(written.parent, IDENTITY)
     with pytest.raises(FlexdpoError, match=r"plan\.safetensors is truncated, damaged or .* \(it holds keys, sums\)"):
-        precompute_reference(cache, dataset(5), lambda row: None, progress=False)  # type: ignore[arg-type, return-value]
+        precompute_reference(cache, dataset(5), lambda row: None, PrecomputeSettings(progress=False))  # type: ignore[arg-type, return-value]
 
 
 def test_foreign_folders(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from flexdpo.attention.oracle import ancestor_mask
 from flexdpo.errors import FlexdpoError
 from flexdpo.example.task import BodyPair
 from flexdpo.layout.groups import Group
@@ -35,6 +34,7 @@ from flexdpo.show.packing import batch_layouts
 from flexdpo.show.sources import example_groups, read_lengths
 from flexdpo.show.text import overview_text
 from flexdpo.show.trie import trie_runs
+from tests.oracle import ancestor_mask
 
 # row:      0  1  2 | 3  4   5     6  7    8 | 9  10   11   12 13 | 14 15
 # token:   p0 p1 p2 | s  s   r0   r1 r1   r2 | p0 p1   r0   r1 r1 | padding

@@ -13,6 +13,7 @@ import torch
 
 from flexdpo import Group, Row
 from flexdpo.attention import flex
+from flexdpo.attention.inputs import AttentionInputs
 from flexdpo.attention.mask_mods import CAUSAL
 from flexdpo.attention.row_mask import row_mask_for
 from tests.signatures.record import RECORD, Use, may_differ, uses
@@ -134,7 +135,7 @@ def test_flex_attention_gets_what_it_takes(release: str, extras: str, monkeypatc
     row_mask = row_mask_for(row.layout, CAUSAL, "flex")
     query = torch.zeros(1, 2, row.layout.length, 16)
     softcap, sinks = (5.0 if extras == "softcap" else None), (torch.zeros(2) if extras == "sinks" else None)
-    flex.run_flex(query, query, query, row_mask, 0.5, softcap, sinks)
+    flex.run_flex(AttentionInputs(query, query, query, 0.5, softcap, sinks), row_mask)
     assert {"query", "key", "value", "block_mask", "scale"} <= set(seen[0])
 
 

@@ -18,7 +18,8 @@ from flexdpo import DPOConfig, DPOTrainer
 from flexdpo.example.model import small_llama
 from flexdpo.example.task import BodyPair, BodyTask, as_dataset, build_task
 from flexdpo.layout.row import Row
-from flexdpo.objective.objective import BatchTotals, Objective
+from flexdpo.objective.batch import BatchTotals
+from flexdpo.objective.objective import Objective
 from flexdpo.training.batch import PackingCollator
 from tests.conftest import strengthen
 from tests.example.part import part_of_the_library

@@ -54,10 +54,11 @@ class NoLiterals(TorchFunctionMode):
         return result
 
 
-def without_values(query: Any, key: Any, value: Any, row_mask: Any, *_: Any) -> Any:
+def without_values(inputs: Any, row_mask: Any) -> Any:
     """Attention in FlexAttention's place; it looks at all that a kernel is given."""
     mask = row_mask.block_mask
     assert mask.kv_indices.device == mask.full_q_indices.device == META
+    query, key, value = inputs[:3]
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     return (query @ key.transpose(-1, -2)).softmax(-1) @ value

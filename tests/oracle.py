@@ -1,4 +1,4 @@
-"""The dense definition of attention over tries, for tests and small demonstrations. Nothing fast imports it."""
+"""The dense definition of attention over tries, every pair of tokens and every score written out."""
 
 from __future__ import annotations
 

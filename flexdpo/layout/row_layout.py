@@ -1,0 +1,206 @@
+"""Where every token of packed rows stands: what a model's attention needs to keep branches apart."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from flexdpo.errors import FlexdpoError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+# what a model that was not prepared would ask of its attention_mask first
+# fmt: off
+_TENSOR_ATTRIBUTES = frozenset(
+    (
+        "ndim", "shape", "size", "dim", "dtype", "view", "reshape", "sum", "any", "all", "bool", "long",
+        "int", "float", "masked_fill", "eq", "ne", "expand", "unsqueeze", "repeat", "cumsum", "flatten",
+        "contiguous", "type", "transpose", "permute", "squeeze", "half", "bfloat16",
+    )
+)
+# fmt: on
+
+
+class RowLayout:
+    """Where every token of a batch of packed rows stands: all that attention needs to keep branches apart.
+
+    It travels as the model's ``attention_mask``. A prepared model takes it out before its forward; any other model
+    that reads its mask stops with an error, instead of running the row as one long sequence.
+
+    Not a dataclass: FSDP looks into the dataclasses among a module's inputs and makes copies of them, and a copy is
+    another row.
+
+    Shapes: ``B`` rows, ``S`` tokens per row; tensors are ``[B, S]`` int64.
+    """
+
+    def __init__(
+        self,
+        position_ids: Tensor,
+        subtree_end: Tensor,
+        num_tokens: tuple[int, ...],
+        multiplicity: Tensor | None = None,
+        shortest: Tensor | None = None,
+        longest: Tensor | None = None,
+    ) -> None:
+        self.position_ids = position_ids  # depth in the trie
+        self.subtree_end = subtree_end  # row index just past the last descendant of each token
+        self.num_tokens = num_tokens  # real ones of each row; the rest, up to S, is padding
+        # how many sequences contain each token, 0 at padding: what an ordinary run, which repeats the prompt for every
+        # response, counts it as; None where it is not known, as below
+        self.multiplicity = multiplicity
+        # tokens of the shortest and the longest sequence that contains each token, which some rotary embeddings go by
+        self.shortest, self.longest = shortest, longest
+        # masks built for this layout, shared by all layers and by every model that runs it
+        self.memo: dict[Any, Any] = {}
+        self._host: RowLayout | None = None
+        self._check()
+
+    def __repr__(self) -> str:
+        return f"RowLayout({self.batch_size} rows of {self.length}, {self.num_tokens} real tokens, on {self.device})"
+
+    def _check(self) -> None:
+        if self.position_ids.ndim != 2 or self.position_ids.shape != self.subtree_end.shape:
+            raise FlexdpoError(
+                f"position_ids and subtree_end must both be [B, S], got {tuple(self.position_ids.shape)} "
+                f"and {tuple(self.subtree_end.shape)}"
+            )
+        rows, device = len(self.position_ids), self.position_ids.device
+        if len(self.num_tokens) != rows:
+            raise FlexdpoError(f"num_tokens must hold one count for each of {rows} rows, got {len(self.num_tokens)}")
+        if self.multiplicity is not None and self.multiplicity.shape != self.position_ids.shape:
+            raise FlexdpoError(
+                f"multiplicity must be [B, S]={list(self.position_ids.shape)}, got {list(self.multiplicity.shape)}"
+            )
+        for name in ("position_ids", "subtree_end", "multiplicity"):
+            vector = getattr(self, name)
+            if vector is None:
+                continue
+            if vector.dtype != torch.int64 or vector.device != device:
+                raise FlexdpoError(
+                    f"{name} must be int64 on {device}, got {vector.dtype} on {vector.device}; convert it with "
+                    f"{name}.to({str(device)!r}, torch.int64)"
+                )
+            # masks read these vectors inside of kernels, for every pair of tokens
+            setattr(self, name, vector.contiguous())
+        if device.type == "cpu":
+            # elsewhere a look at the values would wait for the device, and rows are made on the host
+            self._check_values()
+
+    def _check_values(self) -> None:
+        length = self.position_ids.shape[1]
+        index = torch.arange(length)
+        wrong = (self.subtree_end <= index) | (self.subtree_end > length) | (self.position_ids < 0)
+        if bool(wrong.any()):
+            row, token = wrong.nonzero()[0].tolist()
+            raise FlexdpoError(
+                f"token {token} of row {row} has subtree_end {int(self.subtree_end[row, token])} and position "
+                f"{int(self.position_ids[row, token])}; its subtree must end behind it and within the row's "
+                f"{length} tokens, and its position must be at least 0 (Row.from_groups makes such layouts)"
+            )
+
+    @property
+    def batch_size(self) -> int:
+        """Rows in the batch, ``B``."""
+        return int(self.position_ids.shape[0])
+
+    @property
+    def length(self) -> int:
+        """Tokens per row, padding included, ``S``."""
+        return int(self.position_ids.shape[1])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layout lives."""
+        return self.position_ids.device
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> RowLayout:
+        """Return this layout on another device, without the masks that were built for this one."""
+        if torch.device(device) == self.device:
+            return self
+        moved = self._map_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        moved._host = self if self.device.type == "cpu" else self._host
+        return moved
+
+    def on_host(self) -> RowLayout:
+        """This layout on the CPU: the one it was moved from, or else a copy, for which the device is waited for."""
+        if self.device.type == "cpu":
+            return self
+        if self._host is None:
+            self._host = self._map_tensors(lambda tensor: tensor.cpu())
+        return self._host
+
+    def without_masks(self) -> RowLayout:
+        """The same layout as it comes from a data loader, with no mask built yet."""
+        bare = self._map_tensors(lambda tensor: tensor)
+        bare._host = self._host
+        return bare
+
+    def pin_memory(self) -> RowLayout:
+        """Return this layout in page-locked memory, without the masks that were built for it."""
+        return self._map_tensors(lambda tensor: tensor.pin_memory())
+
+    def _map_tensors(self, change: Callable[[Tensor], Tensor]) -> RowLayout:
+        known = (self.multiplicity, self.shortest, self.longest)
+        return RowLayout(
+            change(self.position_ids),
+            change(self.subtree_end),
+            self.num_tokens,
+            *(None if each is None else change(each) for each in known),
+        )
+
+    @classmethod
+    def stack(cls, layouts: Sequence[RowLayout]) -> RowLayout:
+        """Put the rows of several layouts into one batch; shorter rows are padded to the longest."""
+        if not layouts:
+            raise FlexdpoError("a batch needs at least one layout, got none")
+        if len({layout.device for layout in layouts}) > 1:
+            raise FlexdpoError(
+                f"the layouts are on {', '.join(sorted({str(e.device) for e in layouts}))}; move them first"
+            )
+        length = max(layout.length for layout in layouts)
+        padded = [layout._padded_to(length) for layout in layouts]
+        known = ([getattr(each, name) for each in padded] for name in ("multiplicity", "shortest", "longest"))
+        return cls(
+            torch.cat([each.position_ids for each in padded]),
+            torch.cat([each.subtree_end for each in padded]),
+            tuple(count for each in padded for count in each.num_tokens),
+            *(None if any(tensor is None for tensor in tensors) else torch.cat(tensors) for tensors in known),
+        )
+
+    def _padded_to(self, length: int) -> RowLayout:
+        missing = length - self.length
+        if missing == 0:
+            return self
+        # padding stands at position 0, sees only itself and belongs to no sequence
+        ends = torch.arange(self.length + 1, length + 1, device=self.device).expand(self.batch_size, missing)
+        padding = (0, missing)
+        multiplicity = self.multiplicity
+        return RowLayout(
+            torch.nn.functional.pad(self.position_ids, padding),
+            torch.cat([self.subtree_end, ends], dim=1),
+            self.num_tokens,
+            None if multiplicity is None else torch.nn.functional.pad(multiplicity, padding),
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        message = (
+            f"a packed row reached a model that was not prepared for it (something asked for "
+            f"attention_mask.{name}); call flexdpo.prepare_model(model) once after loading"
+        )
+        if name in _TENSOR_ATTRIBUTES:
+            raise FlexdpoError(message)
+        raise AttributeError(message)
+
+    def __getitem__(self, _: Any) -> Any:
+        return self.__getattr__("view")
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise FlexdpoError(
+            f"something computed with a packed row's layout ({getattr(func, '__name__', func)}) before it reached a "
+            "prepared model; call flexdpo.prepare_model(model) once after loading, and use no prompt tuning"
+        )

@@ -1,0 +1,104 @@
+"""What the losses take from a batch and give back: its totals, the reference's values, losses and gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+
+import torch
+
+from flexdpo.layout.row import on_device
+from flexdpo.objective import unpaired
+from flexdpo.objective.logps import ResponseLogps, pair_sums
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from flexdpo.layout.groups import Group
+    from flexdpo.layout.row import Row
+
+
+@dataclass(frozen=True)
+class BatchTotals:
+    """What a batch of groups holds in all its rows together: the denominators of the losses."""
+
+    pairs: int  # preferences in the batch
+    # tokens of the responses that the ``sft`` loss learns, each counted as often as it is used; a mean over the batches
+    # and processes of a step where it has several (see :attr:`averages_tokens`)
+    supervised_tokens: int | Tensor
+    labelled: int = 0  # labels, by themselves or by edges, that ``kto`` learns from
+    rankings: int = 0  # groups with preferences, for ``plackett_luce``
+    responses: int = 0  # responses in the batch
+
+    @classmethod
+    def of(cls, groups: Sequence[Group]) -> BatchTotals:
+        """Count what the losses divide by."""
+        return cls(
+            pairs=sum(len(group.edges) for group in groups),
+            supervised_tokens=sum(group.response_ids[k].size for group in groups for k in supervised_responses(group)),
+            labelled=sum(len(unpaired.labels_of(group)) for group in groups),
+            rankings=sum(bool(group.edges) for group in groups),
+            responses=sum(len(group.response_ids) for group in groups),
+        )
+
+
+def supervised_responses(group: Group) -> list[int]:
+    """The responses that the ``sft`` loss learns.
+
+    The chosen one of every pair, or what is labelled desirable, or all where nothing is preferred.
+    """
+    labels = unpaired.labels_of(group)
+    return [k for k, desirable in labels if desirable] if labels else list(range(len(group.response_ids)))
+
+
+def supervised_index(row: Row) -> Tensor:
+    """Index of every supervised response of a row, ``[N]`` int64."""
+    index: list[int] = []
+    first = 0
+    for group in row.groups:
+        index += [first + k for k in supervised_responses(group)]
+        first += len(group.response_ids)
+    return on_device(index, torch.int64, row.edges.device)
+
+
+class ReferenceLogps(NamedTuple):
+    """The reference's log-probabilities of a row, as a cache stores them."""
+
+    sums: Tensor  # per response, ``[R]``
+    # per preference, chosen and rejected, ``[E, 2]``; only under ``ld_alpha``, where a response counts differently
+    # against a shorter one
+    pair_sums: Tensor | None = None
+
+    @classmethod
+    def of(cls, logps: ResponseLogps, row: Row, ld_alpha: float | None = None) -> ReferenceLogps:
+        """Take what an objective with this ``ld_alpha`` needs out of full log-probabilities."""
+        return cls(logps.sums, None if ld_alpha is None else pair_sums(logps, row, ld_alpha))
+
+
+Reference: TypeAlias = "Tensor | ResponseLogps | ReferenceLogps | None"
+"""The reference's log-probabilities of a row: sums ``[R]``, or more where ``ld_alpha`` needs it."""
+
+
+class RowLoss(NamedTuple):
+    """The loss of one row, or of all rows of a batch, and what is logged of it."""
+
+    loss: Tensor  # the share of the batch loss, a scalar
+    metrics: dict[str, Tensor]  # detached per-pair or per-response values by their logged name
+
+
+class BatchGradients(NamedTuple):
+    """The loss of a whole batch and its gradient in every row's targets."""
+
+    loss: Tensor  # detached scalar
+    targets: list[Tensor]  # for each row, gradient in :attr:`ResponseLogps.targets`, ``[T]``
+    metrics: dict[str, Tensor]  # as in :class:`RowLoss`, over all rows
+
+
+def surrogate_loss(policy: ResponseLogps, gradient: Tensor) -> Tensor:
+    """A scalar whose gradient in the model is that of the batch's loss; its value means nothing.
+
+    ``gradient`` is the row's entry of :attr:`BatchGradients.targets`.
+    """
+    return (policy.targets * gradient).sum()
