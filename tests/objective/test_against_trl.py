@@ -83,7 +83,7 @@ def ours(groups: list[Group], rows: list[Row], objective: Objective, model: Any,
         ref = [response_logps(reference, row) for row in rows]
 
     def run(row: Row) -> Any:
-        return response_logps(model, row, with_log_sum_squares=objective.needs_log_sum_squares)
+        return response_logps(model, row, with_log_sum_squares=objective.use_weighting)
 
     if objective.couples_batch:
         with torch.no_grad():

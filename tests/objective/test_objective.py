@@ -77,7 +77,7 @@ def packed(
         ref = [ReferenceLogps.of(values, row, objective.ld_alpha) for values, row in zip(ref, rows, strict=True)]
 
     def run(row: Row) -> ResponseLogps:
-        return response_logps(model, row, with_log_sum_squares=objective.needs_log_sum_squares)
+        return response_logps(model, row, with_log_sum_squares=objective.use_weighting)
 
     if objective.couples_batch and len(rows) > 1:
         with torch.no_grad():
