@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import transformers
 from torch import nn
-from transformers import PreTrainedModel
 
 from flexdpo.errors import FlexdpoError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def unwrapped(model: nn.Module) -> Any:
     """Return the model inside DDP, FSDP, DeepSpeed or a compiled module, with its adapters."""
     inner: Any = model
-    while not isinstance(inner, PreTrainedModel) and not hasattr(inner, "get_base_model"):
+    while not isinstance(inner, transformers.PreTrainedModel) and not hasattr(inner, "get_base_model"):
         found = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
         if found is None:
             break
@@ -35,7 +38,7 @@ def unwrap_model(model: nn.Module) -> PreTrainedModel:
             "torchrun or accelerate launch"
         )
     inner = base_model(model) if unwrapped(model) is model else model
-    if not isinstance(inner, PreTrainedModel):
+    if not isinstance(inner, transformers.PreTrainedModel):
         raise FlexdpoError(
             f"expected a transformers PreTrainedModel or a PeftModel around one, got {type(inner).__name__}; "
             "prepare the model before it is wrapped or compiled"
@@ -47,4 +50,4 @@ def backbone_of(model: PreTrainedModel) -> PreTrainedModel:
     """Return the decoder below the language-model head, which is what decides whether a model can be exact."""
     decoder = model.get_decoder()
     # some classes call their vocabulary projection "decoder"
-    return decoder if isinstance(decoder, PreTrainedModel) else model.base_model
+    return decoder if isinstance(decoder, transformers.PreTrainedModel) else model.base_model
