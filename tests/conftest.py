@@ -43,7 +43,11 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not option.keyword
     default = config.getini("addopts")[-1] == option.markexpr
     watched = option.usepdb or option.trace or option.capture == "no" or option.collectonly
-    if config.pluginmanager.hasplugin("xdist") and option.numprocesses is None and whole and default and not watched:
+    # each of the processes comes here too, and must not start others
+    first = "PYTEST_XDIST_WORKER" not in os.environ
+    if not (config.pluginmanager.hasplugin("xdist") and first):
+        return
+    if option.numprocesses is None and whole and default and not watched:
         option.numprocesses = min(os.cpu_count() or 1, 4)
         # neighbours stay together, so that what a module's tests share is seldom made twice
         option.dist = "worksteal"
