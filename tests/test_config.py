@@ -8,7 +8,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import transformers
 from packaging.version import Version
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
@@ -17,6 +16,7 @@ from flexdpo import DPOConfig, DPOTrainer, FlexdpoError
 from flexdpo.config import _BELONGS_TO, WITHOUT_EFFECT
 from flexdpo.objective.loss_types import LossSettings
 from flexdpo.training import distribution
+from tests.hf import architectures
 from tests.hf.architectures import NEW_SETTING, newer_than_recorded
 from tests.training.test_trainer import settings
 
@@ -95,10 +95,10 @@ def test_a_setting_that_a_newer_transformers_brings_is_reported(monkeypatch: pyt
     made_up = dataclasses.make_dataclass("Newer", [("made_up", int, 0)], bases=(TrainingArguments,))
     monkeypatch.setitem(globals(), "TrainingArguments", made_up)
     reported: list[tuple[str, str]] = []
-    monkeypatch.setattr(transformers, "__version__", "5.17")
+    monkeypatch.setattr(architectures.transformers, "__version__", "5.17")
     with pytest.raises(AssertionError, match="made_up"):
         test_every_setting_of_transformers_was_looked_at(lambda *change: reported.append(change))
-    monkeypatch.setattr(transformers, "__version__", "999.0")
+    monkeypatch.setattr(architectures.transformers, "__version__", "999.0")
     test_every_setting_of_transformers_was_looked_at(lambda *change: reported.append(change))
     assert (NEW_SETTING, "made_up") in reported
 

@@ -88,6 +88,6 @@ def modified_scores(score_mod: ScoreMod, scores: Tensor, batch: Tensor, q_idx: T
     """
     every = score_mod
     for in_dims in ((0, None, None, None, 0), (0, None, None, 0, None), (0, None, 0, None, None)):
-        every = torch.vmap(every, in_dims=in_dims)
+        every = torch.vmap(every, in_dims)
     head = torch.arange(scores.shape[1], device=scores.device)
-    return torch.vmap(every, in_dims=(0, 0, None, None, None))(scores, batch, head, q_idx, kv_idx)
+    return torch.vmap(every, (0, 0, None, None, None))(scores, batch, head, q_idx, kv_idx)

@@ -70,10 +70,18 @@ def _moved_by_others(model: Any) -> tuple[float, float]:
         for batch in _BATCHES:
             torch.manual_seed(0)
             ids = torch.tensor(batch, device=words.device) % len(words)
-            found.append(model(input_ids=ids, use_cache=False).logits[0, 0])
+            found.append(_of_tokens(model, ids)[0, 0])
     one, other = (logits.double() for logits in found)
     rounding = _ROUNDING_HALF if found[0].element_size() < 4 else _ROUNDING
     return float((one - other).abs().max() / one.abs().max().clamp_min(1e-30)), rounding
+
+
+def _of_tokens(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Logits of every token, or their last states where a model gives one answer for a whole sequence."""
+    logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+    if logits.ndim < 3:
+        logits = model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states[-1]
+    return logits
 
 
 @contextlib.contextmanager

@@ -83,11 +83,11 @@ class Runs:
     def _batch(self, row: Row, responses: Sequence[int], *, beside: bool = False) -> list[Run]:
         """Run sequences as an ordinary trainer would; ``beside`` another one that is not looked at."""
         sequences = [row.input_ids[0, path_of(row, response)] for response in responses]
-        inputs = {"input_ids": pad_sequence(sequences, batch_first=True)}
+        inputs = {"input_ids": pad_sequence(sequences, True)}
         if beside:
             inputs = beside_another(inputs["input_ids"])
         elif len(sequences) > 1:
-            inputs["attention_mask"] = pad_sequence([torch.ones_like(ids) for ids in sequences], batch_first=True)
+            inputs["attention_mask"] = pad_sequence([torch.ones_like(ids) for ids in sequences], True)
         length = inputs["input_ids"].shape[1]
         sizes = [len(row.response_paths[response]) for response in responses]
         predictors = torch.cat(

@@ -18,7 +18,7 @@ from flexdpo.bench.varlen import Documents, Varlen, within_documents
 from flexdpo.cli import main
 from flexdpo.commands import bench as command
 from flexdpo.estimate.flops import Work, padded_work, row_work
-from flexdpo.estimate.model_shapes import SHAPES, build_model, find_shape
+from flexdpo.estimate.model_shapes import SHAPES, build_model, find_shape, shape_config
 from flexdpo.hf.checkpointing import enable_checkpointing
 from flexdpo.training.memory import ModelSize
 from tests.attention.test_varlen import replace_varlen_attn
@@ -151,8 +151,8 @@ def test_an_arm_needs_no_other_before_it(monkeypatch) -> None:
     replace_varlen_attn(monkeypatch)
     batches = [pairs(4)]
     losses = []
-    for name in arms(SMALL.build(CPU, torch.float64), batches):
-        model = SMALL.build(CPU, torch.float64)
+    for name in arms(build_model(CONFIG, CPU, torch.float64), batches):
+        model = build_model(CONFIG, CPU, torch.float64)
         losses.append(result_of(arms(model, batches)[name], model)[1])
     torch.testing.assert_close(torch.stack(losses), losses[0].expand(len(losses)), rtol=1e-6, atol=1e-6)
 
@@ -355,7 +355,7 @@ def test_all_arms_agree_on_a_gpu() -> None:
     kernels = [row["kernel"] for row in result.profiles["hh_rlhf"]["kernels"]]
     assert kernels == ["varlen_attn", "flexdpo", "flexdpo", "varlen_attn"]
     device, shape = torch.device("cuda"), find_shape("tiny")
-    model = shape.build(device, torch.bfloat16)
+    model = build_model(shape_config("tiny"), device, torch.bfloat16)
     batches = [load_profiles()["hh_rlhf"].pairs(4, np.random.default_rng(0), shape.vocabulary)]
     values = []
     for arm in (

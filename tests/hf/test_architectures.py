@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from flexdpo import Row, UnsupportedModelError, parity_probe, prepare_model
 from flexdpo.hf import forward_layout, prepare
+from flexdpo.hf.rules import refusal_reason
 from tests.hf.architectures import (
     BECAME_EXACT,
     NOT_IN_THE_ZOO,
@@ -168,7 +169,7 @@ def test_the_stock_model_never_runs_a_row(name: str) -> None:
 @pytest.mark.parametrize("name", ["git", "blt", "doge"])
 def test_the_run_time_checks_close_what_the_rule_accepts(name: str) -> None:
     model = build_or_skip(name)
-    assert prepare.refusal_reason(prepare.backbone_of(model)) is None
+    assert refusal_reason(prepare.backbone_of(model)) is None
     with pytest.raises(UnsupportedModelError, match="mask"):
         prepare_model(model)(**example_row().inputs())
 

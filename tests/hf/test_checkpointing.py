@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import TrainingArguments
 
 from flexdpo import DPOConfig
 from flexdpo.hf.checkpointing import checkpointing_name, enable_checkpointing
@@ -57,7 +58,7 @@ def test_the_setting_has_one_name_on_every_transformers(settings: Any, tmp_path:
     args = DPOConfig(
         str(tmp_path), use_cpu=True, activation_checkpointing=True, activation_checkpointing_kwargs=settings
     )
-    known = checkpointing_name(DPOConfig.__base__)
+    known = checkpointing_name(TrainingArguments)
     assert getattr(args, known) is args.activation_checkpointing is True
     wanted = {"use_reentrant": True} if settings else {}
     assert getattr(args, f"{known}_kwargs") == args.activation_checkpointing_kwargs == wanted

@@ -145,7 +145,7 @@ def test_the_loss_is_that_of_trl(dpo: Any, name: str) -> None:
     want = loss.detach(), gradients(trainer.model)
     weights = case["loss_weights"]
     # what the losses do not read is refused
-    read = _settings_read(set(case["loss_type"]), case["f_divergence_type"])
+    read = {"loss_type", "loss_weights"} | _settings_read(set(case["loss_type"]), case["f_divergence_type"])
     case = {name: value for name, value in case.items() if name in read}
     objective = Objective(
         **{**case, "loss_type": tuple(case["loss_type"]), "loss_weights": None if weights is None else tuple(weights)}

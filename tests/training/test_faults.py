@@ -129,7 +129,7 @@ def test_a_checkpoint_that_is_written_over_is_incomplete_meanwhile(
 
 def precompute_slowly(begun: Any, build: Any) -> None:
     """Build a trainer that precomputes and writes after every row; tell when each begins. For a process of its own."""
-    precompute.precompute_reference = partial(precompute.precompute_reference, save_every_s=0)
+    precompute.PrecomputeSettings = partial(precompute.PrecomputeSettings, save_every_s=0)
     run = DPOTrainer.reference_logps
 
     def slowly(self: Any, row: Any) -> Any:

@@ -184,7 +184,7 @@ def test_a_budget_has_an_end() -> None:
 def test_too_little_memory_is_refused_with_ways_out() -> None:
     config = shape_config("llama-8b")
     with pytest.raises(
-        FlexdpoError, match=r"no row fits: 1 tokens of llama need about 163.* GB more \(weights 32.12 GB"
+        FlexdpoError, match=r"no row fits: 1 tokens of llama-8b need about 163.* GB more \(weights 32.12 GB"
     ):
         auto_row_budget(config, device="cpu", free=20 * GIGABYTE)
     with pytest.raises(FlexdpoError, match="set activation_checkpointing=True, or set precompute_ref_log_probs=True"):
