@@ -177,7 +177,8 @@ class Listener:
 def listening(model: nn.Module, with_gradients: bool) -> Iterator[Listener]:
     """Freeze all but the embedding's output and a small adapter, and bring everything back at the end."""
     base: Any = base_model(model)
-    learning = [weight for weight in model.parameters() if weight.requires_grad]
+    # without gradients nothing is touched: FSDP keeps what it sees of its weights at their first pass
+    learning = [weight for weight in model.parameters() if weight.requires_grad] if with_gradients else []
     some_frozen = len(learning) < len(list(model.parameters()))
     is_adapter = some_frozen and sum(weight.numel() for weight in learning) <= _MOST_ADAPTER_WEIGHTS
     listener = Listener([*learning] if is_adapter else [])
@@ -186,7 +187,7 @@ def listening(model: nn.Module, with_gradients: bool) -> Iterator[Listener]:
     try:
         for weight in learning:
             weight.grad = None
-            weight.requires_grad_(is_adapter and with_gradients)
+            weight.requires_grad_(is_adapter)
         with torch.set_grad_enabled(with_gradients):
             yield listener
     finally:

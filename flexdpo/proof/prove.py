@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from flexdpo.errors import FlexdpoError
 from flexdpo.hf.draws import RandomState, draws_by_module
@@ -146,7 +147,11 @@ def prove(
         sharing=sharing,
         limits=limits_of(base_model(model)).limits,
     )
-    proof = measure(model, [row.to(device) for row in rows], reference=reference, autocast=autocast)
+    # spread weights are whole during their own passes only
+    sharded = any(isinstance(weight, DTensor) or hasattr(weight, "ds_id") for weight in model.parameters())
+    proof = measure(
+        model, [row.to(device) for row in rows], reference=reference, with_gradients=not sharded, autocast=autocast
+    )
     require_proof(proof, model)
     return proof
 

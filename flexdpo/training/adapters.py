@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from flexdpo.errors import FlexdpoError, first_line
 from flexdpo.hf.adapters import adapter_weights, kind_of
 from flexdpo.hf.draws import can_run
+from flexdpo.training import distribution
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -173,7 +174,7 @@ class StartingWeights:
     @torch.no_grad()
     def _exchange(self) -> None:
         # a forward pass leaves FSDP2's outermost weights whole, and they are its shards that stay
-        _reshard(self.model)
+        distribution.reshard(self.model)
         parameters = {_plain(name): parameter for name, parameter in self.model.named_parameters()}
         with _gathered([parameters[name] for name in self.values]):
             for name, value in self.values.items():
@@ -235,13 +236,3 @@ def _gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
 
     together: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
     return together
-
-
-def _reshard(model: nn.Module) -> None:
-    if not torch.distributed.is_available():
-        return
-    from torch.distributed.fsdp import FSDPModule
-
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()

@@ -23,9 +23,14 @@ if TYPE_CHECKING:
 _IN_STEP = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
+def wraps_in_shards(accelerator: Accelerator) -> bool:
+    """Whether FSDP or DeepSpeed runs the models that were prepared, by whatever way it was asked for."""
+    return accelerator.distributed_type in _IN_STEP
+
+
 def runs_in_step(accelerator: Accelerator) -> bool:
     """Whether all processes must run equal numbers of passes."""
-    return accelerator.distributed_type in _IN_STEP and accelerator.num_processes > 1
+    return wraps_in_shards(accelerator) and accelerator.num_processes > 1
 
 
 class Shards(NamedTuple):
@@ -164,3 +169,14 @@ def _deepspeed_engine(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     # its eval() returns nothing
     engine.eval()
     return engine
+
+
+def reshard(model: nn.Module) -> None:
+    """Put FSDP2's outermost weights back into shards, which a forward pass leaves whole."""
+    if not torch.distributed.is_available():
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

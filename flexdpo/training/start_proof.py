@@ -39,7 +39,7 @@ class ProofAtStart(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
         """Prove, log the proof in one line and keep it, or stop with the figures."""
         trainer = self.trainer
-        sharded = distribution.is_sharded(args)
+        sharded = distribution.wraps_in_shards(trainer.accelerator)
         model = trainer.model_wrapped if sharded else trainer.model
         was_training = model.training
         model.train()
@@ -63,6 +63,8 @@ class ProofAtStart(TrainerCallback):
                 with_gradients=not sharded,
                 autocast=trainer.compute_loss_context_manager,
             )
+        if sharded:
+            distribution.reshard(model)
         model.train(was_training)
         require_proof(proof, model)
         trainer.proof = proof

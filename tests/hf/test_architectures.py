@@ -12,7 +12,7 @@ import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from flexdpo import Row, UnsupportedModelError, parity_probe, prepare_model
-from flexdpo.hf import forward_layout, prepare
+from flexdpo.hf import prepare
 from flexdpo.hf.rules import refusal_reason
 from tests.hf.architectures import (
     BECAME_EXACT,
@@ -189,8 +189,7 @@ def test_the_probe_makes_no_mistake(name: str, record_property: Any) -> None:
 @pytest.mark.parametrize("name", OTHERS)
 def test_the_probe_needs_no_rule(name: str, monkeypatch: pytest.MonkeyPatch, record_property: Any) -> None:
     """With the static rule switched off, the probe still calls no wrong model exact."""
-    for module in (prepare, forward_layout):
-        monkeypatch.setattr(module, "require_exact", lambda model: None)
+    monkeypatch.setattr(prepare, "require_exact", lambda model: None)
     monkeypatch.setattr("flexdpo.proof.probe.refusal_reason", lambda backbone: None)
     try:
         report = parity_probe(build_or_skip(name, dtype=torch.float32))
