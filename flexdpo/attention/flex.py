@@ -141,7 +141,7 @@ def _compile(kernel_key: KernelKey) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
             # torch's kernels for CPUs index with one size in place of another where equal ones are told apart
-            with contextlib.nullcontext() if args[0].device.type == "cpu" else sizes_told_apart():
+            with sizes_told_apart() if _on_card(args[0]) else contextlib.nullcontext():
                 return compiled(*args, **kwargs)
         except FailOnRecompileLimitHit as error:
             raise FlexdpoError(
@@ -151,6 +151,11 @@ def _compile(kernel_key: KernelKey) -> Callable[..., Any]:
             ) from error
 
     return run
+
+
+# a function, so that kernels for cards can be generated without one
+def _on_card(query: Tensor) -> bool:
+    return query.device.type != "cpu"
 
 
 def sizes_told_apart() -> AbstractContextManager[Any]:
