@@ -68,17 +68,21 @@ class Runs:
                 runs[response] = run
         return runs
 
-    def again(self, rows: Sequence[Row], unpacked: Sequence[Sequence[Run]]) -> tuple[Run, Run]:
-        """The shortest sequence in another batch, from embeddings that are rounded otherwise; and as it was before."""
+    def again(
+        self, rows: Sequence[Row], unpacked: Sequence[Sequence[Run]], *, every: bool = False
+    ) -> list[tuple[Run, Run]]:
+        """The shortest sequence, or every one, in another batch, rounded otherwise; each with what it was before."""
         runs = [
             (row, response, run) for row, each in zip(rows, unpacked, strict=True) for response, run in enumerate(each)
         ]
-        row, response, once = min(runs, key=lambda run: len(path_of(*run[:2])))
-        alone = [response] in self._batches(row)
-        self.listener.rounding = self.rounding
-        (run,) = self._batch(row, [response], beside=alone)
-        self.listener.rounding = 0.0
-        return run, once
+        found = []
+        for row, response, once in runs if every else [min(runs, key=lambda run: len(path_of(*run[:2])))]:
+            alone = [response] in self._batches(row)
+            self.listener.rounding = self.rounding
+            (run,) = self._batch(row, [response], beside=alone)
+            self.listener.rounding = 0.0
+            found.append((run, once))
+        return found
 
     def _batch(self, row: Row, responses: Sequence[int], *, beside: bool = False) -> list[Run]:
         """Run sequences as an ordinary trainer would; ``beside`` another one that is not looked at."""

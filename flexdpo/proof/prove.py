@@ -200,7 +200,7 @@ def measure(
             unpacked = [runs.unpacked(row) for row in rows]
             adapter_unpacked = listener.take_adapter_gradients()
             with torch.no_grad():
-                again, once = runs.again(rows, unpacked)
+                again = runs.again(rows, unpacked)
             proof = Proof(
                 examples=sum(len(row.groups) for row in rows),
                 sequences=sum(row.num_responses for row in rows),
@@ -208,7 +208,7 @@ def measure(
                     (run.logps, torch.cat([other.logps for other in others]))
                     for run, others in zip(packed, unpacked, strict=True)
                 ),
-                value_noise=runs.error([(again.logps, once.logps)]),
+                value_noise=runs.error((run.logps, once.logps) for run, once in again),
                 gradient_error=runs.error(
                     (run.gradient[0, : row.num_tokens], summed_by_token([other.gradient for other in others], row))
                     for run, others, row in zip(packed, unpacked, rows, strict=True)
@@ -221,9 +221,11 @@ def measure(
                 drew_random_numbers=drew,
                 seconds=0.0,
             )
+            # the shortest sequence alone says too little of gradients, which add up over a prompt
             if max(proof.gradient_error, proof.adapter_error) > proof.gradient_budget:
-                again, once = runs.again(rows, unpacked)
-                proof = replace(proof, gradient_noise=runs.error([(again.gradient, once.gradient)]))
+                again = runs.again(rows, unpacked, every=True)
+                gradients = [(run.gradient, once.gradient) for run, once in again if run.gradient is not None]
+                proof = replace(proof, gradient_noise=runs.error(gradients))
         with torch.no_grad(), autocast():
             references = [] if reference is None else [reference(row) for row in rows]
     before.restore()

@@ -70,7 +70,8 @@ def test_exact_models_pass(name: str, dtype: torch.dtype) -> None:
     proof = prove(model, example_groups(), pad_to_multiple_of=16)
     assert proof.examples == 2
     assert proof.sequences == 5
-    assert 0 < proof.value_noise < (1e-5 if dtype == torch.float32 else 0.1)
+    # one sequence may round alike in both batches
+    assert 0 <= proof.value_noise < (1e-5 if dtype == torch.float32 else 0.1)
 
 
 @pytest.mark.parametrize("changes", [{}, {"max_tokens_per_row": 48}, {"sharing": "step"}], ids=str)
