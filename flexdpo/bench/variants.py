@@ -21,7 +21,7 @@ from flexdpo.objective.linear_logps import linear_logps
 from flexdpo.objective.logps import response_logps
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from torch import Tensor
     from transformers import PreTrainedModel
@@ -90,16 +90,7 @@ class Padded:
         """Loss, with gradients left in the model."""
 
         def run() -> Tensor:
-            total = torch.zeros((), device=reference.device)
-            first, pairs = 0, reference.shape[1]
-            for part in self._parts(batch):
-                logps = self._logps(part)
-                count = logps.shape[1]
-                loss = dpo_loss(logps, reference[:, first : first + count]) * (count / pairs)
-                loss.backward()
-                total += loss.detach()
-                first += count
-            return total
+            return _backward(map(self._logps, self._parts(batch)), reference)
 
         return self._fitting(run)
 
@@ -231,15 +222,7 @@ class Packed:
         """Loss, with gradients left in the model."""
         rows = self._fresh or [_without_masks(row) for row in self.rows[batch]]
         self._fresh = []
-        total, first, pairs = torch.zeros((), device=reference.device), 0, reference.shape[1]
-        for row in rows:
-            logps = self._logps(row)
-            count = logps.shape[1]
-            loss = dpo_loss(logps, reference[:, first : first + count]) * (count / pairs)
-            loss.backward()
-            total += loss.detach()
-            first += count
-        return total
+        return _backward(map(self._logps, rows), reference)
 
     def work(self, batch: int) -> Work:
         """By the rows, padding not counted."""
@@ -274,3 +257,15 @@ def _apart(pair: Group) -> list[Group]:
 
 def _without_masks(row: Row) -> Row:
     return dataclasses.replace(row, layout=row.layout.without_masks())
+
+
+def _backward(parts: Iterable[Tensor], reference: Tensor) -> Tensor:
+    """Loss of pairs that run in parts, ``[2, pairs]`` each; a part goes backward before the next one runs."""
+    total, first, pairs = torch.zeros((), device=reference.device), 0, reference.shape[1]
+    for logps in parts:
+        count = logps.shape[1]
+        loss = dpo_loss(logps, reference[:, first : first + count]) * (count / pairs)
+        loss.backward()
+        total += loss.detach()
+        first += count
+    return total

@@ -34,18 +34,11 @@ INK = "#1f2937"
 
 
 class TokenKinds(NamedTuple):
-    """What every token of a row is.
+    """What every token of a row is."""
 
-    Attributes:
-        kinds: ``PADDING``, ``PROMPT``, ``SHARED`` (in several responses) or ``FIRST_RESPONSE + k``, ``[S]``
-            int64.
-        documents: Number of the document each token belongs to, ``[S]`` int64, -1 at padding.
-        num_responses: The largest number of responses in one document.
-    """
-
-    kinds: NDArray[np.int64]
-    documents: NDArray[np.int64]
-    num_responses: int
+    kinds: NDArray[np.int64]  # PADDING, PROMPT, SHARED (in several responses) or FIRST_RESPONSE + k, [S]
+    documents: NDArray[np.int64]  # number of the document each token belongs to, [S]; -1 at padding
+    num_responses: int  # the largest number of responses in one document
 
 
 def token_kinds(row: Row) -> TokenKinds:
