@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import platform
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +14,8 @@ import numpy as np
 import torch
 
 from flexdpo.attention.settings import KernelSettings, kernel_settings_as
-from flexdpo.bench.kernels import kernel_rows
+from flexdpo.bench.kernels import kernel_times
 from flexdpo.bench.profiles import find_profiles
-from flexdpo.bench.settings import BenchSettings
 from flexdpo.bench.timing import Times, measure, paired_ratio
 from flexdpo.bench.trl import Trl
 from flexdpo.bench.variants import Packed, Padded, PaddedLabels, Variant
@@ -25,6 +24,7 @@ from flexdpo.estimate.costs import StepSeconds, find_machine, padded_load, row_l
 from flexdpo.estimate.flops import Work
 from flexdpo.estimate.model_shapes import build_model, find_shape, shape_config
 from flexdpo.hf.checkpointing import enable_checkpointing
+from flexdpo.show.table import aligned
 from flexdpo.training.memory import ModelSize
 
 if TYPE_CHECKING:
@@ -34,55 +34,29 @@ if TYPE_CHECKING:
 
     from flexdpo.attention.row_mask import Impl
     from flexdpo.bench.profiles import Profile
+    from flexdpo.bench.settings import BenchSettings
     from flexdpo.layout.groups import Group
 
 PHASES = ("total", "policy", "reference")
-# far behind, so they sit most rounds out
-_SLOW = ("padded", "padded_labels", "trl")
-
-
-@dataclass(eq=False)
-class BenchResult:
-    """All figures of a run.
-
-    ``profiles`` has the figures of each profile by its name, as they go into the JSON file.
-    """
-
-    settings: BenchSettings
-    environment: dict[str, Any]
-    profiles: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain values."""
-        config = shape_config(self.settings.model)
-        return {
-            "settings": asdict(self.settings),
-            "environment": self.environment,
-            "model": {
-                **asdict(ModelSize.of(config)),
-                "tied": config.tie_word_embeddings,
-                "family": config.model_type,
-            },
-            "dtype": str(self.settings.torch_dtype).removeprefix("torch."),
-            "gradient_checkpointing": self.settings.checkpointing,
-            "profiles": self.profiles,
-        }
 
 
 def run_bench(
     settings: BenchSettings, *, progress: Callable[[str], Any] = lambda _: None, report: Callable[[str], Any] = print
-) -> BenchResult:
+) -> dict[str, Any]:
     """Measure every profile that was asked for.
 
     Args:
         settings: What to measure.
         progress: Told what is being done.
         report: Given a table for each profile as soon as it is there.
+
+    Returns:
+        Everything that ``flexdpo bench --json`` writes; the figures of each profile stand under ``"profiles"``.
     """
     device = torch.device(settings.device)
     if device.type == "cpu":
         torch.set_num_threads(settings.threads)
-    result = BenchResult(settings, describe_environment(device))
+    result = described(settings)
     model = build_model(shape_config(settings.model), device, settings.torch_dtype, seed=settings.seed)
     if settings.checkpointing:
         enable_checkpointing(model)
@@ -90,9 +64,26 @@ def run_bench(
         for profile in find_profiles(settings.profile):
             progress(profile.name)
             figures = _run_profile(profile, settings, model, partial(progress, profile.name))
-            result.profiles[profile.name] = figures
+            result["profiles"][profile.name] = figures
             report(profile_table(profile.name, figures))
     return result
+
+
+def described(settings: BenchSettings) -> dict[str, Any]:
+    """A result that holds all but its figures: what is measured, and where."""
+    config = shape_config(settings.model)
+    return {
+        "settings": asdict(settings),
+        "environment": describe_environment(torch.device(settings.device)),
+        "model": {
+            **asdict(ModelSize.of(config)),
+            "tied": config.tie_word_embeddings,
+            "family": config.model_type,
+        },
+        "dtype": str(settings.torch_dtype).removeprefix("torch."),
+        "gradient_checkpointing": settings.checkpointing,
+        "profiles": {},
+    }
 
 
 def _run_profile(
@@ -103,27 +94,22 @@ def _run_profile(
     scaled, count = profile.scaled(settings.scale), settings.batches or 1
     batches = [scaled.pairs(settings.pairs or 1, rng, size.vocabulary) for _ in range(count)]
     variants = _variants(settings, model, batches, device)
-    limits: dict[str, Any] = {
-        "rounds": settings.rounds,
-        "seconds": settings.seconds,
-        "slow": ("padded", "padded_labels", "trl"),
-    }
+    limits: dict[str, Any] = {"rounds": settings.rounds, "seconds": settings.seconds}
     times = measure(variants, model, count, device, progress=progress, **limits)
     model.zero_grad(set_to_none=True)
     figures = {each.name: _figures(each, times[each.name], settings, size) for each in variants}
     predicted = {each.name: _predicted_seconds(each, settings, size) for each in variants}
-    kernels = kernel_rows(batches[0], size, device, settings.torch_dtype, **settings.rows)
 
     def speedup(name: str, phase: str) -> dict[str, float]:
         ratio = paired_ratio(times[name], times["shared"], phase)
         ideal = figures[name]["flops"][phase] / figures["shared"]["flops"][phase]
         expected = getattr(predicted[name], phase) / getattr(predicted["shared"], phase)
-        return {**ratio._asdict(), "ideal": ideal, "efficiency": ratio.median / ideal, "predicted": expected}
+        return {**ratio, "ideal": ideal, "efficiency": ratio["median"] / ideal, "predicted": expected}
 
     return {
         "arms": figures,
         "speedups": {name: {phase: speedup(name, phase) for phase in PHASES} for name in figures if name != "shared"},
-        "kernels": [asdict(row) for row in kernels],
+        "kernels": kernel_times(batches[0], size, device, settings.torch_dtype, **settings.rows),
     }
 
 
@@ -146,26 +132,18 @@ def _variants(
     return [*found, *(Packed(model, batches, device, shared=True, impl=impl, **settings.rows) for impl in impls)]
 
 
-# --- figures ---------------------------------------------------------------------------------------------------------
-
-
 def _figures(variant: Variant, times: Times, settings: BenchSettings, size: ModelSize) -> dict[str, Any]:
     work = sum((variant.work(batch) for batch in range(len(times.steps))), Work(0, 0, 0))
     reference = work.forward_flops(size)
     policy = work.training_flops(size, checkpointing=settings.checkpointing, head_passes=variant.head_passes)
-    seconds = {}
-    for phase in PHASES:
-        low, high = times.quartiles(phase)
-        seconds[phase] = {"median": times.median(phase), "low": low, "high": high}
+    seconds = {phase: times.quartiles(phase) for phase in PHASES}
     return {
         "pairs_per_second": (settings.pairs or 1) * len(times.steps) / seconds["total"]["median"],
-        "tokens": work.tokens,
-        "scores": work.scores,
-        "targets": work.targets,
+        **asdict(work),
         "seconds": seconds,
         "peak_bytes": times.peak_bytes,
         "flops": {"total": reference + policy, "policy": policy, "reference": reference},
-        "rounds": sum(step is not None for step in times.steps[0]),
+        "rounds": int(np.isfinite(times.of("total")[0]).sum()),
         "pairs_at_once": getattr(variant, "pairs_at_once", settings.pairs),
     }
 
@@ -179,35 +157,35 @@ def _predicted_seconds(variant: Variant, settings: BenchSettings, size: ModelSiz
         # padded variants differ in the positions that they compute logits at
         loads = [
             padded_load(batch)._replace(targets=variant.work(number).targets, kept_logits=variant.head_passes == 3)
-            for number, batch in enumerate(variant.batches)  # type: ignore[attr-defined]
+            for number, batch in enumerate(variant.batches)
         ]
     return step_seconds(loads, size, machine, checkpointing=settings.checkpointing)
 
 
 def profile_table(name: str, figures: dict[str, Any]) -> str:
     """The figures of one profile, in aligned lines."""
-    lines = [
-        f"{name:<14}  pairs/s  tokens  policy s  reference s    +MB  speed-up (quartiles)  ideal  efficiency  predicted"
-    ]
+    header = ["pairs/s", "tokens", "policy s", "reference s", "+MB"]
+    lines = [[name, *header, "speed-up (quartiles)", "ideal", "efficiency", "predicted"]]
     for variant, values in figures["arms"].items():
         seconds, peak = values["seconds"], values["peak_bytes"]
-        line = (
-            f"  {variant:<12}  {values['pairs_per_second']:7.2f}  {values['tokens']:6d}"
-            f"  {seconds['policy']['median']:8.3f}  {seconds['reference']['median']:11.3f}"
-            f"  {'-' if peak is None else f'{peak / 1e6:.0f}':>5}"
-        )
+        line = [f"{values['pairs_per_second']:.2f}", f"{values['tokens']}"]
+        line += [f"{seconds[phase]['median']:.3f}" for phase in ("policy", "reference")]
+        line += ["-" if peak is None else f"{peak / 1e6:.0f}"]
         if variant in figures["speedups"]:
             speed = figures["speedups"][variant]["total"]
-            quartiles = f"{speed['median']:5.2f} ({speed['low']:.2f} to {speed['high']:.2f})"
-            line += f"  {quartiles:<20}  {speed['ideal']:5.2f}  {speed['efficiency']:10.3f}  {speed['predicted']:9.2f}"
-        lines.append(line)
+            line += [f"{speed['median']:.2f} ({speed['low']:.2f} to {speed['high']:.2f})", f"{speed['ideal']:.2f}"]
+            line += [f"{speed['efficiency']:.3f}", f"{speed['predicted']:.2f}"]
+        else:
+            line += [""] * 4
+        lines.append([f"  {variant}", *line])
+    text = [aligned(lines)]
     for row in figures["kernels"]:
         mask = "" if row["block_mask_ms"] is None else f", its BlockMask {row['block_mask_ms']:.2f} ms"
-        lines.append(
+        text.append(
             f"  one layer, {row['layout']}, {row['kernel']}: forward {row['forward_ms']:.2f} ms, "
             f"backward {row['backward_ms']:.2f} ms{mask} ({row['tokens']} tokens)"
         )
-    return "\n".join(lines)
+    return "\n".join(text)
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:

@@ -26,32 +26,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Card:
-    """What a GPU can do at best.
-
-    Attributes:
-        name: Of the card.
-        flops: Of dense bfloat16 products, per second, as measured on large matrices.
-        bandwidth: Of its memory, bytes per second.
-    """
+    """What a GPU can do at best."""
 
     name: str
-    flops: float
-    bandwidth: float
+    flops: float  # of dense bfloat16 products, per second, as measured on large matrices
+    bandwidth: float  # of its memory, bytes per second
 
 
-KIND = "head counted"
 H100 = Card("H100 SXM", 798e12, 3.35e12)
 
 
 @dataclass(frozen=True)
 class HeadSize:
-    """The pass that is counted.
-
-    Attributes:
-        targets: Tokens to predict, ``T``.
-        vocabulary: Words, ``V``.
-        hidden: Size of the hidden states, ``H``.
-    """
+    """The pass that is counted."""
 
     targets: int = 8192
     vocabulary: int = 128_256
@@ -67,19 +54,12 @@ _BY_INDEX = ("gather", "scatter", "scatter_", "index", "index_put", "index_put_"
 
 @dataclass
 class CountWork(TorchDispatchMode):
-    """Counts products and bytes of every operation under it; views and allocations are free.
-
-    Attributes:
-        card: What a second is worth.
-        product_seconds: Each product at the slower of its multiplications and its bytes.
-        moved: Bytes of everything else by operation.
-        launches: Kernels by operation, products included.
-    """
+    """Counts products and bytes of every operation under it; views and allocations are free."""
 
     card: Card
-    product_seconds: float = 0.0
-    moved: Counter[str] = field(default_factory=Counter)
-    launches: Counter[str] = field(default_factory=Counter)
+    product_seconds: float = 0.0  # each product at the slower of its multiplications and its bytes
+    moved: Counter[str] = field(default_factory=Counter)  # bytes of everything else by operation
+    launches: int = 0  # kernels, products included
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -92,25 +72,27 @@ class CountWork(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        output = func(*args, **(kwargs or {}))
-        name = func._schema.name.split("::")[1]
-        written = [
-            argument for argument in func._schema.arguments if argument.alias_info and argument.alias_info.is_write
-        ]
-        returns_view = any(result.alias_info is not None for result in func._schema.returns) and not written
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        schema, name = func._schema, func._schema.name.split("::")[1]
+        written = any(argument.alias_info and argument.alias_info.is_write for argument in schema.arguments)
+        returns_view = any(result.alias_info is not None for result in schema.returns) and not written
         if returns_view or name.startswith(("empty", "new_empty")):
             return output
-        self.launches[name] += 1
-        inputs, outputs = _tensors((args, {k: v for k, v in (kwargs or {}).items() if k != "out"})), _tensors(output)
+        self.launches += 1
+        given = {name: value for name, value in kwargs.items() if name != "out"}
+        inputs, outputs = _tensors((args, given)), _tensors(output)
         if name in _PRODUCTS:
             left, right = inputs[-2:]
             flops = 2.0 * left.shape[0] * left.shape[1] * right.shape[1]
             # addmm reads what it adds to
-            read = inputs[-2:] if (kwargs or {}).get("beta") == 0 else inputs
+            read = inputs[-2:] if kwargs.get("beta") == 0 else inputs
             moved = sum(map(_bytes, read)) + sum(map(_bytes, outputs))
             self.product_seconds += max(flops / self.card.flops, moved / self.card.bandwidth)
         elif name in _BY_INDEX:
-            self.moved[name] += _bytes_by_index(inputs)
+            # the indices are read, and as many elements are read and written
+            indices = max((x for x in inputs if x.dtype == torch.int64), key=torch.Tensor.numel)
+            self.moved[name] += indices.numel() * (8 + 2 * inputs[0].element_size())
         else:
             # what is written in place is among the inputs, so it counts as read and as written
             if name == "copy_":
@@ -131,40 +113,14 @@ def _bytes(x: torch.Tensor) -> int:
     return math.prod(size for size, stride in zip(x.shape, x.stride(), strict=True) if stride) * x.element_size()
 
 
-def _bytes_by_index(inputs: list[torch.Tensor]) -> int:
-    """Reads the indices, and reads and writes as many elements."""
-    indices = max((x for x in inputs if x.dtype == torch.int64), key=torch.Tensor.numel)
-    return indices.numel() * (8 + 2 * inputs[0].element_size())
+def count_head(size: HeadSize = HeadSize(), card: Card = H100, transform: LogitTransform = IDENTITY) -> dict[str, Any]:
+    """Count one forward and backward pass of the head in bfloat16, weight and hidden states trained.
 
-
-@dataclass(frozen=True)
-class HeadWork:
-    """One counted pass, forward and backward.
-
-    Attributes:
-        ideal_seconds: The four products (logits, logits again, two gradients) at the card's full speed.
-        product_seconds: The products as they are made.
-        other_bytes: What everything else reads and writes.
-        seconds: In all.
-        moved: ``other_bytes`` by operation.
-        launches: Kernels.
+    Returns:
+        ``ideal_seconds`` of the four products (logits, logits again, two gradients) at the card's full speed,
+        ``product_seconds`` as they are made, ``other_bytes`` that everything else reads and writes (``moved``, by
+        operation), ``seconds`` in all, ``launches`` of kernels, and the ``efficiency``, the share of full speed.
     """
-
-    ideal_seconds: float
-    product_seconds: float
-    other_bytes: int
-    seconds: float
-    moved: dict[str, int]
-    launches: int
-
-    @property
-    def efficiency(self) -> float:
-        """Share of the card's full speed at which the four products could run."""
-        return self.ideal_seconds / self.seconds
-
-
-def count_head(size: HeadSize = HeadSize(), card: Card = H100, transform: LogitTransform = IDENTITY) -> HeadWork:
-    """Count one forward and backward pass of the head in bfloat16, weight and hidden states trained."""
     with torch.device("meta"):
         states = torch.empty(size.targets, size.hidden, dtype=torch.bfloat16, requires_grad=True)
         weight = torch.empty(size.vocabulary, size.hidden, dtype=torch.bfloat16, requires_grad=True)
@@ -173,26 +129,29 @@ def count_head(size: HeadSize = HeadSize(), card: Card = H100, transform: LogitT
             logps = linear_logps(states, weight, None, labels, transform=transform).logps
             logps.backward(torch.empty_like(logps))
     ideal = 8.0 * size.targets * size.vocabulary * size.hidden / card.flops
-    moved = {name: moved for name, moved in count.moved.most_common() if moved}
-    return HeadWork(
-        ideal, count.product_seconds, sum(moved.values()), count.seconds, moved, sum(count.launches.values())
-    )
+    return {
+        "ideal_seconds": ideal,
+        "product_seconds": count.product_seconds,
+        "other_bytes": count.moved.total(),
+        "seconds": count.seconds,
+        "moved": {name: moved for name, moved in count.moved.most_common() if moved},
+        "launches": count.launches,
+        "efficiency": ideal / count.seconds,
+    }
 
 
 def result(size: HeadSize = HeadSize(), card: Card = H100) -> dict[str, Any]:
     """What the result file says."""
     from flexdpo import __version__
 
-    work = count_head(size, card)
     return {
-        "kind": KIND,
+        "kind": "head counted",
         "card": asdict(card),
         "size": asdict(size),
         "dtype": "bfloat16",
         "versions": {"flexdpo": __version__, "torch": torch.__version__},
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        **asdict(work),
-        "efficiency": work.efficiency,
+        **count_head(size, card),
     }
 
 

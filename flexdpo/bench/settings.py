@@ -66,38 +66,36 @@ class BenchSettings:
     def __post_init__(self) -> None:
         if self.device == "auto":
             object.__setattr__(self, "device", "cuda" if torch.cuda.is_available() else "cpu")
+        if self.device not in DEFAULT_BASELINES:
+            raise FlexdpoError(f"--device must be cpu or cuda, got {self.device!r}")
         cuda = self.device == "cuda"
-        for name, default in (
-            ("pairs", 8 if cuda else 16),
-            ("batches", 1 if cuda else 2),
-            ("baselines", DEFAULT_BASELINES["cuda" if cuda else "cpu"]),
-        ):
+        defaults = {
+            "pairs": 8 if cuda else 16,
+            "batches": 1 if cuda else 2,
+            "baselines": DEFAULT_BASELINES[self.device],
+        }
+        for name, default in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
         find_profiles(self.profile)
         require_shape(self.model)
-        self._require_choices()
-        self._require_device()
-
-    def _require_choices(self) -> None:
-        for name in self.baselines or ():
-            if name not in BASELINES:
-                raise FlexdpoError(f"--baseline {name!r} is unknown{nearest(name, BASELINES)}; use {BASELINES}")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise FlexdpoError(f"--dtype {self.dtype!r} is unknown; use one of {tuple(DTYPES)}")
         for name in ("pairs", "batches", "rounds", "scale", "seconds", "threads"):
             if getattr(self, name) <= 0:
                 raise FlexdpoError(f"--{name} must be above 0, got {getattr(self, name)}")
-
-    def _require_device(self) -> None:
-        if self.device not in DEFAULT_BASELINES:
-            raise FlexdpoError(f"--device must be cpu or cuda, got {self.device!r}")
-        if self.device == "cuda" and not torch.cuda.is_available():
+        if cuda and not torch.cuda.is_available():
             raise FlexdpoError("--device cuda: torch sees no CUDA device; use --device cpu, or install a CUDA build")
-        chosen = set(self.baselines or ())
+        self._require_baselines()
+
+    def _require_baselines(self) -> None:
+        chosen = self.baselines or ()
+        for name in chosen:
+            if name not in BASELINES:
+                raise FlexdpoError(f"--baseline {name!r} is unknown{nearest(name, BASELINES)}; use {BASELINES}")
         if "varlen" in chosen and self.device != "cuda":
             raise FlexdpoError("--baseline varlen is a kernel for CUDA; use --device cuda, or leave it out")
-        if {"packed", "varlen"} & chosen and self.device == "cuda" and self.dtype == "float32":
+        if {"packed", "varlen"} & set(chosen) and self.device == "cuda" and self.dtype == "float32":
             raise FlexdpoError(
                 "--dtype float32: on CUDA the baselines packed and varlen are FlashAttention, which runs half "
                 "precision only; use bfloat16, or --baseline padded"

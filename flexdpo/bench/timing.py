@@ -7,17 +7,20 @@ import ctypes
 import re
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 
+from flexdpo.estimate.costs import StepSeconds
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from numpy.typing import NDArray
     from torch import nn
 
     from flexdpo.bench.variants import Variant
@@ -28,66 +31,38 @@ Result = TypeVar("Result")
 FEWEST_ROUNDS = 4
 # rounds of the slow variants: two among the fewest, and every eighth
 SLOW_ROUNDS = frozenset({0, 2, *range(8, 10_000, 8)})
-
-
-class Seconds(NamedTuple):
-    """Time of one step's phases."""
-
-    reference: float
-    policy: float
-
-    @property
-    def total(self) -> float:
-        """Both phases."""
-        return self.reference + self.policy
+SAT_OUT = StepSeconds(float("nan"), float("nan"))
 
 
 @dataclass(eq=False)
 class Times:
-    """All measurements of one variant.
+    """All measurements of one variant: its steps by batch, then by round.
 
-    Attributes:
-        steps: By batch, then by round; ``None`` where the variant sat a round out.
-        peak_bytes: Memory of the largest step beyond what was there before it; ``None`` where the system cannot tell.
+    ``peak_bytes`` is the memory of a step beyond what was there before it, ``None`` where the system cannot tell.
     """
 
-    steps: list[list[Seconds | None]] = field(default_factory=list)
+    steps: list[list[StepSeconds]]
     peak_bytes: int | None = None
 
-    def of(self, phase: str) -> list[list[float]]:
-        """Seconds by batch and round, ``nan`` where there are none; ``phase`` is a property of :class:`Seconds`."""
-        return [[float("nan") if step is None else getattr(step, phase) for step in batch] for batch in self.steps]
+    def of(self, phase: str) -> NDArray[np.float64]:
+        """Seconds of a property of :class:`StepSeconds`, ``[batches, rounds]``, ``nan`` where there are none."""
+        return np.array([[getattr(step, phase) for step in batch] for batch in self.steps])
 
-    def median(self, phase: str) -> float:
-        """Seconds for all batches, each at its median round."""
-        return float(np.nansum(np.nanmedian(self.of(phase), axis=1)))
-
-    def quartiles(self, phase: str) -> tuple[float, float]:
-        """Lower and upper quartile, summed over batches."""
-        low, high = np.nanquantile(self.of(phase), [0.25, 0.75], axis=1)
-        return float(low.sum()), float(high.sum())
+    def quartiles(self, phase: str) -> dict[str, float]:
+        """Seconds for all batches, each at its median round, and at its lower and upper quartile."""
+        low, median, high = np.nanquantile(self.of(phase), [0.25, 0.5, 0.75], axis=1).sum(axis=1).tolist()
+        return {"median": median, "low": low, "high": high}
 
 
-class Ratio(NamedTuple):
-    """How many times slower one variant is than another.
+def paired_ratio(slow: Times, fast: Times, phase: str) -> dict[str, float]:
+    """How many times slower one variant is: quartiles of the ratios of measurements made side by side.
 
-    Attributes:
-        median: Of the ratios of measurements made side by side.
-        low: Their lower quartile.
-        high: Their upper quartile.
+    The same batch in the same round is compared, and batches are weighted by their time.
     """
-
-    median: float
-    low: float
-    high: float
-
-
-def paired_ratio(slow: Times, fast: Times, phase: str) -> Ratio:
-    """Compare measurements of the same batch in the same round, batches weighted by their time."""
-    above, below = np.asarray(slow.of(phase)), np.asarray(fast.of(phase))
+    below = fast.of(phase)
     weights = np.nanmedian(below, axis=1)
-    low, median, high = np.nanquantile(above / below, [0.25, 0.5, 0.75], axis=1) @ (weights / weights.sum())
-    return Ratio(float(median), float(low), float(high))
+    low, median, high = np.nanquantile(slow.of(phase) / below, [0.25, 0.5, 0.75], axis=1) @ (weights / weights.sum())
+    return {"median": float(median), "low": float(low), "high": float(high)}
 
 
 def measure(
@@ -98,19 +73,17 @@ def measure(
     *,
     rounds: int,
     seconds: float,
-    slow: Sequence[str] = (),
     progress: Callable[[], Any] = lambda: None,
 ) -> dict[str, Times]:
     """Run every variant on every batch, round after round.
 
     Args:
-        variants: What to compare.
+        variants: What to compare; the slow ones sit most rounds out.
         model: The weights they share.
         batches: How many batches each variant holds.
         device: Where everything runs.
         rounds: Most rounds.
         seconds: No round but the first four begins after this long, warming up included.
-        slow: Names of variants that sit most rounds out, being far behind.
         progress: Called after every round.
     """
     times = {variant.name: Times([[] for _ in range(batches)]) for variant in variants}
@@ -128,20 +101,20 @@ def measure(
         order = list(variants) if number % 2 == 0 else list(variants)[::-1]
         for batch in range(batches):
             for variant in order:
-                out = variant.name in slow and number not in SLOW_ROUNDS
-                times[variant.name].steps[batch].append(None if out else run_step(variant, model, batch, device))
+                runs = number in SLOW_ROUNDS or not variant.slow
+                times[variant.name].steps[batch].append(run_step(variant, model, batch, device) if runs else SAT_OUT)
         progress()
     return times
 
 
-def run_step(variant: Variant, model: nn.Module, batch: int, device: torch.device) -> Seconds:
+def run_step(variant: Variant, model: nn.Module, batch: int, device: torch.device) -> StepSeconds:
     """Time one step of one variant."""
     variant.enter()
     model.zero_grad(set_to_none=True)
     model.eval()
     reference, seconds = timed(lambda: variant.reference(batch), device)
     model.train()
-    return Seconds(seconds, timed(lambda: variant.policy(batch, reference), device)[1])
+    return StepSeconds(seconds, timed(lambda: variant.policy(batch, reference), device)[1])
 
 
 def timed(run: Callable[[], Result], device: torch.device) -> tuple[Result, float]:

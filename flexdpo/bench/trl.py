@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from flexdpo.bench.variants import Variant
 from flexdpo.errors import FlexdpoError
 from flexdpo.estimate.flops import Work, padded_work
 from flexdpo.hf.checkpointing import checkpointing_name
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from flexdpo.layout.groups import Group
 
 
-class Trl:
+class Trl(Variant):
     """``trl.DPOTrainer.compute_loss`` and the backward pass, on copies of the model since TRL changes its forward.
 
     The reference's forward pass happens inside ``compute_loss``, so all of the time counts as the policy's.
@@ -35,6 +36,7 @@ class Trl:
 
     name = "trl"
     head_passes = 3
+    slow = True
 
     def __init__(
         self,
@@ -44,13 +46,14 @@ class Trl:
         *,
         checkpointing: bool = False,
     ) -> None:
-        self.batches = batches
-        self.device = device
         self.trainer = _trainer(model, device, checkpointing)
-        self.model = self.trainer.model
-        self.inputs = [
-            {name: tensor.to(device) for name, tensor in self.trainer.data_collator(_examples(batch)).items()}
+        super().__init__(self.trainer.model, batches)
+        examples = [
+            [dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), _lists(group), strict=True)) for group in batch]
             for batch in batches
+        ]
+        self.inputs = [
+            {name: tensor.to(device) for name, tensor in self.trainer.data_collator(each).items()} for each in examples
         ]
 
     def enter(self) -> None:
@@ -70,22 +73,11 @@ class Trl:
 
     def work(self, batch: int) -> Work:
         """By the padded shape; on a GPU TRL computes logits at the responses only, elsewhere at every position."""
-        padded = padded_work(self.batches[batch])
-        if self.device.type != "cuda":
-            return padded
-        targets = sum(ids.size for group in self.batches[batch] for ids in group.response_ids)
-        return Work(padded.tokens, padded.scores, targets)
+        return padded_work(self.batches[batch], labels_only=self.model.device.type == "cuda")
 
 
-def _examples(batch: Sequence[Group]) -> list[dict[str, Any]]:
-    return [
-        {
-            "prompt_ids": group.prompt_ids.tolist(),
-            "chosen_ids": group.response_ids[0].tolist(),
-            "rejected_ids": group.response_ids[1].tolist(),
-        }
-        for group in batch
-    ]
+def _lists(group: Group) -> list[list[int]]:
+    return [ids.tolist() for ids in (group.prompt_ids, *group.response_ids)]
 
 
 def _trainer(model: PreTrainedModel, device: torch.device, checkpointing: bool) -> Any:

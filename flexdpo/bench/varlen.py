@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from einops import rearrange
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from flexdpo.attention.torch_varlen import torch_varlen
@@ -17,7 +16,7 @@ from flexdpo.objective.lm_head import head_logps, head_plan
 from flexdpo.objective.logps import sum_targets
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor, nn
     from transformers import PreTrainedModel
@@ -26,55 +25,35 @@ if TYPE_CHECKING:
     from flexdpo.layout.row import Row
 
 ATTN_IMPLEMENTATION = "flexdpo_varlen"
-# (query [S, Hq, D], key [S, Hkv, D], value [S, Hkv, D], documents, scaling) -> [S, Hq, D]
-VarlenKernel = Any
 
 
 class Documents(NamedTuple):
-    """Where the documents of a row lie.
-
-    Attributes:
-        boundaries: Where each begins, and the end of the last, ``[N + 1]`` int32.
-        longest: Tokens of the longest.
-    """
+    """Where each document of a row begins, and the end of the last, ``[N + 1]`` int32; tokens of the longest."""
 
     boundaries: Tensor
     longest: int
 
-    @classmethod
-    def of(cls, row: Row) -> Documents:
-        """The documents of a row; its padding counts as one more."""
-        starts = [start for start, _ in row.documents]
-        ends = [stop for _, stop in row.documents]
-        length = row.input_ids.shape[1]
-        boundaries = [*starts, ends[-1], *([length] if length > ends[-1] else [])]
-        longest = max(stop - start for start, stop in pairwise(boundaries))
-        return cls(torch.tensor(boundaries, dtype=torch.int32, device=row.input_ids.device), longest)
+
+def document_bounds(row: Row) -> Documents:
+    """The documents of a row; its padding counts as one more."""
+    length, end = row.layout.length, row.documents[-1][1]
+    boundaries = [start for start, _ in row.documents] + [end] + [length] * (length > end)
+    longest = max(stop - start for start, stop in pairwise(boundaries))
+    return Documents(torch.tensor(boundaries, dtype=torch.int32, device=row.input_ids.device), longest)
 
 
-@dataclass(eq=False)
-class _Held:
-    documents: Documents | None = None
-    kernel: VarlenKernel = None
-
-
-_held = _Held()
-
-
-def within_documents(query: Tensor, key: Tensor, value: Tensor, documents: Documents, scaling: float | None) -> Tensor:
-    """Causal attention within each document by ``torch.nn.attention.varlen.varlen_attn``."""
+def within_documents(
+    query: Tensor, key: Tensor, value: Tensor, documents: Documents, scaling: float | None = None
+) -> Tensor:
+    """Causal attention within each document, ``[1, heads, S, head size]`` to ``[1, S, heads, head size]``."""
     bounds, longest = documents
+    query, key, value = (rearrange(x, "1 head token size -> token head size").contiguous() for x in (query, key, value))
     # the same tensor twice, so that torch takes cuDNN where that is the faster one
-    return torch_varlen(query, key, value, bounds, bounds, longest, longest, scaling=scaling)
+    return torch_varlen(query, key, value, bounds, bounds, longest, longest, scaling=scaling)[None]
 
 
 class Varlen(Packed):
-    """Packed and unshared, as :class:`Packed`, with another attention.
-
-    Args:
-        max_tokens_per_row: Longest row.
-        kernel: Attention within documents.
-    """
+    """Packed and unshared, as :class:`Packed`, with another attention."""
 
     def __init__(
         self,
@@ -83,7 +62,6 @@ class Varlen(Packed):
         device: torch.device,
         *,
         max_tokens_per_row: int | None = None,
-        kernel: VarlenKernel = within_documents,
     ) -> None:
         super().__init__(model, batches, device, shared=False, max_tokens_per_row=max_tokens_per_row)
         # the head is measured by a run of the model, which this arm's attention could not do without documents
@@ -91,27 +69,26 @@ class Varlen(Packed):
         if self.plan.obstacle is not None:
             raise FlexdpoError(f"this baseline needs the model's head itself, but {self.plan.obstacle}")
         AttentionInterface.register(ATTN_IMPLEMENTATION, _attention)
-        AttentionMaskInterface.register(ATTN_IMPLEMENTATION, _no_mask)
-        self.kernel = kernel
+        AttentionMaskInterface.register(ATTN_IMPLEMENTATION, lambda *_, **__: None)
         # known before the step, as the row's layout is
-        self.documents = {id(row.input_ids): Documents.of(row) for rows in self.rows for row in rows}
+        self.with_bounds = [[(row, document_bounds(row)) for row in rows] for rows in self.rows]
 
     def enter(self) -> None:
         """Give the model the baseline's attention."""
         self.model.set_attn_implementation(ATTN_IMPLEMENTATION)
 
-    def _logps(self, row: Row) -> Tensor:
+    def parts(self, batch: int) -> list[Any]:
+        """Rows and where their documents lie."""
+        return self.with_bounds[batch]
+
+    def logps(self, part: Any) -> Tensor:
+        """``[2, pairs]`` of one row."""
+        row, documents = part
         inputs = {"input_ids": row.input_ids, "position_ids": row.position_ids, "use_cache": False}
-        with _holding(self.documents[id(row.input_ids)], self.kernel):
-            values = head_logps(self.model, inputs, row.predictors, row.labels, self.plan)
-        return sum_targets(values.logps, row).sums.view(-1, 2).t()
-
-
-@contextmanager
-def _holding(documents: Documents, kernel: Callable[..., Tensor]) -> Iterator[None]:
-    # not let go at the end: a checkpoint runs layers again in the backward pass, before the next row's forward
-    _held.documents, _held.kernel = documents, kernel
-    yield
+        # an argument that models hand on to their attention, in a checkpoint's second run too
+        inputs["documents"] = documents
+        values = head_logps(self.model, inputs, row.predictors, row.labels, self.plan)
+        return rearrange(sum_targets(values.logps, row).sums, "(pair side) -> side pair", side=2)
 
 
 def _attention(
@@ -121,13 +98,10 @@ def _attention(
     value: Tensor,
     attention_mask: Any,  # noqa: ARG001
     scaling: float | None = None,
+    *,
+    documents: Documents | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    if _held.documents is None:
+    if documents is None:
         raise FlexdpoError(f"attn_implementation={ATTN_IMPLEMENTATION!r} is for the benchmark only")
-    heads = [x[0].transpose(0, 1).contiguous() for x in (query, key, value)]
-    return _held.kernel(*heads, _held.documents, scaling)[None], None
-
-
-def _no_mask(*_: Any, **__: Any) -> None:
-    return None
+    return within_documents(query, key, value, documents, scaling), None

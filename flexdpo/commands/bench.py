@@ -53,6 +53,6 @@ def run(argv: list[str]) -> int:
 
     result = run_bench(settings, progress=progress, report=report)
     if target is not None:
-        target.write_text(json.dumps(result.as_json(), indent=1) + "\n", encoding="utf-8")
+        target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         print(f"written to {target}")
     return 0

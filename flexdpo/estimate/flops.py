@@ -68,10 +68,11 @@ def row_work(row: Row) -> Work:
     return Work(row.num_tokens, scores, int(row.predictors.numel()))
 
 
-def padded_work(groups: Sequence[Group]) -> Work:
-    """The work of pairs as one padded batch: every sequence as long as the longest, logits everywhere."""
+def padded_work(groups: Sequence[Group], *, labels_only: bool = False) -> Work:
+    """The work of pairs as one padded batch: every sequence as long as the longest, logits everywhere or at labels."""
     longest = max(len(ids) for group in groups for ids in group.sequences)
     sequences = sum(len(group.response_ids) for group in groups)
     tiles = -(-longest // TILE)
     scores = tiles * (tiles + 1) // 2 * TILE**2
-    return Work(sequences * longest, sequences * scores, sequences * longest)
+    targets = sum(ids.size for group in groups for ids in group.response_ids) if labels_only else sequences * longest
+    return Work(sequences * longest, sequences * scores, targets)

@@ -7,16 +7,18 @@ import torch
 from transformers import LlamaConfig
 
 from flexdpo import FlexdpoError, Group
-from flexdpo.bench import kernels, variants
+from flexdpo.bench import varlen
 from flexdpo.bench.bench import profile_table, run_bench
+from flexdpo.bench.kernels import layer_times
 from flexdpo.bench.profiles import find_profiles, load_profiles
 from flexdpo.bench.settings import BenchSettings
-from flexdpo.bench.timing import Seconds, Times, measure, paired_ratio
+from flexdpo.bench.timing import SAT_OUT, Times, measure, paired_ratio
 from flexdpo.bench.trl import Trl
-from flexdpo.bench.variants import Packed, Padded, PaddedLabels, pack_pairs
-from flexdpo.bench.varlen import Documents, Varlen, within_documents
+from flexdpo.bench.variants import Packed, Padded, PaddedLabels, Variant, pack_pairs
+from flexdpo.bench.varlen import Varlen, document_bounds, within_documents
 from flexdpo.cli import main
 from flexdpo.commands import bench as command
+from flexdpo.estimate.costs import StepSeconds
 from flexdpo.estimate.flops import Work, padded_work, row_work
 from flexdpo.estimate.model_shapes import SHAPES, build_model, find_shape, shape_config
 from flexdpo.hf.checkpointing import enable_checkpointing
@@ -86,6 +88,7 @@ def test_work_of_a_pair_by_hand() -> None:
     # the second copy begins at token 400, in block 3, which ends the first copy's reach
     assert row_work(apart) == Work(800, (10 + 2 + 3 + 4) * 128**2, 200)
     assert padded_work([group]) == Work(800, 2 * 10 * 128**2, 800)
+    assert padded_work([group], labels_only=True) == Work(800, 2 * 10 * 128**2, 200)
 
 
 def test_flops_of_a_step_by_hand() -> None:
@@ -101,15 +104,14 @@ def test_flops_of_a_step_by_hand() -> None:
 # --- the arms compute the same thing ---------------------------------------------------------------------------------
 
 
-def by_documents(query, key, value, documents, scaling):
+def by_documents(query, key, value, documents, scaling=None):
     """Causal attention document by document, in place of CUDA's kernel."""
-    groups = query.shape[1] // key.shape[1]
     outputs = []
     for start, stop in zip(documents.boundaries[:-1], documents.boundaries[1:], strict=True):
-        part = [x[start:stop].transpose(0, 1) for x in (query, key, value)]
-        part[1:] = [x.repeat_interleave(groups, dim=0) for x in part[1:]]
-        outputs.append(torch.nn.functional.scaled_dot_product_attention(*part, is_causal=True, scale=scaling))
-    return torch.cat(outputs, dim=1).transpose(0, 1)
+        part = [x[:, :, start:stop] for x in (query, key, value)]
+        attend = torch.nn.functional.scaled_dot_product_attention
+        outputs.append(attend(*part, is_causal=True, scale=scaling, enable_gqa=True))
+    return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
 def arms(model, batches):
@@ -119,7 +121,7 @@ def arms(model, batches):
         "packed": Packed(model, batches, CPU, shared=False),
         "shared": Packed(model, batches, CPU, shared=True),
         "padded rows": Packed(model, batches, CPU, shared=True, pad_to_multiple_of=128),
-        "varlen": Varlen(model, batches, CPU, kernel=by_documents),
+        "varlen": Varlen(model, batches, CPU),
         "shared, along root paths": Packed(model, batches, CPU, shared=True, impl="varlen"),
     }
 
@@ -135,6 +137,7 @@ def result_of(arm, model):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_all_arms_give_the_same_values_and_gradients(checkpointing: bool, monkeypatch) -> None:
     replace_varlen_attn(monkeypatch)
+    monkeypatch.setattr(varlen, "within_documents", by_documents)
     model = build_model(CONFIG, CPU, torch.float64)
     if checkpointing:
         enable_checkpointing(model)
@@ -149,6 +152,7 @@ def test_all_arms_give_the_same_values_and_gradients(checkpointing: bool, monkey
 
 def test_an_arm_needs_no_other_before_it(monkeypatch) -> None:
     replace_varlen_attn(monkeypatch)
+    monkeypatch.setattr(varlen, "within_documents", by_documents)
     batches = [pairs(4)]
     losses = []
     for name in arms(build_model(CONFIG, CPU, torch.float64), batches):
@@ -188,14 +192,15 @@ def test_a_padded_batch_that_does_not_fit_is_halved(monkeypatch) -> None:
     model, batch = build_model(CONFIG, CPU, torch.float64), pairs(4)
     arm = Padded(model, [batch], CPU)
     want = result_of(arm, model)
-    original = Padded._logps
+    original = Padded.logps
 
     def small_memory(self, part):
-        if part["input_ids"].shape[1] > 1:
+        # both sides of a pair
+        if len(part[0]) > 2:
             raise torch.OutOfMemoryError
         return original(self, part)
 
-    monkeypatch.setattr(variants.Padded, "_logps", small_memory)
+    monkeypatch.setattr(Padded, "logps", small_memory)
     got = result_of(arm, model)
     assert arm.pairs_at_once == 1
     torch.testing.assert_close(got[1], want[1])
@@ -205,8 +210,8 @@ def test_a_padded_batch_that_does_not_fit_is_halved(monkeypatch) -> None:
 def test_the_baseline_within_documents_hands_torch_one_tensor_of_bounds(monkeypatch) -> None:
     (row,) = pack_pairs(pairs(3), False, None, 1)
     seen = replace_varlen_attn(monkeypatch, self_attention=True)
-    heads = [torch.randn(row.input_ids.shape[1], count, 8, dtype=torch.float64) for count in (4, 2, 2)]
-    documents = Documents.of(row)
+    heads = [torch.randn(1, count, row.input_ids.shape[1], 8, dtype=torch.float64) for count in (4, 2, 2)]
+    documents = document_bounds(row)
     torch.testing.assert_close(within_documents(*heads, documents, 0.3), by_documents(*heads, documents, 0.3))
     assert seen == ["self-attention"]
 
@@ -216,19 +221,19 @@ def test_the_baseline_within_documents_hands_torch_one_tensor_of_bounds(monkeypa
 
 def test_ratios_are_of_measurements_made_side_by_side() -> None:
     # the machine is three times slower in the second round, for both
-    slow = Times([[Seconds(1, 1), Seconds(3, 3), None], [Seconds(8, 8), Seconds(8, 8), Seconds(8, 8)]])
-    fast = Times([[Seconds(0.5, 0.5), Seconds(1.5, 1.5), Seconds(9, 9)], [Seconds(2, 2), Seconds(2, 2), Seconds(2, 2)]])
+    def times(*batches: list[float]) -> Times:
+        return Times([[StepSeconds(each, each) if each else SAT_OUT for each in batch] for batch in batches])
+
+    slow, fast = times([1, 3, 0], [8, 8, 8]), times([0.5, 1.5, 9], [2, 2, 2])
     ratio = paired_ratio(slow, fast, "total")
     # 2 and 4, weighted by the fast arm's median times of 3 and 4 seconds
-    assert ratio.median == pytest.approx((2 * 3 + 4 * 4) / 7)
-    assert slow.median("policy") == pytest.approx(2 + 8)
+    assert ratio["median"] == pytest.approx((2 * 3 + 4 * 4) / 7)
+    assert slow.quartiles("policy")["median"] == pytest.approx(2 + 8)
 
 
-class Recorder:
-    head_passes = 3
-
-    def __init__(self, name: str, log: list[str]) -> None:
-        self.name, self.log = name, log
+class Recorder(Variant):
+    def __init__(self, name: str, log: list[str], *, slow: bool = False) -> None:
+        self.name, self.log, self.slow = name, log, slow
 
     def enter(self) -> None:
         pass
@@ -243,14 +248,13 @@ class Recorder:
 
 def test_arms_alternate_and_slow_ones_sit_out() -> None:
     log: list[str] = []
-    times = measure(
-        [Recorder("a", log), Recorder("b", log)], torch.nn.Linear(1, 1), 2, CPU, rounds=9, seconds=9, slow=("a",)
-    )
+    arms = [Recorder("a", log, slow=True), Recorder("b", log)]
+    times = measure(arms, torch.nn.Linear(1, 1), 2, CPU, rounds=9, seconds=9)
     # once each to warm up, then round by round, in both orders
     both, quick = ["a0", "b0", "a1", "b1"], ["b0", "b1"]
     assert log == ["a0", "b0", *both, *quick, *both, *quick * 5, *both]
-    assert [step is None for step in times["a"].steps[0]] == [False, True, False, *[True] * 5, False]
-    assert all(step is not None for step in times["b"].steps[1])
+    assert [step is SAT_OUT for step in times["a"].steps[0]] == [False, True, False, *[True] * 5, False]
+    assert all(step is not SAT_OUT for step in times["b"].steps[1])
 
 
 def test_a_layers_backward_runs_once_for_each_forward() -> None:
@@ -270,7 +274,7 @@ def test_a_layers_backward_runs_once_for_each_forward() -> None:
             return gradient
 
     heads = [torch.randn(3, requires_grad=True)]
-    assert all(time >= 0 for time in kernels._layer_times(Once.apply, heads, CPU, 3))
+    assert all(time >= 0 for time in layer_times(Once.apply, heads, CPU))
 
 
 def test_no_round_begins_after_the_time_is_up() -> None:
@@ -351,8 +355,8 @@ def test_find_profiles_knows_all_six() -> None:
 def test_all_arms_agree_on_a_gpu() -> None:
     settings = BenchSettings(device="cuda", profile="hh_rlhf", pairs=4, batches=1, rounds=3, seconds=5)
     result = run_bench(settings, report=lambda _: None)
-    assert set(result.profiles["hh_rlhf"]["arms"]) == {"padded", "padded_labels", "packed", "varlen", "shared"}
-    kernels = [row["kernel"] for row in result.profiles["hh_rlhf"]["kernels"]]
+    assert set(result["profiles"]["hh_rlhf"]["arms"]) == {"padded", "padded_labels", "packed", "varlen", "shared"}
+    kernels = [row["kernel"] for row in result["profiles"]["hh_rlhf"]["kernels"]]
     assert kernels == ["varlen_attn", "flexdpo", "flexdpo", "varlen_attn"]
     device, shape = torch.device("cuda"), find_shape("tiny")
     model = build_model(shape_config("tiny"), device, torch.bfloat16)

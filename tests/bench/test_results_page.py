@@ -6,14 +6,13 @@ from pathlib import Path
 import pytest
 
 from flexdpo import FlexdpoError
-from flexdpo.bench.bench import BenchResult, describe_environment
+from flexdpo.bench.bench import described
+from flexdpo.bench.profiles import profile_data
 from flexdpo.bench.results_page import (
     BEGIN,
     END,
     load_files,
     load_result,
-    load_results,
-    paper_figures,
     render_page,
     update_page,
 )
@@ -32,10 +31,8 @@ def speedup(median: float, ideal: float) -> dict[str, dict[str, float]]:
     return {"total": total, "policy": total, "reference": total}
 
 
-def result(device: str = "cpu", **changes) -> dict:
+def result(**changes) -> dict:
     """What ``flexdpo bench --json`` writes, with figures of our own."""
-    import torch
-
     figures = {
         "arms": {
             name: {"pairs_per_second": 4.0, "tokens": 100, "peak_bytes": peak, "rounds": 1 if name == "padded" else 24}
@@ -44,10 +41,9 @@ def result(device: str = "cpu", **changes) -> dict:
         "speedups": {"padded": speedup(2.345, 2.5), "packed": speedup(1.25, 1.5)},
         "kernels": [],
     }
-    found = BenchResult(BenchSettings(scale=0.25, profile="tldr"), describe_environment(torch.device("cpu")))
-    found.environment |= {"device": "A Processor", "threads": 1, "date": "2026-11-23T10:11:12+00:00"}
-    found.profiles["tldr"] = figures
-    return {**found.as_json(), **changes}
+    found = described(BenchSettings(device="cpu", scale=0.25, profile="tldr"))
+    found["environment"] |= {"device": "A Processor", "threads": 1, "date": "2026-11-23T10:11:12+00:00"}
+    return {**found, "profiles": {"tldr": figures}, **changes}
 
 
 def write(folder: Path, data: object, name: str = "bench-cpu-tiny.json") -> Path:
@@ -70,7 +66,7 @@ def readme(tmp_path: Path) -> Path:
 
 
 def test_a_table_holds_the_figures_of_its_file_and_of_the_paper(folder: Path) -> None:
-    page = render_page(load_results(folder))
+    page = render_page(load_files(folder))
     title, table, about, legend, _ = page.split("\n\n")
     assert title == "**A Processor, 1 thread: model `tiny`, float32**"
     header, _, line = table.splitlines()
@@ -88,7 +84,7 @@ def test_a_table_holds_the_figures_of_its_file_and_of_the_paper(folder: Path) ->
 
 
 def test_what_others_published_is_labelled_so(folder: Path) -> None:
-    after = render_page(load_results(folder)).split("Published by others, not measured here:")[1]
+    after = render_page(load_files(folder)).split("Published by others, not measured here:")[1]
     assert after.strip() == (
         "open-instruct, DPO of Olmo2-7B, rows packed to 16k tokens, prompts not shared: 5,282 tokens/s per H100, "
         "22.5% MFU ([github.com/allenai/open-instruct/pull/1466](https://github.com/allenai/open-instruct/pull/1466), "
@@ -97,7 +93,8 @@ def test_what_others_published_is_labelled_so(folder: Path) -> None:
 
 
 def test_the_papers_figures_are_the_published_ones() -> None:
-    assert {name: paper.speedup for name, paper in paper_figures().items()} == {
+    papers = profile_data()["profiles"]
+    assert {name: paper["published"]["speedup_vs_flash3"] for name, paper in papers.items()} == {
         "capybara": 1.34, "hh_rlhf": 1.41, "metamath": 1.57, "tldr": 1.35, "helpsteer": 1.48, "ultrafeedback": 1.17
     }  # fmt: skip
 
@@ -109,7 +106,7 @@ def test_every_file_has_its_table_sorted_by_name(folder: Path) -> None:
     # a profile that the paper does not know, and one baseline only
     data["profiles"] = {"my_own": {**data["profiles"]["tldr"], "speedups": {"packed": speedup(1.4, 1.5)}}}
     write(folder, data, "bench-a-gpu.json")
-    page = render_page(load_results(folder))
+    page = render_page(load_files(folder))
     assert page.index("**A GPU: model") < page.index("**A Processor, 1 thread: model")
     assert "| my_own | 1.40 (1.38 to 1.43) | 1.50 | 93% | 1.23 / unknown |  |  |" in page
     assert "; `bench-a-gpu.json`" in page
@@ -140,11 +137,11 @@ def test_the_command_writes_between_the_markers_and_checks(folder: Path, readme:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ([1], "is not a result of flexdpo bench --json: found a list"),
-        ({"settings": {}}, "'settings' lacks 'device'"),
+        ([1], "found a list instead of an object"),
+        ({**result(), "settings": {}}, "of the kind 'flexdpo bench --json': 'device' is missing"),
         (result(profiles={}), "it holds no profile"),
-        (result(profiles={"tldr": {"arms": {}}}), "its figures lack 'speedups'"),
-        (result(profiles={"tldr": 3}), "its figures lack"),
+        (result(profiles={"tldr": {"arms": {}}}), "'speedups' is missing"),
+        (result(profiles={"tldr": 3}), "'int' object is not subscriptable; keep other files elsewhere"),
         (result(environment=None), "'environment' is missing"),
     ],
 )
@@ -157,13 +154,13 @@ def test_another_file_among_the_results_is_named(tmp_path: Path, data: object, m
 
 def test_what_is_missing_is_said_in_one_line(tmp_path: Path, folder: Path, readme: Path, capsys) -> None:
     with pytest.raises(FlexdpoError, match="no such folder"):
-        load_results(tmp_path / "none")
+        load_files(tmp_path / "none")
     (tmp_path / "empty").mkdir()
     with pytest.raises(FlexdpoError, match=r"has no \*\.json; make one with flexdpo bench"):
-        load_results(tmp_path / "empty")
+        load_files(tmp_path / "empty")
     (tmp_path / "empty" / "half.json").write_text('{"settings": ')
     with pytest.raises(FlexdpoError, match=r"half\.json is not JSON"):
-        load_results(tmp_path / "empty")
+        load_files(tmp_path / "empty")
     with pytest.raises(FlexdpoError, match="cannot be read"):
         load_result(tmp_path / "none.json")
     with pytest.raises(FlexdpoError, match="cannot be read"):
@@ -209,7 +206,7 @@ def test_compiled_kernels_have_a_table_that_says_so(folder: Path) -> None:
         "| H100 (sm_90a) | sliding | 128 x 64 | 255 | 1,024 B | 128 of 227 KB | 64 x 128, 128 x 64 | 255 | 0 B "
         "| 128 of 227 KB |" in page
     )
-    assert len(load_results(folder)) == 1
+    assert [found.path.name for found in load_files(folder)] == ["bench-cpu-tiny.json", "a-compiled.json"]
     assert page.endswith("torch 2.13.0, triton 3.7.1; 2026-11-29; `a-compiled.json`.")
 
 
@@ -226,10 +223,10 @@ def test_the_heads_counted_work_has_a_table(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"kind": "else"}, "holds results of the kind 'else'; known: compiled kernels, head counted"),
+        ({"kind": "else"}, "of the kind 'else'; known: flexdpo bench --json, compiled kernels, head counted"),
         (
             {**compiled(), "cards": {"H100": {"sliding": {"forward": kernel()}}}},
-            "no complete result of the kind 'compiled kernels': KeyError",
+            "no complete result of the kind 'compiled kernels': 'backward' is missing",
         ),
         ({**compiled(), "versions": None}, "no complete result of the kind 'compiled kernels'"),
     ],

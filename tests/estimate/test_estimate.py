@@ -378,7 +378,7 @@ def test_the_shape_of_a_model_has_its_layers_weights() -> None:
 
 def test_the_benchmark_carries_the_prediction() -> None:
     settings = BenchSettings(device="cpu", profile="tldr", scale=0.05, pairs=2, batches=1, rounds=1, seconds=0.1)
-    figures = run_bench(settings, report=lambda _: None).profiles["tldr"]
+    figures = run_bench(settings, report=lambda _: None)["profiles"]["tldr"]
     shape, machine = find_shape("tiny"), MACHINES["cpu"]
     pairs = load_profiles()["tldr"].scaled(0.05).pairs(2, np.random.default_rng(0), shape.vocabulary)
     (row,) = pack_pairs(pairs, True, None, 1)
