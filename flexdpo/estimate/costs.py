@@ -95,21 +95,13 @@ def find_machine(name: str) -> Machine:
 
 
 class Load(NamedTuple):
-    """What one forward call asks of a model on a device.
+    """What one forward call asks of a model on a device."""
 
-    Attributes:
-        tokens: That go through the layers, padding included.
-        scores: Query-key pairs per head that the kernel computes.
-        targets: Positions whose logits are computed.
-        masked: Whether attention is given an explicit mask, as padding needs it.
-        kept_logits: Whether all logits are kept for the backward pass, instead of made again in chunks.
-    """
-
-    tokens: float
-    scores: float
-    targets: float
-    masked: bool = False
-    kept_logits: bool = False
+    tokens: float  # that go through the layers, padding included
+    scores: float  # query-key pairs per head that the kernel computes
+    targets: float  # positions whose logits are computed
+    masked: bool = False  # whether attention is given an explicit mask, as padding needs it
+    kept_logits: bool = False  # whether they are kept for the backward pass, instead of made again in chunks
 
 
 class StepSeconds(NamedTuple):
@@ -183,12 +175,9 @@ def _elements(shape: ModelSize) -> float:
 
 def _fresh_bytes(load: Load, shape: ModelSize, machine: Machine) -> float:
     """Bytes that a training step maps anew: of feed-forward layers four tensors forward and four backward."""
-    total = 0.0
     widths = [(shape.gated_intermediate, 8 * shape.layers)]
     if load.kept_logits:
         # the logits, their gradient, and that gradient once more with the last position put back
         widths.append((shape.vocabulary, 3))
-    for width, count in widths:
-        size = load.tokens * width * machine.element_bytes
-        total += count * size if size >= machine.fresh_from else 0.0
-    return total
+    sizes = [(count, load.tokens * width * machine.element_bytes) for width, count in widths]
+    return sum((count * size for count, size in sizes if size >= machine.fresh_from), 0.0)

@@ -34,52 +34,35 @@ class Spread:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of the used rows, and how many rows have ``K`` responses.
-
-    ``longest`` is a prompt with its longest response, ``unshared`` a row as an ordinary trainer runs it, its prompt
-    once for each response, and ``distinct`` its trie.
-    """
+    """Tokens of the used rows, and how many rows have ``K`` responses."""
 
     prompt: Spread
     response: Spread
-    longest: Spread
-    unshared: Spread
-    distinct: Spread
+    longest: Spread  # a prompt with its longest response
+    unshared: Spread  # a row as an ordinary trainer runs it, its prompt once for each response
+    distinct: Spread  # its trie
     responses: dict[int, int]
 
     @classmethod
     def of(cls, counted: RowTokens) -> Lengths:
         """The lengths of counted rows."""
+        columns = (counted.prompts, counted.response_tokens, counted.longest, counted.unshared, counted.distinct)
+        prompt, response, longest, unshared, distinct = map(Spread.of, columns)
         numbers, counts = np.unique(counted.responses, return_counts=True)
-        return cls(
-            Spread.of(counted.prompts),
-            Spread.of(counted.response_tokens),
-            Spread.of(counted.longest),
-            Spread.of(counted.unshared),
-            Spread.of(counted.distinct),
-            dict(zip(numbers.tolist(), counts.tolist(), strict=True)),
-        )
+        responses = dict(zip(numbers.tolist(), counts.tolist(), strict=True))
+        return cls(prompt, response, longest, unshared, distinct, responses)
 
 
 @dataclass(frozen=True)
 class EpochTokens:
-    """Tokens of one epoch, in the order of what is saved. All but ``padded`` and ``across`` are exact.
+    """Tokens of one epoch, in the order of what is saved. All but ``padded`` and ``across`` are exact."""
 
-    Attributes:
-        padded: As an ordinary trainer runs them in batches padded to their longest.
-        unshared: The same without padding: the trainer's ``tokens/unshared``.
-        shared: With every group's prompt once: the trainer's ``tokens/run``, under ``sharing="group"``.
-        regrouped: With rows that have the same prompt merged (``regroup_prompts=True``).
-        across: With common beginnings of the examples of a batch shared as well (``sharing="step"``).
-        targets: Distinct response tokens, whose log-probabilities are computed.
-    """
-
-    padded: int
-    unshared: int
-    shared: int
-    regrouped: int
-    across: int
-    targets: int
+    padded: int  # as an ordinary trainer runs them in batches padded to their longest
+    unshared: int  # the same without padding: the trainer's ``tokens/unshared``
+    shared: int  # with every group's prompt once: the trainer's ``tokens/run``, under ``sharing="group"``
+    regrouped: int  # with rows that have the same prompt merged (``regroup_prompts=True``)
+    across: int  # with common beginnings of the examples of a batch shared as well (``sharing="step"``)
+    targets: int  # distinct response tokens, whose log-probabilities are computed
 
     @property
     def shared_share(self) -> float:

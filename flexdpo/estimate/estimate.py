@@ -14,22 +14,17 @@ import numpy as np
 
 from flexdpo.data.tokenize import TokenizedPreferences, tokenize_preferences
 from flexdpo.errors import FlexdpoError
-from flexdpo.estimate.advice import Facts, advise, gains_over, suggest
+from flexdpo.estimate.advice import advise, gains_over
 from flexdpo.estimate.counts import EpochTokens, Lengths, RepeatedPrompts
-from flexdpo.estimate.features import EpochCost, Layouts, features_of
+from flexdpo.estimate.features import Layouts, features_of
 from flexdpo.estimate.lengths import count_rows, regrouped_tokens, shared_prefixes
 from flexdpo.estimate.model_shapes import find_shape
 from flexdpo.estimate.report import Estimate
 from flexdpo.estimate.settings import EstimateSettings
+from flexdpo.estimate.suggest import suggest
 from flexdpo.hf.row_dependence import length_limits
 from flexdpo.hf.unwrap import backbone_of, base_model
-from flexdpo.training.memory import (
-    MemoryPrediction,
-    ModelSize,
-    predict_memory,
-    predict_padded_memory,
-    without_memory,
-)
+from flexdpo.training.memory import ModelSize, predict_memory, predict_padded_memory, without_memory
 from flexdpo.training.row_budget import free_memory
 
 if TYPE_CHECKING:
@@ -64,8 +59,7 @@ def estimate_dataset(
     """
     from datasets import Dataset
 
-    settings = _with_limits(settings or EstimateSettings(), model)
-    size = model_size(settings, model)
+    settings, size = _sized(settings or EstimateSettings(), model)
     if not isinstance(dataset, Dataset):
         raise FlexdpoError(
             f"expected a datasets.Dataset, found {type(dataset).__name__}; pick one split, and do not stream it: "
@@ -81,19 +75,14 @@ def estimate_dataset(
     return estimate_tokenised(tokenised, settings, model=size, dataset_rows=whole)
 
 
-def model_size(settings: EstimateSettings, model: Any = None) -> ModelSize:
-    """The sizes to predict with: those of ``model``, or of the shape that the settings name."""
-    if model is not None:
-        return ModelSize.of(model)
-    return find_shape(settings.shape)
-
-
-def _with_limits(settings: EstimateSettings, model: Any) -> EstimateSettings:
-    """The settings with the limits of a model or config, where they name none."""
-    if settings.limits or model is None or isinstance(model, ModelSize):
-        return settings
-    whole = base_model(model if hasattr(model, "parameters") else without_memory(model))
-    return replace(settings, limits=length_limits(backbone_of(whole)).limits)
+def _sized(settings: EstimateSettings, model: Any) -> tuple[EstimateSettings, ModelSize]:
+    """The settings with the model's limits, where they name none, and its sizes, or those of the shape they name."""
+    if model is None:
+        return settings, find_shape(settings.shape)
+    if not settings.limits and not isinstance(model, ModelSize):
+        whole = base_model(model if hasattr(model, "parameters") else without_memory(model))
+        settings = replace(settings, limits=length_limits(backbone_of(whole)).limits)
+    return settings, ModelSize.of(model)
 
 
 def estimate_tokenised(
@@ -111,7 +100,7 @@ def estimate_tokenised(
         model: As in :func:`estimate_dataset`.
         dataset_rows: Rows of the dataset that this is a sample of.
     """
-    settings = _with_limits(settings or EstimateSettings(), model)
+    settings, size = _sized(settings or EstimateSettings(), model)
     data = tokenised.dataset
     counted = count_rows(data, limits=settings.limits)
     labelled = "labels" in data.column_names
@@ -120,52 +109,40 @@ def estimate_tokenised(
             "the rows hold a prompt and a completion but no preferences, so there is nothing to compare; give "
             "'chosen' and 'rejected', or a 'label' beside each completion"
         )
-    size = model_size(settings, model)
     layouts = Layouts.of(data, counted, settings)
-    prefixes, repeated = shared_prefixes(data, counted), RepeatedPrompts.of(counted)
     # a label belongs to a row's own response, so rows with labels are never merged
     regrouped = int(counted.distinct.sum()) if labelled else regrouped_tokens(data, counted, limits=settings.limits)
-    features = features_of(data, counted, layouts, EpochCost(size, settings), regrouped=regrouped)
+    features = features_of(data, counted, layouts, size, settings, regrouped=regrouped)
     by_name = {feature.name: feature for feature in features}
-    tokens = EpochTokens(
-        padded=layouts.padded_tokens,
-        unshared=int(counted.unshared.sum()),
-        shared=int(counted.distinct.sum()),
-        regrouped=regrouped,
-        across=by_name["across"].tokens,
-        targets=int(counted.targets.sum()),
-    )
-    memory = _memory(size, settings, layouts)
-    suggestion = suggest(size, settings, layouts, counted, by_name, free=_device_memory(settings))
-    facts = Facts(settings, tokenised.report, tokens, repeated, prefixes, by_name, memory, suggestion)
-    worth_it, advice = advise(facts)
-    return Estimate(
+    setup, packed, shared = settings.training_setup, layouts.longest_packed, layouts.longest_shared
+    estimate = Estimate(
         report=tokenised.report,
         dataset_rows=tokenised.report.rows if dataset_rows is None else dataset_rows,
         lengths=Lengths.of(counted),
-        tokens=tokens,
-        repeated=repeated,
-        prefixes=prefixes,
+        tokens=EpochTokens(
+            padded=layouts.padded_tokens,
+            unshared=int(counted.unshared.sum()),
+            shared=int(counted.distinct.sum()),
+            regrouped=regrouped,
+            across=by_name["across"].tokens,
+            targets=int(counted.targets.sum()),
+        ),
+        repeated=RepeatedPrompts.of(counted),
+        prefixes=shared_prefixes(data, counted),
         features=features,
         speedup=gains_over(by_name, by_name["across" if settings.sharing == "step" else "sharing"]),
         rows_per_batch=layouts.rows_per_batch,
-        memory=memory,
+        memory={
+            "padded": predict_padded_memory(size, layouts.longest_padded, setup),
+            "packed": predict_memory(size, packed.tokens, setup, targets=packed.targets),
+            "shared": predict_memory(size, shared.tokens, setup, targets=shared.targets),
+        },
         model=size,
-        suggestion=suggestion,
-        advice=advice,
-        worth_it=worth_it,
+        suggestion=suggest(size, settings, layouts, counted, by_name, free=_device_memory(settings)),
         settings=settings,
     )
-
-
-def _memory(size: ModelSize, settings: EstimateSettings, layouts: Layouts) -> dict[str, MemoryPrediction]:
-    setup = settings.training_setup
-    packed, shared = layouts.longest_packed, layouts.longest_shared
-    return {
-        "padded": predict_padded_memory(size, layouts.longest_padded, setup),
-        "packed": predict_memory(size, packed.tokens, setup, targets=packed.targets),
-        "shared": predict_memory(size, shared.tokens, setup, targets=shared.targets),
-    }
+    worth_it, advice = advise(estimate)
+    return replace(estimate, worth_it=worth_it, advice=advice)
 
 
 def _device_memory(settings: EstimateSettings) -> int:

@@ -34,7 +34,6 @@ _LABELS = {
     "regrouping": "equal prompts regrouped",
     "across": "sharing across the examples of a batch",
 }
-# enough that a ratio of sums is steady; more would take longer than it tells
 _MOST_SAMPLED_GROUPS = 1024
 _FEWEST_BATCHES = 4
 _LAID_OUT_BATCHES = 512
@@ -48,23 +47,15 @@ class Feature:
     """An epoch with one more feature than the one before it.
 
     ``regrouping`` and ``across`` both stand on ``sharing``; they are not added up.
-
-    Attributes:
-        name: ``"padded"``, ``"packing"``, ``"targets"``, ``"sharing"``, ``"regrouping"`` or ``"across"``.
-        label: The same in words.
-        tokens: That go through the layers in an epoch.
-        flops: Floating-point operations of an epoch, policy and reference.
-        seconds: Predicted time of an epoch on one such device. Ratios of it are what is meant; by itself it assumes a
-            device that does nothing else.
-        speedup: Over what it stands on; 1 for the first.
     """
 
-    name: str
-    label: str
-    tokens: int
-    flops: float
+    name: str  # ``"padded"``, ``"packing"``, ``"targets"``, ``"sharing"``, ``"regrouping"`` or ``"across"``
+    label: str  # the same in words
+    tokens: int  # that go through the layers in an epoch
+    flops: float  # of an epoch, policy and reference
+    # of an epoch on one such device; ratios of it are what is meant: it assumes a device that does nothing else
     seconds: float
-    speedup: float
+    speedup: float  # over what it stands on; 1 for the first
 
 
 class LongestRow(NamedTuple):
@@ -76,64 +67,47 @@ class LongestRow(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Layouts:
-    """One epoch in a random order.
+    """One epoch in a random order."""
 
-    Attributes:
-        order: Rows of the dataset in the order in which they come, ``[N]`` int64.
-        padded_tokens: Tokens of all padded batches.
-        longest_padded: Tokens of the largest padded batch.
-        longest_packed: The longest row without sharing.
-        longest_shared: The longest row with sharing within groups.
-        rows_per_batch: Rows that a batch takes, on average.
-        sampled: Groups of some batches.
-    """
-
-    order: NDArray[np.int64]
-    padded_tokens: int
-    longest_padded: int
-    longest_packed: LongestRow
-    longest_shared: LongestRow
-    rows_per_batch: float
-    sampled: tuple[tuple[Group, ...], ...]
+    order: NDArray[np.int64]  # rows of the dataset in the order in which they come, ``[N]``
+    padded_tokens: int  # of all padded batches
+    longest_padded: int  # tokens of the largest padded batch
+    longest_packed: LongestRow  # without sharing
+    longest_shared: LongestRow  # with sharing within groups
+    rows_per_batch: float  # on average
+    sampled: tuple[tuple[Group, ...], ...]  # groups of some batches
 
     @classmethod
     def of(cls, dataset: Dataset, counted: RowTokens, settings: EstimateSettings) -> Layouts:
         """Draw the order, and lay it out in batches of ``settings.per_device_train_batch_size``."""
         size, budget = settings.per_device_train_batch_size, settings.max_tokens_per_row
-        _require_room(counted, budget, settings.row_multiple)
+        if budget is not None:
+            room, index = budget // settings.row_multiple * settings.row_multiple, int(counted.distinct.argmax())
+            if counted.distinct[index] > room:
+                raise FlexdpoError(
+                    f"usable row {index} (counted from 0) has {counted.distinct[index]} distinct tokens but "
+                    f"max_tokens_per_row={budget} leaves room for {room}; raise max_tokens_per_row or lower max_length"
+                )
         order = np.random.default_rng(settings.seed).permutation(len(counted))
         starts = np.arange(0, order.size, size)
-        padded = np.maximum.reduceat(counted.longest[order], starts) * np.add.reduceat(counted.responses[order], starts)
-        sums = {
-            name: np.add.reduceat(values[order], starts)
-            for name, values in (
-                ("unshared", counted.unshared),
-                ("distinct", counted.distinct),
-                ("response_tokens", counted.unshared - counted.prompts * counted.responses),
-                ("targets", counted.targets),
-            )
-        }
+
+        def sums(values: NDArray[np.int64]) -> NDArray[np.int64]:
+            return np.asarray(np.add.reduceat(values[order], starts))
+
+        padded = np.maximum.reduceat(counted.longest[order], starts) * sums(counted.responses)
+        response_tokens = counted.unshared - counted.prompts * counted.responses
         rows = first_rows(counted.distinct[order], size, budget)
+        # enough that a ratio of sums is steady; more would take longer than it tells
+        sampled = max(_FEWEST_BATCHES, min(settings.batches, _MOST_SAMPLED_GROUPS // size))
+        groups = _groups_at(dataset, order[: sampled * size])
         return cls(
             order=order,
             padded_tokens=int(padded.sum()),
             longest_padded=int(padded.max()),
-            longest_packed=_longest(sums["unshared"], sums["response_tokens"], settings),
-            longest_shared=_longest(sums["distinct"], sums["targets"], settings),
+            longest_packed=_longest(sums(counted.unshared), sums(response_tokens), settings),
+            longest_shared=_longest(sums(counted.distinct), sums(counted.targets), settings),
             rows_per_batch=sum(map(len, rows)) / len(rows),
-            sampled=_sampled(dataset, order, settings),
-        )
-
-
-def _require_room(counted: RowTokens, budget: int | None, multiple: int) -> None:
-    if budget is None:
-        return
-    room = budget // multiple * multiple
-    index = int(counted.distinct.argmax())
-    if counted.distinct[index] > room:
-        raise FlexdpoError(
-            f"usable row {index} (counted from 0) has {counted.distinct[index]} distinct tokens but "
-            f"max_tokens_per_row={budget} leaves room for {room}; raise max_tokens_per_row or lower max_length"
+            sampled=tuple(tuple(groups[start : start + size]) for start in range(0, len(groups), size)),
         )
 
 
@@ -163,14 +137,6 @@ def first_rows(distinct: NDArray[np.int64], size: int, budget: int | None) -> li
     return found
 
 
-def _sampled(dataset: Dataset, order: NDArray[np.int64], settings: EstimateSettings) -> tuple[tuple[Group, ...], ...]:
-    size = settings.per_device_train_batch_size
-    count = max(_FEWEST_BATCHES, min(settings.batches, _MOST_SAMPLED_GROUPS // size))
-    chosen = order[: count * size]
-    groups = _groups_at(dataset, chosen)
-    return tuple(tuple(groups[start : start + size]) for start in range(0, len(groups), size))
-
-
 def _groups_at(dataset: Dataset, indices: NDArray[np.int64]) -> list[Group]:
     """The groups of some rows, in the order of ``indices``; read in the order of the file, which is quicker."""
     ranked = np.argsort(indices, kind="stable")
@@ -186,13 +152,12 @@ def _groups_at(dataset: Dataset, indices: NDArray[np.int64]) -> list[Group]:
 class _Sample(NamedTuple):
     """What the sampled batches ask for under one feature."""
 
-    tokens: int
     work: Work
     loads: list[Load]
     head_passes: int = 4
 
 
-class EpochCost(NamedTuple):
+class _EpochCost(NamedTuple):
     """The model and the settings that work is counted for."""
 
     size: ModelSize
@@ -210,77 +175,68 @@ class EpochCost(NamedTuple):
                 budget = max(budget, -(-longest // multiple) * multiple)
             rows += pack(groups, budget, pad_to_multiple_of=multiple, limits=self.settings.limits, **options)
         work = sum((row_work(row) for row in rows), Work(0, 0, 0))
-        return _Sample(sum(row.num_tokens for row in rows), work, [row_load(row, self.size, machine) for row in rows])
+        return _Sample(work, [row_load(row, self.size, machine) for row in rows])
 
-    def of_sample(self, sample: _Sample) -> tuple[float, float]:
-        """Seconds and floating-point operations of a sample, policy and reference."""
-        settings, machine = self.settings, find_machine(self.settings.device)
-        checkpointing = settings.gradient_checkpointing
+    def per_token(self, sample: _Sample) -> tuple[float, float]:
+        """Seconds and floating-point operations of a sample for each of its tokens, policy and reference."""
+        settings, work = self.settings, sample.work
+        checkpointing, reference = settings.gradient_checkpointing, settings.reference
         seconds = step_seconds(
-            sample.loads, self.size, machine, checkpointing=checkpointing, reference=settings.reference
-        ).total
-        flops = sample.work.training_flops(self.size, checkpointing=checkpointing, head_passes=sample.head_passes)
-        return seconds, flops + (sample.work.forward_flops(self.size) if settings.reference else 0.0)
+            sample.loads, self.size, find_machine(settings.device), checkpointing=checkpointing, reference=reference
+        )
+        flops = work.training_flops(self.size, checkpointing=checkpointing, head_passes=sample.head_passes)
+        flops += work.forward_flops(self.size) if reference else 0.0
+        return seconds.total / work.tokens, flops / work.tokens
+
+    def feature(self, name: str, sample: _Sample, tokens: int, before: Feature | None) -> Feature:
+        """An epoch of so many tokens, for all of which the sample stands."""
+        seconds, flops = (value * tokens for value in self.per_token(sample))
+        return Feature(name, _LABELS[name], tokens, flops, seconds, before.seconds / seconds if before else 1.0)
 
 
 def features_of(
-    dataset: Dataset, counted: RowTokens, layouts: Layouts, cost: EpochCost, *, regrouped: int
+    dataset: Dataset,
+    counted: RowTokens,
+    layouts: Layouts,
+    size: ModelSize,
+    settings: EstimateSettings,
+    *,
+    regrouped: int,
 ) -> tuple[Feature, ...]:
     """Predict an epoch of a tokenised dataset under each feature.
 
     ``regrouped`` are its exact tokens once rows with equal prompts are merged.
     """
-    batches = layouts.sampled
+    cost, batches = _EpochCost(size, settings), layouts.sampled
     unshared, shared = int(counted.unshared.sum()), int(counted.distinct.sum())
-    padded_work_all = sum((padded_work(batch) for batch in batches), Work(0, 0, 0))
-    padded = _Sample(padded_work_all.tokens, padded_work_all, [padded_load(batch) for batch in batches], head_passes=3)
-    apart = cost.of_rows([_apart(batch) for batch in batches])
-    sharing = cost.of_rows(batches)
+    work = sum((padded_work(batch) for batch in batches), Work(0, 0, 0))
+    padded_batches = _Sample(work, [padded_load(batch) for batch in batches], head_passes=3)
+    padded = cost.feature("padded", padded_batches, layouts.padded_tokens, None)
+    rows = cost.of_rows([[one for group in batch for one in group.apart] for batch in batches])
+    packing = cost.feature("packing", _with_all_logits(rows), unshared, padded)
+    targets = cost.feature("targets", rows, unshared, packing)
+    rows = cost.of_rows(batches)
+    sharing = cost.feature("sharing", rows, shared, targets)
     # without a beginning that two rows have in common, sharing across examples changes nothing
-    across = cost.of_rows(batches, sharing="step") if _has_shared_prefixes(counted) else sharing
-    samples = {
-        "padded": (padded, layouts.padded_tokens),
-        "packing": (_with_all_logits(apart), unshared),
-        "targets": (apart, unshared),
-        "sharing": (sharing, shared),
-        "across": (across, round(shared * across.tokens / sharing.tokens)),
-    }
-    features: dict[str, Feature] = {}
-    before: float | None = None
-    for name, (sample, tokens) in samples.items():
-        # the sample stands for all tokens of the epoch
-        seconds, flops = (value * tokens / sample.tokens for value in cost.of_sample(sample))
-        features[name] = Feature(
-            name, _LABELS[name], tokens, flops, seconds, 1.0 if before is None else before / seconds
-        )
-        before = seconds
-    seconds, flops = features["sharing"].seconds * regrouped / shared, features["sharing"].flops * regrouped / shared
+    keys = counted.prefix_keys[counted.prompts >= MIN_SHARED]
+    merged = cost.of_rows(batches, sharing="step") if np.unique(keys).size < keys.size else rows
+    across = cost.feature("across", merged, round(shared * merged.work.tokens / rows.work.tokens), sharing)
+    seconds, flops = sharing.seconds * regrouped / shared, sharing.flops * regrouped / shared
     if regrouped < shared:
         # a token costs more or less when rows are merged, since its prompt is longer
-        alone, merged = (cost.of_rows(each) for each in _equal_prompts(dataset, counted, cost.settings))
-        (alone_s, alone_flops), (merged_s, merged_flops) = cost.of_sample(alone), cost.of_sample(merged)
-        seconds *= merged_s / merged.tokens / (alone_s / alone.tokens)
-        flops *= merged_flops / merged.tokens / (alone_flops / alone.tokens)
-    gain = features["sharing"].seconds / seconds
+        (alone_s, alone_flops), (merged_s, merged_flops) = (
+            cost.per_token(cost.of_rows(each)) for each in _equal_prompts(dataset, counted, settings)
+        )
+        seconds, flops = seconds * merged_s / alone_s, flops * merged_flops / alone_flops
+    gain = sharing.seconds / seconds
     regrouping = Feature("regrouping", _LABELS["regrouping"], regrouped, flops, seconds, gain)
-    return (*(features[name] for name in ("padded", "packing", "targets", "sharing")), regrouping, features["across"])
+    return padded, packing, targets, sharing, regrouping, across
 
 
 def _with_all_logits(sample: _Sample) -> _Sample:
     """The same rows with logits at every position, kept for the backward pass."""
     loads = [load._replace(targets=load.tokens, kept_logits=True) for load in sample.loads]
-    return _Sample(
-        sample.tokens, Work(sample.work.tokens, sample.work.scores, sample.work.tokens), loads, head_passes=3
-    )
-
-
-def _apart(groups: Sequence[Group]) -> list[Group]:
-    return [Group(group.prompt_ids, (ids,), (), group.name) for group in groups for ids in group.response_ids]
-
-
-def _has_shared_prefixes(counted: RowTokens) -> bool:
-    keys = counted.prefix_keys[counted.prompts >= MIN_SHARED]
-    return bool(np.unique(keys).size < keys.size)
+    return _Sample(Work(sample.work.tokens, sample.work.scores, sample.work.tokens), loads, head_passes=3)
 
 
 def _equal_prompts(

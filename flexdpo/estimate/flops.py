@@ -19,17 +19,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Work:
-    """What a batch asks of a model, whatever the model is.
+    """What a batch asks of a model, whatever the model is."""
 
-    Attributes:
-        tokens: Tokens that go through the linear layers.
-        scores: Query-key pairs per head, by whole tiles.
-        targets: Positions whose logits are computed.
-    """
-
-    tokens: int
-    scores: int
-    targets: int
+    tokens: int  # that go through the linear layers
+    scores: int  # query-key pairs per head, by whole tiles
+    targets: int  # positions whose logits are computed
 
     def __add__(self, other: Work) -> Work:
         return Work(self.tokens + other.tokens, self.scores + other.scores, self.targets + other.targets)

@@ -32,32 +32,19 @@ _DIGEST = 8
 class RowTokens:
     """Sizes of the rows of a dataset, one number each.
 
-    Shapes: ``N`` rows, ``R`` responses of all rows.
-
-    Attributes:
-        prompts: Tokens of each prompt, ``[N]`` int64.
-        responses: Number of responses of each row, ``[N]`` int64.
-        edges: Number of preferences of each row, ``[N]`` int64.
-        response_tokens: Tokens of each response, row by row, ``[R]`` int64.
-        copies: Times that each row's trie holds its prompt, ``[N]`` int64; see :func:`count_rows`.
-        targets: Distinct response tokens of each row: a beginning that responses share counts once, ``[N]`` int64.
-        longest: Tokens of each row's prompt with its longest response, ``[N]`` int64.
-        prompt_keys: A number for each prompt, equal for equal prompts only (up to chance of 2**-64), ``[N]`` uint64.
-        prefix_keys: The same for the first 128 tokens of prompts, ``[N]`` uint64; meaningless where
-            ``prompts < 128``.
-        with_first: Tokens that each prompt has in common with the first row's, ``[N]`` int64.
+    Shapes: ``N`` rows, ``R`` responses of all rows; every array but one is ``[N]``.
     """
 
-    prompts: Ints
-    responses: Ints
-    edges: Ints
-    response_tokens: Ints
-    copies: Ints
-    targets: Ints
-    longest: Ints
-    prompt_keys: NDArray[np.uint64]
-    prefix_keys: NDArray[np.uint64]
-    with_first: Ints
+    prompts: Ints  # tokens of each prompt
+    responses: Ints  # number of responses
+    edges: Ints  # number of preferences
+    response_tokens: Ints  # tokens of each response, row by row, ``[R]``
+    copies: Ints  # times that each row's trie holds its prompt; see :func:`count_rows`
+    targets: Ints  # distinct response tokens: a beginning that responses share counts once
+    longest: Ints  # tokens of each row's prompt with its longest response
+    prompt_keys: NDArray[np.uint64]  # equal for equal prompts only, up to chance of 2**-64
+    prefix_keys: NDArray[np.uint64]  # the same for their first 128 tokens; meaningless where ``prompts < 128``
+    with_first: Ints  # tokens that each prompt has in common with the first row's
 
     def __len__(self) -> int:
         return int(self.prompts.size)
@@ -65,15 +52,12 @@ class RowTokens:
     @property
     def unshared(self) -> Ints:
         """Tokens of each row with its prompt once for each response, ``[N]``."""
-        return self.prompts * self.responses + self._sums(self.response_tokens)
+        return self.prompts * self.responses + np.add.reduceat(self.response_tokens, _starts(self.responses))
 
     @property
     def distinct(self) -> Ints:
         """Tokens of each row's trie, ``[N]``."""
         return self.prompts * self.copies + self.targets
-
-    def _sums(self, values: Ints) -> Ints:
-        return np.add.reduceat(values, np.concatenate(([0], self.responses.cumsum()[:-1])))
 
 
 def count_rows(dataset: Dataset, rows_per_batch: int = ROWS_PER_BATCH, *, limits: Sequence[int] = ()) -> RowTokens:
@@ -94,11 +78,7 @@ def count_rows(dataset: Dataset, rows_per_batch: int = ROWS_PER_BATCH, *, limits
 
 @dataclass(frozen=True, eq=False)
 class TokenBatch:
-    """Some rows as flat arrays.
-
-    Token ids of all prompts and of all responses, one after the other, and how many tokens, responses and preferences
-    there are of each.
-    """
+    """Some rows as flat arrays: token ids of all prompts and of all responses, one after the other, and their sizes."""
 
     prompt_ids: NDArray[np.int32]
     prompts: Ints
@@ -310,21 +290,13 @@ def _whole_classes(firsts: Ints, end: int, size: int) -> Iterator[tuple[int, int
 
 @dataclass(frozen=True)
 class SharedPrefixes:
-    """Which rows begin alike for at least 128 tokens, so that training can share more than their own prompts.
+    """Which rows begin alike for at least 128 tokens, so that training can share more than their own prompts."""
 
-    Attributes:
-        common_to_all: Tokens that all prompts begin with.
-        classes: Distinct beginnings that at least two rows have.
-        rows: Rows with such a beginning.
-        largest_rows: Rows with the most frequent one.
-        largest_tokens: Tokens that all of those have in common, 128 or more; 0 where there is none.
-    """
-
-    common_to_all: int
-    classes: int
-    rows: int
-    largest_rows: int
-    largest_tokens: int
+    common_to_all: int  # tokens that all prompts begin with
+    classes: int  # distinct beginnings that at least two rows have
+    rows: int  # with such a beginning
+    largest_rows: int  # with the most frequent one
+    largest_tokens: int  # that all of those have in common, 128 or more; 0 where there is none
 
 
 def shared_prefixes(dataset: Dataset, counted: RowTokens, rows_per_batch: int = ROWS_PER_BATCH) -> SharedPrefixes:

@@ -1,0 +1,105 @@
+"""From figures to the settings to train with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from flexdpo.errors import FlexdpoError
+from flexdpo.estimate.features import first_rows
+from flexdpo.layout.packing import Buckets, choose_buckets
+from flexdpo.layout.row import TILE
+from flexdpo.training.row_budget import auto_row_budget
+
+if TYPE_CHECKING:
+    from flexdpo.estimate.features import Feature, Layouts
+    from flexdpo.estimate.lengths import RowTokens
+    from flexdpo.estimate.settings import EstimateSettings
+    from flexdpo.training.memory import ModelSize, TrainingSetup
+
+# a feature that has to be switched on must gain this much to be recommended
+_WORTH_A_SWITCH = 1.03
+# rows longer than this keep any device busy; memory is better left to the allocator
+_LONG_ENOUGH = 32768
+_MOST_WASTE = 0.03
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """Settings of ``DPOConfig`` to train with; the pairs of an optimizer step stay those that were asked for."""
+
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
+    max_tokens_per_row: int | None  # ``None`` where a batch fits into one row, or nothing fits
+    activation_checkpointing: bool
+    precompute_ref_log_probs: bool  # so that the reference's weights need not stay
+    regroup_prompts: bool
+    sharing: str
+    buckets: Buckets | None  # row lengths to compile kernels for, where one kernel for all lengths is worse
+    fits: bool  # whether the model can be trained in the device's memory with these settings
+    free: int  # the memory this was judged by, in bytes
+
+    def options(self) -> str:
+        """The settings as options of ``flexdpo train``."""
+        words = [f"--per_device_train_batch_size {self.per_device_train_batch_size}"]
+        if self.max_tokens_per_row is not None:
+            words.append(f"--max_tokens_per_row {self.max_tokens_per_row}")
+        for name in ("activation_checkpointing", "precompute_ref_log_probs", "regroup_prompts"):
+            if getattr(self, name):
+                words.append(f"--{name} true")
+        if self.sharing != "group":
+            words.append(f"--sharing {self.sharing}")
+        return " ".join(words)
+
+
+def suggest(
+    size: ModelSize,
+    settings: EstimateSettings,
+    layouts: Layouts,
+    counted: RowTokens,
+    features: dict[str, Feature],
+    *,
+    free: int,
+) -> Suggestion:
+    """Choose settings by the predicted gains and the memory that is there."""
+    longest = int(counted.distinct.max())
+    setup, budget = _first_that_fits(size, settings, longest, free)
+    batch = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+    bound: int | None = None
+    if budget is not None:
+        most = min(budget, max(_LONG_ENOUGH, -(-longest // TILE) * TILE))
+        bound = most if layouts.longest_shared.tokens * settings.gradient_accumulation_steps > most else None
+    buckets: Buckets | None = None
+    if settings.device == "cuda":
+        rows = first_rows(counted.distinct[layouts.order], batch, bound)
+        buckets = choose_buckets([length for each in rows for length in each])
+    regrouping, across = features["regrouping"], features["across"]
+    return Suggestion(
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=1,
+        max_tokens_per_row=bound,
+        activation_checkpointing=setup.gradient_checkpointing,
+        precompute_ref_log_probs=settings.training_setup.reference and not setup.reference,
+        regroup_prompts=regrouping.speedup >= _WORTH_A_SWITCH and regrouping.seconds <= across.seconds,
+        sharing="step" if across.speedup >= _WORTH_A_SWITCH else "group",
+        # more padding than this costs more than a kernel that checks bounds
+        buckets=buckets if buckets is not None and buckets.waste <= _MOST_WASTE else None,
+        fits=budget is not None,
+        free=free,
+    )
+
+
+def _first_that_fits(
+    size: ModelSize, settings: EstimateSettings, longest: int, free: int
+) -> tuple[TrainingSetup, int | None]:
+    """What has to be given up, in the order of what it costs, so that the longest example fits; and its row budget."""
+    asked = settings.training_setup
+    rerun = replace(asked, gradient_checkpointing=True)
+    for setup in (asked, rerun, replace(asked, reference=False), replace(rerun, reference=False)):
+        try:
+            return setup, auto_row_budget(
+                size, setup, device=settings.device, free=free, multiple=settings.row_multiple, longest=longest
+            )
+        except FlexdpoError:
+            continue
+    return asked, None
