@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, field
 
 from flexdpo.commands.options import OptionParser, settings_of, writable
+from flexdpo.data.columns import parse_columns
 from flexdpo.errors import FlexdpoError
 from flexdpo.estimate.settings import EstimateSettings
 
@@ -23,6 +24,9 @@ class EstimateSource:
     )
     split: str = field(default="train", metadata={"help": "Split of the dataset; slices such as train[:10%%] too."})
     config_name: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
+    columns: str | None = field(
+        default=None, metadata={"help": "Which column is which: prompt=question,chosen=response_j."}
+    )
     reference_free: bool = field(
         default=False, metadata={"help": "No reference model runs: its values are precomputed or the loss has none."}
     )
@@ -62,7 +66,9 @@ def run(argv: list[str]) -> int:
     trust = source.trust_remote_code
     config = None if source.model is None else load_config(source.model, trust_remote_code=trust)
     tokenizer = load_tokenizer(str(source.tokenizer or source.model), trust_remote_code=trust)
-    data = load_preference_dataset(found.dataset, split=source.split, config_name=source.config_name)
+    data = load_preference_dataset(
+        found.dataset, split=source.split, config_name=source.config_name, columns=parse_columns(source.columns)
+    )
     estimate = estimate_dataset(data, tokenizer, settings, model=config)
     if target is not None:
         target.write_text(json.dumps(estimate.as_json(), indent=1) + "\n", encoding="utf-8")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from flexdpo.commands.options import OptionParser, settings_of
+from flexdpo.data.columns import parse_columns
 from flexdpo.errors import FlexdpoError
 from flexdpo.show.overview import VIEWS, draw_overview, first_row, picture_block_size
 from flexdpo.show.packing import batch_layouts
@@ -39,6 +40,9 @@ class ShowSettings:
     first: int = field(default=0, metadata={"help": "First of those rows of the dataset, counted from 0."})
     split: str = field(default="train", metadata={"help": "Split of the dataset."})
     config_name: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
+    columns: str | None = field(
+        default=None, metadata={"help": "Which column is which: prompt=question,chosen=response_j."}
+    )
     max_length: int = field(default=1024, metadata={"help": "Longest prompt plus response; 0 for no limit."})
     max_tokens_per_row: int | None = field(default=None, metadata={"help": "Longest packed row; by default one row."})
     sharing: str = field(default="group", metadata={"help": "group, or step: across examples too."})
@@ -90,6 +94,8 @@ def _groups(settings: ShowSettings, dataset: str | None) -> list[Group]:
     from flexdpo.training.model_loading import load_tokenizer
 
     tokenizer = load_tokenizer(settings.tokenizer)
-    data = load_preference_dataset(dataset, split=settings.split, config_name=settings.config_name)
+    data = load_preference_dataset(
+        dataset, split=settings.split, config_name=settings.config_name, columns=parse_columns(settings.columns)
+    )
     longest = settings.max_length or None
     return groups_of_dataset(data, tokenizer, max_length=longest, first=settings.first, groups=settings.groups)

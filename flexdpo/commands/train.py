@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flexdpo.commands.options import OptionParser
+from flexdpo.data.columns import parse_columns
 from flexdpo.errors import FlexdpoError
 
 if TYPE_CHECKING:
@@ -56,6 +57,10 @@ class DataArguments:
     dataset_streaming: bool = field(
         default=False,
         metadata={"help": "Read the datasets as they are needed instead of loading them; set max_steps."},
+    )
+    columns: str | None = field(
+        default=None,
+        metadata={"help": "Which column is which, where names are not known: prompt=question,chosen=response_j."},
     )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Write into output_dir though it is not empty."}
@@ -156,6 +161,7 @@ def _job(model: ModelArguments, data: DataArguments) -> Job:
         test_split=data.dataset_test_split,
         eval_dataset_name=data.eval_dataset_name,
         streaming=data.dataset_streaming,
+        columns=parse_columns(data.columns),
         overwrite_output_dir=data.overwrite_output_dir,
         load_kwargs=_load_kwargs(model),
         peft_config=_lora(model) if model.use_peft else None,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import TYPE_CHECKING, Any
 
-from flexdpo.errors import FlexdpoError, quoted
+from flexdpo.errors import FlexdpoError, nearest, quoted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+
+    from flexdpo.data.draft import Settings
 
 # a column whose name has no other words is called like a prompt or a part of one: system_prompt, userInput, Question
 _PROMPT_WORDS = frozenset({
@@ -20,10 +23,6 @@ _PROMPT_WORDS = frozenset({
 # what comes before a prompt even where there is one
 _BEFORE_A_PROMPT = frozenset({"system", "context", "history"})
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|\d+")
-# more rows without a prompt than this are no oversight: of a column, and of common beginnings
-_MOST_EMPTY = {True: 0.5, False: 0.1}
-# too few rows of a stream to judge by
-FEWEST_ROWS = 64
 
 
 def prompt_like(unread: Sequence[str], *, has_prompt: bool) -> tuple[str, ...]:
@@ -33,24 +32,25 @@ def prompt_like(unread: Sequence[str], *, has_prompt: bool) -> tuple[str, ...]:
     return tuple(column for column in like if not has_prompt or words[column] & _BEFORE_A_PROMPT)
 
 
-def require_nothing_lost(place: str, values: Mapping[str, Any], unread: Sequence[str], like: Sequence[str]) -> None:
+def require_nothing_lost(place: str, values: Mapping[str, Any], settings: Settings) -> None:
     """Refuse a row with text in a column called like the prompt that stands in none of the columns that are read."""
-    held = {column: list(_texts(values[column])) for column in like if values[column]}
+    held = {column: list(_texts(values[column])) for column in settings.prompt_like if values[column]}
     if not any(held.values()):
         return
-    read = "\n".join(text for column in values if column not in unread for text in _texts(values[column]))
+    read = "\n".join(text for column in values if column not in settings.unread for text in _texts(values[column]))
     lost = [column for column, texts in held.items() if any(text not in read for text in texts)]
     if not lost:
         return
     which = f"column{'s' if len(lost) > 1 else ''} {quoted(lost)}"
-    if "prompt" in values:
+    if settings.prompt:
         raise FlexdpoError(
-            f"{place}: {which} would be lost: this belongs before the prompt and only 'prompt' is read; put its text "
-            "into 'prompt' (with messages, as one of the role 'system' or as earlier turns), or drop it"
+            f"{place}: {which} would be lost: this belongs before the prompt and only {quoted(settings.prompt)} is "
+            "read; put its text there (with messages, as one of the role 'system' or as earlier turns), or drop it"
         )
     raise FlexdpoError(
-        f"{place}: {which} would be lost: this looks like the prompt, and there is no column 'prompt'; rename it to "
-        "'prompt' (dataset.rename_column), joining several into one, or drop it (dataset.remove_columns)"
+        f"{place}: {which} would be lost: this looks like the prompt, and there is no column 'prompt'; say which "
+        f"column is, as in columns={{'prompt': {lost[0]!r}}} (--columns prompt={lost[0]}), joining several into one, "
+        "or drop it (dataset.remove_columns)"
     )
 
 
@@ -68,22 +68,44 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(part)
 
 
-def require_prompts(name: str, rows: int, without: int, *, has_prompt: bool, unread: Sequence[str]) -> None:
-    """Refuse a dataset of which many rows have no prompt.
+def renamed(dataset: Any, columns: Mapping[str, str], name: str) -> Any:
+    """Give columns of a dataset or a stream the names by which they are read; ``{"prompt": "question"}`` reads that.
+
+    A column that had such a name before keeps its values under another one, which is not read.
 
     Raises:
-        FlexdpoError: with the counts, the columns that are not read and the way out.
+        FlexdpoError: for a column that is not there.
     """
-    if without <= _MOST_EMPTY[has_prompt] * rows:
-        return
-    why = "column 'prompt' is empty" if has_prompt else "there is no column 'prompt' and the responses begin otherwise"
-    others = f" (not read: {quoted(unread)})" if unread else ""
-    raise FlexdpoError(
-        f"{name}: {without} of {rows} rows have an empty prompt: {why} there; give every row its prompt in a column "
-        f"'prompt'{others}"
-    )
+    known = dataset.column_names
+    if known is None:  # a stream that nobody looked into
+        known = list(next(iter(dataset), {}))
+    for source in columns.values():
+        if source not in known:
+            raise FlexdpoError(f"{name}: no column {source!r}; found {quoted(known)}{nearest(source, known)}")
+    if len(set(columns.values())) < len(columns):
+        raise FlexdpoError(f"{name}: columns={dict(columns)} read one column twice; name another for each")
+    aside = {
+        target: f"{target} (as stored)" for target in columns if target in known and target not in columns.values()
+    }
+    return dataset.rename_columns({**aside, **{source: target for target, source in columns.items()}})
 
 
-def unread_note(unread: Sequence[str]) -> list[str]:
-    """Name the columns that are not read, in a sentence, if there are any."""
-    return [f"not read: {quoted(unread)}"] if unread else []
+def parse_columns(text: str | None) -> dict[str, str] | None:
+    """Read ``prompt=question,chosen=response_j``, or the same as JSON, as YAML files give it."""
+    if text is None:
+        return None
+    if text.lstrip().startswith("{"):
+        try:
+            pairs = list(json.loads(text).items())
+        except json.JSONDecodeError as error:
+            raise FlexdpoError(
+                f"--columns {text}: not valid JSON ({error.msg}); or prompt=question,chosen=a"
+            ) from error
+    else:
+        pairs = [part.split("=", 1) for part in text.split(",")]
+    for pair in pairs:
+        if len(pair) != 2 or not all(isinstance(part, str) and part.strip() for part in pair):
+            raise FlexdpoError(
+                f"--columns {text}: expected name=column pairs such as prompt=question,chosen=response_j"
+            )
+    return {target.strip(): source.strip() for target, source in pairs}

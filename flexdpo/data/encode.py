@@ -5,20 +5,20 @@ from __future__ import annotations
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, cast
 
-from flexdpo.data.formats import (
+from flexdpo.data.draft import (
     EMPTY_PROMPT,
     EMPTY_RESPONSE,
-    ID_FORMS,
     IDENTICAL,
     IDENTICAL_CUT,
-    LABELLED_FORM,
     LABELS_COLUMN,
+    NOTES,
     PROMPT_FILLS,
-    READERS,
     SKIP_REASONS,
     Draft,
     Settings,
 )
+from flexdpo.data.formats import read_row
+from flexdpo.data.layouts import LAYOUTS
 from flexdpo.errors import FlexdpoError, first_line
 
 if TYPE_CHECKING:
@@ -35,10 +35,10 @@ def tokenize_batch(
     settings: Settings,
 ) -> dict[str, list[Any]]:
     """Tokenise a batch of rows; a row that cannot be used comes out empty, with the reason's number."""
-    drafts = []
-    for index, values in zip(indices, zip(*batch.values(), strict=True), strict=True):
-        drafts.append(READERS[settings.form](index, dict(zip(batch, values, strict=True)), settings))
-    if settings.form not in ID_FORMS:
+    rows = zip(indices, zip(*batch.values(), strict=True), strict=True)
+    drafts = [read_row(index, dict(zip(batch, values, strict=True)), settings) for index, values in rows]
+    layout = LAYOUTS[settings.layout]
+    if not layout.ids:
         texts = [draft for draft in drafts if not draft.skip and not draft.is_chat]
         chats = [draft for draft in drafts if not draft.skip and draft.is_chat]
         if texts:
@@ -47,24 +47,18 @@ def tokenize_batch(
             _tokenize_chats(chats, tokenizer)
     for draft in drafts:
         _settle(draft, settings.max_length)
-    usable = [not draft.skip for draft in drafts]
     return {
-        "prompt_ids": [draft.prompt_ids if used else [] for draft, used in zip(drafts, usable, strict=True)],
-        "response_ids": [draft.response_ids if used else [] for draft, used in zip(drafts, usable, strict=True)],
-        "edges": [draft.edges if used else [] for draft, used in zip(drafts, usable, strict=True)],
+        "prompt_ids": [[] if draft.skip else draft.prompt_ids for draft in drafts],
+        "response_ids": [[] if draft.skip else draft.response_ids for draft in drafts],
+        "edges": [[] if draft.skip else draft.edges for draft in drafts],
         "row": [draft.row for draft in drafts],
-        **({LABELS_COLUMN: [draft.labels for draft in drafts]} if settings.form == LABELLED_FORM else {}),
+        **({LABELS_COLUMN: [draft.labels for draft in drafts]} if layout.labelled else {}),
         "_skip": [SKIP_REASONS.index(draft.skip) + 1 if draft.skip else 0 for draft in drafts],
         "_responses": [len(draft.response_ids) for draft in drafts],
         "_cut": [draft.cut for draft in drafts],
         "_whole": [draft.whole for draft in drafts],
-        "_extracted": [int(draft.extracted) for draft in drafts],
-        "_repeated": [int(draft.repeated) for draft in drafts],
-        "_untold": [int(draft.untold) for draft in drafts],
-        "_promptless": [int(draft.promptless) for draft in drafts],
-        "_retokenised": [int(draft.retokenised) for draft in drafts],
-        "_ties": [draft.ties for draft in drafts],
         "_longest": [draft.longest for draft in drafts],
+        **{name: [int(getattr(draft, name[1:])) for draft in drafts] for name in NOTES},
     }
 
 

@@ -6,18 +6,23 @@ import bz2
 import contextlib
 import csv
 import gzip
+import hashlib
 import json
 import logging
 import lzma
+import os
 import warnings
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, cast, overload
 
+from flexdpo.data.cache import cache_folder
+from flexdpo.data.columns import renamed
+from flexdpo.data.layouts import LAYOUTS
 from flexdpo.errors import FlexdpoError, first_line, found, nearest, quoted
 from flexdpo.hf.names import local_path, why_unreachable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from datasets import Dataset, IterableDataset
 
@@ -26,48 +31,76 @@ _READER_OF_SUFFIX = {
     ".ndjson": "json",
     ".json": "json",
     ".parquet": "parquet",
+    ".arrow": "arrow",
     ".csv": "csv",
     ".tsv": "csv",
 }
+
+
+def _open_zstd(path: Path, *args: Any, **kwargs: Any) -> Any:
+    try:
+        import zstandard
+    except ImportError as error:
+        raise FlexdpoError(
+            f"{path}: reading .zst files needs the zstandard package; pip install zstandard, or unpack the file first"
+        ) from error
+    return zstandard.open(path, *args, **kwargs)
+
+
 _OPENER_OF_SUFFIX: dict[str, Callable[..., Any]] = {
     "": open,
     ".gz": gzip.open,
     ".bz2": bz2.open,
     ".xz": lzma.open,
+    ".zst": _open_zstd,
 }
+# a JSON document may hold its rows under one of these
+_ROWS_KEYS = ("data", "rows", "examples")
 
 
 @overload
 def load_preference_dataset(
-    name_or_path: str, *, split: str = "train", config_name: str | None = None, streaming: Literal[False] = False
+    name_or_path: str,
+    *,
+    split: str = ...,
+    config_name: str | None = ...,
+    streaming: Literal[False] = ...,
+    columns: Mapping[str, str] | None = ...,
 ) -> Dataset: ...
 
 
 @overload
 def load_preference_dataset(
-    name_or_path: str, *, split: str = "train", config_name: str | None = None, streaming: Literal[True]
-) -> IterableDataset: ...
-
-
-@overload
-def load_preference_dataset(
-    name_or_path: str, *, split: str = "train", config_name: str | None = None, streaming: bool
+    name_or_path: str,
+    *,
+    split: str = ...,
+    config_name: str | None = ...,
+    streaming: bool,
+    columns: Mapping[str, str] | None = ...,
 ) -> Dataset | IterableDataset: ...
 
 
 def load_preference_dataset(
-    name_or_path: str, *, split: str = "train", config_name: str | None = None, streaming: bool = False
+    name_or_path: str,
+    *,
+    split: str = "train",
+    config_name: str | None = None,
+    streaming: bool = False,
+    columns: Mapping[str, str] | None = None,
 ) -> Dataset | IterableDataset:
     """Load one split of a dataset from a file, a folder or the Hugging Face hub.
 
     Args:
-        name_or_path: A JSONL, JSON, Parquet, CSV or TSV file (JSON and CSV also as .gz, .bz2 or .xz), a folder
-            written by ``save_to_disk``, a folder of data files, or a name on the hub. What exists on disk comes first.
+        name_or_path: A JSONL, JSON, Parquet, Arrow, CSV or TSV file (JSON and CSV also as .gz, .bz2, .xz or .zst), a
+            folder written by ``save_to_disk``, a folder of data files, or a name on the hub. What exists on disk comes
+            first. A JSON file is a list of rows, or holds one under ``"data"`` or under the names of splits.
         split: Which split; a single file, and a folder with one saved dataset, have the one split ``"train"``. Files
             and hub names also take slices such as ``"train[:10%]"``, unless they are streamed.
         config_name: Which configuration of a hub dataset or of a folder of data files.
         streaming: Read the rows as they are needed, without a copy in the cache; a fault in the data then shows only
             when its row is reached.
+        columns: Which column is which, as in ``{"prompt": "question", "chosen": "response_j"}``, where the names say
+            nothing that is known.
 
     Returns:
         The split, with its columns as stored; cells of a CSV file are text as written, so ``NA`` stays ``"NA"``.
@@ -87,7 +120,7 @@ def load_preference_dataset(
         dataset = _load_from_hub(name_or_path, split, config_name, streaming)
     if not streaming and len(cast("Dataset", dataset)) == 0:
         raise FlexdpoError(f"{name_or_path}: there are no rows; give a dataset with at least one")
-    return dataset
+    return renamed(dataset, columns, name_or_path) if columns else dataset
 
 
 def _neighbour(path: Path) -> str:
@@ -121,8 +154,70 @@ def _load_file(path: Path, split: str, config_name: str | None, streaming: bool)
     if path.stat().st_size == 0:
         raise FlexdpoError(f"{path}: the file is empty")
     options = _csv_options([path]) if reader == "csv" else {}
-    files = {"train": str(path)}
-    return _load(str(path), [path], reader, split=split, streaming=streaming, data_files=files, **options)
+    base = split.split("[", maxsplit=1)[0]
+    held = _rows_within(path, base) if _split_suffixes(path)[0] == ".json" else None
+    if held is not None:
+        options["data_files"] = {base: str(held)}
+    elif _split_suffixes(path)[1] == ".zst":
+        _open_zstd(path).close()
+    files = {"data_files": {"train": str(path)}, **options}
+    return _load(str(path), [path], reader, split=split, streaming=streaming, **files)
+
+
+def _rows_within(path: Path, split: str) -> Path | None:
+    """The rows that a JSON document holds under ``"data"``, as columns or under the split's name, as a file of lines.
+
+    Returns ``None`` for lines, for a list, and for a document that the reader will find fault with.
+    """
+    try:
+        with _OPENER_OF_SUFFIX[_split_suffixes(path)[1]](path, "rb") as stream:
+            if _is_json_lines(stream) and next(stream, b"").strip() and next(stream, b"").strip():
+                return None
+            stream.seek(0)
+            content = stream.read()
+        document = json.loads(content.decode("utf-8-sig")) if content.lstrip()[:1] == b"{" else None
+    except (OSError, EOFError, ValueError, RecursionError, lzma.LZMAError):
+        return None
+    if not isinstance(document, dict):
+        return None
+    rows = _rows_of(path, document, split)
+    if rows is None:
+        return None
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    written = cache_folder("json") / f"{hashlib.blake2b(lines, digest_size=16).hexdigest()}.jsonl"
+    try:
+        written.parent.mkdir(parents=True, exist_ok=True)
+        if not written.exists():
+            partial = written.with_suffix(f".{os.getpid()}")
+            partial.write_bytes(lines)
+            partial.replace(written)
+    except OSError as error:
+        raise FlexdpoError(
+            f"{path}: its rows must be unpacked into {written.parent}, which cannot be written ({error.strerror}); set "
+            "FLEXDPO_CACHE to a folder that can, or give the file as .jsonl"
+        ) from error
+    return written
+
+
+def _rows_of(path: Path, document: dict[str, Any], split: str) -> list[Any] | None:
+    lists = {key: value for key, value in document.items() if isinstance(value, list)}
+    if any(set(layout.split()) <= document.keys() for layout in LAYOUTS):
+        columns = [
+            value for value in lists.values() if all(isinstance(cell, str | int | float | None) for cell in value)
+        ]
+        # one row of messages, or a list of values for each column
+        if len(columns) < len(document) or len({len(column) for column in columns}) > 1:
+            return [document]
+        return [dict(zip(document, cells, strict=True)) for cells in zip(*document.values(), strict=True)]
+    held = next((lists[key] for key in _ROWS_KEYS if key in lists), None)
+    if held is not None and split == "train":
+        return held
+    splits = {key: value for key, value in lists.items() if all(isinstance(row, dict) for row in value)}
+    if not splits or len(splits) < len(document):
+        return None
+    if split not in splits:
+        raise FlexdpoError(f"{path}: no split {split!r}; found {quoted(splits)}")
+    return splits[split]
 
 
 def _load_folder(path: Path, split: str, config_name: str | None, streaming: bool) -> Dataset | IterableDataset:

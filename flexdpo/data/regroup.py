@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flexdpo.data.cache import map_settings
-from flexdpo.data.formats import LABELS_COLUMN
+from flexdpo.data.draft import LABELS_COLUMN
 from flexdpo.errors import FlexdpoError
 
 if TYPE_CHECKING:

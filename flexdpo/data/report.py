@@ -8,17 +8,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from flexdpo.data.columns import unread_note
-from flexdpo.data.formats import NOTES, SKIP_REASONS
-from flexdpo.errors import FlexdpoError
+from flexdpo.data.draft import EMPTY_PROMPT, NOTES, SKIP_REASONS
+from flexdpo.data.layouts import described
+from flexdpo.errors import FlexdpoError, quoted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from numpy.typing import NDArray
 
-    from flexdpo.data.formats import Settings
+    from flexdpo.data.draft import Settings
 
+# more rows without a prompt than this are no oversight: of a column, and of common beginnings
+_MOST_EMPTY = {True: 0.5, False: 0.1}
+# too few rows of a stream to judge by
+_FEWEST_ROWS = 64
 _NUMBERS = ("rows", "used", "truncated", "responses", "cut", "longest")
 
 
@@ -32,6 +36,7 @@ class DataReport:
         truncated: Used rows of which at least one response was cut to fit ``max_length``.
         longest: Tokens of the longest used prompt with one response behind it.
         notes: What else happened to the rows, one sentence each.
+        layout: As what the rows were read, and the columns.
     """
 
     name: str
@@ -42,9 +47,10 @@ class DataReport:
     truncated: int = 0
     longest: int = 0
     notes: tuple[str, ...] = ()
+    layout: str = ""
 
     def summary(self) -> str:
-        """Return one line for people, and one more for each note."""
+        """Return one line for people, one for the layout and one for each note."""
         parts = [f"{self.used} of {self.rows} rows used"]
         if self.truncated:
             parts.append(f"{self.truncated} of them cut to max_length")
@@ -52,7 +58,9 @@ class DataReport:
             f"skipped {count} ({reason}, first at row {self.first_skipped[reason]})"
             for reason, count in self.skipped.items()
         ]
-        return "\n".join([f"{self.name}: {'; '.join(parts)}", *(f"  note: {note}" for note in self.notes)])
+        more = [f"read as {self.layout}"] if self.layout else []
+        more += [f"note: {note}" for note in self.notes]
+        return "\n  ".join([f"{self.name}: {'; '.join(parts)}", *more])
 
 
 class Counts:
@@ -98,7 +106,7 @@ class Counts:
         values = {field: self._values[place].tolist() for field, place in self._place.items()}
         rows, used, truncated, responses, cut, longest = (values[field][0] for field in _NUMBERS)
         skipped = {reason: values[reason] for reason in SKIP_REASONS if values[reason][0]}
-        notes = unread_note(self._settings.unread)
+        notes = [f"not read: {quoted(self._settings.unread)}"] if self._settings.unread else []
         if cut:
             keeps = None if whole is None or not whole.any() else fitting_length(whole)
             notes.append(cut_note(cut, responses, self._settings.max_length, keeps))
@@ -115,6 +123,7 @@ class Counts:
             truncated,
             longest,
             tuple(notes),
+            described(self._settings),
         )
 
 
@@ -142,3 +151,38 @@ def none_usable(name: str, rows: int, skipped: Mapping[str, int], first: Mapping
     """The error for a dataset without a row to train on, with the reasons."""
     counts = "; ".join(f"{count} skipped ({reason}, first at row {first[reason]})" for reason, count in skipped.items())
     return FlexdpoError(f"{name}: none of the {rows} rows can be used: {counts or 'there are none'}")
+
+
+def require_prompts(name: str, counts: Counts, settings: Settings, *, so_far: bool = False) -> None:
+    """Refuse a dataset of which many rows have no prompt, or have it twice.
+
+    Args:
+        name: How the error calls it.
+        counts: Of its rows.
+        settings: How they were read.
+        so_far: More rows will come, so too few are not judged by.
+
+    Raises:
+        FlexdpoError: with the counts, the columns that are not read and the way out.
+    """
+    rows = counts.of("rows")
+    if settings.largest_id is not None or (so_far and rows < _FEWEST_ROWS):
+        return
+    column = settings.prompt[0] if settings.prompt else None
+    without = counts.of(EMPTY_PROMPT) + counts.of("_promptless")
+    # where no row can be used, the reasons say more
+    if (counts.of("used") or column is None) and without > _MOST_EMPTY[column is not None] * rows:
+        why = (
+            f"column {column!r} is empty" if column else "there is no column 'prompt' and the responses begin otherwise"
+        )
+        others = f" (not read: {quoted(settings.unread)})" if settings.unread else ""
+        raise FlexdpoError(
+            f"{name}: {without} of {rows} rows have an empty prompt: {why} there; give every row its prompt in a "
+            f"column 'prompt'{others}"
+        )
+    twice = counts.of("_echoed")
+    if 2 * twice > rows:
+        raise FlexdpoError(
+            f"{name}: in {twice} of {rows} rows every response begins with the text of the prompt, which so stands "
+            f"twice; cut it off the responses, or drop column {column!r}: the prompt is what they begin with"
+        )

@@ -9,22 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from flexdpo.data.columns import FEWEST_ROWS, require_prompts
+from flexdpo.data.draft import LABELS_COLUMN, TOKENISED_COLUMNS
 from flexdpo.data.encode import tokenize_batch
-from flexdpo.data.formats import (
-    EMPTY_PROMPT,
-    ID_FORMS,
-    LABELLED_FORM,
-    LABELS_COLUMN,
-    OWN_FORM,
-)
+from flexdpo.data.layouts import LAYOUTS, settings_for
 from flexdpo.data.load import silent_json_reader
-from flexdpo.data.report import Counts, DataReport, none_usable
-from flexdpo.data.tokenize import (
-    TOKENISED_COLUMNS,
-    require_settings,
-    settings_for,
-)
+from flexdpo.data.report import Counts, DataReport, none_usable, require_prompts
+from flexdpo.data.tokenize import carried_columns, require_settings
 from flexdpo.errors import FlexdpoError, first_line
 
 if TYPE_CHECKING:
@@ -90,7 +80,7 @@ class StreamedPreferences(IterableDataset[dict[str, Any]]):
             raise FlexdpoError(f"shuffle_buffer={self.shuffle_buffer}: use 0 to keep the order, or a number of rows")
         self.source = self.source.with_format(None)
         self.columns = self._find_columns()
-        self.settings = settings_for(self.columns, self.tokenizer, self.max_length, self.name)
+        self.settings = settings_for(self.columns, max(self.tokenizer.get_vocab().values()), self.max_length, self.name)
         self._counts = Counts(self.settings)
 
     @classmethod
@@ -199,8 +189,8 @@ class StreamedPreferences(IterableDataset[dict[str, Any]]):
         """Tokenised rows in the order of the source; the others are counted, and uncut lengths put into ``whole``."""
         counts.clear()
         self.source.set_epoch(epoch)
-        kept = [c for c in self.columns if c not in TOKENISED_COLUMNS] if self.settings.form == OWN_FORM else []
-        labels = [LABELS_COLUMN] if self.settings.form == LABELLED_FORM else []
+        kept = carried_columns(self.columns, self.settings)
+        labels = [LABELS_COLUMN] if LAYOUTS[self.settings.layout].labelled else []
         start = 0
         for batch in self._read():
             rows = len(next(iter(batch.values())))
@@ -212,8 +202,7 @@ class StreamedPreferences(IterableDataset[dict[str, Any]]):
             counts.add(tokenised)
             if whole is not None:
                 whole += tokenised["_whole"]
-            if start >= FEWEST_ROWS:
-                self._require_prompts(counts)
+            require_prompts(self.name, counts, self.settings, so_far=True)
             columns = {column: tokenised[column] for column in (*TOKENISED_COLUMNS, *labels)}
             columns |= {column: batch[column] for column in kept}
             for number, skip in enumerate(tokenised["_skip"]):
@@ -221,14 +210,7 @@ class StreamedPreferences(IterableDataset[dict[str, Any]]):
                     self._require_usable(tokenised, number, kept)
                     yield {column: values[number] for column, values in columns.items()}
         if start:
-            self._require_prompts(counts)
-
-    def _require_prompts(self, counts: Counts) -> None:
-        has_prompt = "prompt" in self.columns
-        if self.settings.form in ID_FORMS or (has_prompt and not counts.of("used")):
-            return
-        empty = counts.of(EMPTY_PROMPT) + counts.of("_promptless")
-        require_prompts(self.name, counts.of("rows"), empty, has_prompt=has_prompt, unread=self.settings.unread)
+            require_prompts(self.name, counts, self.settings)
 
     def _read(self) -> Iterator[dict[str, list[Any]]]:
         start = 0

@@ -8,24 +8,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from flexdpo.data.cache import map_settings, tokenizer_digest
-from flexdpo.data.columns import prompt_like, require_prompts
+from flexdpo.data.draft import LABELS_COLUMN, SKIP_REASONS, STATUS_COLUMNS, TOKENISED_COLUMNS, Settings
 from flexdpo.data.encode import tokenize_batch, tokenizer_name
-from flexdpo.data.formats import (
-    EMPTY_PROMPT,
-    ID_FORMS,
-    LABELLED_FORM,
-    LABELS_COLUMN,
-    OWN_FORM,
-    READERS,
-    SKIP_REASONS,
-    STATUS_COLUMNS,
-    TEMPLATE_COLUMNS,
-    TOKENISED_COLUMNS,
-    TRL_ID_FORM,
-    Settings,
-)
+from flexdpo.data.layouts import LAYOUTS, OWN_LAYOUT, settings_for
 from flexdpo.data.load import load_preference_dataset
-from flexdpo.data.report import Counts, DataReport, none_usable
+from flexdpo.data.report import Counts, DataReport, none_usable, require_prompts
 from flexdpo.errors import FlexdpoError, nearest, quoted
 from flexdpo.layout.groups import Group
 from flexdpo.objective.unpaired import LabelledGroup
@@ -104,12 +91,10 @@ def tokenize_preferences(
 ) -> TokenizedPreferences:
     """Turn a preference dataset into token ids, as TRL's ``DPOTrainer`` does, and account for every row.
 
-    Columns taken, the first that fits: ``prompt_ids, response_ids, edges`` (this function's own output, whose other
-    columns are kept); ``prompt_ids, chosen_ids, rejected_ids``; ``prompt, chosen, rejected``; ``chosen, rejected``
-    (the prompt is their common beginning); ``prompt, completion, label`` (each response good or bad by itself);
-    ``prompt, completion`` (no preferences). The last four hold text or lists
-    of messages; with messages, ``tools`` and ``chat_template_kwargs`` are honoured. Text responses end with the EOS
-    token. A response is what follows the tokens that the prompt alone and prompt + response have in common.
+    A row is read as the first of ``flexdpo.data.layouts.LAYOUTS`` whose columns are all there, which the report names;
+    this function's own output goes through as it is, with its other columns. Text or lists of messages; with messages,
+    ``tools`` and ``chat_template_kwargs`` are honoured. Text responses end with the EOS token. A response is what
+    follows the tokens that the prompt alone and prompt + response have in common.
 
     Args:
         dataset: The rows, a ``datasets.Dataset``.
@@ -133,13 +118,13 @@ def tokenize_preferences(
     require_settings(max_length, truncation_mode, num_proc)
     if len(dataset) == 0:
         raise FlexdpoError(f"{name}: the dataset has no rows; give a dataset with at least one")
-    settings = settings_for(dataset.column_names, tokenizer, max_length, name)
+    settings = settings_for(dataset.column_names, max(tokenizer.get_vocab().values()), max_length, name)
     try:
         mapped = _map(dataset.with_format(None), tokenizer, settings, num_proc, name)
     except FlexdpoError as error:
         # rows are tokenised without the name, so that it does not change what the cache finds
         raise FlexdpoError(f"{name}: {error}") from error
-    return _account(mapped, settings, name, has_prompt="prompt" in dataset.column_names)
+    return _account(mapped, settings, name)
 
 
 def require_settings(max_length: int | None, truncation_mode: str, num_proc: int | None) -> None:
@@ -160,42 +145,6 @@ def require_settings(max_length: int | None, truncation_mode: str, num_proc: int
         raise FlexdpoError(f"num_proc={num_proc}: use at least 1, or None for this process alone")
 
 
-def settings_for(
-    columns: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int | None, name: str
-) -> Settings:
-    """Find how rows with these columns are read.
-
-    Raises:
-        FlexdpoError: if no known set of columns is among them.
-    """
-    form = _form_of(columns, name)
-    if form in ID_FORMS:
-        read = columns if form == OWN_FORM else form.split()
-        unread = tuple(column for column in columns if column not in read)
-        return Settings(form, max_length, max(tokenizer.get_vocab().values()), unread)
-    unread = tuple(c for c in columns if c not in ("prompt", *form.split(), *TEMPLATE_COLUMNS))
-    like = prompt_like(unread, has_prompt="prompt" in columns)
-    return Settings(form, max_length, unread=unread, prompt_like=like)
-
-
-def _form_of(columns: Sequence[str], name: str) -> str:
-    """Name the first of ``READERS`` whose columns are all there."""
-    images = [column for column in ("images", "image") if column in columns]
-    if images:
-        raise FlexdpoError(f"{name}: column {images[0]!r}: images are not supported; drop the column to train on text")
-    for form in READERS:
-        if set(form.split()) <= set(columns):
-            return form
-    wanted = sorted({column for form in READERS for column in form.split()})
-    strange = [column for column in columns if column not in wanted]
-    hints = [f"; {column!r}:{hint[1:]}" for column in strange if (hint := nearest(column, wanted))]
-    raise FlexdpoError(
-        f"{name}: no preference columns; found {quoted(columns)}; wanted 'prompt' (or none, if the others begin with "
-        f"it), 'chosen', 'rejected'; or 'prompt', 'completion'; or {quoted(TRL_ID_FORM.split())}; or "
-        f"{quoted(OWN_FORM.split())}{''.join(hints)}"
-    )
-
-
 def _map(
     dataset: Dataset,
     tokenizer: PreTrainedTokenizerBase,
@@ -205,15 +154,14 @@ def _map(
 ) -> Dataset:
     from datasets import Features, Value
 
-    # a dataset of ours may carry precomputed columns along; anything else has served its purpose
-    kept = [c for c in dataset.column_names if c not in TOKENISED_COLUMNS] if settings.form == OWN_FORM else []
+    kept = carried_columns(dataset.column_names, settings)
     features = Features(
         {
             "prompt_ids": [Value("int32")],
             "response_ids": [[Value("int32")]],
             "edges": [[Value("int32")]],
             "row": Value("int64"),
-            **({LABELS_COLUMN: [Value("bool")]} if settings.form == LABELLED_FORM else {}),
+            **({LABELS_COLUMN: [Value("bool")]} if LAYOUTS[settings.layout].labelled else {}),
             **{column: dataset.features[column] for column in kept},
             **{column: Value("int64") for column in STATUS_COLUMNS},
         }
@@ -231,15 +179,18 @@ def _map(
     )
 
 
-def _account(mapped: Dataset, settings: Settings, name: str, *, has_prompt: bool) -> TokenizedPreferences:
+def carried_columns(columns: Sequence[str], settings: Settings) -> list[str]:
+    """A dataset of ours may carry precomputed columns along; of anything else the columns have served their purpose."""
+    return [column for column in columns if settings.layout == OWN_LAYOUT and column not in TOKENISED_COLUMNS]
+
+
+def _account(mapped: Dataset, settings: Settings, name: str) -> TokenizedPreferences:
     """Count the status columns, then drop them and the rows that cannot be used."""
     status: dict[str, Any] = mapped.with_format("numpy", columns=[*STATUS_COLUMNS, "row"])[:]
     counts = Counts(settings)
     counts.add(status)
     report = counts.as_report(name, status["_whole"])
-    if settings.form not in ID_FORMS and (report.used or not has_prompt):
-        empty = counts.of(EMPTY_PROMPT) + counts.of("_promptless")
-        require_prompts(name, report.rows, empty, has_prompt=has_prompt, unread=settings.unread)
+    require_prompts(name, counts, settings)
     if not report.used:
         raise none_usable(name, report.rows, report.skipped, report.first_skipped)
     dataset = mapped.remove_columns(list(STATUS_COLUMNS))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flexdpo.data.regroup import regroup_by_prompt
-from flexdpo.data.tokenize import TokenizedPreferences, load_preference_dataset, tokenize_preferences
+from flexdpo.data.tokenize import TokenizedPreferences, tokenize_preferences
 from flexdpo.errors import FlexdpoError, first_line
 from flexdpo.estimate.estimate import estimate_tokenised
 from flexdpo.estimate.report import Estimate
@@ -69,7 +69,7 @@ def dry_run(job: Job, config: DPOConfig) -> DryRun:
         raise FlexdpoError(
             "a dry run looks at the whole dataset, and a stream is read once; leave --dataset_streaming out of it"
         )
-    data = load_preference_dataset(job.dataset_name, split=job.train_split, config_name=job.dataset_config)
+    data = job.load(job.dataset_name, job.train_split, job.dataset_config)
     tokenizer = model_loading.load_tokenizer(job.model_name_or_path, trust_remote_code=config.trust_remote_code)
     model = _without_weights(job, config)
     model_loading.require_vocabulary(model, tokenizer)

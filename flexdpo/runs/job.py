@@ -35,6 +35,7 @@ class Job:
         test_split: Split of the same dataset to evaluate on.
         eval_dataset_name: Another dataset to evaluate on.
         streaming: Read datasets as they are needed.
+        columns: Which column is which, in all of them.
         overwrite_output_dir: Write into a folder that is not empty.
         load_kwargs: For ``AutoModelForCausalLM.from_pretrained``.
         peft_config: A ``peft.PeftConfig`` to train an adapter.
@@ -47,9 +48,16 @@ class Job:
     test_split: str | None = None
     eval_dataset_name: str | None = None
     streaming: bool = False
+    columns: dict[str, str] | None = None
     overwrite_output_dir: bool = False
     load_kwargs: dict[str, Any] = field(default_factory=dict)
     peft_config: Any = None
+
+    def load(self, name: str, split: str, config_name: str | None = None) -> Any:
+        """One split of a dataset, or a stream of it."""
+        return load_preference_dataset(
+            name, split=split, config_name=config_name, streaming=self.streaming, columns=self.columns
+        )
 
 
 def run_job(job: Job, config: DPOConfig) -> str:
@@ -60,9 +68,7 @@ def run_job(job: Job, config: DPOConfig) -> str:
 
 def _run(job: Job, config: DPOConfig) -> str:
     output = require_output_dir(config, overwrite=job.overwrite_output_dir)
-    train_data = load_preference_dataset(
-        job.dataset_name, split=job.train_split, config_name=job.dataset_config, streaming=job.streaming
-    )
+    train_data = job.load(job.dataset_name, job.train_split, job.dataset_config)
     eval_data = _eval_data(job)
     init_kwargs = config.model_init_kwargs if isinstance(config.model_init_kwargs, dict) else {}
     config.model_init_kwargs = {**init_kwargs, **job.load_kwargs} or None
@@ -107,12 +113,9 @@ def require_output_dir(config: DPOConfig, *, overwrite: bool) -> Path:
 
 def _eval_data(job: Job) -> Any:
     if job.eval_dataset_name is not None:
-        split = job.test_split or "train"
-        return load_preference_dataset(job.eval_dataset_name, split=split, streaming=job.streaming)
+        return job.load(job.eval_dataset_name, job.test_split or "train")
     if job.test_split is not None:
-        return load_preference_dataset(
-            job.dataset_name, split=job.test_split, config_name=job.dataset_config, streaming=job.streaming
-        )
+        return job.load(job.dataset_name, job.test_split, job.dataset_config)
     return None
 
 

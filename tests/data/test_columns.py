@@ -14,42 +14,12 @@ from transformers import PreTrainedTokenizerFast
 
 from flexdpo import DPOTrainer, FlexdpoError, load_preference_dataset, tokenize_preferences
 from flexdpo.data.columns import prompt_like
+from flexdpo.data.report import DataReport
 from flexdpo.data.stream import StreamedPreferences
 from tests.data.test_data import TEMPLATE
 from tests.training.test_trainer import settings
 
 FORMATS = Path(__file__).parent / "formats"
-# files that are not read, and what says so; all others are read as their NAME.expected.jsonl says
-NO_PREFERENCES = "no preference columns; found .*"
-REFUSED = {
-    "alpaca_pairs.json": r"row 0 .*column 'instruction' would be lost: .*no column 'prompt'; rename it to 'prompt'",
-    "better_id.jsonl": NO_PREFERENCES + "'better_response_id'",
-    "chosen_messages.jsonl": NO_PREFERENCES + "'chosen_messages'",
-    "context_completions.jsonl": NO_PREFERENCES + "'completions'",
-    "generations_ratings.jsonl": NO_PREFERENCES + "'generations'",
-    "helpsteer_preference.jsonl": NO_PREFERENCES + "'preference_strength'",
-    "human_ref.jsonl": NO_PREFERENCES + "'human_ref_A'",
-    "images_null.jsonl": "column 'images': images are not supported",
-    "label_int.jsonl": r"row 0 .*column 'label': expected true or false, found int \(1\)",
-    "label_text.csv": r"row 0 .*column 'label': expected true or false, found str \('True'\)",
-    "message_dicts.jsonl": "row 0 .*column 'chosen': expected text or a list of messages, found dict",
-    "messages_and_text.jsonl": r"row 0 .*column 'messages' would be lost: .*rename it to 'prompt'",
-    "messages_label.jsonl": NO_PREFERENCES + "'messages'",
-    "openai_preference.jsonl": NO_PREFERENCES + "'preferred_output'",
-    "orca.jsonl": r"row 0 .*columns 'system', 'question' would be lost: .*joining several into one",
-    "prompt_messages_text.jsonl": "row 0 .*mix text and lists of messages",
-    "question_responses.jsonl": NO_PREFERENCES + "'response_j'",
-    "ranked_answers.jsonl": NO_PREFERENCES + "'answers'",
-    "ranking.jsonl": NO_PREFERENCES + "'responses'",
-    "scored_completions.jsonl": NO_PREFERENCES + "'completions'",
-    "sharegpt_pairs.jsonl": r"row 0 .*column 'conversations' would be lost",
-    "sharegpt_system.jsonl": r"row 0 .*columns 'system', 'conversations' would be lost",
-    "splits.json": NO_PREFERENCES + "'test'",
-    "swift_rejected_messages.jsonl": NO_PREFERENCES + "'rejected_messages'",
-    "swift_rejected_response.jsonl": NO_PREFERENCES + "'rejected_response'",
-    "system_prompt.jsonl": r"row 0 .*column 'system' would be lost: .*put its text into 'prompt'",
-    "wrapped.json": NO_PREFERENCES + "'data'",
-}
 FILES = sorted(path.name for path in FORMATS.iterdir() if ".expected" not in path.name)
 
 
@@ -72,6 +42,12 @@ def bytewise() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def report_of(dataset: Any, tokenizer: Any) -> DataReport:
+    if isinstance(dataset, IterableDataset):
+        return StreamedPreferences(dataset, tokenizer, max_length=None, endless=False).preview(9)
+    return tokenize_preferences(dataset, tokenizer, max_length=None).report
+
+
 def tokens_of(dataset: Any, tokenizer: Any) -> list[tuple[Any, ...]]:
     if isinstance(dataset, IterableDataset):
         rows: Any = StreamedPreferences(dataset, tokenizer, max_length=None, endless=False)
@@ -80,22 +56,68 @@ def tokens_of(dataset: Any, tokenizer: Any) -> list[tuple[Any, ...]]:
     return [(row["prompt_ids"], row["response_ids"], row["edges"], row.get("labels")) for row in rows]
 
 
+READ_AS = {
+    "alpaca_pairs.json": "Alpaca preferences: instruction, input, chosen, rejected",
+    "better_id.jsonl": "preferences by the better one's id: prompt, response_0, response_1, better_response_id",
+    "chosen_messages.jsonl": "preferences: chosen_messages, rejected_messages",
+    "context_completions.jsonl": "responses with scores or ranks: context, completions",
+    "generations_ratings.jsonl": "Alpaca scored responses: instruction, generations, ratings",
+    "helpsteer_preference.jsonl": "HelpSteer2 preferences: prompt, response_1, response_2, preference_strength",
+    "human_ref.jsonl": "SHP preferences: history, human_ref_A, human_ref_B, labels",
+    "label_int.jsonl": "labelled responses: prompt, completion, label",
+    "label_text.csv": "labelled responses: prompt, completion, label",
+    "messages_and_text.jsonl": "preferences: messages, chosen, rejected",
+    "messages_label.jsonl": "labelled responses: messages, label",
+    "openai_preference.jsonl": "OpenAI's preferences: input, preferred_output, non_preferred_output",
+    "orca.jsonl": "preferences: system, question, chosen, rejected",
+    "question_responses.jsonl": "preferences: prompt, chosen, rejected",
+    "ranked_answers.jsonl": "responses with scores or ranks: prompt, answers",
+    "ranking.jsonl": "ranked responses: prompt, responses, ranks",
+    "scored_completions.jsonl": "Alpaca responses with scores or ranks: instruction, completions",
+    "sharegpt_pairs.jsonl": "ShareGPT preferences: conversations, chosen, rejected",
+    "sharegpt_system.jsonl": "ShareGPT preferences: system, conversations, chosen, rejected",
+    "swift_rejected_messages.jsonl": "ms-swift preferences: messages, rejected_messages",
+    "swift_rejected_response.jsonl": "ms-swift preferences: messages, rejected_response",
+    "system_prompt.jsonl": "preferences: system, prompt, chosen, rejected",
+}
+COLUMNS = {"question_responses.jsonl": {"prompt": "question", "chosen": "response_j", "rejected": "response_k"}}
+
+
 @pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("name", FILES)
-def test_every_layout_is_read_as_it_is_meant_or_refused_by_name(bytewise: Any, name: str, streaming: bool) -> None:
+def test_every_layout_is_read_as_it_is_meant(bytewise: Any, name: str, streaming: bool) -> None:
     path = FORMATS / name
-    if name in REFUSED:
-        with pytest.raises(FlexdpoError, match=REFUSED[name]):
-            tokens_of(load_preference_dataset(str(path), streaming=streaming), bytewise)
-        return
-    got = tokens_of(load_preference_dataset(str(path), streaming=streaming), bytewise)
+    dataset = load_preference_dataset(str(path), streaming=streaming, columns=COLUMNS.get(name))
+    report = report_of(dataset, bytewise)
+    assert report.layout == READ_AS.get(name, "preferences: prompt, chosen, rejected")
+    assert f"\n  read as {report.layout}" in report.summary()
+    got = tokens_of(dataset, bytewise)
     if name == "tools_nulls.jsonl":
         # as they stand in the file, where neither tool has the other's fields
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         want = [(bytewise.apply_chat_template(r["prompt"], tools=r["tools"], add_generation_prompt=True)) for r in rows]
         assert [prompt for prompt, *_ in got] == [ids["input_ids"] for ids in want]
-        return
-    assert got == tokens_of(load_preference_dataset(str(path.with_suffix(".expected.jsonl"))), bytewise)
+    elif name == "question_responses.jsonl":
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        own = [{own: row[column] for own, column in COLUMNS[name].items()} for row in rows]
+        assert got == tokens_of(Dataset.from_list(own), bytewise)
+    else:
+        want = tokens_of(load_preference_dataset(str(path.with_suffix(".expected.jsonl"))), bytewise)
+        assert got == want
+
+
+def test_edges_follow_ranks_and_scores(bytewise: Any) -> None:
+    ranked = {"prompt": "Nile?", "responses": ["a", "b", "c", "d"], "ranks": [2, 1, 2, None]}
+    [(prompt, responses, edges, _)] = tokens_of(Dataset.from_list([ranked]), bytewise)
+    texts = [bytewise.decode(ids) for ids in (prompt, *responses)]
+    assert (texts, edges) == (["Nile?", "a<eos>", "b<eos>", "c<eos>"], [[1, 0], [1, 2]])
+    scored = {"prompt": "Nile?", "responses": ["a", "b", "c"], "scores": ["3", "2.5", "N/A"]}
+    [(_, _, edges, _)] = tokens_of(Dataset.from_list([scored]), bytewise)
+    assert edges == [[0, 1]]
+    ties = [scored, {**scored, "scores": ["1", "1.0", "1"]}]
+    report = report_of(Dataset.from_list(ties), bytewise)
+    assert report.skipped == {"no preference between the responses": 1}
+    assert report.notes[-1].startswith("responses without text or without a preference left out in 1 rows")
 
 
 def row(**changes: Any) -> dict[str, Any]:
@@ -103,7 +125,7 @@ def row(**changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "column", ["question", "Query", "user_input", "systemPrompt", "problem", "context", "original_prompt", "human"]
+    "column", ["Question", "Query", "user_input", "systemPrompt", "title", "passage", "original_prompt", "human"]
 )
 @pytest.mark.parametrize("kind", ["text", "messages", "late"])
 def test_a_prompt_under_another_name_is_not_lost(bytewise: Any, column: str, kind: str) -> None:
@@ -124,8 +146,8 @@ def test_what_only_describes_a_row_is_named(bytewise: Any) -> None:
     asked = "What is the Nile?"
     described = {
         "prompt_id": "ab12", "source": "evol_instruct", "chosen_model": "a model", "rationale": "It is right.",
-        "score_chosen": 8.5, "question_type": "geography", "messages": [{"role": "user", "content": asked}],
-        "input": None, "context": "", "history": [], "instruction": asked,
+        "score_chosen": 8.5, "question_type": "geography", "dialogue": [{"role": "user", "content": asked}],
+        "title": "", "document": [], "original_prompt": asked,
     }  # fmt: skip
     texts = {"chosen": f"{asked} Water.", "rejected": f"{asked} Sand."}
     rows = [{**texts, **described} for _ in range(3)]
@@ -136,7 +158,7 @@ def test_what_only_describes_a_row_is_named(bytewise: Any) -> None:
     stream = StreamedPreferences(Dataset.from_list(rows).to_iterable_dataset(), bytewise, max_length=None)
     assert stream.report.notes == (note,)
     # beside a prompt, what it was made of is described by it; what comes before it is not
-    assert prompt_like(list(described), has_prompt=True) == ("context", "history")
+    assert prompt_like(["title", "context", "history"], has_prompt=True) == ("context", "history")
     with_prompt = [{"prompt": "Q: Nile?", "chosen": "Water.", "rejected": "Sand.", "question": "Nile, what is it?"}]
     assert tokenize_preferences(Dataset.from_list(with_prompt), bytewise, max_length=None).report.notes == (
         "not read: 'question'",

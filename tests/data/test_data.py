@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -153,15 +154,16 @@ def save(rows: list[dict[str, Any]], folder: Any, ending: str) -> Any:
         ".jsonl.bz2": lambda: path.write_bytes(bz2.compress(lines.encode())),
         ".json": lambda: path.write_text(json.dumps(rows, indent=2)),
         ".parquet": lambda: Dataset.from_list(rows).to_parquet(path),
+        ".arrow": lambda: Dataset.from_list(rows).save_to_disk(folder / "saved"),
         ".csv": lambda: Dataset.from_list(rows).to_csv(path),
         ".csv.gz": lambda: Dataset.from_list(rows).to_pandas().to_csv(path, index=False),
         ".tsv": lambda: Dataset.from_list(rows).to_csv(path, sep="\t"),
     }
     writers[ending]()
-    return path
+    return next((folder / "saved").glob("*.arrow")) if ending == ".arrow" else path
 
 
-FILE_ENDINGS = [".jsonl", ".jsonl.gz", ".jsonl.bz2", ".json", ".parquet", ".csv", ".csv.gz", ".tsv"]
+FILE_ENDINGS = [".jsonl", ".jsonl.gz", ".jsonl.bz2", ".json", ".parquet", ".arrow", ".csv", ".csv.gz", ".tsv"]
 
 
 @pytest.mark.parametrize("ending", FILE_ENDINGS)
@@ -368,7 +370,9 @@ def test_tokens_equal_the_plain_loop(byte_pairs: Tokenizer, bos: bool, rows: lis
     assert tokenised.dataset["edges"][:] == [[[0, 1]]] * 40
     assert tokenised.dataset["row"][:] == list(range(40))
     longest = max(len(ids[0]) + max(map(len, ids[1:])) for ids in token_rows(tokenised.dataset))
-    assert tokenised.report == DataReport("train", 40, 40, longest=longest, notes=tokenised.report.notes)
+    report = tokenised.report
+    assert report == DataReport("train", 40, 40, longest=longest, notes=report.notes, layout=report.layout)
+    assert report.layout == "preferences: prompt, chosen, rejected"
     starts_with_bos = tokenised.dataset[0]["prompt_ids"][0] == tokenizer.bos_token_id
     assert starts_with_bos == (bos and isinstance(rows[0]["prompt"], str))
 
@@ -572,7 +576,10 @@ def test_unusable_text_rows_are_counted(
     report = tokenised.report
     assert reason in SKIP_REASONS
     assert (report.rows, report.used, report.skipped, report.first_skipped) == (4, 2, {reason: 2}, {reason: 1})
-    assert report.summary() == f"train: 2 of 4 rows used; skipped 2 ({reason}, first at row 1)"
+    assert report.summary() == (
+        f"train: 2 of 4 rows used; skipped 2 ({reason}, first at row 1)\n"
+        "  read as preferences: prompt, chosen, rejected"
+    )
     alone = Dataset.from_list(rows[1:2], features=Features(dict.fromkeys(good, Value("string"))))
     message = rf"eval: none of the 1 rows can be used: 1 skipped \({reason}, first at row 0"
     with pytest.raises(FlexdpoError, match=message):
@@ -643,7 +650,8 @@ def test_unusable_token_rows_are_counted(
         {"prompt_ids": ids["prompt_ids"], "response_ids": [ids["chosen_ids"], ids["rejected_ids"]], "edges": [[0, 1]]}
         for ids in (good, good | row)
     ]
-    assert tokenize_preferences(Dataset.from_list(own), tokenizer, max_length=4).report == report
+    same = tokenize_preferences(Dataset.from_list(own), tokenizer, max_length=4).report
+    assert replace(same, layout=report.layout) == report
 
 
 def test_report_counts_every_row_once(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -661,10 +669,13 @@ def test_report_counts_every_row_once(tokenizer: PreTrainedTokenizerFast) -> Non
 
 
 def test_summary_is_short_and_complete() -> None:
-    report = DataReport("eval", 10, 7, {"empty response": 3}, {"empty response": 4}, 2, 99, ("something happened",))
+    report = DataReport(
+        "eval", 10, 7, {"empty response": 3}, {"empty response": 4}, 2, 99, ("it happened",), "pairs: a, b"
+    )
     assert report.summary() == (
         "eval: 7 of 10 rows used; 2 of them cut to max_length; skipped 3 (empty response, first at row 4)\n"
-        "  note: something happened"
+        "  read as pairs: a, b\n"
+        "  note: it happened"
     )
 
 
@@ -802,9 +813,10 @@ def test_formatted_dataset_is_read_as_plain(tokenizer: PreTrainedTokenizerFast) 
     ("columns", "message"),
     [
         (["prompt", "choosen"], r"found 'prompt', 'choosen'; wanted .*; 'choosen': did you mean 'chosen'\?"),
-        (["text"], r"found 'text'; wanted 'prompt' .*, 'chosen', 'rejected'; or 'prompt', 'completion'; or"),
-        (["prompt_ids", "response_ids"], r"found 'prompt_ids', 'response_ids'; wanted .*'edges'"),
-        (["prompt", "chosen", "rejected", "images"], r"column 'images': images are not supported"),
+        (["text"], r"found 'text'; wanted 'prompt' .*, 'chosen', 'rejected'; or 'prompt', 'completion', 'label'; or"),
+        (["prompt_ids", "response_ids"], r"found 'prompt_ids', 'response_ids'; wanted .*columns="),
+        (["prompt", "chosen", "rejected", "images"], r"row 0 .*column 'images': images, sound and video are not"),
+        (["answers", "winner"], r"ranked|no column is known to hold their prompt among 'answers', 'winner'; say which"),
     ],
 )
 def test_missing_columns(tokenizer: PreTrainedTokenizerFast, columns: list[str], message: str) -> None:
@@ -821,13 +833,15 @@ MESSAGE = [{"role": "user", "content": "x"}]
     [
         ({"prompt": 3}, r"column 'prompt': expected text or a list of messages, found int \(3\)"),
         ({"chosen": 0.5}, r"column 'chosen': expected text or a list of messages, found float \(0\.5\)"),
-        ({"rejected": {"role": "user", "content": "x"}}, r"column 'rejected': .* found dict \(\{'role'"),
+        (
+            {"chosen": MESSAGE, "rejected": [*MESSAGE, *MESSAGE]},
+            "of 'prompt' would be lost: it stands nowhere in 'chos",
+        ),
         ({"prompt": ["why?"]}, r"column 'prompt', message 0: expected \{'role'.*, found str \('why\?'\)"),
         ({"prompt": [{"content": "x"}]}, r"column 'prompt', message 0: .*'role' is NoneType \(None\)"),
         ({"prompt": [{"role": 1, "content": "x"}]}, r"column 'prompt', message 0: .*'role' is int \(1\)"),
         ({"prompt": [{"role": "user", "content": 7}]}, r"column 'prompt', message 0: .*'content' is int \(7\)"),
-        ({"prompt": MESSAGE}, r"'prompt', 'chosen', 'rejected' mix text and lists of messages"),
-        ({"prompt": MESSAGE, "chosen": MESSAGE}, r"mix text and lists of messages"),
+        ({"prompt": MESSAGE, "chosen": MESSAGE}, r"'chosen', 'rejected' mix text and whole conversations"),
     ],
 )
 def test_values_of_the_wrong_type(tokenizer: PreTrainedTokenizerFast, row: dict[str, Any], message: str) -> None:
@@ -864,7 +878,7 @@ def test_conversations_that_cannot_be_rendered(
 
 def test_text_prompt_with_a_conversation_as_completion(tokenizer: PreTrainedTokenizerFast) -> None:
     dataset = Dataset.from_list([{"prompt": "x", "completion": MESSAGE}])
-    with pytest.raises(FlexdpoError, match=r"row 0 .*'prompt' is text but 'completion' is a list of messages"):
+    with pytest.raises(FlexdpoError, match=r"row 0 .*'completion': expected a conversation that ends with the assist"):
         tokenize_preferences(dataset, tokenizer, max_length=None)
 
 
