@@ -87,7 +87,11 @@ def renamed(dataset: Any, columns: Mapping[str, str], name: str) -> Any:
     aside = {
         target: f"{target} (as stored)" for target in columns if target in known and target not in columns.values()
     }
-    return dataset.rename_columns({**aside, **{source: target for target, source in columns.items()}})
+    # in two steps, since a stream cannot take a name that another column gives up
+    between = {source: f"{source} (renamed)" for source in columns.values()}
+    return dataset.rename_columns({**aside, **between}).rename_columns(
+        {between[source]: target for target, source in columns.items()}
+    )
 
 
 def parse_columns(text: str | None) -> dict[str, str] | None:
@@ -105,7 +109,5 @@ def parse_columns(text: str | None) -> dict[str, str] | None:
         pairs = [part.split("=", 1) for part in text.split(",")]
     for pair in pairs:
         if len(pair) != 2 or not all(isinstance(part, str) and part.strip() for part in pair):
-            raise FlexdpoError(
-                f"--columns {text}: expected name=column pairs such as prompt=question,chosen=response_j"
-            )
+            raise FlexdpoError(f"--columns {text}: expected pairs such as prompt=question,chosen=response_j")
     return {target.strip(): source.strip() for target, source in pairs}

@@ -53,7 +53,8 @@ def read_row(row: int, values: Mapping[str, Any], settings: Settings) -> Draft:
 def _prompt(draft: Draft, values: Mapping[str, Any], settings: Settings) -> tuple[Any, Mapping[str, Any]]:
     """The value of the prompt's columns, and the row's values with the tools that may stand in there."""
     first, *others = settings.prompt
-    value = values[first]
+    value = decoded(values[first], draft.place, first)
+    draft.decoded = value is not values[first]
     if isinstance(value, dict) and isinstance(value.get("full_text"), str):
         value = value["full_text"]
     elif isinstance(value, dict) and value.get("tools"):
@@ -70,14 +71,12 @@ def _prompt(draft: Draft, values: Mapping[str, Any], settings: Settings) -> tupl
 
 
 def _decode(draft: Draft) -> None:
-    """Messages that stand as JSON in text: in all responses, and the prompt beside them."""
+    """Messages that stand as JSON in the text of all responses."""
     named = zip(draft.responses, draft.columns, strict=True)
     responses = [decoded(response, draft.place, column) for response, column in named]
-    if any(isinstance(response, str) for response in responses) or responses == draft.responses:
-        return
-    draft.decoded = True
-    draft.responses = [as_messages(r, draft.place, c) for r, c in zip(responses, draft.columns, strict=True)]
-    draft.prompt = as_messages(decoded(draft.prompt, draft.place, "prompt"), draft.place, "prompt")
+    if not any(isinstance(response, str) for response in responses) and responses != draft.responses:
+        draft.decoded = True
+        draft.responses = [as_messages(r, draft.place, c) for r, c in zip(responses, draft.columns, strict=True)]
 
 
 def _leave_out(draft: Draft) -> None:

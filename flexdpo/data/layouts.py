@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from flexdpo.data.columns import prompt_like
 from flexdpo.data.draft import TEMPLATE_COLUMNS, TIE, Draft, Settings
 from flexdpo.data.ids import read_own_ids, read_pair_ids
-from flexdpo.data.messages import as_messages
+from flexdpo.data.messages import as_messages, decoded
 from flexdpo.errors import FlexdpoError, found, nearest, quoted
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def _alone(draft: Draft, values: Values, column: str) -> None:
 
 def _answered(draft: Draft, values: Values) -> None:
     """The whole chosen conversation, and another answer to its last question as text."""
-    whole = as_messages(values["messages"], draft.place, "messages")
+    whole = as_messages(decoded(values["messages"], draft.place, "messages"), draft.place, "messages")
     if not isinstance(whole, list) or len(whole) < 2 or whole[-1]["role"] != "assistant":
         raise FlexdpoError(
             f"{draft.place}, column 'messages': expected a conversation that ends with the assistant's chosen answer, "

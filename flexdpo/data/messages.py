@@ -95,6 +95,8 @@ def decoded(value: Any, place: str, column: str) -> Any:
                 "it with json.dumps"
             ) from None
         return value
+    if isinstance(read, dict) and isinstance(read.get("messages"), list):
+        return read
     messages = read if isinstance(read, list) else [read]
     speaks = [
         isinstance(m, dict) and ({"role", "content"} <= m.keys() or {"from", "value"} <= m.keys()) for m in messages

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from flexdpo import DPOTrainer, FlexdpoError, load_preference_dataset, tokenize_preferences
-from flexdpo.data.columns import prompt_like
+from flexdpo.data.columns import parse_columns, prompt_like
 from flexdpo.data.report import DataReport
 from flexdpo.data.stream import StreamedPreferences
 from tests.data.test_data import TEMPLATE
@@ -224,3 +224,16 @@ def test_cut_responses_are_said_before_training(
         said = [record for record in caplog.records if most in record.getMessage()]
         assert [record.levelname for record in said] == ["WARNING"]
         assert "max_length=11 would keep 95 % of the rows whole" in said[0].getMessage()
+
+
+# --- columns of other names on the command line ----------------------------------------------------------------------
+
+
+def test_columns_on_the_command_line() -> None:
+    want = {"prompt": "question", "chosen": "response_j"}
+    assert parse_columns("prompt=question, chosen=response_j") == want
+    assert parse_columns(json.dumps(want)) == want
+    assert parse_columns(None) is None
+    for wrong in ("prompt", "prompt=", "=a", "{", '{"prompt": 3}'):
+        with pytest.raises(FlexdpoError, match=r"--columns .*: (expected pairs such as prompt=|not valid JSON)"):
+            parse_columns(wrong)
