@@ -14,7 +14,7 @@ def test_one_pair_passes_few_functions(tmp_path: Path) -> None:
     names = {code.co_name for code in trace.calls}
     assert {
         "tokenize_batch",
-        "pack_numbered",
+        "pack",
         "build_block_mask",
         "sigmoid_loss",
         "backward",

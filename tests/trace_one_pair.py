@@ -25,7 +25,7 @@ import flexdpo
 from flexdpo.cli import main
 from flexdpo.data import encode
 from flexdpo.training.batch import PackingCollator
-from flexdpo.training.finite import GuardedStep
+from flexdpo.training.finite import StepGuard
 from tests.conftest import VOCABULARY, preference_rows
 
 _PACKAGE = str(Path(flexdpo.__file__).parent)
@@ -92,7 +92,7 @@ class _Recorder:
 
 _FROM_TEXT = encode.tokenize_batch.__code__
 _FROM_EXAMPLES = PackingCollator.__call__.__code__
-_TO_STEP = GuardedStep.on_pre_optimizer_step.__code__
+_TO_STEP = StepGuard.on_pre_optimizer_step.__code__
 
 
 def _called_by(frame: FrameType | None, name: str) -> bool:

@@ -50,36 +50,15 @@ def pack(
             :func:`flexdpo.hf.row_dependence.length_limits` finds them; sequences on either side share no tokens.
 
     Returns:
-        The rows; inside a row the groups keep the order in which they came, relatives side by side.
+        The rows; inside a row the groups keep the order in which they came, relatives side by side, and
+        ``row.numbers`` tells which of ``groups`` each of them is.
 
     Raises:
         FlexdpoError: if a single group is longer than the budget, or ``sharing`` is unknown.
     """
-    packed = pack_numbered(
-        groups,
-        max_tokens_per_row,
-        pad_to_multiple_of=pad_to_multiple_of,
-        buckets=buckets,
-        sharing=sharing,
-        limits=limits,
-    )
-    return [row for row, _ in packed]
-
-
-def pack_numbered(
-    groups: Sequence[Group],
-    max_tokens_per_row: int | None = None,
-    *,
-    pad_to_multiple_of: int = 1,
-    buckets: Buckets | None = None,
-    sharing: str = "group",
-    limits: Sequence[int] = (),
-) -> list[tuple[Row, list[int]]]:
-    """:func:`pack` that tells which of ``groups`` each group of a row is; the same group may be given twice."""
     multiple = pad_to_multiple_of if buckets is None else buckets.multiple
-    budget = None if max_tokens_per_row is None else max_tokens_per_row // multiple * multiple
-    packed = []
-    for clusters in _planned(groups, budget, max_tokens_per_row, sharing, limits):
+    rows = []
+    for clusters in _planned(groups, max_tokens_per_row, multiple, sharing, limits):
         target = multiple
         if buckets is not None:
             target = buckets.length_for(sum(len(cluster.trie) for cluster in clusters), most=max_tokens_per_row)
@@ -88,8 +67,9 @@ def pack_numbered(
             [cluster.trie for cluster in clusters],
             pad_to_multiple_of=target,
         )
-        packed.append((row, [i for cluster in clusters for i in cluster.members]))
-    return packed
+        row.numbers = tuple(i for cluster in clusters for i in cluster.members)
+        rows.append(row)
+    return rows
 
 
 def row_lengths(
@@ -106,7 +86,7 @@ def row_lengths(
     return [
         sum(len(cluster.trie) for cluster in clusters)
         for groups in batches
-        for clusters in _planned(groups, max_tokens_per_row, max_tokens_per_row, sharing, limits)
+        for clusters in _planned(groups, max_tokens_per_row, 1, sharing, limits)
     ]
 
 
@@ -126,54 +106,31 @@ class _Cluster:
 
 
 def _planned(
-    groups: Sequence[Group],
-    budget: int | None,
-    max_tokens_per_row: int | None,
-    sharing: str,
-    limits: Sequence[int] = (),
+    groups: Sequence[Group], max_tokens_per_row: int | None, multiple: int, sharing: str, limits: Sequence[int]
 ) -> list[list[_Cluster]]:
     """The clusters of each row."""
-    clusters = _clusters(groups, budget, max_tokens_per_row, sharing, limits)
-    if budget is None:
-        return [clusters] if clusters else []
-    bins = best_fit_decreasing([len(cluster.trie) for cluster in clusters], budget)
-    return [[clusters[i] for i in members] for members in bins]
-
-
-def _clusters(
-    groups: Sequence[Group],
-    budget: int | None,
-    max_tokens_per_row: int | None,
-    sharing: str,
-    limits: Sequence[int],
-) -> list[_Cluster]:
-    """Tries of the groups, or of groups with long common beginnings as far as these fit a row together."""
     if sharing not in SHARING:
         raise FlexdpoError(f"sharing must be one of {SHARING}, got {sharing!r}{nearest(sharing, SHARING)}")
-    clusters: list[_Cluster] = []
-    for members in _relatives(groups) if sharing == "step" else [[i] for i in range(len(groups))]:
-        whole = _Cluster.of(members, groups, limits)
-        if budget is None or len(whole.trie) <= budget:
-            clusters.append(whole)
-        elif len(members) > 1:
-            clusters += _split(whole, groups, budget, max_tokens_per_row, limits)
-        else:
-            _require_fit(groups[members[0]], len(whole.trie), budget, max_tokens_per_row)
-    return clusters
-
-
-def _relatives(groups: Sequence[Group]) -> list[list[int]]:
-    """Groups whose prompts have their first ``MIN_SHARED`` tokens in common, in order of appearance."""
-    found: dict[object, list[int]] = {}
+    relatives: dict[object, list[int]] = {}
     for i, group in enumerate(groups):
-        long_enough = group.prompt_ids.size >= MIN_SHARED
-        found.setdefault(group.prompt_ids[:MIN_SHARED].tobytes() if long_enough else i, []).append(i)
-    return list(found.values())
+        may_share = sharing == "step" and group.prompt_ids.size >= MIN_SHARED
+        relatives.setdefault(group.prompt_ids[:MIN_SHARED].tobytes() if may_share else i, []).append(i)
+    clusters = [_Cluster.of(members, groups, limits) for members in relatives.values()]
+    if max_tokens_per_row is None:
+        return [clusters] if clusters else []
+    budget = max_tokens_per_row // multiple * multiple
+    fitting: list[_Cluster] = []
+    for cluster in clusters:
+        if len(cluster.trie) <= budget:
+            fitting.append(cluster)
+        else:
+            parts = _split(cluster, groups, budget, max_tokens_per_row)
+            fitting += [_Cluster.of(part, groups, limits) for part in parts]
+    bins = best_fit_decreasing([len(cluster.trie) for cluster in fitting], budget)
+    return [[fitting[i] for i in members] for members in bins]
 
 
-def _split(
-    cluster: _Cluster, groups: Sequence[Group], budget: int, max_tokens_per_row: int | None, limits: Sequence[int]
-) -> list[_Cluster]:
+def _split(cluster: _Cluster, groups: Sequence[Group], budget: int, max_tokens_per_row: int) -> list[list[int]]:
     """Break a cluster that fits no row into as many as needed, nearest relatives together."""
     paths = iter(cluster.trie.paths)
     nodes = {i: np.unique(np.concatenate([next(paths) for _ in groups[i].response_ids])) for i in cluster.members}
@@ -181,25 +138,21 @@ def _split(
     covered = np.zeros(len(cluster.trie), dtype=bool)
     # depth-first order puts those side by side that part last
     for i in sorted(cluster.members, key=lambda i: nodes[i].tolist()):
-        _require_fit(groups[i], nodes[i].size, budget, max_tokens_per_row)
-        grown = covered.copy()
-        grown[nodes[i]] = True
-        if parts and grown.sum() <= budget:
+        if nodes[i].size > budget:
+            raise FlexdpoError(
+                f"{groups[i].name} has {nodes[i].size} distinct tokens but max_tokens_per_row={max_tokens_per_row} "
+                f"leaves room for {budget}; raise max_tokens_per_row or lower max_length"
+            )
+        together = covered.copy()
+        together[nodes[i]] = True
+        if parts and together.sum() <= budget:
             parts[-1].append(i)
-            covered = grown
+            covered = together
         else:
             parts.append([i])
             covered[:] = False
             covered[nodes[i]] = True
-    return [_Cluster.of(sorted(part), groups, limits) for part in parts]
-
-
-def _require_fit(group: Group, length: int, budget: int, max_tokens_per_row: int | None) -> None:
-    if length > budget:
-        raise FlexdpoError(
-            f"{group.name} has {length} distinct tokens but max_tokens_per_row={max_tokens_per_row} leaves "
-            f"room for {budget}; raise max_tokens_per_row or lower max_length"
-        )
+    return [sorted(part) for part in parts]
 
 
 def best_fit_decreasing(lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -304,16 +257,15 @@ def _cheapest_splits(sizes: NDArray[np.int64], counts: NDArray[np.int64], most: 
             best[j] = totals[start[j]]
         cost.append(best)
         came.append(start)
-    return [(int(cost[k][-1]), _trace(came, k, len(sizes))) for k in range(most)]
-
-
-def _trace(came: list[NDArray[np.int64]], k: int, j: int) -> list[int]:
-    chosen = []
-    while j > 0:
-        chosen.append(j - 1)
-        j = int(came[k][j]) if k > 0 else 0
-        k -= 1
-    return chosen[::-1]
+    splits = []
+    for k in range(most):
+        chosen, j = [], len(sizes)
+        for starts in came[k::-1]:
+            if j > 0:
+                chosen.append(j - 1)
+                j = int(starts[j])
+        splits.append((int(cost[k][-1]), chosen[::-1]))
+    return splits
 
 
 def _rounded_up(value: int, multiple: int) -> int:

@@ -58,6 +58,7 @@ class Row:
     documents: tuple[tuple[int, int], ...]
     # for each response, the row index of each of its tokens, the prompt not included
     response_paths: tuple[NDArray[np.int64], ...]
+    numbers: tuple[int, ...] = ()  # which of the groups that :func:`flexdpo.pack` was given each group is
 
     @classmethod
     def from_groups(cls, groups: Sequence[Group], *, pad_to_multiple_of: int = 1, limits: Sequence[int] = ()) -> Row:

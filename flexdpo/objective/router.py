@@ -72,7 +72,7 @@ class RouterLoss:
             return args, {**kwargs, "output_router_logits": True}
 
         def take(module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001
-            routed.aux_loss = output.aux_loss
+            routed.aux_loss = output.aux_loss if isinstance(output.aux_loss, torch.Tensor) else None
             logits = output.router_logits or ()
             routed.logits = tuple(rearrange(each, "... e -> (...) e") for each in logits if each is not None)
 
@@ -87,21 +87,21 @@ class RouterLoss:
             for handle in handles:
                 handle.remove()
 
-    def of_row(self, routed: Routed) -> Tensor:
-        """The loss of a batch that is one row, a scalar."""
-        if not isinstance(routed.aux_loss, torch.Tensor):
+    def loss(self, passes: Sequence[Routed], rows: Sequence[Row]) -> Tensor:
+        """The loss of all rows of a batch, with gradients in those logits that have any."""
+        own = passes[0].aux_loss
+        if own is None:
             raise FlexdpoError(
                 f"{type(self.base).__name__} returned no load-balancing loss in this version of transformers; set "
                 "router_aux_loss_coef=0 to train without it"
             )
-        return self.coefficient * routed.aux_loss
-
-    def of_batch(self, passes: Sequence[Routed], rows: Sequence[Row]) -> Tensor:
-        """The loss of all rows of a batch, with gradients in those logits that have any."""
+        own = self.coefficient * own
+        if len(rows) == 1:
+            return own
         if not self._reproduces:
             # asked once: the model's own function, on one row, against what its forward returned
-            own = self._function([passes[0].logits], rows[:1])
-            self._reproduces.append(own is not None and torch.allclose(own, self.of_row(passes[0]).detach(), rtol=1e-3))
+            alone = self._function([passes[0].logits], rows[:1])
+            self._reproduces.append(alone is not None and torch.allclose(alone, own.detach(), rtol=1e-3))
         total = self._function([each.logits for each in passes], rows) if self._reproduces[0] else None
         if total is None:
             raise FlexdpoError(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flexdpo.layout.packing import best_fit_decreasing, pack_numbered
+from flexdpo.layout.packing import best_fit_decreasing, pack
 from flexdpo.show.mask_image import FIRST_RESPONSE, INK, PADDING, PROMPT, TokenKinds, token_colours, token_kinds
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def batch_layouts(
     # the unshared responses of a group may be too long together, so each finds its own place
     bins = best_fit_decreasing([len(lane) for lane in sequences], max(budget, longest))
     most = max(len(group.response_ids) for group in groups)
-    packed = pack_numbered(groups, budget, sharing=sharing)
+    packed = pack(groups, budget, sharing=sharing)
     return (
         BatchLayout("padded", tuple(_padded(lane, longest) for lane in sequences)),
         BatchLayout("packed", tuple(_joined([sequences[i] for i in members]) for members in bins)),
@@ -100,10 +100,10 @@ def batch_layouts(
             "shared",
             tuple(
                 Lane(
-                    token_kinds(row)._replace(num_responses=most, documents=_renumbered(row, numbers)),
+                    token_kinds(row)._replace(num_responses=most, documents=_renumbered(row)),
                     row.num_tokens,
                 )
-                for row, numbers in packed
+                for row in packed
             ),
         ),
     )
@@ -115,12 +115,12 @@ def default_budget(groups: Sequence[Group]) -> int:
     return max(-(-total // 4), *(group.unshared_tokens for group in groups))
 
 
-def _renumbered(row: Any, numbers: Sequence[int]) -> Any:
+def _renumbered(row: Any) -> Any:
     """The documents of a row by the batch's numbers, so that tints agree between the layouts."""
     documents = np.full(row.subtree_end.shape[-1], -1, dtype=np.int64)
     if len(row.groups) != len(row.documents):
         return token_kinds(row).documents  # groups that share a trie are one document
-    for number, (start, stop) in zip(numbers, row.documents, strict=True):
+    for number, (start, stop) in zip(row.numbers, row.documents, strict=True):
         documents[start:stop] = number
     return documents
 

@@ -9,7 +9,7 @@ import torch
 
 from flexdpo.data.tokenize import group_from_row
 from flexdpo.errors import FlexdpoError
-from flexdpo.layout.packing import pack_numbered
+from flexdpo.layout.packing import pack
 from flexdpo.layout.row import idle_row
 from flexdpo.objective.batch import BatchTotals, ReferenceLogps
 from flexdpo.objective.unpaired import with_unrelated_responses
@@ -27,39 +27,14 @@ REFERENCE_PAIR_COLUMN = "ref_pair_logps"
 
 @dataclass(eq=False)
 class PackedBatch:
-    """The groups of one micro-batch, laid out in rows.
-
-    Attributes:
-        totals: Denominators of the losses over the whole batch.
-        reference: Precomputed reference log-probabilities for each row, or ``None``.
-        members: For each row, which example of the batch each of its groups is.
-        idle_row: The smallest row there is, for processes that run out of rows before the others do.
-    """
+    """The groups of one micro-batch, laid out in rows."""
 
     rows: list[Row]
-    totals: BatchTotals
-    reference: list[ReferenceLogps] | None = None
-    members: list[list[int]] | None = None
-    idle_row: Row | None = None
-
-    @classmethod
-    def from_groups(
-        cls,
-        groups: Sequence[Group],
-        *,
-        reference: Sequence[Sequence[float]] | None = None,
-        reference_pairs: Sequence[Sequence[Sequence[float]]] | None = None,
-        **layout: Any,
-    ) -> PackedBatch:
-        """Pack groups, and bring their precomputed reference log-probabilities into row order.
-
-        Args:
-            groups: The examples of the batch.
-            reference: For each group, one value per response.
-            reference_pairs: For each group, chosen and rejected value per preference; only under ``ld_alpha``.
-            layout: The fields of :class:`PackingCollator`.
-        """
-        return PackingCollator(**layout).packed(groups, reference, reference_pairs)
+    totals: BatchTotals  # denominators of the losses over the whole batch
+    reference: list[ReferenceLogps] | None = None  # precomputed log-probabilities of each row
+    idle_row: Row | None = None  # the smallest there is, for processes that run out of rows before the others do
+    # groups and precomputed values, one per example, as :meth:`PackingCollator.packed` was given them
+    examples: tuple[Sequence[Any] | None, ...] = ((), None, None)
 
     @property
     def tokens_run(self) -> int:
@@ -71,33 +46,9 @@ class PackedBatch:
         """Tokens that an ordinary trainer would run for the same responses, padding not counted."""
         return sum(row.unshared_tokens for row in self.rows)
 
-    def only(
-        self, kept: Sequence[bool]
-    ) -> tuple[list[Group], list[list[float]] | None, list[list[list[float]]] | None]:
-        """The groups of some examples and their precomputed values, as :meth:`from_groups` takes them.
-
-        Args:
-            kept: For each example of the batch, whether to keep it.
-        """
-        groups: dict[int, Group] = {}
-        values: dict[int, list[float]] = {}
-        pairs: dict[int, list[list[float]]] = {}
-        for place, row in enumerate(self.rows):
-            numbers = (self.members or ())[place]
-            groups |= dict(zip(numbers, row.groups, strict=True))
-            if self.reference is not None:
-                sums, of_pairs = self.reference[place]
-                counts = [len(group.response_ids) for group in row.groups]
-                values |= {n: part.tolist() for n, part in zip(numbers, sums.split(counts), strict=True)}
-                if of_pairs is not None:
-                    edges = [len(group.edges) for group in row.groups]
-                    pairs |= {n: part.tolist() for n, part in zip(numbers, of_pairs.split(edges), strict=True)}
-        order = [number for number in sorted(groups) if kept[number]]
-        return (
-            [groups[number] for number in order],
-            [values[number] for number in order] if values else None,
-            [pairs[number] for number in order] if pairs else None,
-        )
+    def only(self, numbers: Sequence[int]) -> tuple[Any, ...]:
+        """Some of the examples, as :meth:`PackingCollator.packed` takes them."""
+        return tuple(part and [part[number] for number in numbers] for part in self.examples)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """Return the batch with all tensors on ``device``."""
@@ -115,24 +66,6 @@ class PackedBatch:
         ]
         idle = None if self.idle_row is None else change(self.idle_row)
         return replace(self, rows=[change(row) for row in self.rows], reference=reference, idle_row=idle)
-
-
-def _reference_of(
-    row: Row,
-    members: Sequence[int],
-    reference: Sequence[Sequence[float]],
-    pairs: Sequence[Sequence[Sequence[float]]] | None,
-) -> ReferenceLogps:
-    sums = torch.tensor([value for number in members for value in reference[number]], dtype=torch.float64)
-    if len(sums) != row.num_responses:
-        raise FlexdpoError(
-            f"{row.groups[0].name} and the groups beside it have {row.num_responses} responses but {len(sums)} "
-            "precomputed reference log-probabilities; compute them again"
-        )
-    if pairs is None:
-        return ReferenceLogps(sums)
-    of_pairs = [list(values) for number in members for values in pairs[number]]
-    return ReferenceLogps(sums, torch.tensor(of_pairs, dtype=torch.float64).reshape(-1, 2))
 
 
 @dataclass(frozen=True)
@@ -175,8 +108,14 @@ class PackingCollator:
         reference: Sequence[Sequence[float]] | None = None,
         reference_pairs: Sequence[Sequence[Sequence[float]]] | None = None,
     ) -> PackedBatch:
-        """Pack groups by these settings; the arguments are those of :meth:`PackedBatch.from_groups`."""
-        packed = pack_numbered(
+        """Pack groups by these settings, and bring their precomputed reference log-probabilities into row order.
+
+        Args:
+            groups: The examples of the batch.
+            reference: For each group, one value per response.
+            reference_pairs: For each group, chosen and rejected value per preference; only under ``ld_alpha``.
+        """
+        rows = pack(
             groups,
             self.max_tokens_per_row,
             pad_to_multiple_of=self.pad_to_multiple_of,
@@ -184,11 +123,23 @@ class PackingCollator:
             sharing=self.sharing,
             limits=self.limits,
         )
-        rows, members = [row for row, _ in packed], [numbers for _, numbers in packed]
-        values = None
-        if reference is not None:
-            values = [_reference_of(row, m, reference, reference_pairs) for row, m in zip(rows, members, strict=True)]
+        values = None if reference is None else [_reference_of(row, reference, reference_pairs) for row in rows]
         idle = None
         if self.with_idle_row:
             idle = idle_row(self.pad_to_multiple_of if self.buckets is None else self.buckets.lengths[0])
-        return PackedBatch(rows, BatchTotals.of(groups), values, members, idle)
+        return PackedBatch(rows, BatchTotals.of(groups), values, idle, (groups, reference, reference_pairs))
+
+
+def _reference_of(
+    row: Row, reference: Sequence[Sequence[float]], pairs: Sequence[Sequence[Sequence[float]]] | None
+) -> ReferenceLogps:
+    sums = torch.tensor([value for number in row.numbers for value in reference[number]], dtype=torch.float64)
+    if len(sums) != row.num_responses:
+        raise FlexdpoError(
+            f"{row.groups[0].name} and the groups beside it have {row.num_responses} responses but {len(sums)} "
+            "precomputed reference log-probabilities; compute them again"
+        )
+    if pairs is None:
+        return ReferenceLogps(sums)
+    of_pairs = [list(values) for number in row.numbers for values in pairs[number]]
+    return ReferenceLogps(sums, torch.tensor(of_pairs, dtype=torch.float64).reshape(-1, 2))

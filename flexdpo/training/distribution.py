@@ -96,6 +96,17 @@ def held_gradients(accelerator: Accelerator, model: nn.Module) -> Iterator[None]
         accelerator.gradient_state._set_sync_gradients(True)
 
 
+def hooks_of(accelerator: Accelerator) -> dict[str, Any]:
+    """What a :class:`~flexdpo.training.step.Runner` asks of the other processes, and of mixed precision."""
+    return {
+        "backward": accelerator.backward,
+        "no_sync": lambda model: held_gradients(accelerator, model),
+        "autocast": accelerator.autocast,
+        "average": lambda value: accelerator.reduce(value, reduction="mean"),
+        "agree": (lambda number: largest(accelerator, number)) if runs_in_step(accelerator) else None,
+    }
+
+
 def backward_options(accelerator: Accelerator) -> dict[str, Any]:
     """What ``accelerator.backward`` must be told by a caller that scales for accumulation itself."""
     return {"scale_wrt_gas": False} if accelerator.distributed_type == DistributedType.DEEPSPEED else {}

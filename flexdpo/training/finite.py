@@ -12,14 +12,12 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from accelerate.utils import DistributedType
 from transformers import TrainerCallback
 
 from flexdpo.errors import FlexdpoError
-from flexdpo.objective.batch import BatchTotals, ReferenceLogps
 from flexdpo.objective.logps import require_finite
-from flexdpo.training.batch import PackedBatch
-from flexdpo.training.distribution import runs_in_step
+from flexdpo.training.batch import PackedBatch, PackingCollator
+from flexdpo.training.distribution import largest, runs_in_step
 from flexdpo.training.step import BatchLoss, Runner
 
 if TYPE_CHECKING:
@@ -27,9 +25,6 @@ if TYPE_CHECKING:
 
     from accelerate import Accelerator
     from torch import Tensor, nn
-
-    from flexdpo.layout.groups import Group
-    from flexdpo.layout.row import Row
 
 _WAY_OUT = "a smaller beta, a lower learning rate, or bf16 in place of fp16 keeps it finite"
 # under GradScaler a step that overflows is skipped and tried again with a smaller scale, down to this one
@@ -45,15 +40,12 @@ class Ran(NamedTuple):
 
 
 @dataclass(eq=False)
-class StepGuard:
-    """Keeps an optimizer from a step that is not finite.
-
-    Attributes:
-        ran: The batches of the step in progress, whose gradients were added to the step's.
-    """
+class StepGuard(TrainerCallback):
+    """Keeps an optimizer from a step that is not finite."""
 
     model: nn.Module
     accelerator: Accelerator | None = None
+    # the batches of the step in progress, whose gradients were added to the step's
     ran: list[Ran] = field(default_factory=list)
 
     @contextlib.contextmanager
@@ -103,8 +95,7 @@ class StepGuard:
         # sharded weights are gathered by all processes together, which may have unequal numbers of groups
         if self.accelerator is None or not runs_in_step(self.accelerator):
             for each in ran:
-                for group, alone in _one_by_one(each):
-                    self._require_finite_alone(group, alone, place)
+                self._require_finite_one_by_one(each, place)
         for each in ran:
             _require_finite_values(each, place)
         groups = ", ".join(group.name for each in ran for row in each.batch.rows for group in row.groups)
@@ -116,40 +107,44 @@ class StepGuard:
             f"alone{elsewhere}; {_WAY_OUT}"
         )
 
-    def _require_finite_alone(self, group: Group, alone: _Alone, place: str) -> None:
-        self.model.zero_grad(set_to_none=True)
-        result = replace(alone.runner, model=self.model)(alone.batch)
+    def _require_finite_one_by_one(self, ran: Ran, place: str) -> None:
+        """Run each group in a row of its own, with the weight that it has in the whole batch."""
         # in a shared row the NaN of one example spreads to the others, behind a mask that gives it the weight 0
-        _require_finite_values(Ran(alone.runner, alone.batch, result), place)
-        if not bool(torch.isfinite(result.loss)):
-            raise FlexdpoError(
-                f"{place}the loss is not finite though every log-probability is, at {group.name}; {_WAY_OUT}"
-            )
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        if not bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients))):
-            name = next(not_finite(self.model, gradients=True), None)
-            at_fault = "the gradient's norm" if name is None else f"the gradient of {name}"
-            raise FlexdpoError(f"{place}{at_fault} is not finite though the loss is, at {group.name}; {_WAY_OUT}")
-
-
-class GuardedStep(TrainerCallback):
-    """Holds ``Trainer`` to its word that the gradient's norm is asked for before the optimizer steps."""
-
-    def __init__(self, guard: StepGuard) -> None:
-        self.guard = guard
+        runner = replace(
+            ran.runner,
+            model=self.model,
+            backward=torch.Tensor.backward,
+            no_sync=contextlib.nullcontext,
+            average=None,
+            agree=None,
+        )
+        for number, group in enumerate(ran.batch.examples[0] or ()):
+            batch = PackingCollator().packed(*ran.batch.only([number])).to(ran.batch.rows[0].input_ids.device)
+            # a loss that couples its pairs is that of the group's own pairs
+            if not runner.objective.couples_batch:
+                batch.totals = ran.batch.totals
+            elif not (group.edges or batch.totals.labelled):
+                continue
+            self.model.zero_grad(set_to_none=True)
+            result = runner(batch)
+            _require_finite_values(Ran(runner, batch, result), place)
+            if not bool(torch.isfinite(result.loss)):
+                raise FlexdpoError(
+                    f"{place}the loss is not finite though every log-probability is, at {group.name}; {_WAY_OUT}"
+                )
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            if not bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients))):
+                name = next(not_finite(self.model, gradients=True), None)
+                at_fault = "the gradient's norm" if name is None else f"the gradient of {name}"
+                raise FlexdpoError(f"{place}{at_fault} is not finite though the loss is, at {group.name}; {_WAY_OUT}")
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        """Stop if the step in progress was not looked at."""
-        if self.guard.ran:
+        """Hold ``Trainer`` to its word that it asks for the gradient's norm before the optimizer steps."""
+        if self.ran:
             raise RuntimeError(
                 "transformers' Trainer did not ask for the gradient's norm before the optimizer's step, so it was not "
                 "looked at; this version of transformers is not supported"
             )
-
-
-class _Alone(NamedTuple):
-    runner: Runner
-    batch: PackedBatch
 
 
 def _require_finite_values(ran: Ran, place: str) -> None:
@@ -161,39 +156,6 @@ def _require_finite_values(ran: Ran, place: str) -> None:
         require_finite(sums, row, model="the reference", where=where)
     for given, row in zip(batch.reference or (), batch.rows, strict=False):
         require_finite(given.sums, row, model="the precomputed reference", where=where)
-
-
-def _one_by_one(ran: Ran) -> Iterator[tuple[Group, _Alone]]:
-    """Each group of a batch in a row of its own, with the weight that it has in the whole batch."""
-    objective = ran.runner.objective
-    runner = replace(
-        ran.runner, backward=torch.Tensor.backward, no_sync=contextlib.nullcontext, average=None, agree=None
-    )
-    for number, row in enumerate(ran.batch.rows):
-        given = None if ran.batch.reference is None else ran.batch.reference[number]
-        for group, reference in _references(row, given):
-            alone = PackedBatch.from_groups([group]).to(row.input_ids.device)
-            # a loss that couples its pairs is that of the group's own pairs
-            alone.totals = BatchTotals.of([group]) if objective.couples_batch else ran.batch.totals
-            alone.reference = None if reference is None else [reference]
-            if objective.couples_batch and not (group.edges or alone.totals.labelled):
-                continue
-            yield group, _Alone(runner, alone)
-
-
-def _references(row: Row, given: ReferenceLogps | None) -> Iterator[tuple[Group, ReferenceLogps | None]]:
-    response = edge = 0
-    for group in row.groups:
-        responses = slice(response, response := response + len(group.response_ids))
-        edges = slice(edge, edge := edge + len(group.edges))
-        if given is None:
-            yield group, None
-        else:
-            pairs = None if given.pair_sums is None else given.pair_sums[edges]
-            yield group, ReferenceLogps(given.sums[responses], pairs)
-
-
-# --- what is trained -------------------------------------------------------------------------------------------------
 
 
 def not_finite(model: nn.Module, *, gradients: bool = False) -> Iterator[str]:
@@ -215,14 +177,9 @@ def require_finite_weights(model: nn.Module, accelerator: Accelerator, what: str
         FlexdpoError: naming the first parameter at fault.
     """
     name = next(not_finite(model), None)
-    bad = name is not None
-    if accelerator.num_processes > 1 and accelerator.distributed_type in (
-        DistributedType.FSDP,
-        DistributedType.DEEPSPEED,
-    ):
-        flag = torch.tensor(int(bad), device=accelerator.device)
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-        bad = bool(flag)
+    bad = int(name is not None)
+    if runs_in_step(accelerator):
+        bad = largest(accelerator, bad)
     if bad:
         raise FlexdpoError(
             f"{what} is not written, since {name or 'a weight of another process'} holds values that are not finite; "

@@ -48,16 +48,15 @@ class MeanMetrics:
         return {name: (total / count).item() for name, (total, count) in zip(names, totals, strict=True)}
 
 
-def distinct_examples(example_rows: Tensor, args: TrainingArguments, accelerator: Accelerator) -> list[bool]:
+def distinct_examples(example_rows: Tensor, args: TrainingArguments, accelerator: Accelerator) -> list[int]:
     """Which examples of an evaluation batch count: all but repeats that fill up the last batch of some ranks."""
-    state = accelerator.gradient_state
+    state, count = accelerator.gradient_state, len(example_rows)
     if (example_rows < 0).any():
         # a stream marks its repeats itself, for nobody knows its length
-        return [row >= 0 for row in example_rows.tolist()]
-    if args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
-        return [True] * len(example_rows)
-    distinct = state.remainder - args.process_index * args.eval_batch_size
-    return [example < distinct for example in range(len(example_rows))]
+        return [number for number, row in enumerate(example_rows.tolist()) if row >= 0]
+    if args.world_size > 1 and state.end_of_dataloader and state.remainder > 0:
+        count = min(count, max(0, state.remainder - args.process_index * args.eval_batch_size))
+    return list(range(count))
 
 
 class MetricsFile(TrainerCallback):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ import torch
 
 from flexdpo.errors import FlexdpoError
 from flexdpo.layout.row import Row
-from flexdpo.objective.batch import Reference, surrogate_loss
+from flexdpo.objective.batch import Reference, RowLoss, surrogate_loss
 from flexdpo.objective.logps import ResponseLogps, response_logps
 from flexdpo.objective.objective import Objective
 from flexdpo.objective.router import Routed, RouterLoss
@@ -27,19 +27,12 @@ ReferenceFn = Callable[["Row"], ResponseLogps]
 
 @dataclass(eq=False)
 class BatchLoss:
-    """The loss of a batch and what is logged of it.
+    """The loss of a batch and what is logged of it."""
 
-    Attributes:
-        loss: Detached scalar, the unpacked batch's loss.
-        metrics: Values of all rows by name, one per pair or response.
-        policy_sums: For each row, the policy's log-probability of every response, ``[R]``, detached.
-        reference_sums: The same under the reference, where it was run.
-    """
-
-    loss: Tensor
-    metrics: dict[str, Tensor] = field(default_factory=dict)
-    policy_sums: list[Tensor] = field(default_factory=list)
-    reference_sums: list[Tensor] = field(default_factory=list)
+    loss: Tensor  # detached scalar, the unpacked batch's loss
+    metrics: dict[str, Tensor] = field(default_factory=dict)  # values of all rows by name, one per pair or response
+    policy_sums: list[Tensor] = field(default_factory=list)  # of each row's responses, ``[R]``, detached
+    reference_sums: list[Tensor] = field(default_factory=list)  # the same under the reference, where it was run
 
 
 @dataclass(frozen=True)
@@ -52,7 +45,7 @@ class Runner:
             precomputed ones.
         backward: Called with each row's share of the loss, so that one row's activations are freed before the next;
             ``None`` computes values only.
-        no_sync: Entered around every pass but the last, to keep gradient synchronisation for the end.
+        no_sync: Entered around every pass of the model but the last, to keep gradient synchronisation for the end.
         autocast: Entered around the forward passes.
         average: Mean of a scalar over all processes, for losses that compare with a mean over the whole batch.
         router: The load-balancing loss of a mixture of experts, added to the batch's.
@@ -64,7 +57,7 @@ class Runner:
     objective: Objective
     reference: ReferenceFn | None = None
     backward: Callable[[Tensor], None] | None = None
-    no_sync: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+    no_sync: Callable[[nn.Module], AbstractContextManager[Any]] = contextlib.nullcontext
     autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
     average: Callable[[Tensor], Tensor] | None = None
     router: RouterLoss | None = None
@@ -72,110 +65,74 @@ class Runner:
 
     def __call__(self, batch: PackedBatch) -> BatchLoss:
         """Run a batch that is on the model's device."""
-        if self.objective.averages_tokens and self.average is not None:
+        objective, totals, count = self.objective, batch.totals, len(batch.rows)
+        couples = objective.couples_batch
+        if objective.averages_tokens and self.average is not None:
             # gradients become a mean over processes, so each divides by the mean of their tokens
-            tokens = batch.rows[0].input_ids.new_full((), float(batch.totals.supervised_tokens), dtype=torch.float64)
-            batch = replace(batch, totals=replace(batch.totals, supervised_tokens=self.average(tokens)))
-        passes = len(batch.rows)
+            tokens = batch.rows[0].input_ids.new_full((), float(totals.supervised_tokens), dtype=torch.float64)
+            totals = replace(totals, supervised_tokens=self.average(tokens))
+        rows = list(batch.rows)
         if self.agree is not None and batch.idle_row is not None:
-            passes = self.agree(passes)
-        if self.objective.couples_batch and passes > 1:
-            return self._in_two_passes(batch, passes)
-        routed: list[Routed] = []
-        if self.router is not None and passes > 1:
-            # their loss compares all rows, so all logits come first, without gradients
-            self._values(batch, passes, routed)
-        losses, metrics, policy_sums, reference_sums = [], [], [], []
-        for number, row in enumerate(batch.rows):
-            with self._sync(number, passes):
-                reference = self._reference(batch, number)
-                own: list[Routed] = []
-                policy = self._policy(row, own)
-                result = self.objective.row_loss(policy, reference, row, batch.totals, average=self.average)
-                loss = result.loss
-                if self.router is not None and passes == 1:
-                    routed = own
-                    loss = loss + self.router.of_row(own[0])
-                elif self.router is not None:
-                    loss = loss + self.router.of_batch([*routed[:number], *own, *routed[number + 1 :]], batch.rows)
-                self._backward(loss)
-            losses.append(result.loss.detach())
-            metrics.append(result.metrics)
-            policy_sums.append(policy.sums.detach())
-            if isinstance(reference, ResponseLogps):
-                reference_sums.append(reference.sums.detach())
-        for number in range(len(batch.rows), passes):
-            with self._sync(number, passes):
-                self._reference(batch, number)
-                self._idle_policy(batch)
-        merged = {name: torch.cat([m[name] for m in metrics]) for name in metrics[0]}
-        found = BatchLoss(torch.stack(losses).sum(), merged, policy_sums, reference_sums)
-        return found if self.router is None else self._with_router_loss(self.router, found, routed, batch)
-
-    def _in_two_passes(self, batch: PackedBatch, passes: int) -> BatchLoss:
-        """Where a row's gradient depends on the others: all values first, then every row again with its gradient."""
+            # a process that runs out of rows takes part in the others' passes
+            rows += [batch.idle_row] * (self.agree(count) - count)
         # the reference's passes all come first, so that processes gather the same weights at the same time
-        references = [self._reference(batch, number) for number in range(passes)][: len(batch.rows)]
-        routed: list[Routed] = []
-        first = self._values(batch, passes, routed)
-        found = self.objective.target_gradients(first, references, batch.rows, batch.totals, average=self.average)
-        if self.backward is not None:
-            for number, (row, gradient) in enumerate(zip(batch.rows, found.targets, strict=True)):
-                with self._sync(number, passes):
-                    own: list[Routed] = []
-                    share = surrogate_loss(self._policy(row, own), gradient)
-                    if self.router is not None:
-                        together = [*routed[:number], *own, *routed[number + 1 :]]
-                        share = share + self.router.of_batch(together, batch.rows)
-                    self._backward(share)
-            for number in range(len(batch.rows), passes):
-                with self._sync(number, passes):
-                    self._idle_policy(batch)
-        result = BatchLoss(
-            found.loss,
-            dict(found.metrics),
-            [logps.sums.detach() for logps in first],
-            [logps.sums.detach() for logps in references if isinstance(logps, ResponseLogps)],
-        )
-        return result if self.router is None else self._with_router_loss(self.router, result, routed, batch)
+        references = self._references(batch, rows)[:count]
+        couples = couples and len(rows) > 1
+        first: list[tuple[ResponseLogps, Routed]] = []
+        if couples or (self.router is not None and len(rows) > 1):
+            # what compares a batch's rows needs the values of all, and then each row again for its gradient
+            with torch.no_grad():
+                first = [self._policy(row) for row in rows][:count]
+        policies, routed = [policy for policy, _ in first], [heard for _, heard in first]
+        sums = [policy.sums for policy in policies]
+        shares, gradients = [], []
+        if couples:
+            found = objective.target_gradients(policies, references, batch.rows, totals, average=self.average)
+            shares, gradients = [RowLoss(found.loss, found.metrics)], found.targets
+        for number, row in enumerate(rows if self.backward is not None or not couples else ()):
+            last = number == len(rows) - 1
+            with contextlib.nullcontext() if last or self.backward is None else self.no_sync(self.model):
+                policy, heard = self._policy(row)
+                if number >= count:
+                    self._backward(policy.targets.sum() * 0.0)  # adds nothing to the gradient
+                    continue
+                if couples:
+                    loss = surrogate_loss(policy, gradients[number])
+                else:
+                    share = objective.row_loss(policy, references[number], row, totals, average=self.average)
+                    loss = share.loss
+                    shares.append(share._replace(loss=loss.detach()))
+                if self.router is not None:
+                    together = [*routed[:number], heard, *routed[number + 1 :]]
+                    loss = loss + self.router.loss(together, batch.rows)
+                self._backward(loss)
+            if not first:
+                sums.append(policy.sums.detach())
+                routed.append(heard)
+        loss = torch.stack([share.loss for share in shares]).sum()
+        metrics = {name: torch.cat([share.metrics[name] for share in shares]) for name in shares[0].metrics}
+        if self.router is not None:
+            added = self.router.loss(routed, batch.rows).detach()
+            loss, metrics["aux_loss"] = loss + added, (added / self.router.coefficient)[None]
+        under_reference = [logps.sums.detach() for logps in references if isinstance(logps, ResponseLogps)]
+        return BatchLoss(loss, metrics, sums, under_reference)
 
-    @torch.no_grad()
-    def _values(self, batch: PackedBatch, passes: int, routed: list[Routed]) -> list[ResponseLogps]:
-        """The policy's log-probabilities of all rows without gradients; ``routed`` gets each row's router logits."""
-        values = [self._policy(row, routed) for row in batch.rows]
-        for _ in range(len(batch.rows), passes):
-            self._idle_policy(batch)
-        return values
-
-    def _policy(self, row: Row, routed: list[Routed] | None = None) -> ResponseLogps:
-        listening = contextlib.nullcontext() if self.router is None else self.router.listening()
+    def _policy(self, row: Row) -> tuple[ResponseLogps, Routed]:
+        listening = contextlib.nullcontext(Routed()) if self.router is None else self.router.listening()
         with listening as heard, self.autocast():
-            logps = response_logps(self.model, row, with_log_sum_squares=self.objective.use_weighting)
-        if heard is not None and routed is not None:
-            routed.append(heard)
-        return logps
+            return response_logps(self.model, row, with_log_sum_squares=self.objective.use_weighting), heard
 
-    def _idle_policy(self, batch: PackedBatch) -> None:
-        """Take part in the others' pass without adding anything to the gradient."""
-        if batch.idle_row is None:
-            return
-        targets = self._policy(batch.idle_row).targets
-        if self.backward is not None and torch.is_grad_enabled():
-            self.backward(targets.sum() * 0.0)
-
-    def _reference(self, batch: PackedBatch, number: int) -> Reference:
-        """The reference's values of a row; with a number beyond the rows, only take part in the others' pass."""
-        row = batch.rows[number] if number < len(batch.rows) else batch.idle_row
+    def _references(self, batch: PackedBatch, rows: Sequence[Row]) -> Sequence[Reference]:
         if batch.reference is not None:
-            return batch.reference[number] if number < len(batch.rows) else None
-        if not self.objective.needs_reference or row is None:
-            return None
+            return batch.reference
+        if not self.objective.needs_reference:
+            return [None] * len(rows)
         if self.reference is None:
             raise FlexdpoError(
                 f"loss_type {', '.join(self.objective.loss_type)} needs a reference model or precomputed values"
             )
         with torch.no_grad(), self.autocast():
-            return self.reference(row)
+            return [self.reference(row) for row in rows]
 
     def _backward(self, loss: Tensor) -> None:
         if self.backward is None:
@@ -187,19 +144,6 @@ class Runner:
                 "model with use_reentrant=True needs model.enable_input_require_grads()"
             )
         self.backward(loss)
-
-    def _sync(self, number: int, passes: int) -> AbstractContextManager[Any]:
-        """Hold gradients back in every pass but the last."""
-        last = number == passes - 1
-        return contextlib.nullcontext() if last or self.backward is None else self.no_sync()
-
-    def _with_router_loss(
-        self, router: RouterLoss, found: BatchLoss, routed: list[Routed], batch: PackedBatch
-    ) -> BatchLoss:
-        one = len(batch.rows) == 1
-        added = (router.of_row(routed[0]) if one else router.of_batch(routed, batch.rows)).detach()
-        metrics = {**found.metrics, "aux_loss": (added / router.coefficient)[None]}
-        return replace(found, loss=found.loss + added, metrics=metrics)
 
 
 def run_batch(model: nn.Module, batch: PackedBatch, objective: Objective, **settings: Any) -> BatchLoss:

@@ -34,21 +34,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step came to.
+    """What one step came to."""
 
-    Attributes:
-        loss: Detached scalar.
-        grad_norm: Before clipping, a scalar.
-        metrics: Means over the batch's pairs or labels, under TRL's names.
-        tokens_run: Distinct tokens that went through the model.
-        tokens_unshared: Tokens that an ordinary step would have run.
-    """
-
-    loss: Tensor
-    grad_norm: Tensor
-    metrics: dict[str, Tensor]
-    tokens_run: int
-    tokens_unshared: int
+    loss: Tensor  # detached scalar
+    grad_norm: Tensor  # before clipping, a scalar
+    metrics: dict[str, Tensor]  # means over the batch's pairs or labels, under TRL's names
+    tokens_run: int  # distinct tokens that went through the model
+    tokens_unshared: int  # tokens that an ordinary step would have run
 
 
 TrainStep = Callable[[Sequence[Group]], StepResult]
@@ -111,30 +103,29 @@ def make_train_step(
         with_idle_row=in_step,
         limits=limits_of(inner).limits,
     )
-    runner = Runner(model, objective, reference=reference, **_surroundings(model, accelerator))
-    guard = StepGuard(inner, accelerator)
-    return _Step(model, optimizer, collator, runner, guard, vocabularies, max_grad_norm, accelerator)
+    parallel = {"backward": torch.Tensor.backward} if accelerator is None else distribution.hooks_of(accelerator)
+    runner = Runner(model, objective, reference=reference, **parallel)
+    return _Step(optimizer, collator, runner, StepGuard(inner, accelerator), vocabularies, max_grad_norm)
 
 
 @dataclass(frozen=True)
 class _Step:
-    model: nn.Module
     optimizer: torch.optim.Optimizer
     collator: PackingCollator
     runner: Runner
     guard: StepGuard
     vocabularies: dict[str, int]
     max_grad_norm: float | None
-    accelerator: Accelerator | None
 
     def __call__(self, groups: Sequence[Group]) -> StepResult:
-        self.model.train()
+        model = self.runner.model
+        model.train()
         if self.runner.objective.needs_unrelated_responses:
             groups = with_unrelated_responses(groups)
         for name, rows in self.vocabularies.items():
             _require_ids(groups, name, rows)
         batch = self.collator.packed(groups)
-        device = next(self.model.parameters()).device
+        device = next(model.parameters()).device
         if device.type == "cuda":
             # a copy from memory that may be paged out waits for the step before
             batch = batch.pin_memory()
@@ -142,7 +133,9 @@ class _Step:
         with self.guard.all_or_nothing():
             result = self.runner(batch)
             self.guard.ran.append(Ran(self.runner, batch, result))
-            norm = _clip(self.model, self.max_grad_norm, self.accelerator)
+            limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
+            clip = self.guard.accelerator or torch.nn.utils
+            norm = torch.as_tensor(clip.clip_grad_norm_(model.parameters(), limit))
             self.guard.require_finite(norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -178,24 +171,3 @@ def _reference(
     disable_dropout(unwrap_model(reference))
     reference.eval()
     return lambda row: response_logps(reference, row)
-
-
-def _surroundings(model: nn.Module, accelerator: Accelerator | None) -> dict[str, Any]:
-    if accelerator is None:
-        return {"backward": torch.Tensor.backward}
-    in_step = distribution.runs_in_step(accelerator)
-    return {
-        "backward": accelerator.backward,
-        "no_sync": lambda: distribution.held_gradients(accelerator, model),
-        "autocast": accelerator.autocast,
-        "average": lambda value: accelerator.reduce(value, reduction="mean"),
-        "agree": (lambda rows: distribution.largest(accelerator, rows)) if in_step else None,
-    }
-
-
-def _clip(model: nn.Module, max_grad_norm: float | None, accelerator: Accelerator | None) -> Tensor:
-    limit = float("inf") if max_grad_norm is None else max_grad_norm
-    if accelerator is not None:
-        norm = accelerator.clip_grad_norm_(model.parameters(), limit)
-        return torch.as_tensor(norm)
-    return torch.nn.utils.clip_grad_norm_(model.parameters(), limit)

@@ -30,7 +30,7 @@ from flexdpo.objective.router import RouterLoss
 from flexdpo.reference.fingerprints import model_fingerprint
 from flexdpo.training import adapters, distribution, model_loading
 from flexdpo.training.batch import REFERENCE_COLUMN, REFERENCE_PAIR_COLUMN, PackedBatch, PackingCollator
-from flexdpo.training.finite import GuardedStep, Ran, StepGuard
+from flexdpo.training.finite import Ran, StepGuard
 from flexdpo.training.metrics import MeanMetrics, distinct_examples
 from flexdpo.training.precompute import Precompute
 from flexdpo.training.resumable import ResumableTrainer
@@ -40,7 +40,7 @@ from flexdpo.training.start_proof import ProofAtStart
 from flexdpo.training.step import BatchLoss, Runner
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from datasets import Dataset
     from torch import Tensor, nn
@@ -177,13 +177,15 @@ class DPOTrainer(ResumableTrainer):
         # the loss is a mean over pairs, scaled for accumulation like any other
         self.model_accepts_loss_kwargs = False
         distribution.require_supported(self.accelerator, unwrap_model(self.model))
-        self._in_step = distribution.runs_in_step(self.accelerator)
+        self._across_processes = distribution.hooks_of(self.accelerator)
         self._backward_options = distribution.backward_options(self.accelerator)
         # what users put in place of data_collator need not pack anything else
-        self._packing = self.data_collator = replace(self.data_collator, with_idle_row=self._in_step)
+        self._packing = self.data_collator = replace(
+            self.data_collator, with_idle_row=distribution.runs_in_step(self.accelerator)
+        )
         self.ref_model = None if reference is None else distribution.place_reference(reference, self.accelerator)
         self._guard = StepGuard(self.accelerator.unwrap_model(self.model), self.accelerator)
-        self.add_callback(GuardedStep(self._guard))
+        self.add_callback(self._guard)
         self._flops_per_token = 6 * int(unwrap_model(self.model).num_parameters(exclude_embeddings=True))
         self.tokens = {"run": 0, "unshared": 0}
         self._metrics = {"train": MeanMetrics(), "eval": MeanMetrics()}
@@ -287,11 +289,7 @@ class DPOTrainer(ResumableTrainer):
         # a step that is interrupted leaves nothing of itself to the next one
         with self._guard.all_or_nothing(), kernel_settings_as(self.row_plan.kernels):
             batch = self._on_device(inputs)
-            runner = replace(
-                self._runner(model),
-                backward=backward,
-                no_sync=lambda: distribution.held_gradients(self.accelerator, model),
-            )
+            runner = self._runner(model, backward)
             result = runner(batch)
             self._guard.ran.append(Ran(runner, batch, result))
             every = self.args.torch_empty_cache_steps
@@ -327,16 +325,9 @@ class DPOTrainer(ResumableTrainer):
         with kernel_settings_as(self.row_plan.kernels):
             return self._runner(model)(self._on_device(inputs)).loss
 
-    def _runner(self, model: nn.Module) -> Runner:
-        return Runner(
-            model,
-            self.objective,
-            reference=self.reference_logps,
-            autocast=self.compute_loss_context_manager,
-            average=lambda value: self.accelerator.reduce(value, reduction="mean"),
-            router=self._router,
-            agree=(lambda rows: distribution.largest(self.accelerator, rows)) if self._in_step else None,
-        )
+    def _runner(self, model: nn.Module, backward: Callable[[Tensor], None] | None = None) -> Runner:
+        settings = {"autocast": self.compute_loss_context_manager, "router": self._router, "backward": backward}
+        return Runner(model, self.objective, self.reference_logps, **{**self._across_processes, **settings})
 
     def prediction_step(
         self,
@@ -348,18 +339,16 @@ class DPOTrainer(ResumableTrainer):
         """Compute the loss and the metrics of an evaluation batch."""
         distinct = distinct_examples(inputs["example_rows"], self.args, self.accelerator)
         # a process that has only repeats runs them along with the others and counts none
-        repeats = not any(distinct)
-        if not repeats and not all(distinct):
+        if 0 < len(distinct) < len(inputs["example_rows"]):
             inputs = {**inputs, "batch": self._packing.packed(*inputs["batch"].only(distinct))}
         batch = self._on_device(inputs)
         # the lengths were chosen for the batches of training
         with torch.no_grad(), kernel_settings_as(self.row_plan.kernels_of_any_length):
             result: BatchLoss = self._runner(model)(batch)
-        if not repeats:
+        if distinct:
             self._metrics["eval"].add(result.metrics)
-        self._eval_loss = self._eval_loss + torch.stack(
-            [result.loss.double() * sum(distinct), result.loss.new_full((), sum(distinct), dtype=torch.float64)]
-        )
+        count = result.loss.new_full((), len(distinct), dtype=torch.float64)
+        self._eval_loss = self._eval_loss + torch.stack([result.loss * count, count])
         return result.loss.to(torch.float32), None, None
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:

@@ -12,7 +12,7 @@ from flexdpo.data.lengths import require_room, tokens_needed
 from flexdpo.data.tokenize import group_from_row
 from flexdpo.layout.packing import row_lengths
 from flexdpo.objective.unpaired import with_unrelated_responses
-from flexdpo.training.batch import PackedBatch
+from flexdpo.training.batch import PackingCollator
 from tests.training.test_trainer import settings
 
 
@@ -57,9 +57,9 @@ def test_no_batch_needs_more_than_was_counted(kto, paired: bool, limits: tuple[i
     needed = tokens_needed(data, unrelated_responses=True, limits=limits)
     groups = with_unrelated_responses([group_from_row(row) for row in data])
     for group, most in zip(groups, needed, strict=True):
-        assert PackedBatch.from_groups([group], limits=limits).tokens_run <= most
+        assert PackingCollator(limits=limits).packed([group]).tokens_run <= most
     for row, most in zip(data, tokens_needed(data, limits=limits), strict=True):
-        assert PackedBatch.from_groups([group_from_row(row)], limits=limits).tokens_run <= most
+        assert PackingCollator(limits=limits).packed([group_from_row(row)]).tokens_run <= most
 
 
 def test_a_prompt_that_stands_twice_in_a_row_needs_room_for_both(kto) -> None:

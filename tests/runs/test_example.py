@@ -25,7 +25,7 @@ from flexdpo.runs.example import (
     run_example,
 )
 from flexdpo.runs.step_times import StepTimes, unshared_batch
-from flexdpo.training.batch import PackedBatch
+from flexdpo.training.batch import PackingCollator
 from flexdpo.training.step import run_batch
 from tests.example.part import part_of_the_library
 
@@ -64,7 +64,7 @@ def tiny_llama(seed: int) -> torch.nn.Module:
 
 
 def test_unshared_rows_run_every_response_behind_its_own_prompt() -> None:
-    shared = PackedBatch.from_groups(groups())
+    shared = PackingCollator().packed(groups())
     unshared = unshared_batch(shared)
     assert unshared.tokens_run == shared.tokens_unshared == 38
     assert shared.tokens_run < unshared.tokens_run
@@ -76,7 +76,7 @@ def test_unshared_rows_run_every_response_behind_its_own_prompt() -> None:
 
 def test_unshared_rows_give_the_shared_rows_loss_and_gradients() -> None:
     model, reference = tiny_llama(0), tiny_llama(1)
-    shared = PackedBatch.from_groups(groups())
+    shared = PackingCollator().packed(groups())
     found = []
     for batch in (shared, unshared_batch(shared)):
         model.zero_grad()

@@ -29,7 +29,7 @@ def test_some_examples_of_a_batch(budget: int | None, pairs: bool) -> None:
     of_pairs = [[[1.0, 2.0], [1.0, 3.0]], [[4.0, 5.0]], [[7.0, 6.0]]] if pairs else None
     collator = PackingCollator(max_tokens_per_row=budget)
     whole = collator.packed(groups, reference, of_pairs)
-    kept, values, kept_pairs = whole.only([True, False, True])
+    kept, values, kept_pairs = whole.only([0, 2])
     assert [group.prompt_ids.tolist() for group in kept] == [[5] * 6, [10] * 7]
     assert values == [reference[0], reference[2]]
     assert kept_pairs == (None if of_pairs is None else [of_pairs[0], of_pairs[2]])
