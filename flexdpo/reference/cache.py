@@ -19,7 +19,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from flexdpo.errors import FlexdpoError
+from flexdpo.errors import FlexdpoError, first_line
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -151,7 +151,8 @@ def _claim(path: Path, identity: ReferenceIdentity) -> None:
                 "folder"
             )
         if not others:
-            _replace(path, json.dumps(wanted, indent=1).encode())
+            with _unfinished(path) as whole:
+                whole.write_text(json.dumps(wanted, indent=1), encoding="utf-8")
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
         names = {name: held[name] for name in wanted}
@@ -183,7 +184,7 @@ def read(path: Path, expected: dict[str, tuple[str, int]]) -> dict[str, NDArray[
             tensors = {name: file.get_tensor(name) for name in expected}
             stored = (file.metadata() or {}).get(_DIGEST)
     except (SafetensorError, OSError) as error:
-        raise damaged(path, str(error).splitlines()[0] if str(error) else type(error).__name__) from error
+        raise damaged(path, first_line(error)) from error
     if stored != _digest(tensors):
         raise damaged(path, "its values are not those that were written")
     return tensors
@@ -208,11 +209,6 @@ def write(path: Path, tensors: dict[str, NDArray[Any]]) -> None:
     """Write a file of the cache, whole or not at all."""
     with _unfinished(path) as whole:
         save_file(tensors, whole, {_DIGEST: _digest(tensors)})
-
-
-def _replace(path: Path, content: bytes) -> None:
-    with _unfinished(path) as whole:
-        whole.write_bytes(content)
 
 
 @contextmanager

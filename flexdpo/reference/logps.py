@@ -14,10 +14,11 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 
 from flexdpo.errors import FlexdpoError
 from flexdpo.layout.groups import Group
@@ -87,15 +88,17 @@ def _common(a: NDArray[np.uint32], b: NDArray[np.uint32]) -> int:
     return int(differs.argmax()) if differs.any() else length
 
 
-def _clusters(items: Sequence[_Item], settings: PrecomputeSettings) -> list[list[_Item]]:
-    """Runs of sorted sequences that share a prompt, or at least ``min_shared`` tokens, and fit a row together."""
+def _clusters(items: Sequence[_Item], settings: PrecomputeSettings) -> list[tuple[int, list[_Item]]]:
+    """Runs of sorted sequences that share a prompt, or at least ``min_shared`` tokens, and fit a row together.
+
+    Each with the number of its distinct tokens.
+    """
     budget = settings.budget
 
     def side(item: _Item) -> int:
         return bisect_left(settings.limits, item.sequence.size)
 
-    clusters: list[list[_Item]] = []
-    size = 0
+    clusters: list[tuple[int, list[_Item]]] = []
     # big-endian bytes sort like the tokens themselves
     for item in sorted(items, key=lambda item: (side(item), item.sequence.astype(">u4").tobytes(), item.tail)):
         length = item.sequence.size
@@ -105,58 +108,45 @@ def _clusters(items: Sequence[_Item], settings: PrecomputeSettings) -> list[list
                 "max_tokens_per_row or lower max_length"
             )
         if clusters:
-            previous = clusters[-1][-1]
+            size, members = clusters[-1]
+            previous = members[-1]
             shared = _common(previous.sequence, item.sequence)
             same_prompt = shared >= length - item.tail and previous.sequence.size - previous.tail == length - item.tail
-            # in sorted order a sequence adds to the trie what its predecessor does not begin with
-            added = length - shared
             related = (same_prompt or shared >= settings.min_shared) and side(previous) == side(item)
-            if related and (budget is None or size + added <= budget):
-                clusters[-1].append(item)
-                size += added
+            # in sorted order a sequence adds to the trie what its predecessor does not begin with
+            size += length - shared
+            if related and (budget is None or size <= budget):
+                members.append(item)
+                clusters[-1] = size, members
                 continue
-        clusters.append([item])
-        size = length
+        clusters.append((length, [item]))
     return clusters
 
 
 def _plan(items: Sequence[_Item], settings: PrecomputeSettings) -> list[_PlannedRow]:
     """Which clusters share a row."""
     clusters = _clusters(items, settings)
-    budget, per_row = settings.budget, settings.clusters_per_row
-    if budget is None:
-        return [clusters[start : start + per_row] for start in range(0, len(clusters), per_row)]
+    at_once = settings.clusters_per_row if settings.budget is None else _PACKED_TOGETHER
     rows = []
-    for start in range(0, len(clusters), _PACKED_TOGETHER):
-        part = clusters[start : start + _PACKED_TOGETHER]
-        bins = best_fit_decreasing([_trie_size(cluster) for cluster in part], budget)
-        rows += [[part[i] for i in members] for members in bins]
+    for start in range(0, len(clusters), at_once):
+        part = clusters[start : start + at_once]
+        bins = [list(range(len(part)))]
+        if settings.budget is not None:
+            bins = best_fit_decreasing([size for size, _ in part], settings.budget)
+        rows += [[part[i][1] for i in members] for members in bins]
     return rows
-
-
-def _trie_size(cluster: Sequence[_Item]) -> int:
-    """Distinct tokens of a sorted cluster."""
-    return cluster[0].sequence.size + sum(
-        b.sequence.size - _common(a.sequence, b.sequence) for a, b in pairwise(cluster)
-    )
 
 
 def _save_plan(path: Path, rows: Sequence[_PlannedRow]) -> None:
     placed = [
-        (item.key, row, cluster)
+        (*item.key, row, cluster)
         for row, clusters in enumerate(rows)
         for cluster, items in enumerate(clusters)
         for item in items
     ]
-    keys, row_numbers, cluster_numbers = zip(*placed, strict=True)
-    write(
-        path,
-        {
-            "keys": np.array(keys, dtype=np.int64).reshape(-1, 2),
-            "rows": np.array(row_numbers, dtype=np.int64),
-            "clusters": np.array(cluster_numbers, dtype=np.int64),
-        },
-    )
+    table = np.array(placed, dtype=np.int64)
+    columns = {"keys": table[:, :2], "rows": table[:, 2], "clusters": table[:, 3]}
+    write(path, {name: np.ascontiguousarray(values) for name, values in columns.items()})
 
 
 def _load_plan(path: Path, wanted: dict[Key, _Item], missing: set[Key]) -> list[_PlannedRow] | None:
@@ -252,56 +242,47 @@ def precompute_reference(
     shares = [[row for row in rows[i :: settings.num_processes] if row] for i in range(settings.num_processes)]
     mine = shares[settings.process_index]
     idle = max(map(len, shares)) - len(mine) if settings.equal_forwards else 0
-    writer = _Writer(cache, settings.process_index, settings.save_every_s)
     tokens = unshared = 0
+    pending: dict[Key, float] = {}
+    saved = time.monotonic()
     responses = sum(len(cluster) for clusters in mine for cluster in clusters)
-    with _progress_bar(responses, settings.description, settings.progress) as bar, writer, torch.no_grad():
-        for clusters in mine:
-            row = _row_of(clusters, settings.pad_to_multiple_of)
-            items = [item for cluster in clusters for item in cluster]
-            writer.put(_values(items, row, run(row.to(settings.device))))
-            tokens += row.num_tokens
-            unshared += sum(item.sequence.size for item in items)
-            bar.update(len(items))
-        for _ in range(idle):
-            # sharded weights are gathered by all processes, so one without work runs as often as the others
-            run(idle_row().to(settings.device))
+    bar = tqdm(total=responses, desc=settings.description, unit="response", disable=not settings.progress)
+    with bar, torch.no_grad():
+        try:
+            for clusters in mine:
+                items = [item for cluster in clusters for item in cluster]
+                row = _row_of(clusters, settings.pad_to_multiple_of)
+                values = _values(items, row, run(row.to(settings.device)))
+                # what an interrupted run has written stays as it is
+                pending.update({key: value for key, value in values.items() if key not in cache})
+                if time.monotonic() - saved >= settings.save_every_s:
+                    cache.add(pending, settings.process_index)
+                    pending, saved = {}, time.monotonic()
+                tokens += row.num_tokens
+                unshared += sum(item.sequence.size for item in items)
+                bar.update(len(items))
+            for _ in range(idle):
+                # sharded weights are gathered by all processes, so one without work runs as often as the others
+                run(idle_row().to(settings.device))
+        finally:
+            cache.add(pending, settings.process_index)
     return PrecomputeReport(len(wanted), len(wanted) - len(missing), len(mine), tokens, unshared)
-
-
-def _progress_bar(total: int, description: str, shown: bool) -> Any:
-    from tqdm.auto import tqdm
-
-    return tqdm(total=total, desc=description, unit="response", disable=not shown)
-
-
-class _Writer:
-    """Collects values and writes them every so often, and at the end however that comes."""
-
-    def __init__(self, cache: ReferenceCache, number: int, save_every_s: float) -> None:
-        self.cache, self.number, self.save_every_s = cache, number, save_every_s
-        self.pending: dict[Key, float] = {}
-        self.saved = time.monotonic()
-
-    def __enter__(self) -> _Writer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.cache.add(self.pending, self.number)
-        self.pending = {}
-
-    def put(self, values: dict[Key, float]) -> None:
-        # what an interrupted run has written stays as it is
-        self.pending.update({key: value for key, value in values.items() if key not in self.cache})
-        if time.monotonic() - self.saved >= self.save_every_s:
-            self.__exit__()
-            self.saved = time.monotonic()
 
 
 def _row_of(clusters: _PlannedRow, pad_to_multiple_of: int) -> Row:
     """One row of several clusters; its targets are the tokens wanted, and nothing of the prompts."""
     row = Row.from_groups([_as_group(cluster) for cluster in clusters], pad_to_multiple_of=pad_to_multiple_of)
-    return _restricted(row, [item.tail for cluster in clusters for item in cluster])
+    tails = torch.tensor([item.tail for cluster in clusters for item in cluster])
+    ends = torch.bincount(row.member_responses, minlength=row.num_responses).cumsum(0)
+    wanted = torch.arange(len(row.member_responses)) >= (ends - tails)[row.member_responses]
+    targets, members = row.member_targets[wanted].unique(return_inverse=True)
+    return dataclasses.replace(
+        row,
+        predictors=row.predictors[targets],
+        labels=row.labels[targets],
+        member_targets=members,
+        member_responses=row.member_responses[wanted],
+    )
 
 
 def _as_group(cluster: Sequence[_Item]) -> Group:
@@ -311,22 +292,6 @@ def _as_group(cluster: Sequence[_Item]) -> Group:
         shared = min(shared, _common(a.sequence, b.sequence))
     sequences = [item.sequence.astype(np.int64) for item in cluster]
     return Group(sequences[0][:shared], tuple(s[shared:] for s in sequences), name=cluster[0].name)
-
-
-def _restricted(row: Row, tails: Sequence[int]) -> Row:
-    """The same row with the last ``tails[k]`` tokens of response ``k`` as its only targets."""
-    lengths = torch.bincount(row.member_responses, minlength=row.num_responses)
-    ends = lengths.cumsum(0)
-    place = torch.arange(len(row.member_responses))
-    keep = place >= (ends - torch.tensor(tails))[row.member_responses]
-    targets, members = row.member_targets[keep].unique(return_inverse=True)
-    return dataclasses.replace(
-        row,
-        predictors=row.predictors[targets],
-        labels=row.labels[targets],
-        member_targets=members,
-        member_responses=row.member_responses[keep],
-    )
 
 
 def _values(items: Sequence[_Item], row: Row, logps: ResponseLogps) -> dict[Key, float]:

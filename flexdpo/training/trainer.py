@@ -27,6 +27,7 @@ from flexdpo.hf.row_dependence import limits_of
 from flexdpo.hf.unwrap import unwrap_model
 from flexdpo.objective.logps import response_logps
 from flexdpo.objective.router import RouterLoss
+from flexdpo.reference.cache import ReferenceIdentity
 from flexdpo.reference.fingerprints import model_fingerprint
 from flexdpo.training import adapters, distribution, model_loading
 from flexdpo.training.batch import REFERENCE_COLUMN, REFERENCE_PAIR_COLUMN, PackedBatch, PackingCollator
@@ -200,15 +201,11 @@ class DPOTrainer(ResumableTrainer):
             with self.compute_loss_context_manager():
                 return self.reference_logps(row)
 
-        work = Precompute(
-            self.args,
-            self.accelerator,
-            run,
-            self._reference_fingerprint,
-            tokenizer_digest(self.processing_class),
-            self.row_plan.max_tokens_per_row,
-            limits_of(self.model).limits,
-        )
+        # values of another precision are other values; lengths need not be named, for tokens name themselves
+        precision = (("mixed_precision", str(self.accelerator.mixed_precision)),)
+        identity = ReferenceIdentity(self._reference_fingerprint, tokenizer_digest(self.processing_class), precision)
+        limits = limits_of(self.model).limits
+        work = Precompute(self.args, self.accelerator, run, identity, self.row_plan.max_tokens_per_row, limits)
         # rows of a whole dataset come in all lengths
         with kernel_settings_as(self.row_plan.kernels_of_any_length):
             self.train_dataset = work.add_columns(self.train_dataset, "train")
