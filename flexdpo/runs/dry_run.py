@@ -119,13 +119,11 @@ def _as_dtype(value: Any) -> torch.dtype:
 
 def _predict(tokenised: TokenizedPreferences, model: nn.Module, job: Job, config: DPOConfig) -> DryRun:
     runs_reference = config.objective().needs_reference and not config.precompute_ref_log_probs
-    shards = shards_of(config)
     setup = TrainingSetup.from_arguments(
         config,
         model,
         reference=runs_reference and job.peft_config is None,
-        shards=shards.weights,
-        optimizer_shards=shards.optimizer,
+        **shards_of(config),
     )
     settings = EstimateSettings(
         device="cuda" if config.device.type == "cuda" else "cpu",

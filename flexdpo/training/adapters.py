@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from flexdpo.errors import FlexdpoError, first_line
 from flexdpo.hf.adapters import adapter_weights, kind_of
-from flexdpo.hf.draws import can_run
+from flexdpo.hf.draws import can_run, left_as_it_is
 from flexdpo.training import distribution
 
 if TYPE_CHECKING:
@@ -80,21 +80,6 @@ def require_trainable(model: nn.Module) -> None:
     )
 
 
-def _two_tokens(model: nn.Module) -> Tensor:
-    return torch.arange(2, device=next(model.parameters()).device)[None]
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
 def at_start_of(model: nn.Module, *, fresh: bool) -> AtStart:
     """Return what brings a model with an adapter back to where it stands now, whatever is trained in between.
 
@@ -117,8 +102,8 @@ def _may_be_switched_off(model: Any) -> bool:
     if not can_run(model):
         # the first examples of the run are asked instead
         return True
-    input_ids = _two_tokens(model)
-    with _evaluating(model):
+    input_ids = torch.arange(2, device=next(model.parameters()).device)[None]
+    with left_as_it_is(model, training=False):
         switched_on = model(input_ids=input_ids, use_cache=False).logits
         with _switched_off(model), torch.enable_grad():
             switched_off = model(input_ids=input_ids, use_cache=False).logits
@@ -152,7 +137,12 @@ class StartingWeights:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.values = {name: parameter.detach().clone() for name, parameter in _moving(model).items()}
+        kept = adapter_weights(model)
+        self.values = {
+            _plain(name): parameter.detach().clone()
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad or parameter in kept
+        }
         self.adapters = _adapters(model)
 
     @contextlib.contextmanager
@@ -160,10 +150,12 @@ class StartingWeights:
         """Run the block on the first weights; the trained ones are back afterwards, whatever happened."""
         now = _adapters(self.model)
         if now != self.adapters:
+            then = self.adapters
+            place = next(name for name in {**then, **now} if then.get(name) != now.get(name))
             raise FlexdpoError(
-                f"the policy no longer runs the adapters that it began with ({_difference(self.adapters, now)}), so "
-                "the reference cannot be what it began with; leave adapters and their scales alone during a run, "
-                "or give ref_model"
+                f"the policy no longer runs the adapters that it began with ({place}: {then.get(place)} then, "
+                f"{now.get(place)} now), so the reference cannot be what it began with; leave adapters and their "
+                "scales alone during a run, or give ref_model"
             )
         self._exchange()
         try:
@@ -176,21 +168,15 @@ class StartingWeights:
         # a forward pass leaves FSDP2's outermost weights whole, and they are its shards that stay
         distribution.reshard(self.model)
         parameters = {_plain(name): parameter for name, parameter in self.model.named_parameters()}
-        with _gathered([parameters[name] for name in self.values]):
+        with distribution.gathered([parameters[name] for name in self.values], modifier_rank=0):
             for name, value in self.values.items():
                 own = parameters[name].detach()
                 first = _like(value, own)
                 self.values[name] = own.clone()
                 # in place: compiled layers, shards and optimizers hold on to where a weight lies
-                _local(own).copy_(_local(first))
+                distribution.local(own).copy_(distribution.local(first))
         # what autocast has made of the weights before is not to be used again
         torch.clear_autocast_cache()
-
-
-def _moving(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Weights that training may move, by name."""
-    kept = adapter_weights(model)
-    return {_plain(name): p for name, p in model.named_parameters() if p.requires_grad or p in kept}
 
 
 def _plain(name: str) -> str:
@@ -208,12 +194,6 @@ def _adapters(model: Any) -> dict[str, Any]:
     return {"active adapters": tuple(model.active_adapters), **scales}
 
 
-def _difference(then: dict[str, Any], now: dict[str, Any]) -> str:
-    """The first place where they differ."""
-    place = next(name for name in {**then, **now} if then.get(name) != now.get(name))
-    return f"{place}: {then.get(place)} then, {now.get(place)} now"
-
-
 def _like(value: Tensor, own: Tensor) -> Tensor:
     """``value`` where ``own`` is, in its dtype and spread like it."""
     if value.is_meta:
@@ -222,17 +202,3 @@ def _like(value: Tensor, own: Tensor) -> Tensor:
     if isinstance(own, DTensor) and not isinstance(value, DTensor):
         return distribute_tensor(value.to(own.device, own.dtype), own.device_mesh, own.placements)
     return value.to(own.device, own.dtype)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
-    """Where ZeRO-3 has spread weights over the processes, bring them together, and keep what is written there."""
-    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
-        return contextlib.nullcontext()
-    import deepspeed
-
-    together: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
-    return together

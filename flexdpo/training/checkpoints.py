@@ -18,8 +18,10 @@ from transformers import SchedulerType, get_scheduler
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from flexdpo.config import WITHOUT_EFFECT
 from flexdpo.errors import FlexdpoError, first_line
 from flexdpo.hf.unwrap import base_model
+from flexdpo.training.distribution import local
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,26 +34,22 @@ if TYPE_CHECKING:
 RECORD_FILE = "flexdpo_run.json"
 # enable_jit_checkpoint takes its mark away when the checkpoint is complete
 _NOT_KEPT = (RECORD_FILE, f"{RECORD_FILE}.tmp", "checkpoint-is-incomplete.txt")
-# settings with no say in what is learned: where and when a run writes and looks, and how it is laid out on a machine.
-# All others must be those of the checkpoint, the ones that transformers will add included
-_FREE_SETTINGS = frozenset({
-    "output_dir", "run_name", "disable_tqdm", "resume_from_checkpoint", "report_to", "debug", "prediction_loss_only",
-    "max_steps", "num_train_epochs",  # a longer run; ``require_same_schedule`` looks at what they decide
-    "max_tokens_per_row", "pad_to_multiple_of", "sharing", "balance_processes", "use_cpu",
-    "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing",
-    "activation_checkpointing_kwargs", "liger_kernel_config", "compile_layers", "layer_compile_options",
-    "precompute_ref_log_probs", "precompute_ref_batch_size", "precompute_ref_cache_dir", "dataset_num_proc",
-    "skip_memory_metrics", "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
-    "restore_callback_states_from_checkpoint", "enable_jit_checkpoint", "do_train", "do_eval", "do_predict",
-    "project", "use_liger_kernel", "batch_eval_metrics", "per_device_eval_batch_size", "eval_accumulation_steps",
-    "fp16_full_eval", "bf16_full_eval", "use_cache", "accelerator_config",
-    "parallelism_config", "trust_remote_code", "local_rank", "average_tokens_across_devices",
-    "remove_unused_columns", "label_names", "length_column_name", "eval_on_start",
-    "torch_empty_cache_steps", "prove",
-})  # fmt: skip
-_FREE_PREFIXES = ("logging_", "save_", "eval_", "log_", "hub_", "push_to_hub", "include_", "trackio_", "dataloader_",
-                  "ddp_", "fsdp", "deepspeed", "attn_", "torch_compile")  # fmt: skip
-_BINDING = frozenset({"dataloader_drop_last"})
+# settings with no say in what is learned, or what their names begin with. All others must be those of the checkpoint,
+# the ones that transformers will add included
+_FREE_SETTINGS = (
+    # where and when a run writes and looks
+    "output_dir", "run_name", "project", "report_to", "disable_tqdm", "debug", "logging_", "log_", "save_", "eval_",
+    "hub_", "push_to_hub", "include_", "trackio_", "load_best_model_at_end", "metric_for_best_model", "prove",
+    "greater_is_better", "resume_from_checkpoint", "restore_callback_states", "enable_jit_checkpoint", "do_",
+    "prediction_loss_only", "per_device_eval_batch_size",
+    # how it is laid out on a machine
+    "max_tokens_per_row", "pad_to_multiple_of", "sharing", "balance_processes", "attn_", "torch_", "use_cpu",
+    "use_cache", "gradient_checkpointing", "activation_checkpointing", "precompute_ref_", "dataset_num_proc",
+    "skip_memory_metrics", "dataloader_", "ddp_", "fsdp", "deepspeed", "accelerator_config", "parallelism_config",
+    "trust_remote_code", "local_rank", "remove_unused_columns", "length_column_name",
+    # a longer run; ``require_same_schedule`` looks at what they decide
+    "max_steps", "num_train_epochs",
+)  # fmt: skip
 # files up to this size are vouched for by their digest, larger ones by their size
 _DIGESTED_BYTES = 2**24
 
@@ -61,8 +59,8 @@ def run_record(config: DPOConfig, data_digest: str, model: dict[str, str] | None
     settings = {
         field.name: getattr(config, field.name)
         for field in fields(config)
-        if field.name in _BINDING
-        or not (field.name in _FREE_SETTINGS or field.name.startswith(_FREE_PREFIXES) or field.name.startswith("_"))
+        if field.name == "dataloader_drop_last"
+        or (field.init and field.name not in WITHOUT_EFFECT and not field.name.startswith(("_", *_FREE_SETTINGS)))
     }
     settings["world_size"] = config.world_size
     return {
@@ -129,10 +127,7 @@ def load_reference(folder: Path, reference: nn.Module, process_index: int) -> No
 
 def _own_weights(model: nn.Module) -> dict[str, Tensor]:
     """What this process holds of each weight; tied ones once."""
-    return {
-        name: weight.to_local() if isinstance(weight, DTensor) else weight.detach()
-        for name, weight in ((name, parameter.detach()) for name, parameter in base_model(model).named_parameters())
-    }
+    return {name: local(parameter.detach()) for name, parameter in base_model(model).named_parameters()}
 
 
 def _is_spread(model: nn.Module) -> bool:
@@ -170,16 +165,14 @@ def writing_checkpoint(folder: Path, *, is_writer: bool) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         # torch reports a failed write as a RuntimeError like many others
-        if isinstance(error, RuntimeError) and not any(name in str(error) for name in _TORCH_WRITERS):
+        writers = ("PytorchStreamWriter", "inline_container", "unexpected pos", "iostream error")
+        if isinstance(error, RuntimeError) and not any(name in str(error) for name in writers):
             raise
         try:
             left = f"{last_checkpoint(folder.parent)} is complete: make room and go on with resume_from_checkpoint=True"
         except FlexdpoError:
             left = "there is no complete one yet: make room and start the run again"
         raise FlexdpoError(f"the checkpoint {folder} cannot be written ({first_line(error)}); {left}") from error
-
-
-_TORCH_WRITERS = ("PytorchStreamWriter", "inline_container", "unexpected pos", "iostream error")
 
 
 def last_checkpoint(output_dir: Path) -> Path:
@@ -209,21 +202,28 @@ def require_same_run(folder: Path, record: dict[str, Any]) -> None:
         raise FlexdpoError(f"{folder} is no checkpoint of flexdpo: it has no {RECORD_FILE}")
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-        settings, data, model, files = stored["settings"], stored["data"], stored["model"], dict(stored["files"])
-        _require_files(folder, files)
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, FlexdpoError):
-            raise
+        settings, data, model = stored["settings"], stored["data"], stored["model"]
+        files = {str(name): (dict(before), before["bytes"]) for name, before in stored["files"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FlexdpoError(f"{path} is damaged ({type(error).__name__}); continue from an older checkpoint") from error
+    for name, (before, size) in files.items():
+        file = folder / name
+        if not file.is_file():
+            raise FlexdpoError(f"{folder} lacks {name}, which was saved with it; continue from an older checkpoint")
+        if _vouched(file) != before:
+            raise FlexdpoError(
+                f"{file} is not as it was saved ({file.stat().st_size} bytes, saved {size}); continue from an older "
+                "checkpoint"
+            )
     if stored.get("save_only_model"):
         raise FlexdpoError(
             f"{folder} was saved with save_only_model=True, without the optimizer's state, so the run cannot go on "
             "from it; start a new run with this folder as the model, or continue from another checkpoint"
         )
-    for name in sorted(record["settings"].keys() | settings.keys()):
-        value, before = record["settings"].get(name, _UNKNOWN), settings.get(name, _UNKNOWN)
-        # a setting that only one of the two versions of transformers has
-        if value != before and _UNKNOWN not in (value, before):
+    # a setting that only one of two versions of transformers has is left out
+    for name in sorted(record["settings"].keys() & settings.keys()):
+        value, before = record["settings"][name], settings[name]
+        if value != before:
             raise FlexdpoError(
                 f"{folder} was made with {name}={before!r} and this run has {value!r}; continue with the "
                 "same setting, or start a new run in another output_dir"
@@ -238,21 +238,6 @@ def require_same_run(folder: Path, record: dict[str, Any]) -> None:
             raise FlexdpoError(
                 f"{folder} belongs to a run with other {name}; give model, adapter and reference as it began with "
                 "them, or start a new run in another output_dir"
-            )
-
-
-_UNKNOWN = "(unknown)"
-
-
-def _require_files(folder: Path, files: dict[str, dict[str, Any]]) -> None:
-    for name, before in files.items():
-        path = folder / name
-        if not path.is_file():
-            raise FlexdpoError(f"{folder} lacks {name}, which was saved with it; continue from an older checkpoint")
-        if _vouched(path) != before:
-            raise FlexdpoError(
-                f"{path} is not as it was saved ({path.stat().st_size} bytes, saved {before['bytes']}); continue from "
-                "an older checkpoint"
             )
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
 
 from flexdpo.errors import FlexdpoError
 
@@ -16,44 +17,31 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from accelerate import Accelerator
-    from torch import nn
+    from torch import Tensor, nn
     from transformers import TrainingArguments
-
-# all processes gather a sharded weight together, and DeepSpeed reduces gradients in every backward pass
-_IN_STEP = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 def wraps_in_shards(accelerator: Accelerator) -> bool:
     """Whether FSDP or DeepSpeed runs the models that were prepared, by whatever way it was asked for."""
-    return accelerator.distributed_type in _IN_STEP
+    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 def runs_in_step(accelerator: Accelerator) -> bool:
-    """Whether all processes must run equal numbers of passes."""
+    """Whether all processes must run equal numbers of passes.
+
+    They gather each sharded weight together, and DeepSpeed reduces gradients in every backward pass.
+    """
     return wraps_in_shards(accelerator) and accelerator.num_processes > 1
 
 
-class Shards(NamedTuple):
-    """Over how many processes a run spreads what.
-
-    Attributes:
-        weights: Weights and gradients (FSDP, ZeRO-3).
-        optimizer: States of the optimizer (these, ZeRO-1 and ZeRO-2).
-    """
-
-    weights: int
-    optimizer: int
-
-
-def shards_of(args: TrainingArguments) -> Shards:
-    """How a run with these settings is sharded, be it by its own settings or by ``accelerate launch``."""
-    if not is_sharded(args):
-        return Shards(1, 1)
-    plugin = args.deepspeed_plugin
-    if plugin is None:
-        return Shards(args.world_size, args.world_size)
-    stage = int(plugin.hf_ds_config.get_value("zero_optimization.stage", 0))
-    return Shards(args.world_size if stage == 3 else 1, args.world_size if stage > 0 else 1)
+def shards_of(args: TrainingArguments) -> dict[str, int]:
+    """Over how many processes a run spreads what, as :class:`~flexdpo.training.memory.TrainingSetup` takes it."""
+    # FSDP and ZeRO-3 spread all, ZeRO-1 and -2 the optimizer's states
+    stage = 3 if is_sharded(args) else 0
+    if args.deepspeed_plugin is not None:
+        stage = int(args.deepspeed_plugin.hf_ds_config.get_value("zero_optimization.stage", 0))
+    processes = args.world_size
+    return {"shards": processes if stage == 3 else 1, "optimizer_shards": processes if stage > 0 else 1}
 
 
 def is_sharded(args: TrainingArguments) -> bool:
@@ -180,6 +168,24 @@ def _deepspeed_engine(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     # its eval() returns nothing
     engine.eval()
     return engine
+
+
+def gathered(parameters: list[nn.Parameter], **options: Any) -> contextlib.AbstractContextManager[Any]:
+    """Where ZeRO-3 has spread weights over the processes, bring them together for a moment.
+
+    With ``modifier_rank=0``, what is written there stays.
+    """
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return contextlib.nullcontext()
+    import deepspeed
+
+    together: contextlib.AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(parameters, **options)
+    return together
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def reshard(model: nn.Module) -> None:

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from flexdpo.errors import FlexdpoError
 from flexdpo.objective.logps import require_finite
 from flexdpo.training.batch import PackedBatch, PackingCollator
-from flexdpo.training.distribution import largest, runs_in_step
+from flexdpo.training.distribution import largest, local, runs_in_step
 from flexdpo.training.step import BatchLoss, Runner
 
 if TYPE_CHECKING:
@@ -164,9 +164,7 @@ def not_finite(model: nn.Module, *, gradients: bool = False) -> Iterator[str]:
         values = parameter.grad if gradients else parameter
         if values is None or not parameter.requires_grad:
             continue
-        local: Any = values.detach()
-        local = local.to_local() if hasattr(local, "to_local") else local
-        if not bool(torch.isfinite(local).all()):
+        if not bool(torch.isfinite(local(values.detach())).all()):
             yield name
 
 

@@ -175,19 +175,11 @@ class TrainingSetup:
         cls,
         args: TrainingArguments,
         model: torch.nn.Module | None = None,
-        *,
-        reference: bool = True,
-        shards: int = 1,
-        optimizer_shards: int = 1,
+        **others: Any,
     ) -> TrainingSetup:
-        """The setup of a training run.
+        """The setup of a training run, whose model tells its dtype and what is trained: else float32, and all.
 
-        Args:
-            args: The run's settings.
-            model: Its weights tell dtype and which of them are trained; without one, float32 and all.
-            reference: Whether a frozen copy of the weights is kept.
-            shards: See the attribute.
-            optimizer_shards: See the attribute.
+        ``others`` are the attributes that follow from neither: ``reference``, ``shards`` and ``optimizer_shards``.
         """
         trained = None if model is None else [p for p in model.parameters() if p.requires_grad]
         # an adapter is trained in float32 beside frozen weights in half precision; the many decide
@@ -197,12 +189,10 @@ class TrainingSetup:
             weight_bytes=weight_bytes,
             compute_bytes=min(2, weight_bytes) if half else weight_bytes,
             gradient_checkpointing=bool(getattr(args, checkpointing_name(args))),
-            reference=reference,
             trainable=None if trained is None else sum(p.numel() for p in trained),
             optimizer=str(getattr(args.optim, "value", args.optim)),
-            shards=shards,
-            optimizer_shards=optimizer_shards,
             device_type=args.device.type,
+            **others,
         )
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import sys
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +16,7 @@ from flexdpo.errors import FlexdpoError, first_line, quoted
 from flexdpo.hf.forward_layout import ATTN_IMPLEMENTATION
 from flexdpo.hf.names import require_saved, why_unreachable
 from flexdpo.hf.unwrap import unwrap_model
+from flexdpo.training import distribution
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,6 +24,8 @@ if TYPE_CHECKING:
     from flexdpo.config import DPOConfig
 
 logger = logging.get_logger(__name__)
+
+_POSITION_TABLES = frozenset({"wpe", "embed_positions", "position_embeddings", "positions_embed"})
 
 
 def load_parts(
@@ -103,10 +104,9 @@ def load_config(name_or_path: str, **kwargs: Any) -> Any:
 
 def _from_name(loader: Any, what: str, name_or_path: str, **kwargs: Any) -> Any:
     unreachable = why_unreachable(name_or_path)
-    # only the local cache can help then
-    where = {"local_files_only": True} if unreachable else {}
     try:
-        return loader.from_pretrained(name_or_path, **where, **kwargs)
+        # where nothing can be reached, only the local cache can help
+        return loader.from_pretrained(name_or_path, local_files_only=bool(unreachable), **kwargs)
     except (OSError, ValueError, KeyError) as error:
         why = f"it is no folder here, and {unreachable}" if unreachable else first_line(error)
         raise FlexdpoError(f"cannot load {what} from {name_or_path!r}: {why}") from error
@@ -151,26 +151,12 @@ def require_positions(limit: int | None, longest: int) -> None:
         )
 
 
-_POSITION_TABLES = frozenset({"wpe", "embed_positions", "position_embeddings", "positions_embed"})
-
-
 def frozen_copy(model: nn.Module) -> nn.Module:
     """A reference model: the policy as it is now, without gradients and in evaluation mode."""
-    with _whole_weights(model):
+    with distribution.gathered(list(model.parameters())):
         reference = copy.deepcopy(model)
     reference.requires_grad_(False)
     return reference.eval()
-
-
-def _whole_weights(model: nn.Module) -> AbstractContextManager[Any]:
-    """Where ZeRO-3 has spread a model over the processes while loading it, bring it together for a moment."""
-    parameters = list(model.parameters())
-    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
-        return contextlib.nullcontext()
-    import deepspeed
-
-    gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(parameters)
-    return gathered
 
 
 def model_name(model: str | nn.Module) -> str:

@@ -78,10 +78,7 @@ class RowPlan:
         """
         budget: Any = args.max_tokens_per_row
         if budget == "auto":
-            shards = shards_of(args)
-            setup = TrainingSetup.from_arguments(
-                args, model, reference=reference, shards=shards.weights, optimizer_shards=shards.optimizer
-            )
+            setup = TrainingSetup.from_arguments(args, model, reference=reference, **shards_of(args))
             here = next(model.parameters()).device.type == args.device.type
             resident = ("weights", "reference") if reference else ("weights",)
             budget = auto_row_budget(
