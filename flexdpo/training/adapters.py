@@ -62,11 +62,7 @@ def add_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
 
 
 def require_trainable(model: nn.Module) -> None:
-    """Refuse a policy that nothing could train: its loss would stand at ln 2 for ever.
-
-    Raises:
-        FlexdpoError: with the way out.
-    """
+    """Refuse a policy that nothing could train: its loss would stand at ln 2 for ever."""
     if any(parameter.requires_grad for parameter in model.parameters()):
         return
     if is_peft_model(model):

@@ -39,28 +39,20 @@ _STATES = {
 
 @dataclass(frozen=True)
 class ModelSize:
-    """The numbers of a causal LM that its memory depends on.
-
-    Attributes:
-        parameters: All parameters; tied ones once.
-        intermediate: Width of the feed-forward layers that a token passes; all its experts together.
-        gated: Whether the feed-forward layers multiply a gate in (``SwiGLU``), or are two plain matrices.
-        layer_norm: Whether norms are torch's fused ``LayerNorm``; otherwise ``RMSNorm`` written out in Python.
-        head_norms: Whether queries and keys are normalised head by head.
-    """
+    """The numbers of a causal LM that its memory depends on."""
 
     name: str
-    parameters: int
+    parameters: int  # tied ones once
     hidden: int
-    intermediate: int
+    intermediate: int  # width of the feed-forward layers that a token passes; all its experts together
     layers: int
     heads: int
     key_heads: int
     head_dim: int
     vocabulary: int
-    gated: bool = True
-    layer_norm: bool = False
-    head_norms: bool = False
+    gated: bool = True  # feed-forward layers multiply a gate in (``SwiGLU``), or are two plain matrices
+    layer_norm: bool = False  # norms are torch's fused ``LayerNorm``, or ``RMSNorm`` written out in Python
+    head_norms: bool = False  # queries and keys are normalised head by head
 
     @property
     def gated_intermediate(self) -> int:
@@ -144,31 +136,18 @@ def _intermediate(config: Any) -> int:
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """How a model is trained, as far as memory depends on it.
+    """How a model is trained, as far as memory depends on it."""
 
-    Attributes:
-        weight_bytes: Bytes of a weight, of its gradient and of each optimizer state: 4 for float32, 2 for bfloat16.
-        compute_bytes: Bytes of an activation; below ``weight_bytes`` under mixed precision (``bf16=True`` on float32
-            weights).
-        gradient_checkpointing: Whether layers run again in the backward pass instead of keeping their activations.
-        reference: Whether a frozen copy of the weights is kept as the reference: not with an adapter, nor with
-            precomputed reference log-probabilities.
-        trainable: Parameters that get gradients; ``None`` for all.
-        optimizer: As ``TrainingArguments.optim`` names it.
-        shards: Processes that share weights, gradients and optimizer states (FSDP, ZeRO-3).
-        optimizer_shards: Processes that share the optimizer states, where the weights are whole (ZeRO-1 and -2).
-        device_type: ``"cuda"`` or ``"cpu"``, which decides how many logits exist at a time.
-    """
-
-    weight_bytes: int = 4
-    compute_bytes: int = 4
+    weight_bytes: int = 4  # of a weight, its gradient and each optimizer state: 4 for float32, 2 for bfloat16
+    compute_bytes: int = 4  # of an activation; below ``weight_bytes`` under mixed precision
     gradient_checkpointing: bool = False
+    # a frozen copy of the weights is kept: not with an adapter, nor with precomputed reference log-probabilities
     reference: bool = True
-    trainable: int | None = None
-    optimizer: str = "adamw_torch"
-    shards: int = 1
-    optimizer_shards: int = 1
-    device_type: str = "cpu"
+    trainable: int | None = None  # parameters that get gradients; ``None`` for all
+    optimizer: str = "adamw_torch"  # as ``TrainingArguments.optim`` names it
+    shards: int = 1  # processes that share weights, gradients and optimizer states (FSDP, ZeRO-3)
+    optimizer_shards: int = 1  # processes that share the optimizer states, where weights are whole (ZeRO-1 and -2)
+    device_type: str = "cpu"  # or ``"cuda"``, which decides how many logits exist at a time
 
     @classmethod
     def from_arguments(
@@ -198,26 +177,17 @@ class TrainingSetup:
 
 @dataclass(frozen=True)
 class MemoryPrediction:
-    """Predicted bytes of one process at the peak of a training step.
+    """Predicted bytes of one process at the peak of a training step."""
 
-    Attributes:
-        weights: The policy's.
-        gradients: Of the trained weights.
-        optimizer: States of the optimizer.
-        reference: The frozen copy.
-        activations: What autograd keeps of all tokens of the longest row.
-        working: What exists for a while on top: a chunk of logits, or the gradients inside a layer; copies of weights
-            in the dtype of mixed precision.
-        tokens: Of the longest row, for which the last two hold.
-    """
-
-    weights: int
+    weights: int  # the policy's
     gradients: int
-    optimizer: int
-    reference: int
-    activations: int
+    optimizer: int  # its states
+    reference: int  # the frozen copy
+    activations: int  # what autograd keeps of all tokens of the longest row
+    # what exists for a while on top: a chunk of logits, or the gradients inside a layer; copies of weights in the dtype
+    # of mixed precision
     working: int
-    tokens: int
+    tokens: int  # of the longest row, for which the last two hold
 
     @property
     def fixed(self) -> int:
@@ -244,13 +214,14 @@ def predict_memory(
     size, setup = ModelSize.of(model_or_config), setup or TrainingSetup()
     trainable = size.parameters if setup.trainable is None else setup.trainable
     weights = size.parameters * setup.weight_bytes
+    state_bytes = _STATES.get(setup.optimizer, 2) * setup.weight_bytes + _STATE_BYTES.get(setup.optimizer, 0)
     targets = tokens if targets is None else targets
     kept, working = _row_bytes(size, setup, tokens, targets)
     working += _fragments(setup, kept + working)
     return MemoryPrediction(
         weights=weights // setup.shards,
         gradients=trainable * setup.weight_bytes // setup.shards,
-        optimizer=trainable * _optimizer_bytes(setup) // max(setup.shards, setup.optimizer_shards),
+        optimizer=trainable * state_bytes // max(setup.shards, setup.optimizer_shards),
         reference=weights // setup.shards if setup.reference else 0,
         activations=kept,
         working=working,
@@ -275,11 +246,6 @@ def _fragments(setup: TrainingSetup, used: int) -> int:
     return int(_CPU_FRAGMENTS * used) if setup.device_type == "cpu" else 0
 
 
-def _optimizer_bytes(setup: TrainingSetup) -> int:
-    """Bytes of optimizer state per trained parameter."""
-    return _STATES.get(setup.optimizer, 2) * setup.weight_bytes + _STATE_BYTES.get(setup.optimizer, 0)
-
-
 def _row_bytes(size: ModelSize, setup: TrainingSetup, tokens: int, targets: int) -> tuple[int, int]:
     """What is kept for the backward pass of a row, and what exists on top of it for a while."""
     stream = setup.weight_bytes * size.hidden
@@ -295,7 +261,8 @@ def _row_bytes(size: ModelSize, setup: TrainingSetup, tokens: int, targets: int)
 def _passing_bytes(size: ModelSize, setup: TrainingSetup, tokens: int) -> int:
     """What exists while one layer is in its backward pass; with checkpoints its activations too."""
     again = kept_bytes_per_layer(size, setup) if setup.gradient_checkpointing else 0
-    return (again + _working_bytes(size, setup)) * tokens
+    gradients = setup.compute_bytes * 4 * size.intermediate + (8 + 2 * setup.weight_bytes) * size.hidden
+    return (again + gradients) * tokens
 
 
 def kept_bytes_per_layer(size: ModelSize, setup: TrainingSetup) -> int:
@@ -310,12 +277,9 @@ def kept_bytes_per_layer(size: ModelSize, setup: TrainingSetup) -> int:
     attention = compute * (3 * width + 2 * size.key_heads * size.head_dim) + 4 * size.heads
     if size.head_norms:
         attention += (4 + setup.weight_bytes) * (width + size.key_heads * size.head_dim)
-    feed_forward = compute * size.intermediate * (4 if size.gated else _PLAIN_FEED_FORWARD)
+    # GPT-2's activation is written out in Python and keeps its input, half of it, the tanh, one plus that, the product
+    feed_forward = compute * size.intermediate * (4 if size.gated else 5)
     return 2 * _norm_bytes(size.hidden, size, setup) + attention + feed_forward
-
-
-# GPT-2's activation is written out in Python and keeps its input, half of it, the tanh, one plus that, and the product
-_PLAIN_FEED_FORWARD = 5
 
 
 def _norm_bytes(width: int, size: ModelSize, setup: TrainingSetup) -> int:
@@ -324,11 +288,6 @@ def _norm_bytes(width: int, size: ModelSize, setup: TrainingSetup) -> int:
         return width * (setup.weight_bytes + setup.compute_bytes)
     # RMSNorm computes in float32
     return width * (4 + setup.weight_bytes + setup.compute_bytes)
-
-
-def _working_bytes(size: ModelSize, setup: TrainingSetup) -> int:
-    """Bytes per token of the gradients that exist together inside a layer's backward pass."""
-    return setup.compute_bytes * 4 * size.intermediate + (8 + 2 * setup.weight_bytes) * size.hidden
 
 
 def _head_bytes(size: ModelSize, setup: TrainingSetup, targets: int) -> int:

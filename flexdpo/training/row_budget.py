@@ -69,7 +69,7 @@ def auto_row_budget(
 
     Args:
         model_or_config: See :meth:`ModelSize.of`.
-        setup: How it is trained; see :meth:`TrainingSetup.from_arguments`.
+        setup: How it is trained; by default in float32 with AdamW and a frozen reference.
         device: Where it will run.
         free: Bytes that can be used; by default :func:`free_memory` of the device now.
         resident: Which parts are in memory already, and so no longer part of what is free: names of the fields of
@@ -99,12 +99,9 @@ def auto_row_budget(
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if needed(middle * unit) <= usable else (low, middle - 1)
-    if low * unit < max(longest, unit):
-        raise FlexdpoError(_no_room(size, setup, max(longest, unit), free, usable, needed(max(longest, unit))))
-    return low * unit
-
-
-def _no_room(size: ModelSize, setup: TrainingSetup, tokens: int, free: int, usable: int, needed: int) -> str:
+    tokens = max(longest, unit)
+    if low * unit >= tokens:
+        return low * unit
     predicted = predict_memory(size, tokens, setup)
     parts = ", ".join(
         f"{name} {gigabytes(getattr(predicted, name))}"
@@ -117,7 +114,7 @@ def _no_room(size: ModelSize, setup: TrainingSetup, tokens: int, free: int, usab
         ways.append("set precompute_ref_log_probs=True, which keeps no reference in memory")
     if setup.trainable is None or setup.trainable == size.parameters:
         ways.append("train an adapter (peft_config)")
-    return (
-        f"no row fits: {tokens} tokens of {size.name} need about {gigabytes(needed)} more ({parts}), and "
+    raise FlexdpoError(
+        f"no row fits: {tokens} tokens of {size.name} need about {gigabytes(needed(tokens))} more ({parts}), and "
         f"{gigabytes(usable)} of {gigabytes(free)} free memory can be used; {', or '.join(ways)}"
     )

@@ -41,18 +41,12 @@ _SAMPLED_BATCHES = 256
 
 @dataclass(frozen=True)
 class RowPlan:
-    """How rows are made.
-
-    Attributes:
-        sharing: ``"group"`` or ``"step"``, see :func:`flexdpo.pack`.
-        buckets: The few lengths that rows are padded to; ``None`` for multiples of ``pad_to_multiple_of``.
-        kernels: How FlexAttention is compiled for them.
-    """
+    """How rows are made: see :func:`flexdpo.pack`."""
 
     max_tokens_per_row: int | None
     pad_to_multiple_of: int
     sharing: str
-    kernels: KernelSettings
+    kernels: KernelSettings  # how FlexAttention is compiled for them
     buckets: Buckets | None = None
 
     @property
@@ -68,24 +62,24 @@ class RowPlan:
 
     @classmethod
     def of(cls, args: DPOConfig, model: nn.Module, *, reference: bool, longest: int) -> RowPlan:
-        """The plan of a run before its data are known.
+        """The plan of a run before its data are known; ``max_tokens_per_row="auto"`` asks how much memory is free.
 
-        Args:
-            args: Settings; ``max_tokens_per_row="auto"`` asks how much memory is free.
-            model: The policy, where it was loaded.
-            reference: Whether a copy of the weights is kept as the reference.
-            longest: Distinct tokens of the longest example, 0 where nobody knows.
+        ``model`` is the policy where it was loaded, ``reference`` whether a copy of it is kept, ``longest`` the
+        distinct tokens of the longest example, 0 where nobody knows.
         """
         budget: Any = args.max_tokens_per_row
         if budget == "auto":
             setup = TrainingSetup.from_arguments(args, model, reference=reference, **shards_of(args))
+            # each process has a GPU of its own, but they share the machine's memory
+            on_gpu = args.device.type == "cuda"
+            sharing_memory = 1 if on_gpu else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             here = next(model.parameters()).device.type == args.device.type
             resident = ("weights", "reference") if reference else ("weights",)
             budget = auto_row_budget(
                 model,
                 setup,
                 device=args.device,
-                free=row_budget.free_memory(args.device) // _sharing_memory(args),
+                free=row_budget.free_memory(args.device) // sharing_memory,
                 resident=resident if here else (),
                 multiple=args.row_multiple,
                 longest=longest,
@@ -128,11 +122,6 @@ class RowPlan:
         most_kernels = max(self.kernels.max_kernels, 4 * (len(buckets.lengths) + _SURPRISES))
         kernels = dataclasses.replace(self.kernels, max_kernels=most_kernels)
         return dataclasses.replace(self, buckets=buckets, kernels=kernels)
-
-
-def _sharing_memory(args: DPOConfig) -> int:
-    """Processes that fill the same memory: each has a GPU of its own, but they share the machine's memory."""
-    return 1 if args.device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _sampled_batches(dataset: Dataset, args: DPOConfig) -> list[Sequence[Group]]:

@@ -30,21 +30,14 @@ _PREVIEWED_EXAMPLES = 64
 
 @dataclass(eq=False)
 class RunData:
-    """Makes the datasets of a run out of what its user gave, and remembers what became of their rows.
-
-    Attributes:
-        max_positions: Of the model's learned position table, if it has one.
-        unrelated_responses: Whether the loss runs other examples' responses behind every prompt.
-        limits: Lengths at which the model's rotary frequencies change, as in :func:`flexdpo.pack`.
-        reports: One for each dataset that was tokenised as a whole.
-    """
+    """Makes the datasets of a run out of what its user gave, and remembers what became of their rows."""
 
     args: DPOConfig
     tokenizer: PreTrainedTokenizerBase
-    max_positions: int | None
-    unrelated_responses: bool
-    limits: tuple[int, ...] = ()
-    reports: dict[str, DataReport] = field(default_factory=dict)
+    max_positions: int | None  # of the model's learned position table, if it has one
+    unrelated_responses: bool  # the loss runs other examples' responses behind every prompt
+    limits: tuple[int, ...] = ()  # as in :func:`flexdpo.pack`
+    reports: dict[str, DataReport] = field(default_factory=dict)  # of each dataset that was tokenised as a whole
 
     def tokenised(self, dataset: Any, name: str) -> Dataset | StreamedPreferences | None:
         """Tokenise one dataset or open one stream.

@@ -53,11 +53,8 @@ def reference_model(
 def fingerprints(model: nn.Module, reference: nn.Module | None, args: DPOConfig, *, fresh: bool) -> dict[str, str]:
     """What a checkpoint does not hold itself, for its record: settings, weights that stay, and the reference.
 
-    Args:
-        model: The policy, before its weights are moved, wrapped or sharded.
-        reference: See :func:`reference_model`.
-        args: Settings.
-        fresh: Whether the policy's adapter was made for this run, and so is no reference to come back to.
+    Before the policy's weights are moved, wrapped or sharded. With ``fresh``, its adapter was made for this run, and so
+    is no reference to come back to.
     """
     parts = [part for part in (model, reference) if part is not None]
     unknown = any(p.is_meta or hasattr(p, "ds_id") for part in parts for p in part.parameters())
