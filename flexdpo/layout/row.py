@@ -17,7 +17,7 @@ from flexdpo.layout.sequences import numbered_sequences, token_ids_of
 from flexdpo.layout.trie import Trie
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
@@ -230,6 +230,10 @@ class Row:
         """Responses in the row, ``R``."""
         return len(self.response_paths)
 
+    def numbered_groups(self) -> Iterator[tuple[Group, int]]:
+        """Each group, and the number that its first response has in the row."""
+        return zip(self.groups, accumulate((len(g.response_ids) for g in self.groups), initial=0), strict=False)
+
     def inputs(self) -> dict[str, Any]:
         """The keyword arguments for a prepared model: ``model(**row.inputs())``."""
         return {
@@ -324,10 +328,6 @@ def _counts(tries: Sequence[Trie]) -> dict[str, list[NDArray[np.int64]]]:
 
 def _numbered_edges(groups: Sequence[Group]) -> Tensor:
     """The groups' preferences with responses numbered through the row, ``[E, 2]``."""
-    first_response = [0, *accumulate(len(group.response_ids) for group in groups)]
-    edges = [
-        (chosen + offset, rejected + offset)
-        for group, offset in zip(groups, first_response, strict=False)
-        for chosen, rejected in group.edges
-    ]
+    firsts = accumulate((len(group.response_ids) for group in groups), initial=0)
+    edges = [(first + a, first + b) for group, first in zip(groups, firsts, strict=False) for a, b in group.edges]
     return torch.tensor(edges, dtype=torch.int64).reshape(-1, 2)

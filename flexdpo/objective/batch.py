@@ -9,7 +9,7 @@ import torch
 
 from flexdpo.layout.row import on_device
 from flexdpo.objective import unpaired
-from flexdpo.objective.logps import ResponseLogps, pair_sums
+from flexdpo.objective.logps import ResponseLogps
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,11 +55,7 @@ def supervised_responses(group: Group) -> list[int]:
 
 def supervised_index(row: Row) -> Tensor:
     """Index of every supervised response of a row, ``[N]`` int64."""
-    index: list[int] = []
-    first = 0
-    for group in row.groups:
-        index += [first + k for k in supervised_responses(group)]
-        first += len(group.response_ids)
+    index = [first + k for group, first in row.numbered_groups() for k in supervised_responses(group)]
     return on_device(index, torch.int64, row.edges.device)
 
 
@@ -70,11 +66,6 @@ class ReferenceLogps(NamedTuple):
     # per preference, chosen and rejected, ``[E, 2]``; only under ``ld_alpha``, where a response counts differently
     # against a shorter one
     pair_sums: Tensor | None = None
-
-    @classmethod
-    def of(cls, logps: ResponseLogps, row: Row, ld_alpha: float | None = None) -> ReferenceLogps:
-        """Take what an objective with this ``ld_alpha`` needs out of full log-probabilities."""
-        return cls(logps.sums, None if ld_alpha is None else pair_sums(logps, row, ld_alpha))
 
 
 Reference: TypeAlias = "Tensor | ResponseLogps | ReferenceLogps | None"

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from flexdpo.layout.groups import Group
+    from flexdpo.layout.row import Row
 
 
 def ranking_of(group: Group) -> tuple[int, ...]:
@@ -63,13 +64,11 @@ def plackett_luce_loss(ranked_rewards: Tensor) -> Tensor:
     return (of_those_left - ranked_rewards).sum(dim=1)
 
 
-def ranked_responses(groups: tuple[Group, ...], device: torch.device) -> list[Tensor]:
+def ranked_responses(row: Row) -> list[Tensor]:
     """Index the responses of a row by rank, one ``[N, K]`` int64 tensor for each length ``K`` of ranking in the row."""
     by_length: dict[int, list[list[int]]] = {}
-    first = 0
-    for group in groups:
+    for group, first in row.numbered_groups():
         if group.edges:
             ranking = [first + k for k in ranking_of(group)]
             by_length.setdefault(len(ranking), []).append(ranking)
-        first += len(group.response_ids)
-    return [on_device(rankings, torch.int64, device) for rankings in by_length.values()]
+    return [on_device(rankings, torch.int64, row.edges.device) for rankings in by_length.values()]

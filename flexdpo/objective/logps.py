@@ -18,11 +18,8 @@ from flexdpo.objective.linear_logps import TargetLogps, logits_logps
 from flexdpo.objective.lm_head import head_logps, head_plan
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from torch import Tensor, nn
 
-    from flexdpo.layout.groups import Group
     from flexdpo.layout.row import Row
 
 logger = logging.get_logger(__name__)
@@ -124,18 +121,13 @@ def require_finite(sums: Tensor, row: Row, *, model: str = "the policy", where: 
     if bool(finite.all()):
         return
     first = int((~finite).nonzero()[0])
-    group, k = next((group, k) for index, (group, k) in enumerate(row_responses(row)) if index == first)
+    group, k = next((group, first - start) for group, start in [*row.numbered_groups()][::-1] if start <= first)
     place = f"{where}, {group.name}" if where else group.name
     raise FlexdpoError(
         f"{place}: the log-probability of response {k} under {model} is {float(sums[first].detach())}; a lower "
         "learning rate, max_grad_norm or bf16 in place of fp16 keeps the weights finite, and a model that starts out "
         "like this is damaged"
     )
-
-
-def row_responses(row: Row) -> Iterator[tuple[Group, int]]:
-    """The group and the number within it of each response of a row, in the row's order."""
-    return ((group, k) for group in row.groups for k in range(len(group.response_ids)))
 
 
 def pair_sums(logps: ResponseLogps, row: Row, ld_alpha: float | None = None) -> Tensor:

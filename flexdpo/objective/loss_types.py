@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from functools import cache
+from inspect import signature
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from flexdpo.errors import FlexdpoError, nearest
 from flexdpo.objective import losses
 from flexdpo.objective.divergences import F_DIVERGENCES, divergence_scores
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def setting(default: Any, text: str) -> Any:
@@ -26,7 +26,7 @@ def setting(default: Any, text: str) -> Any:
 class LossSettings:
     """Settings of the losses, of ``Objective`` and ``DPOConfig`` alike; names and defaults are TRL's where it has them.
 
-    A loss with a setting of its own needs a line here and one in :data:`PAIR_LOSSES`.
+    A loss with a setting of its own needs a line here and its name in :data:`_FUNCTIONS`.
     """
 
     beta: float = setting(0.1, "Strength of the pull towards the reference model; ORPO's lambda.")
@@ -47,26 +47,15 @@ class LossSettings:
     undesirable_weight: float = setting(1.0, "Weight of undesirable responses in the kto loss.")
 
 
-PairLoss = Callable[[losses.Pairs, LossSettings], "Tensor"]
-
-PAIR_LOSSES: Mapping[str, PairLoss] = {
-    "sigmoid": lambda pairs, o: losses.sigmoid_loss(pairs, o.beta, o.label_smoothing),
-    "hinge": lambda pairs, o: losses.hinge_loss(pairs, o.beta),
-    "ipo": lambda pairs, o: losses.ipo_loss(pairs, o.beta),
-    "exo_pair": lambda pairs, o: losses.exo_pair_loss(pairs, o.beta, o.label_smoothing),
-    "nca_pair": lambda pairs, o: losses.nca_pair_loss(pairs, o.beta),
-    "robust": lambda pairs, o: losses.robust_loss(pairs, o.beta, o.label_smoothing),
-    "bco_pair": lambda pairs, o: losses.bco_pair_loss(pairs, o.beta),
-    "sppo_hard": lambda pairs, o: losses.sppo_hard_loss(pairs, o.beta),
-    "aot": lambda pairs, o: losses.aot_loss(pairs, o.beta, o.label_smoothing),
-    "aot_unpaired": lambda pairs, o: losses.aot_unpaired_loss(pairs, o.beta, o.label_smoothing),
-    "apo_zero": lambda pairs, o: losses.apo_zero_loss(pairs, o.beta),
-    "apo_down": lambda pairs, o: losses.apo_down_loss(pairs, o.beta),
-    "discopop": lambda pairs, o: losses.discopop_loss(pairs, o.beta, o.discopop_tau),
-    "sigmoid_norm": lambda pairs, o: losses.sigmoid_norm_loss(pairs, o.beta),
-    "simpo": lambda pairs, o: losses.simpo_loss(pairs, o.beta, o.simpo_gamma, o.label_smoothing),
-    "orpo": lambda pairs, o: losses.orpo_loss(pairs, o.beta),
-    "cpo": lambda pairs, o: losses.cpo_loss(pairs, o.beta, o.label_smoothing),
+_FUNCTIONS = (
+    losses.sigmoid_loss, losses.hinge_loss, losses.ipo_loss, losses.exo_pair_loss, losses.nca_pair_loss,
+    losses.robust_loss, losses.bco_pair_loss, losses.sppo_hard_loss, losses.aot_loss, losses.aot_unpaired_loss,
+    losses.apo_zero_loss, losses.apo_down_loss, losses.discopop_loss, losses.sigmoid_norm_loss, losses.simpo_loss,
+    losses.orpo_loss, losses.cpo_loss,
+)  # fmt: skip
+# by loss_type; what a loss takes beside the pairs is the setting of that name
+PAIR_LOSSES: Mapping[str, Callable[..., Tensor]] = {
+    function.__name__.removesuffix("_loss"): function for function in _FUNCTIONS
 }
 LABELLED_LOSSES = ("kto", "apo_zero_unpaired")
 LOSS_TYPES = (*PAIR_LOSSES, "sft", *LABELLED_LOSSES, "plackett_luce")
@@ -82,6 +71,16 @@ _TAKES_DIVERGENCE = frozenset({"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_p
 _SORTING = frozenset({"aot", "aot_unpaired"})
 
 
+def pair_loss(name: str, pairs: losses.Pairs, settings: LossSettings) -> Tensor:
+    """One value per pair, ``[E]``."""
+    return PAIR_LOSSES[name](pairs, **{each: getattr(settings, each) for each in _settings_of(name)})
+
+
+@cache
+def _settings_of(name: str) -> tuple[str, ...]:
+    return tuple(signature(PAIR_LOSSES[name]).parameters)[1:]
+
+
 # --- the checks of the settings --------------------------------------------------------------------------------------
 
 
@@ -90,32 +89,22 @@ def check_losses(names: tuple[str, ...], weights: tuple[float, ...] | None, sett
 
     Raises ``FlexdpoError`` naming the setting, its value and what it may be.
     """
-    _check_names(names)
-    _check_weights(names, weights)
-    _check_numbers(settings)
-    _check_combinations(set(names), settings)
-    _check_effects(names, settings)
-
-
-def _check_names(names: tuple[str, ...]) -> None:
     if not names:
         raise FlexdpoError(f"loss_type is empty; choose from {', '.join(LOSS_TYPES)}")
     for name in names:
         if name not in LOSS_TYPES:
             raise FlexdpoError(f"unknown loss_type {name!r}{nearest(name, LOSS_TYPES)}; known: {', '.join(LOSS_TYPES)}")
-
-
-def _check_weights(names: tuple[str, ...], weights: tuple[float, ...] | None) -> None:
-    if weights is None:
-        return
-    if len(weights) != len(names):
+    if weights is not None and len(weights) != len(names):
         raise FlexdpoError(
             f"loss_weights has {len(weights)} values for {len(names)} losses ({', '.join(names)}); give one weight for "
             "each"
         )
-    for name, weight in zip(names, weights, strict=True):
+    for name, weight in zip(names, weights or (), strict=False):
         if not math.isfinite(weight):
             raise FlexdpoError(f"loss_weights gives {name} the weight {weight}; it must be a finite number")
+    _check_numbers(settings)
+    _check_combinations(set(names), settings)
+    _check_effects(names, settings)
 
 
 def _check_numbers(settings: LossSettings) -> None:
@@ -138,9 +127,7 @@ def _check_numbers(settings: LossSettings) -> None:
 
 def _settings_read(names: set[str], f_divergence_type: str) -> set[str]:
     """The settings that some of the losses read; any other is without effect."""
-    pair_losses: Mapping[str, Any] = PAIR_LOSSES
-    # a pair loss says in its own code what it takes
-    read = {word for name in names & pair_losses.keys() for word in pair_losses[name].__code__.co_names}
+    read = {each for name in names & PAIR_LOSSES.keys() for each in _settings_of(name)}
     if names - {"sft"}:
         read.add("beta")
     if "cpo" in names:

@@ -204,25 +204,25 @@ def apo_down_loss(pairs: Pairs, beta: float) -> Tensor:
     return torch.sigmoid(beta * pairs.chosen_logratios) + torch.sigmoid(-margin)
 
 
-def discopop_loss(pairs: Pairs, beta: float, tau: float = 0.05) -> Tensor:
+def discopop_loss(pairs: Pairs, beta: float, discopop_tau: float = 0.05) -> Tensor:
     """DiscoPOP: a blend of logistic and exponential loss, found by search.
 
     Source: Lu et al. 2024, arXiv:2406.08414, Eq. 5 (log-ratio modulated loss).
     """
     logits = beta * (pairs.chosen_scores - pairs.rejected_scores)
     # the exponential is weighed inside of its exponent: far on the wrong side it would be 0 times infinity
-    exponential = torch.exp(F.logsigmoid(logits / tau) - logits)
-    return torch.sigmoid(-logits / tau) * -F.logsigmoid(logits) + exponential
+    exponential = torch.exp(F.logsigmoid(logits / discopop_tau) - logits)
+    return torch.sigmoid(-logits / discopop_tau) * -F.logsigmoid(logits) + exponential
 
 
-def simpo_loss(pairs: Pairs, beta: float, gamma: float = 0.5, label_smoothing: float = 0.0) -> Tensor:
+def simpo_loss(pairs: Pairs, beta: float, simpo_gamma: float = 0.5, label_smoothing: float = 0.0) -> Tensor:
     """SimPO: mean log-probability per token as reward, no reference, and a margin to win by.
 
-    ``beta`` is 2.0 to 2.5 in the paper; ``gamma`` is the margin that the chosen reward must lead by.
+    ``beta`` is 2.0 to 2.5 in the paper; ``simpo_gamma`` is the margin that the chosen reward must lead by.
 
     Source: Meng et al. 2024, arXiv:2405.14734, Eq. 6.
     """
-    return _smoothed_logistic(beta * (pairs.chosen_means - pairs.rejected_means) - gamma, label_smoothing)
+    return _smoothed_logistic(beta * (pairs.chosen_means - pairs.rejected_means) - simpo_gamma, label_smoothing)
 
 
 def cpo_loss(pairs: Pairs, beta: float, label_smoothing: float = 0.0) -> Tensor:

@@ -29,6 +29,7 @@ from flexdpo.objective.loss_types import (
     REFERENCE_FREE,
     LossSettings,
     check_losses,
+    pair_loss,
 )
 
 if TYPE_CHECKING:
@@ -66,11 +67,6 @@ class Objective(LossSettings):
     def needs_labels(self) -> bool:
         """Whether any of the losses learns from responses labelled one by one."""
         return any(name in LABELLED_LOSSES for name in self.loss_type)
-
-    @property
-    def logs_labels(self) -> bool:
-        """Whether what is logged belongs to labelled responses, and not to pairs."""
-        return self.needs_labels and not self.needs_pairs
 
     @cached_property
     def needs_unrelated_responses(self) -> bool:
@@ -136,16 +132,29 @@ class Objective(LossSettings):
         loss_weights = self.loss_weights or (1.0,) * len(self.loss_type)
         for name, weight in zip(self.loss_type, loss_weights, strict=True):
             if name in PAIR_LOSSES:
-                term = _weighted_sum(PAIR_LOSSES[name](pairs, self), weights) / totals.pairs
+                values = pair_loss(name, pairs, self)
+                term = (values if weights is None else values * weights).sum() / totals.pairs
                 if name == "cpo" and self.cpo_alpha:
                     term = term + self.cpo_alpha * _supervised(policy, rows, totals)
             elif name == "sft":
                 term = _supervised(policy, rows, totals)
             elif name == "plackett_luce":
-                term = self._plackett_luce(policy, reference, rows) / totals.rankings
+                ranked = [
+                    self.beta * ratios[ranking]
+                    for ratios, row in zip(_logratios(policy, reference), rows, strict=True)
+                    for ranking in listwise.ranked_responses(row)
+                ]
+                sums = [listwise.plackett_luce_loss(each).sum() for each in ranked]
+                term = sum(sums, policy[0].sums.new_zeros(())) / totals.rankings
             else:
                 assert labelled is not None
-                term = self._labelled_loss(name, labelled).sum() / totals.labelled
+                settings = self.beta, self.desirable_weight, self.undesirable_weight
+                if name == "apo_zero_unpaired":
+                    values = unpaired.apo_zero_unpaired_loss(labelled.logratios, labelled.desirable, *settings)
+                else:
+                    assert labelled.kl is not None
+                    values = unpaired.kto_loss(labelled.logratios, labelled.desirable, labelled.kl, *settings)
+                term = values.sum() / totals.labelled
             terms.append(weight * term)
         if self.rpo_alpha is not None:
             means = torch.cat([logps.means[row.edges[:, 0]] for logps, row in zip(policy, rows, strict=True)])
@@ -245,48 +254,32 @@ class Objective(LossSettings):
         totals: BatchTotals,
         average: Callable[[Tensor], Tensor] | None,
     ) -> _Labelled:
-        logps, logratios, desirable, unrelated = [], [], [], []
-        labels = [label for row in rows for group in row.groups for _, label in unpaired.labels_of(group)]
-        for own, other, row in zip(policy, reference, rows, strict=True):
-            labelled = unpaired.labelled_responses(row.groups, row.edges.device)
-            ratios = own.sums - _sums(other).to(own.sums)
-            logps.append(own.sums.detach()[labelled.responses])
-            logratios.append(ratios[labelled.responses])
-            desirable.append(labelled.desirable)
-            unrelated.append(ratios[labelled.unrelated])
+        found = [unpaired.labelled_responses(row) for row in rows]
+        logratios = _logratios(policy, reference)
         kl = None
         if self.needs_unrelated_responses:
-            found = torch.cat(unrelated)
-            if len(found) == 0:
+            unrelated = torch.cat([ratios[each.unrelated] for ratios, each in zip(logratios, found, strict=True)])
+            if len(unrelated) == 0:
                 raise FlexdpoError(
                     f"loss_type 'kto' estimates the KL from responses to other prompts, but none of the batch's "
                     f"{totals.responses} responses is one; pass the groups through with_unrelated_responses, or use "
                     "loss_type 'apo_zero_unpaired'"
                 )
-            kl = unpaired.kto_kl(found)
+            kl = unpaired.kto_kl(unrelated)
             kl = (kl if average is None else average(kl)).clamp(min=0)
+        labels = [label for row in rows for group in row.groups for _, label in unpaired.labels_of(group)]
         chosen, rejected = (
             on_device([n for n, label in enumerate(labels) if label == wanted], torch.int64, rows[0].edges.device)
             for wanted in (True, False)
         )
-        return _Labelled(torch.cat(logps), torch.cat(logratios), torch.cat(desirable), chosen, rejected, kl)
-
-    def _labelled_loss(self, name: str, labelled: _Labelled) -> Tensor:
-        weights = self.desirable_weight, self.undesirable_weight
-        if name == "apo_zero_unpaired":
-            return unpaired.apo_zero_unpaired_loss(labelled.logratios, labelled.desirable, self.beta, *weights)
-        assert labelled.kl is not None
-        return unpaired.kto_loss(labelled.logratios, labelled.desirable, labelled.kl, self.beta, *weights)
-
-    def _plackett_luce(
-        self, policy: Sequence[ResponseLogps], reference: Sequence[Reference], rows: Sequence[Row]
-    ) -> Tensor:
-        total = policy[0].sums.new_zeros(())
-        for own, other, row in zip(policy, reference, rows, strict=True):
-            rewards = self.beta * (own.sums - _sums(other).to(own.sums))
-            for rankings in listwise.ranked_responses(row.groups, rewards.device):
-                total = total + listwise.plackett_luce_loss(rewards[rankings]).sum()
-        return total
+        return _Labelled(
+            torch.cat([own.sums.detach()[each.responses] for own, each in zip(policy, found, strict=True)]),
+            torch.cat([ratios[each.responses] for ratios, each in zip(logratios, found, strict=True)]),
+            torch.cat([each.desirable for each in found]),
+            chosen,
+            rejected,
+            kl,
+        )
 
     # --- what is logged ----------------------------------------------------------------------------------------------
 
@@ -294,13 +287,20 @@ class Objective(LossSettings):
         metrics: dict[str, Tensor] = {}
         if labelled is not None and labelled.kl is not None:
             metrics["kl"] = labelled.kl.detach()[None]
-        if labelled is not None and self.logs_labels:
+        if labelled is not None and not self.needs_pairs:
             rewards = self.beta * labelled.logratios.detach()
             for name, kept in (("chosen", labelled.chosen), ("rejected", labelled.rejected)):
                 metrics |= {f"rewards/{name}": rewards[kept], f"logps/{name}": labelled.logps[kept]}
             return metrics
-        chosen, rejected = self._rewards(pairs, with_reference)
-        if chosen is not None and rejected is not None:
+        own: tuple[Tensor, Tensor] | None = None
+        if with_reference:
+            own = pairs.chosen_logratios, pairs.rejected_logratios
+        elif any(name in PER_TOKEN for name in self.loss_type):
+            own = pairs.chosen_means, pairs.rejected_means
+        elif "cpo" in self.loss_type:
+            own = pairs.chosen_logps, pairs.rejected_logps
+        if own is not None:
+            chosen, rejected = (self.beta * each.detach() for each in own)
             metrics |= {
                 "rewards/chosen": chosen,
                 "rewards/rejected": rejected,
@@ -311,16 +311,6 @@ class Objective(LossSettings):
             "logps/chosen": pairs.chosen_logps.detach(),
             "logps/rejected": pairs.rejected_logps.detach(),
         }
-
-    def _rewards(self, pairs: losses.Pairs, with_reference: bool) -> tuple[Tensor | None, Tensor | None]:
-        """Implicit rewards of chosen and rejected responses, ``[E]`` each; ``None`` where nothing defines them."""
-        if with_reference:
-            return self.beta * pairs.chosen_logratios.detach(), self.beta * pairs.rejected_logratios.detach()
-        if any(name in PER_TOKEN for name in self.loss_type):
-            return self.beta * pairs.chosen_means.detach(), self.beta * pairs.rejected_means.detach()
-        if "cpo" in self.loss_type:
-            return self.beta * pairs.chosen_logps.detach(), self.beta * pairs.rejected_logps.detach()
-        return None, None
 
     @property
     def _names(self) -> str:
@@ -344,8 +334,9 @@ def _sums(reference: Reference) -> Tensor:
     return (reference if isinstance(reference, torch.Tensor) else reference.sums).detach()
 
 
-def _weighted_sum(values: Tensor, weights: Tensor | None) -> Tensor:
-    return values.sum() if weights is None else (values * weights).sum()
+def _logratios(policy: Sequence[ResponseLogps], reference: Sequence[Reference]) -> list[Tensor]:
+    """Policy minus reference for every response of each row, ``[R]``."""
+    return [own.sums - _sums(other).to(own.sums) for own, other in zip(policy, reference, strict=True)]
 
 
 def _supervised(policy: Sequence[ResponseLogps], rows: Sequence[Row], totals: BatchTotals) -> Tensor:

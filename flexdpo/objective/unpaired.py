@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,6 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
+
+    from flexdpo.layout.row import Row
 
 
 @dataclass(frozen=True)
@@ -62,16 +63,15 @@ def labels_of(group: Group) -> list[tuple[int, bool]]:
     return [(k, desirable) for edge in group.edges for k, desirable in zip(edge, (True, False), strict=True)]
 
 
-def labelled_responses(groups: Sequence[Group], device: torch.device) -> Labelled:
+def labelled_responses(row: Row) -> Labelled:
     """Number the labelled and the unrelated responses of a row's groups through the row."""
     labels: list[tuple[int, bool]] = []
     unrelated: list[int] = []
-    first = 0
-    for group in groups:
+    for group, first in row.numbered_groups():
         labels += [(first + k, desirable) for k, desirable in labels_of(group)]
         if isinstance(group, LabelledGroup):
             unrelated += [first + k for k in group.unrelated]
-        first += len(group.response_ids)
+    device = row.edges.device
     return Labelled(
         on_device([k for k, _ in labels], torch.int64, device),
         on_device([desirable for _, desirable in labels], torch.bool, device),
@@ -103,19 +103,21 @@ def with_unrelated_responses(groups: Sequence[Group]) -> list[LabelledGroup]:
                 f"{group.name}: all its {len(responses)} labelled responses answer the same prompt; use a larger "
                 "per_device_train_batch_size, or loss_type 'apo_zero_unpaired'"
             )
-        found.append(_with_responses(group, [foreign[place % len(foreign)] for place in range(len(members))]))
+        added = [foreign[place % len(foreign)] for place in range(len(members))]
+        labels, unrelated = (group.labels, group.unrelated) if isinstance(group, LabelledGroup) else ((), ())
+        count = len(group.response_ids)
+        found.append(
+            LabelledGroup(
+                group.prompt_ids,
+                (*group.response_ids, *added),
+                group.edges,
+                group.name,
+                (*labels, *[None] * len(added)) if labels else (),
+                (*unrelated, *range(count, count + len(added))),
+            )
+        )
         first += len(members)
     return found
-
-
-def _with_responses(group: Group, added: list[object]) -> LabelledGroup:
-    count = len(group.response_ids)
-    fields = {field.name: getattr(group, field.name) for field in dataclasses.fields(group)}
-    labels = fields.get("labels", ())
-    fields["response_ids"] = (*group.response_ids, *added)
-    fields["labels"] = (*labels, *(None,) * len(added)) if labels else ()
-    fields["unrelated"] = (*fields.get("unrelated", ()), *range(count, count + len(added)))
-    return LabelledGroup(**fields)
 
 
 def kto_loss(
@@ -135,16 +137,14 @@ def kto_loss(
 
     Source: Ethayarajh et al. 2024, arXiv:2402.01306, the default KTO loss.
     """
-    signs, weights = _signs_and_weights(logratios, desirable, desirable_weight, undesirable_weight)
+    one = torch.ones_like(logratios)
+    signs = torch.where(desirable, one, -one)
+    weights = torch.where(desirable, desirable_weight * one, undesirable_weight * one)
     return weights * torch.sigmoid(-signs * beta * (logratios - kl))
 
 
 def apo_zero_unpaired_loss(
-    logratios: Tensor,
-    desirable: Tensor,
-    beta: float,
-    desirable_weight: float = 1.0,
-    undesirable_weight: float = 1.0,
+    logratios: Tensor, desirable: Tensor, beta: float, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
 ) -> Tensor:
     """APO-zero on single labels: KTO with the reference point at 0, so that no KL need be estimated.
 
@@ -152,8 +152,7 @@ def apo_zero_unpaired_loss(
 
     Source: D'Oosterlinck et al. 2024, arXiv:2408.06266, Eq. 7, term by term.
     """
-    signs, weights = _signs_and_weights(logratios, desirable, desirable_weight, undesirable_weight)
-    return weights * torch.sigmoid(-signs * beta * logratios)
+    return kto_loss(logratios, desirable, logratios.new_zeros(()), beta, desirable_weight, undesirable_weight)
 
 
 def kto_kl(unrelated_logratios: Tensor) -> Tensor:
@@ -162,10 +161,3 @@ def kto_kl(unrelated_logratios: Tensor) -> Tensor:
     Source: Ethayarajh et al. 2024, arXiv:2402.01306 (``z_0`` there; the loss takes it at least 0).
     """
     return unrelated_logratios.detach().mean()
-
-
-def _signs_and_weights(
-    logratios: Tensor, desirable: Tensor, desirable_weight: float, undesirable_weight: float
-) -> tuple[Tensor, Tensor]:
-    one = torch.ones_like(logratios)
-    return torch.where(desirable, one, -one), torch.where(desirable, desirable_weight * one, undesirable_weight * one)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from flexdpo import FlexdpoError, Group, Row, response_logps
 from flexdpo.objective.batch import BatchTotals, ReferenceLogps, surrogate_loss
-from flexdpo.objective.logps import ResponseLogps, require_finite
+from flexdpo.objective.logps import ResponseLogps, pair_sums, require_finite
 from flexdpo.objective.loss_types import LOSS_TYPES, _settings_read
 from flexdpo.objective.objective import Objective
 from flexdpo.objective.unpaired import LabelledGroup, with_unrelated_responses
@@ -74,7 +74,9 @@ def packed(
     with torch.no_grad():
         ref = [response_logps(reference, row) for row in rows]
     if reference_as == "cached":
-        ref = [ReferenceLogps.of(values, row, objective.ld_alpha) for values, row in zip(ref, rows, strict=True)]
+        alpha = objective.ld_alpha
+        pairs = [None if alpha is None else pair_sums(*each, alpha) for each in zip(ref, rows, strict=True)]
+        ref = [ReferenceLogps(values.sums, each) for values, each in zip(ref, pairs, strict=True)]
 
     def run(row: Row) -> ResponseLogps:
         return response_logps(model, row, with_log_sum_squares=objective.use_weighting)

@@ -17,6 +17,7 @@ from transformers import MambaConfig, MambaForCausalLM, TrainerCallback
 
 from flexdpo import DPOConfig, DPOTrainer, FlexdpoError, UnsupportedModelError
 from flexdpo.data.lengths import token_counts
+from flexdpo.objective.logps import response_logps
 from flexdpo.objective.loss_types import LOSS_TYPES
 from flexdpo.training.metrics import MetricsFile
 from tests.conftest import preference_rows
@@ -387,7 +388,7 @@ def test_single_labels_train(tmp_path, tokenizer, small_model, loss_type) -> Non
         other = next(each for each in trainer.train_dataset if each["prompt_ids"] != row["prompt_ids"])
         packed = trainer.data_collator([row, other])["batch"].rows[0]
         with torch.no_grad():
-            difference = trainer._runner(trainer.model)._policy(packed).sums - trainer.reference_logps(packed).sums
+            difference = response_logps(trainer.model, packed).sums - trainer.reference_logps(packed).sums
         gained[row["labels"][0]].append(difference[0].item())
     assert sum(gained[True]) / 6 > sum(gained[False]) / 6 + 1
     words = Dataset.from_list([{**row, "label": "yes"} for row in rows])
