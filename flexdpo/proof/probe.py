@@ -286,9 +286,9 @@ class CoarsestRounding(TorchDispatchMode):
         return output
 
 
-def rounded_otherwise(embedded: Tensor, rounding: float) -> Tensor:
+def rounded_otherwise(embedded: Tensor, rounding: float, seed: int = 0) -> Tensor:
     """Move every number by about ``rounding``, relative to itself: another batch alone may happen to round alike."""
-    noise = torch.randn(embedded.shape, generator=torch.Generator().manual_seed(0)).to(embedded)
+    noise = torch.randn(embedded.shape, generator=torch.Generator().manual_seed(seed)).to(embedded)
     return embedded + embedded * noise * rounding
 
 
@@ -327,7 +327,7 @@ def _unpacked(model: Any, row: Row, *, rounding: float = 0.0) -> _Outcome:
         with _embeddings_captured(unwrap_model(model), rounding) as captured:
             logits.append(model(**inputs, use_cache=False).logits[0])
         gradients.append(torch.autograd.grad(_scores(logits[-1], number), _only(captured))[0][0])
-    return _Outcome(torch.cat(logits).detach(), summed_by_token(gradients, row))
+    return _Outcome(torch.cat(logits).detach(), summed_by_token(dict(enumerate(gradients)), row))
 
 
 def beside_another(ids: Tensor) -> dict[str, Tensor]:
@@ -354,11 +354,12 @@ def _only(captured: list[Tensor]) -> Tensor:
     return captured[0]
 
 
-def summed_by_token(gradients: list[Tensor], row: Row) -> Tensor:
-    """Add the gradients ``[L, H]`` of all sequences of a row at the tokens that they share, ``[S, H]``."""
-    paths = torch.cat([path_of(row, response) for response in range(row.num_responses)])
-    total = gradients[0].new_zeros(row.num_tokens, gradients[0].shape[-1])
-    return total.index_add_(0, paths.to(total.device), torch.cat(gradients))
+def summed_by_token(gradients: dict[int, Tensor], row: Row) -> Tensor:
+    """Add the gradients ``[L, H]`` of sequences of a row at the tokens that they share, ``[S, H]``."""
+    paths = torch.cat([path_of(row, response) for response in gradients])
+    values = torch.cat([*gradients.values()])
+    total = values.new_zeros(row.num_tokens, values.shape[-1])
+    return total.index_add_(0, paths.to(total.device), values)
 
 
 def _errors(got: _Outcome, want: _Outcome) -> tuple[float, float]:

@@ -11,33 +11,42 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from flexdpo.hf.row_dependence import limits_of
 from flexdpo.hf.unwrap import base_model
 from flexdpo.objective.linear_logps import logits_logps
 from flexdpo.objective.lm_head import head_logps, head_plan
 from flexdpo.objective.logps import member_values, require_finite, response_logps
+from flexdpo.proof.allowance import batches_of
 from flexdpo.proof.probe import CoarsestRounding, beside_another, path_of, rounded_otherwise, token_error
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from flexdpo.hf.row_dependence import LengthLimits
     from flexdpo.layout.row import Row
 
 # adapters whose gradients are compared weight by weight: two copies of so many numbers
 _MOST_ADAPTER_WEIGHTS = 1 << 24
-# tokens of a padded batch that are worth one call of the model; more only where a packed row has as many
-_SHORT_BATCH = 1024
+# of a number's last bit: what another kernel moves, figures that it leads to are as far off as those of eager attention
+_ROUNDED_BY = 0.3
 
 
 class Run(NamedTuple):
-    """Log-probabilities of the tokens of responses, ``[M]`` float64; gradients at the embeddings, ``[..., L, H]``."""
+    """Log-probabilities of a response's tokens, ``[M]`` float64; the gradient at the embeddings, ``[L, H]``."""
 
     logps: Tensor
     gradient: Any
 
-    def sums(self, row: Row) -> Tensor:
+
+class PackedRun(NamedTuple):
+    """The same of a whole row: log-probabilities response by response, and the gradient at its tokens, ``[S, H]``."""
+
+    logps: tuple[Tensor, ...]
+    gradient: Any
+
+    @property
+    def sums(self) -> Tensor:
         """Log-probabilities of whole responses, ``[R]``."""
-        return self.logps.new_zeros(row.num_responses).index_add_(0, row.member_responses, self.logps)
+        return torch.stack([logps.sum() for logps in self.logps])
 
 
 @dataclass
@@ -45,6 +54,7 @@ class Runs:
     """Runs rows and sequences, each with its own random weights on the log-probabilities as what is differentiated."""
 
     model: Any
+    limits: LengthLimits
     listener: Listener
     autocast: Callable[[], AbstractContextManager[Any]]
     rounding: float = 0.0
@@ -53,38 +63,40 @@ class Runs:
         """As :func:`token_error`, by the rounding that was seen."""
         return token_error(pairs, self.rounding)
 
-    def packed(self, row: Row) -> Run:
-        """A whole row, as training runs it; ``FlexdpoError`` names the example whose values are not finite."""
-        with self.autocast():
+    def packed(self, row: Row, responses: Sequence[int]) -> PackedRun:
+        """A whole row, as training runs it; the gradient is that of some of its responses.
+
+        ``FlexdpoError`` names the example whose values are not finite.
+        """
+        with self.autocast(), contextlib.nullcontext() if responses else torch.no_grad():
             found = response_logps(self.model, row)
         require_finite(found.sums, row, where="before the first step")
-        return self._run(member_values(found.targets, row), row, range(row.num_responses))
+        logps = member_values(found.targets, row).split([len(path) for path in row.response_paths])
+        gradient = self._gradient({response: logps[response] for response in responses})
+        gradient = None if gradient is None else gradient[0, : row.num_tokens]
+        return PackedRun(tuple(each.detach() for each in logps), gradient)
 
-    def unpacked(self, row: Row) -> list[Run]:
-        """Every sequence of a row, through batches that hold no more tokens than the row or few."""
-        runs: list[Any] = [None] * row.num_responses
-        for responses in self._batches(row):
-            for response, run in zip(responses, self._batch(row, responses), strict=True):
-                runs[response] = run
+    def unpacked(self, row: Row, responses: Sequence[int]) -> dict[int, Run]:
+        """Sequences of a row, through batches that hold no more tokens than the row or few."""
+        runs: dict[int, Run] = {}
+        for batch in batches_of(row, responses, self.limits):
+            runs |= self._batch(row, batch)
         return runs
 
-    def again(
-        self, rows: Sequence[Row], unpacked: Sequence[Sequence[Run]], *, every: bool = False
-    ) -> list[tuple[Run, Run]]:
-        """The shortest sequence, or every one, in another batch, rounded otherwise; each with what it was before."""
-        runs = [
-            (row, response, run) for row, each in zip(rows, unpacked, strict=True) for response, run in enumerate(each)
-        ]
-        found = []
-        for row, response, once in runs if every else [min(runs, key=lambda run: len(path_of(*run[:2])))]:
-            alone = [response] in self._batches(row)
-            self.listener.rounding = self.rounding
-            (run,) = self._batch(row, [response], beside=alone)
-            self.listener.rounding = 0.0
-            found.append((run, once))
-        return found
+    def again(self, row: Row, batches: Sequence[Sequence[int]], *, beside: bool, seed: int = 0) -> dict[int, Run]:
+        """The sequences of batches once more, each in another batch, from embeddings that are rounded otherwise.
 
-    def _batch(self, row: Row, responses: Sequence[int], *, beside: bool = False) -> list[Run]:
+        Those of several are alone now, and those that were alone ``beside`` another one.
+        """
+        runs: dict[int, Run] = {}
+        self.listener.rounding, self.listener.seed = _ROUNDED_BY * (1 + seed / 2) * self.rounding, seed
+        for batch in batches:
+            for response in batch:
+                runs |= self._batch(row, [response], beside=beside and len(batch) == 1)
+        self.listener.rounding = 0.0
+        return runs
+
+    def _batch(self, row: Row, responses: Sequence[int], *, beside: bool = False) -> dict[int, Run]:
         """Run sequences as an ordinary trainer would; ``beside`` another one that is not looked at."""
         sequences = [row.input_ids[0, path_of(row, response)] for response in responses]
         inputs = {"input_ids": pad_sequence(sequences, True)}
@@ -109,48 +121,39 @@ class Runs:
                 values = logits_logps(self.model(**inputs, use_cache=False).logits.flatten(0, 1)[predictors], labels)
         if watched is not None:
             self.rounding = watched.eps
-        run = self._run(values.logps.double(), row, responses)
-        gradients = [None if run.gradient is None else run.gradient[n, : len(ids)] for n, ids in enumerate(sequences)]
-        return [Run(*each) for each in zip(run.logps.split(sizes), gradients, strict=True)]
+        logps = values.logps.double().split(sizes)
+        gradient = self._gradient(dict(zip(responses, logps, strict=True)))
+        return {
+            response: Run(logps[n].detach(), None if gradient is None else gradient[n, : len(sequences[n])])
+            for n, response in enumerate(responses)
+        }
 
-    def _batches(self, row: Row) -> list[list[int]]:
-        """Responses whose sequences may run together: on the same side of every limit, and in no more memory."""
-        limits, room = limits_of(base_model(self.model)), max(row.num_tokens, _SHORT_BATCH)
-        lengths = [len(path_of(row, response)) for response in range(row.num_responses)]
-        batches: list[list[int]] = []
-        for response in sorted(range(row.num_responses), key=lambda each: -lengths[each]):
-            longest = lengths[batches[-1][0]] if batches else room
-            alike = limits.side(lengths[response]) == limits.side(longest)
-            if alike and batches and (len(batches[-1]) + 1) * longest <= room:
-                batches[-1].append(response)
-            else:
-                batches.append([response])
-        return batches
-
-    def _run(self, logps: Tensor, row: Row, responses: Sequence[int]) -> Run:
+    def _gradient(self, logps: dict[int, Tensor]) -> Tensor | None:
+        """At what the last forward pass embedded, of the log-probabilities of some responses."""
         # one random weight for every token of a response: the gradient then says on what each one depends
-        weights = [
-            torch.randn(len(row.response_paths[response]), generator=torch.Generator().manual_seed(response))
-            for response in responses
+        scores = [
+            (values * torch.randn(len(values), generator=torch.Generator().manual_seed(response)).to(values)).sum()
+            for response, values in logps.items()
         ]
-        return Run(logps.detach(), self.listener.gradient((logps * torch.cat(weights).to(logps)).sum()))
+        return self.listener.gradient(torch.stack(scores).sum()) if scores else None
 
 
 @dataclass
 class Listener:
     """Takes gradients at the embeddings and of an adapter; everything else learns nothing while it listens.
 
-    With a ``rounding`` every embedding moves by about its last bit, where another batch alone may round alike.
+    With a ``rounding`` every embedding moves by about that, where another batch alone may round alike.
     """
 
     adapter: list[Tensor] = field(default_factory=list)
     embedded: list[Tensor] = field(default_factory=list)
     rounding: float = 0.0
+    seed: int = 0
 
     def capture(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:  # noqa: ARG002
         """A forward hook of the embedding."""
         if self.rounding:
-            output = rounded_otherwise(output.detach(), self.rounding)
+            output = rounded_otherwise(output.detach(), self.rounding, self.seed)
         if not torch.is_grad_enabled():
             return output
         # an adapter on the embedding itself needs its gradient too

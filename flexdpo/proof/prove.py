@@ -3,7 +3,8 @@
 Everything is as it will be trained: weights, dtype, adapters, train mode, checkpointing, autocast. The same sequences
 run packed, as training lays them out, and unpacked through the model's stock attention: each alone, or a few short ones
 in a padded batch; compared are their log-probabilities and the gradients that arrive at the embeddings (and at an
-adapter's weights). What rounding alone may do is measured, not guessed: one sequence runs once more, in another batch.
+adapter's weights). What rounding alone may do is measured, not guessed: one sequence runs once more, in another batch;
+where it does not explain an error, all of them do, rounded in several ways.
 """
 
 from __future__ import annotations
@@ -25,25 +26,36 @@ from flexdpo.hf.prepare import prepare_model
 from flexdpo.hf.row_dependence import limits_of
 from flexdpo.hf.unwrap import base_model, unwrapped
 from flexdpo.layout.packing import pack
-from flexdpo.proof.probe import NOISE_FACTOR, ROUNDINGS, stock_attention, summed_by_token
-from flexdpo.proof.proof_runs import Runs, listening
+from flexdpo.objective.logps import response_logps
+from flexdpo.proof.allowance import UNLIMITED, Plan, batches_of, planned
+from flexdpo.proof.probe import NOISE_FACTOR, ROUNDINGS, path_of, stock_attention, summed_by_token, token_error
+from flexdpo.proof.proof_runs import PackedRun, Run, Runs, listening
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from flexdpo.layout.groups import Group
     from flexdpo.layout.row import Row
+    from flexdpo.proof.allowance import Allowance
 
 # log-probabilities of the responses of a row, [R]
 ReferenceSums = Callable[["Row"], "Tensor"]
+
+# half precision compares nine tokens in ten and its faults are no larger than a few roundings. The noise of all
+# sequences is then as large as another kernel's error, so that less than in the probe is to be explained by it
+_HALF_FACTOR, _HALF_ROUNDINGS = 3.0, 1.0
+_SINGLE = torch.finfo(torch.float32).eps
+# ways of rounding that are tried before a run is stopped, ever coarser: a router's ties break in some of them only
+_WAYS = 6
 
 
 @dataclass(frozen=True)
 class Proof:
     """What was measured; errors and noise are relative to the largest value of their kind.
 
-    Gradients are NaN where they could not be taken (sharded models), their noise where rounding explains all without
-    it, the reference's error where it need not agree. In half precision each figure is that of nine in ten tokens.
+    Gradients are NaN where they were not taken (sharded models, no time), their noise where rounding explains all
+    without it, the reference's error where it need not agree, its noise where it agrees without. In half precision the
+    figures of log-probabilities and gradients are those of nine in ten tokens.
     """
 
     examples: int
@@ -51,29 +63,49 @@ class Proof:
     value_error: float
     value_noise: float
     gradient_error: float
-    gradient_noise: float
     adapter_error: float
-    reference_error: float
     rounding: float
     drew_random_numbers: bool
-    seconds: float
+    gradient_noise: float = math.nan
+    reference_error: float = math.nan
+    reference_noise: float = math.nan
+    seconds: float = 0.0
+
+    @property
+    def _factor(self) -> float:
+        return _HALF_FACTOR if self.rounding > _SINGLE else NOISE_FACTOR
 
     @property
     def value_budget(self) -> float:
         """What rounding alone may do to log-probabilities."""
-        return max(NOISE_FACTOR * self.value_noise, ROUNDINGS * self.rounding)
+        roundings = _HALF_ROUNDINGS if self.rounding > _SINGLE else ROUNDINGS
+        return min(max(self._factor * self.value_noise, roundings * self.rounding), self._half_the_digits)
+
+    @property
+    def _half_the_digits(self) -> float:
+        """Rounding spoils the last digits, never half of them."""
+        return math.sqrt(self.rounding)
 
     @property
     def gradient_budget(self) -> float:
         """What it may do to gradients."""
-        return max(self.value_budget, 0.0 if math.isnan(self.gradient_noise) else NOISE_FACTOR * self.gradient_noise)
+        noise = 0.0 if math.isnan(self.gradient_noise) else self.gradient_noise
+        # they add up over a prompt's responses, and single precision looks at the worst token
+        roundings = ROUNDINGS if self.rounding > _SINGLE else 8 * ROUNDINGS
+        return max(roundings * self.rounding, self._factor * max(self.value_noise, noise))
+
+    @property
+    def reference_budget(self) -> float:
+        """What it may do to the sums of the reference."""
+        if math.isnan(self.reference_noise):
+            return self.value_budget
+        return max(self._factor * self.reference_noise, ROUNDINGS * min(self.rounding, _SINGLE))
 
     @property
     def failures(self) -> list[str]:
         """What does not hold, with its figures; empty where everything does."""
         found = ["random numbers were drawn in the forward pass"] if self.drew_random_numbers else []
-        # rounding spoils the last digits, never half of them
-        if self.value_noise > math.sqrt(self.rounding):
+        if self.value_noise > self._half_the_digits:
             found.append(
                 f"unpacked log-probabilities depend on the batch: they move by {self.value_noise:.1e} in another one"
             )
@@ -82,7 +114,7 @@ class Proof:
             ("packed gradients at the embeddings", self.gradient_error, self.gradient_budget),
             ("packed gradients of the adapter", self.adapter_error, self.gradient_budget),
             ("the reference's log-probabilities, which are the policy's before the first step,",
-             self.reference_error, self.value_budget),
+             self.reference_error, self.reference_budget),
         ):  # fmt: skip
             # NaN stands for what was not compared
             if error > budget:
@@ -120,7 +152,8 @@ def prove(
     """Prove on a model, as it is and in the mode it is in, that packed and shared gives the ordinary result.
 
     Costs a forward and a backward pass over the groups packed and over their sequences unpacked, and a forward pass
-    over the shortest sequence again. Weights, gradients and random states are left as they were.
+    over the shortest sequence again; more where that leaves an error unexplained. Weights, gradients and random states
+    are left as they were.
 
     Args:
         model: A Hugging Face causal LM, with adapters and wrappers; prepared here if it was not.
@@ -149,9 +182,7 @@ def prove(
     )
     # spread weights are whole during their own passes only
     sharded = any(isinstance(weight, DTensor) or hasattr(weight, "ds_id") for weight in model.parameters())
-    proof = measure(
-        model, [row.to(device) for row in rows], reference=reference, with_gradients=not sharded, autocast=autocast
-    )
+    proof = measure(model, [row.to(device) for row in rows], reference=reference, sharded=sharded, autocast=autocast)
     require_proof(proof, model)
     return proof
 
@@ -171,8 +202,10 @@ def measure(
     rows: Sequence[Row],
     *,
     reference: ReferenceSums | None = None,
-    with_gradients: bool = True,
+    reference_runs_the_rows: bool = False,
+    sharded: bool = False,
     autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+    allowance: Allowance = UNLIMITED,
 ) -> Proof:
     """Measure what :func:`prove` judges, on rows that are on the model's device.
 
@@ -180,56 +213,136 @@ def measure(
         model: Prepared, wrapped or not; a sharded one is run through its wrapper.
         rows: As training packs them.
         reference: See :func:`prove`.
-        with_gradients: Leave out for sharded models, whose weights exist during their own passes only.
+        reference_runs_the_rows: Whether it does now what the policy does, so that both agree bit for bit.
+        sharded: Whether weights exist during their own passes only, which leaves out gradients; all processes measure.
         autocast: Entered around every forward pass.
+        allowance: How many tokens may run.
 
     Raises:
         FlexdpoError: naming the example, where a log-probability is not finite to begin with.
     """
     started = time.perf_counter()
     base = base_model(model)
+    limits = limits_of(base)
+    plan = planned(rows, limits, allowance, gradients=not sharded)
     before = RandomState.now()
-    with listening(model, with_gradients) as listener:
-        runs = Runs(model, listener, autocast)
-        packed = [runs.packed(row) for row in rows]
+    with listening(model, plan.gradients) as listener:
+        runs = Runs(model, limits, listener, autocast)
+        packed = [runs.packed(row, responses) for row, responses in zip(rows, plan.responses, strict=True)]
         # a number that is compared with a rate of 0 changes nothing
         drew = RandomState.now().differs(before) and bool(draws_by_module(base))
         adapter = listener.take_adapter_gradients()
         # a compiled layer would be compiled again for every length of a sequence
         with stock_attention(base), torch.compiler.set_stance("force_eager"):
-            unpacked = [runs.unpacked(row) for row in rows]
+            unpacked = [runs.unpacked(row, responses) for row, responses in zip(rows, plan.responses, strict=True)]
             adapter_unpacked = listener.take_adapter_gradients()
-            with torch.no_grad():
-                again = runs.again(rows, unpacked)
+            compared = _Compared(rows, plan, packed, unpacked, runs)
             proof = Proof(
                 examples=sum(len(row.groups) for row in rows),
-                sequences=sum(row.num_responses for row in rows),
-                value_error=runs.error(
-                    (run.logps, torch.cat([other.logps for other in others]))
-                    for run, others in zip(packed, unpacked, strict=True)
-                ),
-                value_noise=runs.error((run.logps, once.logps) for run, once in again),
-                gradient_error=runs.error(
-                    (run.gradient[0, : row.num_tokens], summed_by_token([other.gradient for other in others], row))
-                    for run, others, row in zip(packed, unpacked, rows, strict=True)
-                    if run.gradient is not None
-                ),
-                gradient_noise=math.nan,
+                sequences=sum(map(len, unpacked)),
+                value_error=compared.value_error(),
+                value_noise=compared.value_noise_of_one(),
+                gradient_error=compared.gradient_error(),
                 adapter_error=runs.error([(adapter, adapter_unpacked)] if adapter.any() else []),
-                reference_error=math.nan,
                 rounding=runs.rounding,
                 drew_random_numbers=drew,
-                seconds=0.0,
             )
-            # the shortest sequence alone says too little of gradients, which add up over a prompt
-            if max(proof.gradient_error, proof.adapter_error) > proof.gradient_budget:
-                again = runs.again(rows, unpacked, every=True)
-                gradients = [(run.gradient, once.gradient) for run, once in again if run.gradient is not None]
-                proof = replace(proof, gradient_noise=runs.error(gradients))
+            for seed in range(_WAYS):
+                if not _anywhere(bool(proof.failures), base.device, sharded):
+                    break
+                proof = compared.with_noise_of_all(proof, seed)
+    if reference is not None:
         with torch.no_grad(), autocast():
-            references = [] if reference is None else [reference(row) for row in rows]
+            proof = _with_reference(proof, model, rows, packed, reference, reference_runs_the_rows, sharded)
     before.restore()
-    reference_error = runs.error(
-        (sums, run.sums(row)) for sums, run, row in zip(references, packed, rows, strict=False)
+    return replace(proof, seconds=time.perf_counter() - started)
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """The runs of a proof and what they differ by."""
+
+    rows: Sequence[Row]
+    plan: Plan
+    packed: list[PackedRun]
+    unpacked: list[dict[int, Run]]
+    runs: Runs
+
+    def value_error(self) -> float:
+        return self.runs.error(
+            (row.logps[response], run.logps)
+            for row, others in zip(self.packed, self.unpacked, strict=True)
+            for response, run in others.items()
+        )
+
+    def gradient_error(self) -> float:
+        return self.runs.error(
+            (run.gradient, _at_tokens(others, row))
+            for run, others, row in zip(self.packed, self.unpacked, self.rows, strict=True)
+            if run.gradient is not None
+        )
+
+    @torch.no_grad()
+    def value_noise_of_one(self) -> float:
+        """Of the shortest sequence."""
+        sequences = [(n, batch, r) for n, batches in enumerate(self._batches()) for batch in batches for r in batch]
+        number, batch, response = min(sequences, key=lambda each: len(path_of(self.rows[each[0]], each[2])))
+        again = self.runs.again(self.rows[number], [[response]], beside=self.plan.beside and len(batch) == 1)
+        return self.runs.error([(again[response].logps, self.unpacked[number][response].logps)])
+
+    def with_noise_of_all(self, proof: Proof, seed: int) -> Proof:
+        """The proof with the noise of every sequence, if that is larger."""
+        values, gradients = [], []
+        for row, batches, once in zip(self.rows, self._batches(), self.unpacked, strict=True):
+            again = self.runs.again(row, batches, beside=True, seed=seed)
+            values += [(again[response].logps, run.logps) for response, run in once.items()]
+            if any(run.gradient is not None for run in once.values()):
+                one, other = (
+                    summed_by_token({r: each.gradient for r, each in of.items()}, row) for of in (again, once)
+                )
+                gradients.append((one, other))
+        # NaN stands for what was not compared, and max() keeps a first one
+        noise = max(self.runs.error(gradients), -1.0 if math.isnan(proof.gradient_noise) else proof.gradient_noise)
+        return replace(proof, value_noise=max(proof.value_noise, self.runs.error(values)), gradient_noise=noise)
+
+    def _batches(self) -> list[list[list[int]]]:
+        limits = self.runs.limits
+        return [batches_of(row, each, limits) for row, each in zip(self.rows, self.plan.responses, strict=True)]
+
+
+def _at_tokens(runs: dict[int, Run], row: Row) -> Tensor:
+    return summed_by_token({response: run.gradient for response, run in runs.items()}, row)
+
+
+def _with_reference(
+    proof: Proof,
+    model: nn.Module,
+    rows: Sequence[Row],
+    packed: Sequence[PackedRun],
+    reference: ReferenceSums,
+    runs_the_rows: bool,
+    sharded: bool,
+) -> Proof:
+    """The proof with the reference's error; where it runs the rows as the policy does, rounding explains nothing."""
+    sums = [reference(row) for row in rows]
+    error = token_error((of, run.sums) for of, run in zip(sums, packed, strict=True))
+    proof = replace(proof, reference_error=error)
+    differs = error > replace(proof, reference_noise=0.0).reference_budget
+    if not runs_the_rows or not _anywhere(differs, sums[0].device, sharded):
+        return proof
+    # without gradients other kernels may run
+    likewise = [response_logps(model, row).sums for row in rows]
+    return replace(
+        proof,
+        reference_error=token_error(zip(sums, likewise, strict=True)),
+        reference_noise=token_error((of, run.sums) for of, run in zip(likewise, packed, strict=True)),
     )
-    return replace(proof, reference_error=reference_error, seconds=time.perf_counter() - started)
+
+
+def _anywhere(here: bool, device: torch.device, sharded: bool) -> bool:
+    """Whether it is so in any of the processes that must run as many passes."""
+    if not (sharded and torch.distributed.is_initialized()):
+        return here
+    flag = torch.tensor(int(here), device=device)
+    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+    return bool(flag)

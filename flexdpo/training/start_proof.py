@@ -9,6 +9,7 @@ from transformers.utils import logging
 
 from flexdpo.attention.settings import kernel_settings_as
 from flexdpo.data.stream import StreamedPreferences
+from flexdpo.proof.allowance import Allowance
 from flexdpo.proof.prove import measure, require_proof
 from flexdpo.training import distribution
 
@@ -60,8 +61,10 @@ class ProofAtStart(TrainerCallback):
                 model,
                 [row for batch in batches for row in batch.rows],
                 reference=reference if compare else None,
-                with_gradients=not sharded,
+                reference_runs_the_rows=not precomputed,
+                sharded=sharded,
                 autocast=trainer.compute_loss_context_manager,
+                allowance=self._two_steps(batches, compare and not precomputed),
             )
         if sharded:
             distribution.reshard(model)
@@ -72,11 +75,24 @@ class ProofAtStart(TrainerCallback):
             # at a level that transformers shows by default
             logger.warning(proof.line())
 
+    def _two_steps(self, batches: list[PackedBatch], reference_runs: bool) -> Allowance:
+        """What two steps of such examples cost."""
+        args, trainer = self.trainer.args, self.trainer
+        examples = sum(len(row.groups) for batch in batches for row in batch.rows)
+        tokens = sum(row.layout.length for batch in batches for row in batch.rows)
+        pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        learned = sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad)
+        # to the activations once, twice where checkpointing runs the forward pass again, and to what is trained
+        backward = 2 if args.gradient_checkpointing else 1
+        share = learned / sum(weight.numel() for weight in trainer.model.parameters())
+        reference = trainer.objective.needs_reference and not args.precompute_ref_log_probs
+        step = (1 + backward + share + reference) * tokens * pairs / examples
+        return Allowance(2 * step, backward, int(reference_runs))
+
     def _first_batches(self) -> list[PackedBatch]:
         """The first examples in micro-batches as in training: rows are no longer, and as many documents share one."""
         trainer, args = self.trainer, self.trainer.args
-        # half a step's pairs or fewer: all passes of the proof together then cost 0.9 to 2 steps,
-        # 2.6 with an adapter and one or two pairs a step
+        # half a step's pairs or fewer leave time for most of their sequences unpacked
         half = args.per_device_train_batch_size * args.gradient_accumulation_steps // 2
         # a loss that compares with other examples needs one
         size = max(args.per_device_train_batch_size, 2 if trainer.objective.needs_unrelated_responses else 1)

@@ -210,12 +210,8 @@ def _values_right_gradients_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 
-# half precision tells such a fault from rounding on two examples, not always on a single short one
-@pytest.mark.parametrize(
-    ("pairs", "dtype"),
-    [(1, torch.float32), (2, torch.float32), (8, torch.float32), (2, torch.bfloat16), (8, torch.bfloat16)],
-    ids=str,
-)
+@DTYPES
+@pytest.mark.parametrize("pairs", [1, 2, 8])
 @pytest.mark.parametrize("fault", [_leaking, _off_by_one, _values_right_gradients_wrong])
 def test_a_wrong_packed_run_is_stopped(
     fault: Any, pairs: int, dtype: torch.dtype, train: Any, small_model: Any, monkeypatch: pytest.MonkeyPatch
@@ -248,7 +244,7 @@ def test_a_row_that_mixes_the_rotations_of_short_and_long_sequences_is_stopped(
     )
     message = "packed log-probabilities are off by"
     if not known:
-        monkeypatch.setattr("flexdpo.proof.proof_runs.limits_of", lambda model: LengthLimits())
+        monkeypatch.setattr("flexdpo.proof.prove.limits_of", lambda model: LengthLimits())
         message = "unpacked log-probabilities depend on the batch: they move by"
     with pytest.raises(FlexdpoError, match=message):
         prove(model, groups)
@@ -305,6 +301,57 @@ def test_rows_hold_as_many_documents_as_in_training(
     assert found == documents
 
 
+@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("loss_type", ["sigmoid", "simpo"])
+@pytest.mark.parametrize(
+    ("micro_batch", "accumulation", "responses", "checkpointing"),
+    [(1, 1, 1, False), (1, 1, 60, True), (2, 1, 1, False), (1, 4, 1, True), (8, 1, 60, False)],
+)
+def test_it_costs_two_steps_at_most(
+    micro_batch: int,
+    accumulation: int,
+    responses: int,
+    loss_type: str,
+    adapter: bool,
+    checkpointing: bool,
+    tmp_path: Path,
+    tokenizer: Any,
+    small_model: Any,
+) -> None:
+    """Counted in tokens of forward passes, as many of backward passes, and a share of them for trained weights."""
+    peft = pytest.importorskip("peft")
+    texts = {"prompt": "w5 " * (60 - responses // 2), "chosen": "w8 " * responses, "rejected": "w9 " * responses}
+    data = Dataset.from_list([texts] * 16)
+    batch = {"per_device_train_batch_size": micro_batch, "gradient_accumulation_steps": accumulation}
+    args = settings(tmp_path, loss_type=[loss_type], activation_checkpointing=checkpointing, **batch)
+    config = peft.LoraConfig(target_modules="all-linear") if adapter else None
+    trainer = DPOTrainer(small_model(), None, args, train_dataset=data, processing_class=tokenizer, peft_config=config)
+    weights = [*trainer.model.parameters()]
+    share = sum(w.numel() for w in weights if w.requires_grad) / sum(w.numel() for w in weights)
+    passes = {"proof": 0.0, "step": 0.0}
+    at = "proof"
+
+    def count(module: Any, args: Any, output: torch.Tensor) -> None:
+        tokens = output.shape[0] * output.shape[1]
+        backward = 1 + checkpointing + (share if at == "step" else 0)
+        passes[at] += tokens * (1 + (backward if torch.is_grad_enabled() else 0))
+
+    models = [trainer.model] if trainer.ref_model is None else [trainer.model, trainer.ref_model]
+    for model in models:
+        model.get_input_embeddings().register_forward_hook(count)
+    start_proof.ProofAtStart(trainer, reference_is_policy=loss_type == "sigmoid").on_train_begin(
+        args, trainer.state, trainer.control
+    )
+    at = "step"
+    trainer.remove_callback(start_proof.ProofAtStart)
+    trainer.train()
+    assert passes["proof"] <= 2 * passes["step"], passes
+    assert trainer.proof.sequences >= 1
+    # no gradients only where one example without a reference takes a step of its own
+    least = (micro_batch * accumulation, loss_type, adapter) == (1, "simpo", True)
+    assert np.isnan(trainer.proof.gradient_error) <= least
+
+
 @DTYPES
 def test_dropout_that_was_left_on_is_stopped(dtype: torch.dtype, train: Any, small_model: Any) -> None:
     trainer = train(small_model("gpt2", dtype=dtype))
@@ -313,12 +360,20 @@ def test_dropout_that_was_left_on_is_stopped(dtype: torch.dtype, train: Any, sma
         trainer.train()
 
 
+@DTYPES
+@pytest.mark.parametrize("pairs", [1, 8])
+@pytest.mark.parametrize("weights", ["random", "of a few steps"])
 def test_a_reference_of_another_adapter_scale_is_stopped(
-    train: Any, small_model: Any, monkeypatch: pytest.MonkeyPatch
+    weights: str, pairs: int, dtype: torch.dtype, train: Any, small_model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """In half precision too, where it differs by less than another batch does."""
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    trainer = train(peft.get_peft_model(small_model(), config))
+    model = peft.get_peft_model(small_model(dtype=dtype), config)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name and weights == "of a few steps":
+            weight.data *= 0.05
+    trainer = train(model, per_device_train_batch_size=pairs)
     layers = [module for module in trainer.model.modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
 
     def scale(by: float) -> None:
@@ -399,16 +454,17 @@ def test_all_sequences_tell_the_noise_of_gradients(monkeypatch: pytest.MonkeyPat
     """The shortest one has little of it, and errors that it does not explain may be rounding all the same."""
     model, again, runs = build_or_skip("llama", dtype=torch.float32), Runs.again, []
 
-    def counted(self: Any, *args: Any, every: bool = False) -> Any:
-        found = again(self, *args, every=every)
-        runs.append((every, len(found)))
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = again(self, *args, **kwargs)
+        runs.append(len(found))
         return found
 
     monkeypatch.setattr(Runs, "again", counted)
     prove(model, example_groups())
-    assert runs == [(False, 1)]
+    assert runs == [1]
     for name in ("NOISE_FACTOR", "ROUNDINGS"):
         monkeypatch.setattr(f"flexdpo.proof.prove.{name}", 0)
     with pytest.raises(FlexdpoError, match="packed gradients at the embeddings are off by"):
         prove(model, example_groups())
-    assert runs[1:] == [(False, 1), (True, 5)]
+    # in each of several ways before it is stopped
+    assert runs[1:] == [1, *6 * [5]]
