@@ -13,6 +13,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig
 
 from flexdpo.cli import main
+from flexdpo.show.plots import draw_training_curves
 from tests.conftest import preference_rows
 
 
@@ -30,8 +31,14 @@ def train(model: Path, data: Path, output: Path, *more: str) -> int:
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", pytest.param("qwen3", marks=pytest.mark.slow)])
-def test_a_job_runs_saves_and_generates(tmp_path, capsys, saved_model, data_file, name) -> None:
-    output = tmp_path / "out"
+def test_a_job_runs_saves_and_generates(tmp_path, capsys, monkeypatch, saved_model, data_file, name) -> None:
+    output, histories = tmp_path / "out", []
+
+    def draw_curves(history, path) -> None:
+        histories.append(history)
+        draw_training_curves(history, path)
+
+    monkeypatch.setattr("flexdpo.runs.job.draw_training_curves", draw_curves)
     assert train(saved_model(name), data_file, output, "--eval_dataset_name", str(data_file)) == 0
     table = capsys.readouterr().out
     assert "train: 24 of 24 rows used" in table
@@ -42,6 +49,9 @@ def test_a_job_runs_saves_and_generates(tmp_path, capsys, saved_model, data_file
         assert list(weights.keys())
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert next(line["loss"] for line in lines if "loss" in line) == pytest.approx(0.693147, abs=1e-6)
+    # the curves begin with the evaluation before training
+    (history,) = histories
+    assert [line["step"] for line in history if "eval_loss" in line] == [0, history[-1]["step"]]
     for picture in ("training.png", "mask.png"):
         with Image.open(output / picture) as image:
             assert image.width >= 1000

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from flexdpo.commands.options import OptionParser, settings_of
 from flexdpo.data.columns import parse_columns
 from flexdpo.errors import FlexdpoError
-from flexdpo.show.overview import VIEWS, draw_overview, first_row, picture_block_size
+from flexdpo.layout.packing import pack
+from flexdpo.show.overview import VIEWS, draw_overview, picture_block_size
 from flexdpo.show.packing import batch_layouts
 from flexdpo.show.text import overview_text
 
@@ -67,7 +68,7 @@ def run(argv: list[str]) -> int:
     settings = settings_of(ShowSettings, found)
     groups = _groups(settings, found.dataset)
     length, sharing, multiple = settings.max_tokens_per_row, settings.sharing, settings.pad_to_multiple_of
-    row = first_row(groups, length, sharing=sharing, pad_to_multiple_of=multiple)
+    row = pack(groups, length, sharing=sharing, pad_to_multiple_of=multiple)[0]
     layouts = batch_layouts(groups, length, sharing=sharing)
     size = settings.block_size or picture_block_size(int(row.subtree_end.shape[-1]))
     if settings.text:

@@ -205,7 +205,8 @@ def _run(output: Path, seed: int, recipe: Recipe, start: float) -> ExampleResult
         tokens_unshared=trainer.tokens["unshared"],
         step_times=measure_step_times(trainer, recipe.timing_rounds),
     )
-    draw_training_curves(metrics_file, output / CURVES_FILE)
+    history = [json.loads(line) for line in metrics_file.read_text(encoding="utf-8").splitlines()]
+    draw_training_curves(history, output / CURVES_FILE)
     draw_example_mask(trainer, output / MASK_FILE)
     result = replace(result, seconds=time.perf_counter() - start)
     with metrics_file.open("a", encoding="utf-8") as file:

@@ -10,7 +10,8 @@ from flexdpo.config import DPOConfig
 from flexdpo.data.stream import StreamedPreferences
 from flexdpo.data.tokenize import load_preference_dataset
 from flexdpo.errors import FlexdpoError
-from flexdpo.show.mask_image import draw_row_mask
+from flexdpo.layout.row import TILE
+from flexdpo.show.draw import draw
 from flexdpo.show.plots import draw_training_curves
 from flexdpo.training.batch import PackingCollator
 from flexdpo.training.distribution import is_sharded
@@ -72,7 +73,6 @@ def _run(job: Job, config: DPOConfig) -> str:
     eval_data = _eval_data(job)
     init_kwargs = config.model_init_kwargs if isinstance(config.model_init_kwargs, dict) else {}
     config.model_init_kwargs = {**init_kwargs, **job.load_kwargs} or None
-    metrics_file = output / METRICS_FILE
     trainer = DPOTrainer(
         job.model_name_or_path,
         None,
@@ -80,16 +80,18 @@ def _run(job: Job, config: DPOConfig) -> str:
         train_dataset=train_data,
         eval_dataset=eval_data,
         peft_config=job.peft_config,
-        callbacks=[MetricsFile(metrics_file)],
+        callbacks=[MetricsFile(output / METRICS_FILE)],
     )
     # a model that is sharded when training begins cannot be evaluated before it
     sharded = is_sharded(config)
     before = trainer.evaluate() if eval_data is not None and not sharded else {}
+    # training begins a history of its own
+    history = list(trainer.state.log_history)
     trainer.train(resume_from_checkpoint=_checkpoint(config))
     after = trainer.evaluate() if eval_data is not None else {}
     trainer.save_model()
     if trainer.is_world_process_zero():
-        draw_training_curves(metrics_file, output / CURVES_FILE)
+        draw_training_curves([*history, *trainer.state.log_history], output / CURVES_FILE)
         draw_example_mask(trainer, output / MASK_FILE)
     table = summary_table(trainer, before, after, output)
     # Python that goes down while threads of the group still hold tensors may abort, and fail a run that is done
@@ -131,7 +133,7 @@ def draw_example_mask(trainer: DPOTrainer, path: Path, groups: int = 3) -> None:
         data = data.sample(groups)
     collate = PackingCollator(pad_to_multiple_of=trainer.args.row_multiple)
     batch = collate([data[i] for i in range(min(groups, len(data)))])["batch"]
-    draw_row_mask(batch.rows[0], path)
+    draw(batch.rows[0], path=path, block_size=TILE)
 
 
 def summary_table(trainer: DPOTrainer, before: dict[str, float], after: dict[str, float], output: Path) -> str:

@@ -9,9 +9,9 @@ from torch.nn.attention.flex_attention import create_mask
 from flexdpo.attention.generator import mask_mod
 from flexdpo.errors import FlexdpoError, found
 from flexdpo.layout.row import Row
-from flexdpo.show.mask_image import TOKENS_DRAWN_SINGLY, row_mask_figure
+from flexdpo.show.mask_image import TOKENS_DRAWN_SINGLY, draw_mask_panel, row_title
 from flexdpo.show.overview import picture_block_size
-from flexdpo.show.plots import save_figure
+from flexdpo.show.plots import INK, new_figure, save_figure
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -60,7 +60,11 @@ def draw(
                 "draw a shorter row"
             )
         visible = create_mask(drawn, 1, 1, length, length, device="cpu")[0, 0].numpy()
-    figure = row_mask_figure(row, title=title, block_size=block_size or picture_block_size(length), visible=visible)
+    figure = new_figure(7.5, 7.5, dpi=160)
+    place = figure.add_gridspec(1, 1, left=0.1, right=0.985, bottom=0.065, top=0.95)[0]
+    size = picture_block_size(length) if block_size is None else block_size
+    draw_mask_panel(figure, place, row, block_size=size, visible=visible)
+    figure.text(0.1, 0.966, row_title(row) if title is None else title, fontsize=11, color=INK)
     if path is not None:
         save_figure(figure, path)
     return figure

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from flexdpo.attention.block_masks import classify_tiles
+from flexdpo.attention.mask_mods import CAUSAL
 from flexdpo.errors import FlexdpoError
-from flexdpo.show.plots import new_figure, save_figure
+from flexdpo.show.plots import INK, ink_on, style_axes
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
@@ -29,8 +29,8 @@ TILES_MARKED_SINGLY = 40
 LEGEND_RESPONSES = 8
 
 _KIND_COLOURS = {PADDING: "#9ca3af", PROMPT: "#3f6fa8", SHARED: "#7a4fa3"}
+_KIND_NAMES = {PADDING: "padding (sees only itself)", PROMPT: "prompt", SHARED: "shared by responses"}
 _RESPONSE_COLOURS = ("#2e9e6b", "#e07b39", "#d4b02a", "#c2477f", "#47b5c4", "#8a6d3b")
-INK = "#1f2937"
 
 
 class TokenKinds(NamedTuple):
@@ -75,14 +75,13 @@ def mask_categories(row: Row) -> NDArray[np.int64]:
         ``[S, S]`` int64, query down, key across: ``HIDDEN`` where the query may not attend to the key,
         otherwise the key's kind as in `TokenKinds`.
     """
-    subtree_end = _subtree_end(row)
-    index = np.arange(subtree_end.size)
-    query, key = index[:, None], index[None, :]
-    visible = (key <= query) & (query < subtree_end[None, :])
-    return np.where(visible, token_kinds(row).kinds[None, :], HIDDEN)
+    key = np.arange(row.layout.length)
+    query = key[:, None]
+    visible = (key <= query) & (query < row.subtree_end[0].cpu().numpy())
+    return np.where(visible, token_kinds(row).kinds, HIDDEN)
 
 
-def tile_kinds(subtree_end: NDArray[np.int64], block_size: int = 128) -> NDArray[np.int64]:
+def tile_kinds(row: Row, block_size: int = 128, visible: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:
     """Classify the tiles of the mask as a block-sparse kernel sees them.
 
     Empty tiles are skipped, partial ones masked cell by cell, full ones run without a mask. The tiles of a
@@ -91,8 +90,9 @@ def tile_kinds(subtree_end: NDArray[np.int64], block_size: int = 128) -> NDArray
     Shapes: ``S`` row length, ``N = ceil(S / block_size)``.
 
     Args:
-        subtree_end: ``[S]`` int64.
+        row: The packed row.
         block_size: Tokens to a side of a tile.
+        visible: Another mask than the row's own, ``[S, S]``, query down, key across.
 
     Returns:
         ``[N, N]`` int64 of ``EMPTY``, ``PARTIAL`` and ``FULL``, query tiles down, key tiles across.
@@ -102,69 +102,41 @@ def tile_kinds(subtree_end: NDArray[np.int64], block_size: int = 128) -> NDArray
     """
     if block_size < 1:
         raise FlexdpoError(f"block_size must be at least 1 token, got {block_size}")
-    starts = np.arange(0, subtree_end.size, block_size)
-    kinds = np.full((starts.size, starts.size), PARTIAL, dtype=np.int64)
-    for band, start in enumerate(starts.tolist()):
-        visible = np.add.reduceat(_visible_queries(subtree_end, start, block_size), starts)
-        kinds[band, visible == 0] = EMPTY
-        kinds[band, visible == block_size * block_size] = FULL
-    return kinds
-
-
-def draw_row_mask(row: Row, path: str | Path, *, title: str | None = None, block_size: int = 128) -> Path:
-    """Draw :func:`row_mask_figure` into a file, 1200 pixels square; the ending of ``path`` chooses the format."""
-    return save_figure(row_mask_figure(row, title=title, block_size=block_size), path)
-
-
-def row_mask_figure(
-    row: Row, *, title: str | None = None, block_size: int = 128, visible: NDArray[np.bool_] | None = None
-) -> Figure:
-    """Draw the attention mask of one packed row, query down and key across.
-
-    A cell is coloured where the query may attend to the key, by what the key is: prompt, response k, a
-    beginning that responses share, padding. Documents alternate in tint and are framed. The strips above and
-    to the right say what each token is and plot its logical position. A row of at least two tiles also shows
-    the tiles that a block-sparse kernel skips, masks cell by cell, or runs unmasked. A window or chunk of
-    the model's own is not part of the row; :func:`flexdpo.draw` draws it too.
-
-    Args:
-        row: The packed row; above 2048 tokens it is averaged over squares of tokens, so that memory stays
-            small.
-        title: A line above the picture; by default the numbers of documents and tokens.
-        block_size: Tokens to a side of a tile.
-        visible: Another mask than the row's own, ``[S, S]``, query down, key across.
-
-    Returns:
-        The figure, unknown to pyplot; its first axes hold the mask.
-
-    Raises:
-        FlexdpoError: if the row is not one row of at least one token or ``block_size`` is not positive.
-    """
-    figure = new_figure(7.5, 7.5, dpi=160)
-    box = figure.add_gridspec(1, 1, left=0.1, right=0.985, bottom=0.065, top=0.95)
-    draw_mask_panel(figure, box[0], row, block_size=block_size, visible=visible)
-    figure.text(0.1, 0.966, row_title(row) if title is None else title, fontsize=11, color=INK)
-    return figure
+    if visible is None:
+        non_empty, full = (tiles[0].cpu().numpy() for tiles in classify_tiles(row.layout, CAUSAL, block_size))
+    else:
+        starts = np.arange(0, len(visible), block_size)
+        counts = np.add.reduceat(np.add.reduceat(visible, starts, axis=0, dtype=np.int64), starts, axis=1)
+        non_empty, full = counts > 0, counts == block_size * block_size
+    return np.where(full, FULL, np.where(non_empty, PARTIAL, EMPTY))
 
 
 def draw_mask_panel(
     figure: Figure, place: Any, row: Row, *, block_size: int = 128, visible: NDArray[np.bool_] | None = None
 ) -> None:
-    """Draw the mask of a row, or another ``[S, S]`` one, with strips and legend into a square ``SubplotSpec``."""
-    subtree_end = _subtree_end(row)
+    """Draw the mask of a row, or another ``[S, S]`` one, into a square ``SubplotSpec``, query down and key across.
+
+    A cell is coloured where the query may attend to the key, by what the key is: prompt, response k, a
+    beginning that responses share, padding. Documents alternate in tint and are framed. The strips above and
+    to the right say what each token is and plot its logical position. A row of at least two tiles also shows
+    the tiles that a block-sparse kernel skips, masks cell by cell, or runs unmasked. Above 2048 tokens the picture is
+    averaged over squares of tokens, so that memory stays small.
+    """
     tokens = token_kinds(row)
     colours = token_colours(tokens)
     tiles = None
-    if subtree_end.size >= 2 * block_size:
-        tiles = tile_kinds(subtree_end, block_size) if visible is None else _tiles_of(visible, block_size)
+    if row.layout.length >= 2 * block_size:
+        tiles = tile_kinds(row, block_size, visible)
     grid = place.subgridspec(
         3, 3, width_ratios=(1, 0.024, 0.075), height_ratios=(0.075, 0.024, 1), wspace=0.02, hspace=0.02
     )
     axes = figure.add_subplot(grid[2, 0])
-    _draw_cells(axes, row, subtree_end, colours, visible)
+    _draw_cells(axes, row, colours, visible)
     if tiles is not None:
         _draw_tiles(axes, tiles, block_size)
-    _draw_documents(axes, row)
+    for start, end in row.documents:
+        # inside the frame lies all that a query may see
+        axes.plot([start, end, end, start, start], [start, start, end, end, start], color=INK, linewidth=0.8)
     _draw_legend(axes, tokens, tiles, block_size)
     _draw_strip(figure.add_subplot(grid[1, 0], sharex=axes), row, colours, along="key")
     _draw_strip(figure.add_subplot(grid[2, 1], sharey=axes), row, colours, along="query")
@@ -175,36 +147,9 @@ def draw_mask_panel(
     corner.set_axis_off()
 
 
-def render_row_text(row: Row, width: int = 120) -> str:
-    """Render the mask of a small row for a terminal, one line per query and one character per key.
-
-    Raises:
-        FlexdpoError: if the row has more than ``width`` tokens.
-    """
-    length = _subtree_end(row).size
-    if length > width:
-        raise FlexdpoError(
-            f"a row of {length} tokens does not fit {width} characters; raise width or use draw_row_mask"
-        )
-    marks = np.array([*" ·█▚", *(chr(ord("0") + k % 10) for k in range(token_kinds(row).num_responses))])
-    lines = ["".join(marks[line]).rstrip() for line in mask_categories(row)]
-    return "\n".join([*lines, "", "█ prompt  0 1 ... response  ▚ shared by responses  · padding"])
-
-
-def _subtree_end(row: Row) -> NDArray[np.int64]:
-    shape = tuple(row.subtree_end.shape)
-    if len(shape) != 2 or shape[0] != 1 or shape[1] == 0:
-        raise FlexdpoError(f"subtree_end must be [1, S] with S >= 1, got {shape}; give one packed row at a time")
-    array: NDArray[np.int64] = row.subtree_end[0].cpu().numpy()
-    return array
-
-
-def _visible_queries(subtree_end: NDArray[np.int64], start: int, count: int) -> NDArray[np.int64]:
-    """Count how many of the queries ``start ... start + count - 1`` may attend to each key, ``[S]`` int64."""
-    first = np.maximum(np.arange(subtree_end.size), start)
-    past = np.minimum(subtree_end, start + count)
-    visible: NDArray[np.int64] = np.maximum(past - first, 0)
-    return visible
+def kind_name(kind: int) -> str:
+    """A kind of token in words."""
+    return _KIND_NAMES.get(kind, f"response {kind - FIRST_RESPONSE}")
 
 
 def token_colours(tokens: TokenKinds) -> NDArray[np.float32]:
@@ -232,40 +177,28 @@ def kind_colour(kind: int, num_responses: int) -> Any:
     return colormaps["turbo"](0.3 + 0.65 * response / (num_responses - 1))
 
 
-def _averaged_cells(subtree_end: NDArray[np.int64], colours: NDArray[np.float32], step: int) -> NDArray[np.float32]:
+def averaged_cells(row: Row, colours: NDArray[np.float32], step: int) -> NDArray[np.float32]:
     """Average the picture over squares of ``step x step`` cells without ever holding all ``S x S`` cells."""
-    length = subtree_end.size
+    length, subtree_end = row.layout.length, row.subtree_end[0].cpu().numpy()
     starts = np.arange(0, length, step)
     widths = np.minimum(starts + step, length) - starts
     image = np.empty((starts.size, starts.size, 3), dtype=np.float32)
     for band, start in enumerate(starts.tolist()):
-        visible = _visible_queries(subtree_end, start, step)[:, None] / widths[band]
-        painted = 1 - visible * (1 - colours)  # white where hidden
+        # how many queries of the band may attend to each key
+        visible = np.maximum(np.minimum(subtree_end, start + step) - np.maximum(np.arange(length), start), 0)
+        painted = 1 - (visible[:, None] / widths[band]) * (1 - colours)  # white where hidden
         image[band] = np.add.reduceat(painted, starts) / widths[:, None]
     return image
 
 
-def _tiles_of(visible: NDArray[np.bool_], block_size: int) -> NDArray[np.int64]:
-    """As :func:`tile_kinds`, of a mask that is known cell by cell."""
-    starts = np.arange(0, len(visible), block_size)
-    counts = np.add.reduceat(np.add.reduceat(visible, starts, axis=0, dtype=np.int64), starts, axis=1)
-    return np.where(counts == 0, EMPTY, np.where(counts == block_size * block_size, FULL, PARTIAL))
-
-
-def _draw_cells(
-    axes: Any,
-    row: Row,
-    subtree_end: NDArray[np.int64],
-    colours: NDArray[np.float32],
-    visible: NDArray[np.bool_] | None,
-) -> None:
-    length = subtree_end.size
+def _draw_cells(axes: Any, row: Row, colours: NDArray[np.float32], visible: NDArray[np.bool_] | None) -> None:
+    length = row.layout.length
     step = 1 if length <= TOKENS_DRAWN_SINGLY or visible is not None else -(-length // SQUARES_PER_SIDE)
     if step == 1:
         hidden = (mask_categories(row) == HIDDEN if visible is None else ~visible)[:, :, None]
         image = np.where(hidden, np.float32(1), colours[None])
     else:
-        image = _averaged_cells(subtree_end, colours, step)
+        image = averaged_cells(row, colours, step)
     reach = len(image) * step
     axes.imshow(image, extent=(0, reach, reach, 0), aspect="auto", interpolation="nearest" if length <= 300 else None)
     if length <= 64:
@@ -274,11 +207,8 @@ def _draw_cells(
         axes.vlines(np.arange(1, length), 0, length, color="white", linewidth=0.7, zorder=0.5)
     axes.set_xlim(0, length)
     axes.set_ylim(length, 0)
-    axes.set_xlabel("key token (index in the row)", fontsize=9, color=INK)
     axes.set_ylabel("query token (index in the row)", fontsize=9, color=INK)
-    axes.tick_params(labelsize=8, colors=INK, length=3)
-    for spine in axes.spines.values():
-        spine.set(color="#9ca3af", linewidth=0.8)
+    style_axes(axes, "key token (index in the row)")
 
 
 def _draw_tiles(axes: Any, tiles: NDArray[np.int64], block_size: int) -> None:
@@ -301,23 +231,15 @@ def _draw_tiles(axes: Any, tiles: NDArray[np.int64], block_size: int) -> None:
               markeredgecolor=INK, markeredgewidth=0.6)  # fmt: skip
 
 
-def _draw_documents(axes: Any, row: Row) -> None:
-    """Frame every document, inside which all that a query may see lies."""
-    for start, end in row.documents:
-        axes.plot([start, end, end, start, start], [start, start, end, end, start], color=INK, linewidth=0.8)
-
-
 def _draw_strip(axes: Any, row: Row, colours: NDArray[np.float32], along: str) -> None:
     """Draw one coloured cell per token; rows of up to 48 tokens carry the logical position in each."""
     length = len(colours)
-    if along == "key":
-        axes.imshow(colours[None], extent=(0, length, 1, 0), aspect="auto", interpolation="nearest")
-    else:
-        axes.imshow(colours[:, None], extent=(0, 1, length, 0), aspect="auto", interpolation="nearest")
+    image, extent = (colours[None], (0, length, 1, 0)) if along == "key" else (colours[:, None], (0, 1, length, 0))
+    axes.imshow(image, extent=extent, aspect="auto", interpolation="nearest")
     if length <= 48:
         for index, position in enumerate(row.position_ids[0].tolist()):
             x, y = (index + 0.5, 0.5) if along == "key" else (0.5, index + 0.5)
-            ink = "white" if colours[index].mean() < 0.6 else INK
+            ink = ink_on(colours[index])
             axes.text(x, y, str(position), ha="center", va="center_baseline", fontsize=6.5, color=ink)
     axes.tick_params(bottom=False, left=False, labelbottom=False, labelleft=False)
     axes.spines[:].set_visible(False)
@@ -346,49 +268,38 @@ def _draw_positions(axes: Any, row: Row, along: str) -> None:
 
 def _draw_legend(axes: Any, tokens: TokenKinds, tiles: NDArray[np.int64] | None, block_size: int) -> None:
     """Put the legend into the upper triangle, where a causal mask never shows anything."""
+    from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    entries = [
-        Patch(color=kind_colour(kind, tokens.num_responses), label=name) for kind, name in kind_names(tokens).items()
+    last = FIRST_RESPONSE + tokens.num_responses - 1
+    names = {
+        kind: kind_name(kind) for kind in sorted(set(tokens.kinds.tolist()), key=lambda kind: (kind == PADDING, kind))
+    }
+    if tokens.num_responses > LEGEND_RESPONSES:
+        names = {kind: name for kind, name in names.items() if kind <= FIRST_RESPONSE or kind == last}
+        names[last] = f"... to {names[last]}"
+    entries: list[Any] = [
+        Patch(color=kind_colour(kind, tokens.num_responses), label=name) for kind, name in names.items()
     ]
+    if tiles is not None:
+        empty, partial, full = (f"{(tiles == kind).sum():,}" for kind in (EMPTY, PARTIAL, FULL))
+        marks: list[Any] = [
+            Patch(facecolor="#eceff3", edgecolor="#cbd2da"),
+            Patch(facecolor="none", edgecolor=INK, linewidth=0.6),
+            Line2D([], [], marker="o", linestyle="", color="white", markeredgecolor=INK),
+        ]
+        if len(tiles) > TILES_MARKED_SINGLY:
+            marks = [Line2D([], [], linestyle="") for _ in marks]
+        marks[0].set_label(f"{empty} empty tiles ({block_size} x {block_size}), skipped")
+        marks[1].set_label(f"{partial} partial tiles, masked")
+        marks[2].set_label(f"{full} full tiles, no mask needed")
+        entries += marks
     legend = axes.legend(
-        handles=entries if tiles is None else [*entries, *_tile_entries(tiles, block_size)],
+        handles=entries,
         title="query attends to key; the key is", alignment="left", borderpad=0.8, loc="upper right",
         fontsize=8.5, title_fontsize=8.5, framealpha=1.0, edgecolor="#cbd2da",
     )  # fmt: skip
     legend.set_zorder(5)
-
-
-def _tile_entries(tiles: NDArray[np.int64], block_size: int) -> list[Any]:
-    """Make the legend's lines for the tiles: how they are marked, where they are, and how many there are."""
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
-    empty, partial, full = (f"{(tiles == kind).sum():,}" for kind in (EMPTY, PARTIAL, FULL))
-    entries: list[Any] = [
-        Patch(facecolor="#eceff3", edgecolor="#cbd2da"),
-        Patch(facecolor="none", edgecolor=INK, linewidth=0.6),
-        Line2D([], [], marker="o", linestyle="", color="white", markeredgecolor=INK),
-    ]
-    if len(tiles) > TILES_MARKED_SINGLY:
-        entries = [Line2D([], [], linestyle="") for _ in entries]
-    entries[0].set_label(f"{empty} empty tiles ({block_size} x {block_size}), skipped")
-    entries[1].set_label(f"{partial} partial tiles, masked")
-    entries[2].set_label(f"{full} full tiles, no mask needed")
-    return entries
-
-
-def kind_names(tokens: TokenKinds) -> dict[int, str]:
-    """Name the kinds that the row has, in the order of the legend; of many responses the two outermost."""
-    present = set(tokens.kinds.tolist())
-    last = tokens.num_responses - 1
-    names = {PROMPT: "prompt", SHARED: "shared by responses"}
-    if last < LEGEND_RESPONSES:
-        names |= {FIRST_RESPONSE + k: f"response {k}" for k in range(last + 1)}
-    else:
-        names |= {FIRST_RESPONSE: "response 0", FIRST_RESPONSE + last: f"... to response {last}"}
-    names[PADDING] = "padding (sees only itself)"
-    return {kind: name for kind, name in names.items() if kind in present}
 
 
 def row_title(row: Row) -> str:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from flexdpo.errors import FlexdpoError, nearest
-from flexdpo.layout.packing import pack
-from flexdpo.show.mask_image import INK, draw_mask_panel, row_title
+from flexdpo.show.mask_image import draw_mask_panel, row_title
 from flexdpo.show.packing import PACKING_TITLE, draw_packing_panel, packing_height
-from flexdpo.show.plots import new_figure, save_figure
+from flexdpo.show.plots import INK, new_figure, save_figure
 from flexdpo.show.trie import draw_trie_panel, trie_height
 
 if TYPE_CHECKING:
@@ -17,23 +16,11 @@ if TYPE_CHECKING:
 
     from matplotlib.figure import Figure
 
-    from flexdpo.layout.groups import Group
     from flexdpo.layout.row import Row
     from flexdpo.show.packing import BatchLayout
 
 VIEWS = ("all", "trie", "mask", "packing")
 _WIDTH, _MASK, _HEADING, _AXIS = 7.5, 7.1, 0.42, 0.5
-
-
-def first_row(
-    groups: Sequence[Group],
-    max_tokens_per_row: int | None = None,
-    *,
-    sharing: str = "group",
-    pad_to_multiple_of: int = 1,
-) -> Row:
-    """The row to draw: the first that the groups are packed into."""
-    return pack(groups, max_tokens_per_row, pad_to_multiple_of=pad_to_multiple_of, sharing=sharing)[0]
 
 
 def picture_block_size(length: int) -> int:
@@ -76,13 +63,12 @@ def overview_figure(
     for name in shown:
         figure.text(0.1, (top - 0.27) / total, titles[name], fontsize=11, color=INK)
         below = top - _HEADING
-        boxes[name] = figure.add_gridspec(
-            1, 1, left=0.1, right=0.985, top=below / total, bottom=(below - heights[name]) / total
-        )[0]
-        top = below - heights[name] - _AXIS
+        top = below - heights[name]
+        boxes[name] = figure.add_gridspec(1, 1, left=0.1, right=0.985, top=below / total, bottom=top / total)[0]
+        top -= _AXIS
     if "mask" in boxes:
-        size = row.subtree_end.shape[-1]
-        draw_mask_panel(figure, boxes["mask"], row, block_size=block_size or picture_block_size(size))
+        size = block_size or picture_block_size(row.layout.length)
+        draw_mask_panel(figure, boxes["mask"], row, block_size=size)
     if "trie" in boxes:
         draw_trie_panel(figure, boxes["trie"], row)
     if "packing" in boxes:

@@ -2,71 +2,47 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from flexdpo.layout.packing import best_fit_decreasing, pack
-from flexdpo.show.mask_image import FIRST_RESPONSE, INK, PADDING, PROMPT, TokenKinds, token_colours, token_kinds
+from flexdpo.show.mask_image import FIRST_RESPONSE, PADDING, PROMPT, TokenKinds, token_colours, token_kinds
+from flexdpo.show.plots import INK, style_axes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from flexdpo.layout.groups import Group
+    from flexdpo.layout.row import Row
 
+PACKING_TITLE = "A batch, laid out three ways (area is work)"
 _LANE_HEIGHT = 0.16
 _GAP = 1.9
 
 
-@dataclass(frozen=True, eq=False)
-class Lane:
-    """One sequence or row of a layout.
+class BatchLayout(NamedTuple):
+    """A batch laid out one way: its sequences or rows, padding included."""
 
-    Attributes:
-        tokens: What stands in it, padding included.
-        num_tokens: Its tokens, padding not counted.
-    """
-
-    tokens: TokenKinds
-    num_tokens: int
-
-    def __len__(self) -> int:
-        return int(self.tokens.kinds.size)
-
-
-@dataclass(frozen=True, eq=False)
-class BatchLayout:
-    """A batch laid out one way.
-
-    Attributes:
-        name: ``"padded"``, ``"packed"`` or ``"shared"``.
-        lanes: Its sequences or rows.
-    """
-
-    name: str
-    lanes: tuple[Lane, ...]
+    name: str  # ``"padded"``, ``"packed"`` or ``"packed and shared"``
+    lanes: tuple[TokenKinds, ...]
 
     @property
     def slots(self) -> int:
         """Tokens that are run, padding included."""
-        return sum(map(len, self.lanes))
+        return sum(lane.kinds.size for lane in self.lanes)
 
     @property
     def num_tokens(self) -> int:
         """Tokens that are run, padding not counted."""
-        return sum(lane.num_tokens for lane in self.lanes)
+        return sum(int((lane.kinds != PADDING).sum()) for lane in self.lanes)
 
     def title(self) -> str:
         """What it is and how many tokens it runs."""
-        count = len(self.lanes)
-        what = {
-            "padded": f"padded: {count} sequences",
-            "packed": f"packed: {count} row{'s' * (count > 1)}",
-            "shared": f"packed and shared: {count} row{'s' * (count > 1)}",
-        }[self.name]
-        padding = 1 - self.num_tokens / self.slots
-        return f"{what}, {self.slots:,} tokens run" + (f", {padding:.0%} of them padding" if padding >= 0.005 else "")
+        count, padding = len(self.lanes), 1 - self.num_tokens / self.slots
+        lanes = "sequences" if self.name == "padded" else f"row{'s' * (count > 1)}"
+        title = f"{self.name}: {count} {lanes}, {self.slots:,} tokens run"
+        return title + (f", {padding:.0%} of them padding" if padding >= 0.005 else "")
 
 
 def batch_layouts(
@@ -82,73 +58,41 @@ def batch_layouts(
     Raises:
         FlexdpoError: if a group is longer than the rows.
     """
-    budget = default_budget(groups) if max_tokens_per_row is None else max_tokens_per_row
-    sequences = [
-        _sequence(number, k, group.prompt_ids.size, ids.size)
-        for number, group in enumerate(groups)
-        for k, ids in enumerate(group.response_ids)
-    ]
-    longest = max(map(len, sequences))
-    # the unshared responses of a group may be too long together, so each finds its own place
-    bins = best_fit_decreasing([len(lane) for lane in sequences], max(budget, longest))
+    budget = max_tokens_per_row
+    if budget is None:
+        unshared = [group.unshared_tokens for group in groups]
+        budget = max(-(-sum(unshared) // 4), *unshared)
     most = max(len(group.response_ids) for group in groups)
-    packed = pack(groups, budget, sharing=sharing)
+    sequences = []
+    for number, group in enumerate(groups):
+        for k, ids in enumerate(group.response_ids):
+            kinds = np.repeat([PROMPT, FIRST_RESPONSE + k], [group.prompt_ids.size, ids.size])
+            sequences.append(TokenKinds(kinds, np.full(kinds.size, number), most))
+    lengths = [lane.kinds.size for lane in sequences]
+    longest = max(lengths)
+    padding = [TokenKinds(np.full(longest - n, PADDING), np.full(longest - n, -1), most) for n in lengths]
+    # the unshared responses of a group may be too long together, so each finds its own place
+    bins = best_fit_decreasing(lengths, max(budget, longest))
+    shared = pack(groups, budget, sharing=sharing)
     return (
-        BatchLayout("padded", tuple(_padded(lane, longest) for lane in sequences)),
+        BatchLayout("padded", tuple(map(_joined, zip(sequences, padding, strict=True)))),
         BatchLayout("packed", tuple(_joined([sequences[i] for i in members]) for members in bins)),
-        BatchLayout(
-            "shared",
-            tuple(
-                Lane(
-                    token_kinds(row)._replace(num_responses=most, documents=_renumbered(row)),
-                    row.num_tokens,
-                )
-                for row in packed
-            ),
-        ),
+        BatchLayout("packed and shared", tuple(_kinds_in_batch(row, most) for row in shared)),
     )
 
 
-def default_budget(groups: Sequence[Group]) -> int:
-    """Row length for a picture: about four rows without sharing, and none too short for a group."""
-    total = sum(group.unshared_tokens for group in groups)
-    return max(-(-total // 4), *(group.unshared_tokens for group in groups))
+def _joined(lanes: Sequence[TokenKinds]) -> TokenKinds:
+    kinds, documents, most = zip(*lanes, strict=True)
+    return TokenKinds(np.concatenate(kinds), np.concatenate(documents), max(most))
 
 
-def _renumbered(row: Any) -> Any:
-    """The documents of a row by the batch's numbers, so that tints agree between the layouts."""
-    documents = np.full(row.subtree_end.shape[-1], -1, dtype=np.int64)
+def _kinds_in_batch(row: Row, most: int) -> TokenKinds:
+    """The kinds of a row with its documents by the batch's numbers, so that tints agree between the layouts."""
+    found = token_kinds(row)._replace(num_responses=most)
     if len(row.groups) != len(row.documents):
-        return token_kinds(row).documents  # groups that share a trie are one document
-    for number, (start, stop) in zip(row.numbers, row.documents, strict=True):
-        documents[start:stop] = number
-    return documents
-
-
-def _sequence(document: int, k: int, prompt: int, response: int) -> Lane:
-    kinds = np.concatenate([np.full(prompt, PROMPT), np.full(response, FIRST_RESPONSE + k)])
-    return Lane(TokenKinds(kinds, np.full(kinds.size, document), k + 1), int(kinds.size))
-
-
-def _padded(lane: Lane, length: int) -> Lane:
-    missing = length - len(lane)
-    kinds = np.concatenate([lane.tokens.kinds, np.full(missing, PADDING)])
-    documents = np.concatenate([lane.tokens.documents, np.full(missing, -1)])
-    return Lane(TokenKinds(kinds, documents, lane.tokens.num_responses), lane.num_tokens)
-
-
-def _joined(lanes: Sequence[Lane]) -> Lane:
-    return Lane(
-        TokenKinds(
-            np.concatenate([lane.tokens.kinds for lane in lanes]),
-            np.concatenate([lane.tokens.documents for lane in lanes]),
-            max(lane.tokens.num_responses for lane in lanes),
-        ),
-        sum(lane.num_tokens for lane in lanes),
-    )
-
-
-PACKING_TITLE = "A batch, laid out three ways (area is work)"
+        return found  # groups that share a trie are one document
+    # padding, -1, stays what it is
+    return found._replace(documents=np.array([*row.numbers, -1])[found.documents])
 
 
 def packing_height(layouts: Sequence[BatchLayout]) -> float:
@@ -165,35 +109,27 @@ def draw_packing_panel(figure: Any, place: Any, layouts: Sequence[BatchLayout]) 
         layouts: What :func:`batch_layouts` gives.
     """
     axes = figure.add_subplot(place)
-    width = max(len(lane) for layout in layouts for lane in layout.lanes)
-    most = max(lane.tokens.num_responses for layout in layouts for lane in layout.lanes)
     y = 0.0
     for layout in layouts:
         axes.text(0, y + 0.9, layout.title(), fontsize=8.5, color=INK, ha="left", va="center_baseline")
         y += _GAP - 0.35
         for lane in layout.lanes:
-            _draw_lane(axes, lane, y, most)
+            _draw_lane(axes, lane, y)
             y += 1.0
         y += 0.35
-    axes.set_xlim(0, width)
+    axes.set_xlim(0, max(lane.kinds.size for layout in layouts for lane in layout.lanes))
     axes.set_ylim(y, 0)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_yticks([])
-    axes.set_xlabel("tokens", fontsize=9, color=INK)
-    axes.tick_params(labelsize=8, colors=INK, length=3)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set(color="#9ca3af", linewidth=0.8)
+    style_axes(axes, "tokens", lanes=True)
 
 
-def _draw_lane(axes: Any, lane: Lane, y: float, most: int) -> None:
+def _draw_lane(axes: Any, lane: TokenKinds, y: float) -> None:
     """Draw the tokens of a lane as bars, one for each stretch of one kind in one document."""
-    kinds, documents = lane.tokens.kinds, lane.tokens.documents
-    colours = token_colours(lane.tokens._replace(num_responses=most))
+    kinds, documents, _ = lane
+    colours = token_colours(lane)
     breaks = np.flatnonzero((np.diff(kinds) != 0) | (np.diff(documents) != 0)) + 1
-    starts = np.concatenate(([0], breaks))
-    stops = np.concatenate((breaks, [kinds.size]))
-    faces = [colours[start] if kinds[start] != PADDING else (0.92, 0.93, 0.95) for start in starts.tolist()]
-    spans = list(zip(starts.tolist(), (stops - starts).tolist(), strict=True))
+    starts, stops = [0, *breaks.tolist()], [*breaks.tolist(), kinds.size]
+    faces = [colours[start] if kinds[start] != PADDING else (0.92, 0.93, 0.95) for start in starts]
+    spans = [(start, stop - start) for start, stop in zip(starts, stops, strict=True)]
     axes.broken_barh(spans, (y, 0.8), facecolors=faces, linewidth=0)
-    borders = starts[1:][documents[starts[1:]] != documents[starts[1:] - 1]]
+    borders = breaks[documents[breaks] != documents[breaks - 1]]
     axes.vlines(borders, y, y + 0.8, color="white", linewidth=1.2)

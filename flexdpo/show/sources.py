@@ -56,9 +56,7 @@ def _group(value: Any, place: str, number: int, ids: Iterator[int]) -> Group:
         raise FlexdpoError(f"{place} (counted from 0): expected {_FORM}; found {found(value)}")
     if not isinstance(value["responses"], list) or not value["responses"]:
         raise FlexdpoError(f"{place}, 'responses': expected a list of lengths, found {found(value['responses'])}")
-    responses = [
-        ids_of_one for branch in value["responses"] for ids_of_one in _branches(branch, f"{place}, 'responses'", ids)
-    ]
+    responses = [one for branch in value["responses"] for one in _branches(branch, f"{place}, 'responses'", ids)]
     prompt = _run(value["prompt"], f"{place}, 'prompt'", ids)
     edges = [(0, k) for k in range(1, len(responses))]
     return Group.from_lists(prompt, responses, edges, name=f"group {number}")
@@ -83,14 +81,7 @@ def _run(value: Any, place: str, ids: Iterator[int]) -> list[int]:
 def groups_of_dataset(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None, first: int = 0, groups: int = 4
 ) -> list[Group]:
-    """Tokenise a few rows of a dataset, as training would.
-
-    Args:
-        dataset: Preferences.
-        tokenizer: Of the model to train.
-        max_length: Longest prompt plus response.
-        first: Row to begin with, counted from 0.
-        groups: How many rows.
+    """Tokenise a few rows of a dataset, from row ``first`` on, as training would.
 
     Raises:
         FlexdpoError: if there is no such row, or none of them can be used.

@@ -10,23 +10,26 @@ from flexdpo.show.mask_image import (
     EMPTY,
     FIRST_RESPONSE,
     FULL,
+    HIDDEN,
     PADDING,
     PARTIAL,
     PROMPT,
     SHARED,
-    render_row_text,
+    kind_name,
+    mask_categories,
     row_title,
     tile_kinds,
 )
-from flexdpo.show.trie import Run, trie_runs
+from flexdpo.show.trie import trie_runs
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from flexdpo.layout.row import Row
-    from flexdpo.show.packing import BatchLayout, Lane
+    from flexdpo.show.packing import BatchLayout
 
-_MARKS = {PROMPT: "█", SHARED: "▚", PADDING: "·"}
+_MARKS = {HIDDEN: " ", PADDING: "·", PROMPT: "█", SHARED: "▚"}
+_LEGEND = "█ prompt  0 1 ... response  ▚ shared by responses  · padding"
 _TILES = {EMPTY: "·", PARTIAL: "▒", FULL: "█"}
 
 
@@ -42,7 +45,7 @@ def overview_text(row: Row, layouts: Sequence[BatchLayout], *, width: int = 120,
     parts = [row_title(row), trie_text(row)]
     length = int(row.subtree_end.shape[-1])
     if length <= width:
-        parts.append(render_row_text(row, width))
+        parts.append(mask_text(row))
     elif -(-length // block_size) <= width:
         parts.append(tiles_text(row, block_size))
     return "\n\n".join([*parts, packing_text(layouts, width)])
@@ -57,49 +60,47 @@ def trie_text(row: Row) -> str:
     lines: list[str] = []
 
     # documents are shallow: a trie of K responses is at most K deep
-    def write(number: int, indent: str, branch: str, below: str) -> None:
-        lines.append(f"{indent}{branch}{_described(runs[number])}")
-        inner = children.get(number, [])
+    def write(number: int, branch: str, below: str) -> None:
+        run, inner = runs[number], children.get(number, [])
+        count = f"{len(run)} token{'s' * (len(run) != 1)}"
+        where = f"row {run.start} to {run.stop - 1}" if len(run) > 1 else f"row {run.start}"
+        lines.append(f"{branch}{kind_name(run.kind)}, {count} ({where}, from position {run.position})")
         for child in inner:
             last = child == inner[-1]
-            write(child, indent + below, "└─ " if last else "├─ ", "   " if last else "│  ")
+            write(child, below + ("└─ " if last else "├─ "), below + ("   " if last else "│  "))
 
     for root in children.get(-1, []):
-        write(root, "", f"document {runs[root].document}: ", "   ")
+        write(root, f"document {runs[root].document}: ", "   ")
     return "\n".join(lines)
 
 
-def _described(run: Run) -> str:
-    name = {PROMPT: "prompt", SHARED: "shared by responses"}.get(run.kind, f"response {run.kind - FIRST_RESPONSE}")
-    count = f"{len(run)} token{'s' * (len(run) != 1)}"
-    where = f"row {run.start} to {run.stop - 1}" if len(run) > 1 else f"row {run.start}"
-    return f"{name}, {count} ({where}, from position {run.position})"
+def mask_text(row: Row) -> str:
+    """The mask of a small row, one line per query and one character per key."""
+    return "\n".join([*(_marked(line).rstrip() for line in mask_categories(row).tolist()), "", _LEGEND])
+
+
+def _marked(kinds: Iterable[int]) -> str:
+    return "".join(_MARKS.get(kind, str((kind - FIRST_RESPONSE) % 10)) for kind in kinds)
 
 
 def tiles_text(row: Row, block_size: int = 128) -> str:
     """The tiles of a row's mask, one character each, queries down."""
-    tiles = tile_kinds(row.subtree_end[0].cpu().numpy(), block_size)
+    tiles = tile_kinds(row, block_size)
     lines = ["".join(_TILES[kind] for kind in line) for line in tiles.tolist()]
-    counts = [int((tiles == kind).sum()) for kind in (FULL, PARTIAL, EMPTY)]
-    legend = f"tiles of {block_size} x {block_size}: █ {counts[0]} full  ▒ {counts[1]} partial  · {counts[2]} empty"
+    full, partial, empty = (int((tiles == kind).sum()) for kind in (FULL, PARTIAL, EMPTY))
+    legend = f"tiles of {block_size} x {block_size}: █ {full} full  ▒ {partial} partial  · {empty} empty"
     return "\n".join([*lines, "", legend])
 
 
 def packing_text(layouts: Sequence[BatchLayout], width: int = 120) -> str:
     """Layouts of one batch on one scale, a line for each sequence or row."""
-    longest = max(len(lane) for layout in layouts for lane in layout.lanes)
-    step = max(1, -(-longest // width))
+    step = max(1, -(-max(lane.kinds.size for layout in layouts for lane in layout.lanes) // width))
     lines = []
     for layout in layouts:
         lines.append(layout.title())
-        lines += [_lane_text(lane, step) for lane in layout.lanes]
+        for kinds, *_ in layout.lanes:
+            # of several tokens the most frequent kind
+            parts = [kinds[start : start + step] for start in range(0, kinds.size, step)]
+            lines.append(_marked(int(np.bincount(part).argmax()) for part in parts))
         lines.append("")
-    scale = f"  (a character is {step} tokens)" if step > 1 else ""
-    return "\n".join([*lines, f"█ prompt  0 1 ... response  ▚ shared by responses  · padding{scale}"])
-
-
-def _lane_text(lane: Lane, step: int) -> str:
-    """Every ``step`` tokens as the mark of the most frequent kind among them."""
-    kinds = lane.tokens.kinds
-    chosen = [int(np.bincount(kinds[start : start + step]).argmax()) for start in range(0, kinds.size, step)]
-    return "".join(_MARKS.get(kind, str((kind - FIRST_RESPONSE) % 10)) for kind in chosen)
+    return "\n".join([*lines, _LEGEND + (f"  (a character is {step} tokens)" if step > 1 else "")])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flexdpo.show.mask_image import FIRST_RESPONSE, INK, PADDING, PROMPT, SHARED, token_colours, token_kinds
+from flexdpo.show.mask_image import kind_name, token_colours, token_kinds
+from flexdpo.show.plots import INK, ink_on, style_axes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,84 +22,66 @@ _LANE_HEIGHT = 0.27
 
 @dataclass(frozen=True)
 class Run:
-    """Tokens of a trie that follow each other without a branch and are of one kind.
+    """Tokens of a trie that follow each other without a branch and are of one kind."""
 
-    Attributes:
-        start: Row index of the first.
-        stop: Row index past the last.
-        position: Logical position of the first.
-        kind: See :class:`flexdpo.show.mask_image.TokenKinds`.
-        document: Number of the document.
-        parent: Number of the run before it, -1 at a root.
-        lane: Height at which it is drawn, counted downwards; leaves have whole numbers.
-    """
-
-    start: int
-    stop: int
-    position: int
-    kind: int
-    document: int
-    parent: int
-    lane: float = 0.0
+    start: int  # row index of the first
+    stop: int  # row index past the last
+    position: int  # logical position of the first
+    kind: int  # see :class:`flexdpo.show.mask_image.TokenKinds`
+    document: int  # its number
+    parent: int  # number of the run before it, -1 at a root
+    lane: float  # height at which it is drawn, counted downwards; leaves of the first document have whole numbers
 
     def __len__(self) -> int:
         return self.stop - self.start
 
 
 def trie_runs(row: Row) -> list[Run]:
-    """Cut the real tokens of a row into runs, parents before children, and place them on lanes.
-
-    Args:
-        row: One packed row.
-    """
+    """Cut the real tokens of a row into runs, parents before children, and place them on lanes."""
     ends = row.subtree_end[0].tolist()[: row.num_tokens]
     positions = row.position_ids[0].tolist()
     kinds, documents, _ = token_kinds(row)
-    runs: list[Run] = []
-    run_of: dict[int, int] = {}
+    before: list[int] = []
     open_tokens: list[int] = []
-    start = 0
     for index in range(len(ends)):
         # what ended before this token is no ancestor of it
         while open_tokens and ends[open_tokens[-1]] <= index:
             open_tokens.pop()
-        parent = open_tokens[-1] if open_tokens else -1
-        # a run goes on while each token is the only child of the one before it and looks the same
-        goes_on = parent == index - 1 and index > 0 and ends[parent] == ends[index] and kinds[parent] == kinds[index]
-        if not goes_on:
-            start = index
-            run = Run(index, index, positions[index], int(kinds[index]), int(documents[index]), run_of.get(parent, -1))
-            runs.append(run)
-        run_of[index] = len(runs) - 1
-        runs[-1] = replace(runs[-1], stop=index + 1, start=start)
+        before.append(open_tokens[-1] if open_tokens else -1)
         open_tokens.append(index)
-    return _placed(runs)
+    # a run goes on while each token is the only child of the one before it and looks the same
+    starts = [
+        index
+        for index, parent in enumerate(before)
+        if not (parent == index - 1 >= 0 and ends[parent] == ends[index] and kinds[parent] == kinds[index])
+    ]
+    stops = [*starts[1:], len(ends)]
+    parents = (np.searchsorted(starts, [before[start] for start in starts], side="right") - 1).tolist()
+    lanes = _lanes(parents, documents[starts].tolist())
+    return [
+        Run(start, stop, positions[start], int(kinds[start]), int(documents[start]), parent, lane)
+        for start, stop, parent, lane in zip(starts, stops, parents, lanes, strict=True)
+    ]
 
 
-def _placed(runs: Sequence[Run]) -> list[Run]:
+def _lanes(parents: Sequence[int], documents: Sequence[int]) -> list[float]:
     """Give leaves a lane each, a gap between documents, and every other run the middle of its children."""
     children: dict[int, list[int]] = {}
-    for number, run in enumerate(runs):
-        children.setdefault(run.parent, []).append(number)
-    lanes: dict[int, float] = {}
-    lane, document = 0.0, 0
-    for number, run in enumerate(runs):
-        if number not in children:
-            lane += 0.6 if run.document != document else 0.0
-            document = run.document
-            lanes[number] = lane
-            lane += 1.0
-    for number in reversed(range(len(runs))):
+    for number, parent in enumerate(parents):
+        children.setdefault(parent, []).append(number)
+    lanes = [0.0] * len(parents)
+    leaves = [number for number in range(len(parents)) if number not in children]
+    for place, number in enumerate(leaves):
+        lanes[number] = place + 0.6 * (documents[number] - documents[0])
+    for number in reversed(range(len(parents))):
         if number in children:
-            below = [lanes[child] for child in children[number]]
-            lanes[number] = (below[0] + below[-1]) / 2
-    return [replace(run, lane=lanes[number]) for number, run in enumerate(runs)]
+            lanes[number] = (lanes[children[number][0]] + lanes[children[number][-1]]) / 2
+    return lanes
 
 
 def trie_height(row: Row) -> float:
     """Inches that the trie of a row takes."""
-    runs = trie_runs(row)
-    return max(0.6, (max(run.lane for run in runs) + 1) * _LANE_HEIGHT)
+    return max(0.6, (max(run.lane for run in trie_runs(row)) + 1) * _LANE_HEIGHT)
 
 
 def draw_trie_panel(figure: Any, place: Any, row: Row) -> None:
@@ -113,62 +96,29 @@ def draw_trie_panel(figure: Any, place: Any, row: Row) -> None:
     runs = trie_runs(row)
     colours = token_colours(token_kinds(row))
     deepest = max(run.position + len(run) for run in runs)
-    numbered = deepest <= _NUMBERED_POSITIONS
-    for run in runs:
-        if run.parent >= 0:
-            _draw_branch(axes, runs[run.parent], run)
-    leaves = set(range(len(runs))) - {run.parent for run in runs}
+    parents = {run.parent for run in runs}
     for number, run in enumerate(runs):
+        if run.parent >= 0:
+            # joins them where they stand on different lanes
+            axes.plot([run.position] * 2, [runs[run.parent].lane, run.lane], color=INK, linewidth=1.1, zorder=3)
         axes.barh(run.lane, len(run), left=run.position, height=0.62, color=colours[run.start], linewidth=0)
-        if numbered:
-            _draw_indices(axes, run, colours[run.start])
+        centred: dict[str, Any] = {"ha": "center", "va": "center_baseline", "color": ink_on(colours[run.start])}
+        if deepest <= _NUMBERED_POSITIONS:
+            for offset in range(len(run)):
+                x = run.position + offset
+                axes.text(x + 0.5, run.lane, str(run.start + offset), fontsize=6.5, **centred)
+                if offset:
+                    axes.plot([x, x], [run.lane - 0.31, run.lane + 0.31], color="white", linewidth=0.7)
         elif len(run) >= deepest * 0.055:
-            _label_inside(axes, run, colours[run.start])
-        if number in leaves:
-            _label_leaf(axes, run, deepest)
-    _frame(axes, runs, deepest)
-
-
-def _draw_branch(axes: Any, parent: Run, child: Run) -> None:
-    """Join a run to the one before it where they stand on different lanes."""
-    axes.plot([child.position] * 2, [parent.lane, child.lane], color=INK, linewidth=1.1, zorder=3)
-
-
-def _draw_indices(axes: Any, run: Run, colour: Any) -> None:
-    ink = "white" if np.mean(colour) < 0.6 else INK
-    for offset in range(len(run)):
-        axes.text(run.position + offset + 0.5, run.lane, str(run.start + offset), ha="center", va="center_baseline",
-                  fontsize=6.5, color=ink)  # fmt: skip
-        if offset:
-            axes.plot([run.position + offset] * 2, [run.lane - 0.31, run.lane + 0.31], color="white", linewidth=0.7)
-
-
-def _label_inside(axes: Any, run: Run, colour: Any) -> None:
-    ink = "white" if np.mean(colour) < 0.6 else INK
-    axes.text(run.position + len(run) / 2, run.lane, str(len(run)), ha="center", va="center_baseline", fontsize=7.5,
-              color=ink)  # fmt: skip
-
-
-def _label_leaf(axes: Any, run: Run, deepest: int) -> None:
-    name = {PROMPT: "prompt", SHARED: "shared", PADDING: "padding"}.get(
-        run.kind
-    ) or f"response {run.kind - FIRST_RESPONSE}"
-    axes.text(run.position + len(run) + 0.008 * deepest, run.lane, name, ha="left", va="center_baseline", fontsize=7.5,
-              color=INK)  # fmt: skip
-
-
-def _frame(axes: Any, runs: Sequence[Run], deepest: int) -> None:
-    """Name the documents on the left, and count positions below."""
+            axes.text(run.position + len(run) / 2, run.lane, str(len(run)), fontsize=7.5, **centred)
+        if number not in parents:
+            end = run.position + len(run) + 0.008 * deepest
+            axes.text(end, run.lane, kind_name(run.kind), va="center_baseline", fontsize=7.5, color=INK)
     for document in sorted({run.document for run in runs}):
         lanes = [run.lane for run in runs if run.document == document]
-        axes.text(-0.012 * deepest, (min(lanes) + max(lanes)) / 2, str(document), ha="right", va="center_baseline",
-                  fontsize=8, color=INK)  # fmt: skip
+        middle = (min(lanes) + max(lanes)) / 2
+        axes.text(-0.012 * deepest, middle, str(document), ha="right", va="center_baseline", fontsize=8, color=INK)
     axes.set_ylabel("document", fontsize=9, color=INK, labelpad=16)
-    axes.set_xlabel("logical position", fontsize=9, color=INK)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_yticks([])
     axes.set_xlim(0, deepest * 1.12)
     axes.set_ylim(max(run.lane for run in runs) + 0.6, -0.6)
-    axes.tick_params(labelsize=8, colors=INK, length=3)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set(color="#9ca3af", linewidth=0.8)
+    style_axes(axes, "logical position", lanes=True)

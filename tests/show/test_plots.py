@@ -1,6 +1,5 @@
-"""Training curves: what is read from a metrics file, what is drawn, and which files are refused."""
+"""Training curves: what is taken from a run's history, and what is drawn."""
 
-import json
 import math
 
 import numpy as np
@@ -8,12 +7,7 @@ import pytest
 
 from flexdpo.errors import FlexdpoError
 from flexdpo.show import plots
-from flexdpo.show.plots import draw_training_curves, new_figure, read_curves, save_figure, smooth
-
-
-def write_lines(path, *entries):
-    path.write_text("".join((e if isinstance(e, str) else json.dumps(e)) + "\n" for e in entries))
-    return path
+from flexdpo.show.plots import curves_of, draw_training_curves, new_figure, save_figure, smooth
 
 
 def dpo_entries(**extra):
@@ -28,39 +22,36 @@ def dpo_entries(**extra):
     return [*entries, {"step": 40, "train_runtime": 3.0, "train_loss": 0.5, **extra}]
 
 
-def drawn_figure(monkeypatch, metrics, path):
+def drawn_figure(monkeypatch, history, path):
     """Draw, and return the figure as it was handed to the writer."""
     drawn = []
     monkeypatch.setattr(plots, "save_figure", lambda figure, to: drawn.append(figure) or save_figure(figure, to))
-    draw_training_curves(metrics, path)
+    draw_training_curves(history, path)
     return drawn[0]
 
 
-def test_curves_hold_the_logged_values_in_order_of_steps(tmp_path):
-    metrics = write_lines(
-        tmp_path / "metrics.jsonl",
-        {"step": 20, "loss": 2.0, "phase": "sft"},
-        "",
+def test_curves_hold_the_logged_values():
+    history = [
         {"step": 10, "loss": 3.0, "phase": "sft"},
+        {"step": 20, "loss": 2.0, "phase": "sft"},
         {"step": 5, "eval_rewards/accuracies": 0.75, "phase": "dpo", "grad_norm": "not drawn"},
-    )
-    curves = read_curves(metrics)
+    ]
+    curves = curves_of(history)
     assert list(curves) == ["sft", "dpo"]
-    assert curves["sft"]["loss"].steps.tolist() == [10, 20]
-    assert curves["sft"]["loss"].values.tolist() == [3, 2]
+    assert curves["sft"]["loss"].tolist() == [[10, 20], [3, 2]]
     assert list(curves["dpo"]) == ["eval_rewards/accuracies"]
-    assert curves["dpo"]["eval_rewards/accuracies"].values.tolist() == [0.75]
+    assert curves["dpo"]["eval_rewards/accuracies"].tolist() == [[5], [0.75]]
 
 
-def test_phases_without_a_name_are_one_phase(tmp_path):
-    assert list(read_curves(write_lines(tmp_path / "metrics.jsonl", *dpo_entries()))) == [""]
+def test_phases_without_a_name_are_one_phase():
+    assert list(curves_of(dpo_entries())) == [""]
 
 
 def test_picture_is_written_and_large_enough(tmp_path):
     from matplotlib.image import imread
 
-    metrics = write_lines(tmp_path / "metrics.jsonl", *dpo_entries())
-    path = draw_training_curves(metrics, tmp_path / "curves.png")
+    history = dpo_entries()
+    path = draw_training_curves(history, tmp_path / "curves.png")
     assert path == tmp_path / "curves.png"
     pixels = imread(path)
     assert pixels.shape[1] >= 1200
@@ -68,8 +59,8 @@ def test_picture_is_written_and_large_enough(tmp_path):
 
 
 def test_panels_are_loss_left_and_rewards_right(monkeypatch, tmp_path):
-    metrics = write_lines(tmp_path / "metrics.jsonl", *dpo_entries())
-    loss, accuracy, margin = drawn_figure(monkeypatch, metrics, tmp_path / "curves.png").axes
+    history = dpo_entries()
+    loss, accuracy, margin = drawn_figure(monkeypatch, history, tmp_path / "curves.png").axes
     assert loss.get_title(loc="left") == "Loss"
     assert (accuracy.get_ylabel(), margin.get_ylabel()) == ("accuracy", "margin")
     assert loss.get_position().x1 < accuracy.get_position().x0
@@ -83,22 +74,22 @@ def test_panels_are_loss_left_and_rewards_right(monkeypatch, tmp_path):
 
 def test_phases_stand_side_by_side(monkeypatch, tmp_path):
     warm_up = [{"step": step, "loss": 5 - step / 10, "phase": "sft"} for step in range(1, 21)]
-    metrics = write_lines(tmp_path / "metrics.jsonl", *warm_up, *dpo_entries(phase="dpo"))
-    panels = drawn_figure(monkeypatch, metrics, tmp_path / "curves.png").axes
+    history = [*warm_up, *dpo_entries(phase="dpo")]
+    panels = drawn_figure(monkeypatch, history, tmp_path / "curves.png").axes
     assert [panel.get_title(loc="left") for panel in panels] == ["SFT loss", "DPO loss", "DPO rewards", ""]
     assert panels[0].get_lines()[0].get_ydata()[0] == pytest.approx(4.9)
     assert panels[1].get_lines()[0].get_ydata()[0] == pytest.approx(math.log(2) - 0.01)
 
 
 def test_supervised_run_without_rewards_gets_the_loss_alone(monkeypatch, tmp_path):
-    metrics = write_lines(tmp_path / "metrics.jsonl", {"step": 1, "loss": 1.0})
-    assert len(drawn_figure(monkeypatch, metrics, tmp_path / "curves.png").axes) == 1
+    history = [{"step": 1, "loss": 1.0}]
+    assert len(drawn_figure(monkeypatch, history, tmp_path / "curves.png").axes) == 1
 
 
 def test_logged_nan_leaves_a_gap_and_no_error(tmp_path):
-    metrics = write_lines(tmp_path / "metrics.jsonl", {"step": 1, "loss": math.nan}, {"step": 2, "loss": 1.0})
-    assert np.isnan(read_curves(metrics)[""]["loss"].values).tolist() == [True, False]
-    assert draw_training_curves(metrics, tmp_path / "curves.png").is_file()
+    history = [{"step": 1, "loss": math.nan}, {"step": 2, "loss": 1.0}]
+    assert np.isnan(curves_of(history)[""]["loss"][1]).tolist() == [True, False]
+    assert draw_training_curves(history, tmp_path / "curves.png").is_file()
 
 
 def test_smooth_is_a_centred_average_by_hand():
@@ -112,35 +103,10 @@ def test_smooth_is_nan_only_where_nothing_is_finite():
     assert np.isnan(smoothed).tolist() == [False, False, True, False, False]
 
 
-@pytest.mark.parametrize(
-    ("lines", "message"),
-    [
-        ([], "metrics.jsonl: nothing to draw, no line carries any of loss, rewards/accuracies"),
-        ([{"step": 1, "learning_rate": 0.1}], "nothing to draw"),
-        ([{"step": 1, "loss": 1.0}, "", "{'step': 2}"], "metrics.jsonl, line 3: not JSON"),
-        ([{"step": 1, "loss": 1.0}, "[1, 2]"], "line 2: expected a JSON object, got list"),
-        ([{"loss": 1.0}], "line 1: 'step' must be a number, got None"),
-        ([{"step": math.nan, "loss": 1.0}], "line 1: 'step' must be finite, got nan"),
-        ([{"step": 1, "loss": "0.5"}], "line 1: 'loss' must be a number, got '0.5'"),
-        ([{"step": 1, "rewards/margins": True}], "line 1: 'rewards/margins' must be a number, got True"),
-    ],
-)
-def test_unusable_metrics_name_the_line(lines, message, tmp_path):
-    metrics = write_lines(tmp_path / "metrics.jsonl", *lines)
-    with pytest.raises(FlexdpoError, match=message):
-        draw_training_curves(metrics, tmp_path / "curves.png")
+@pytest.mark.parametrize("history", [[], [{"step": 1, "learning_rate": 0.1, "train_loss": 0.7}]])
+def test_a_run_that_logged_no_curve_gets_no_picture(history, tmp_path):
+    assert draw_training_curves(history, tmp_path / "curves.png") is None
     assert not (tmp_path / "curves.png").exists()
-
-
-def test_bytes_that_are_no_text_name_the_line(tmp_path):
-    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 1.0}\n{"step": 2, "loss": "\xff\xfe"}\n')
-    with pytest.raises(FlexdpoError, match="line 2: not JSON"):
-        read_curves(tmp_path / "metrics.jsonl")
-
-
-def test_missing_metrics_file_is_named(tmp_path):
-    with pytest.raises(FlexdpoError, match=r"nowhere.jsonl: no such metrics file"):
-        draw_training_curves(tmp_path / "nowhere.jsonl", tmp_path / "curves.png")
 
 
 def test_missing_folder_is_named(tmp_path):

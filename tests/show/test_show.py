@@ -11,8 +11,10 @@ import torch
 from flexdpo.errors import FlexdpoError
 from flexdpo.example.task import BodyPair
 from flexdpo.layout.groups import Group
+from flexdpo.layout.packing import pack
 from flexdpo.layout.row import Row
 from flexdpo.show import mask_image
+from flexdpo.show.draw import draw
 from flexdpo.show.mask_image import (
     EMPTY,
     FIRST_RESPONSE,
@@ -22,17 +24,14 @@ from flexdpo.show.mask_image import (
     PARTIAL,
     PROMPT,
     SHARED,
-    draw_row_mask,
     mask_categories,
-    render_row_text,
-    row_mask_figure,
     tile_kinds,
     token_kinds,
 )
-from flexdpo.show.overview import draw_overview, first_row, overview_figure, picture_block_size
+from flexdpo.show.overview import draw_overview, overview_figure, picture_block_size
 from flexdpo.show.packing import batch_layouts
 from flexdpo.show.sources import example_groups, read_lengths
-from flexdpo.show.text import overview_text
+from flexdpo.show.text import mask_text, overview_text
 from flexdpo.show.trie import trie_runs
 from tests.oracle import ancestor_mask
 
@@ -103,7 +102,7 @@ def test_categories_keep_branches_apart_and_show_each_its_ancestors():
 def test_tiles_equal_brute_force(block_size, pad_to_multiple_of):
     row = long_row(3, pad_to_multiple_of=pad_to_multiple_of)
     mask = dense_mask(row)
-    tiles = tile_kinds(row.subtree_end[0].numpy(), block_size)
+    tiles = tile_kinds(row, block_size)
     side = -(-len(mask) // block_size)
     padded = np.zeros((side * block_size, side * block_size), dtype=bool)
     padded[: len(mask), : len(mask)] = mask
@@ -117,11 +116,16 @@ def test_tiles_equal_brute_force(block_size, pad_to_multiple_of):
 
 
 def test_one_hidden_cell_makes_a_full_tile_partial():
-    chain = np.full(8, 8)
+    (chain,) = pack([Group.from_lists([1] * 4, [[2] * 4], [])])
     assert tile_kinds(chain, 4).tolist() == [[PARTIAL, EMPTY], [FULL, PARTIAL]]
-    one_hidden = np.array([8, 8, 8, 7, 8, 8, 8, 8])  # query 7 may not attend to key 3
-    assert tile_kinds(one_hidden, 4)[1, 0] == PARTIAL
-    assert tile_kinds(np.full(7, 7), 4)[1, 0] == PARTIAL  # reaches past the end of the row
+    # query 7 may not attend to key 3
+    one_hidden = dense_mask(chain)
+    one_hidden[7, 3] = False
+    assert tile_kinds(chain, 4, one_hidden)[1, 0] == PARTIAL
+    (branch,) = pack([Group.from_lists([1] * 3, [[2], [3] * 4])])
+    assert tile_kinds(branch, 4)[1, 0] == PARTIAL
+    (short,) = pack([Group.from_lists([1] * 4, [[2] * 3], [])])
+    assert tile_kinds(short, 4)[1, 0] == PARTIAL  # reaches past the end of the row
 
 
 def test_every_second_document_is_paler_and_padding_is_not():
@@ -139,7 +143,7 @@ def test_picture_of_a_long_row_is_the_average_of_the_picture_of_its_cells():
     length, step = len(colours), 9
     assert length % step != 0  # the last square is a smaller one
     exact = np.where(dense_mask(row)[:, :, None], colours[None], 1.0)
-    got = mask_image._averaged_cells(row.subtree_end[0].numpy(), colours, step)
+    got = mask_image.averaged_cells(row, colours, step)
     for i in range(0, length, step):
         for j in range(0, length, step):
             want = exact[i : i + step, j : j + step].mean(axis=(0, 1))
@@ -159,8 +163,8 @@ def pixel_at(figure, pixels: np.ndarray, query: int, key: int) -> np.ndarray:
 
 def test_every_visible_cell_has_its_key_tokens_colour_in_the_file(tmp_path):
     row = depth_two_row()
-    pixels = read_png(draw_row_mask(row, tmp_path / "mask.png"))
-    figure = row_mask_figure(row)
+    figure = draw(row, path=tmp_path / "mask.png", block_size=128)
+    pixels = read_png(tmp_path / "mask.png")
     colours = mask_image.token_colours(token_kinds(row))
     # every kind and both tints differ, or the comparison below says nothing
     assert len(np.unique(colours, axis=0)) == 9
@@ -177,8 +181,8 @@ def test_every_visible_cell_has_its_key_tokens_colour_in_the_file(tmp_path):
     ids=["small", "with tiles", "averaged"],
 )
 def test_picture_is_written_and_large_enough(row, tmp_path):
-    path = draw_row_mask(row, tmp_path / "mask.png", title="a title")
-    assert path == tmp_path / "mask.png"
+    path = tmp_path / "mask.png"
+    draw(row, path=path, title="a title")
     height, width, _ = read_png(path).shape
     assert width >= 1200
     assert height >= 1000
@@ -196,20 +200,20 @@ def legend_labels(figure) -> list[str]:
 
 def test_legend_names_what_the_row_has_and_no_more():
     responses = ["response 0", "response 1", "response 2"]
-    assert legend_labels(row_mask_figure(depth_two_row())) == [
+    assert legend_labels(draw(depth_two_row(), block_size=128)) == [
         "prompt",
         "shared by responses",
         *responses,
         "padding (sees only itself)",
     ]
     single = Row.from_groups([Group.from_lists([1], [[2]], edges=[])])
-    assert legend_labels(row_mask_figure(single)) == ["prompt", "response 0"]
+    assert legend_labels(draw(single, block_size=128)) == ["prompt", "response 0"]
 
 
 def test_legend_counts_the_tiles():
     row = long_row(2)
-    tiles = tile_kinds(row.subtree_end[0].numpy(), 128)
-    assert legend_labels(row_mask_figure(row))[-3:] == [
+    tiles = tile_kinds(row, 128)
+    assert legend_labels(draw(row, block_size=128))[-3:] == [
         f"{(tiles == EMPTY).sum()} empty tiles (128 x 128), skipped",
         f"{(tiles == PARTIAL).sum()} partial tiles, masked",
         f"{(tiles == FULL).sum()} full tiles, no mask needed",
@@ -220,43 +224,31 @@ def test_many_responses_get_colours_of_their_own():
     row = Row.from_groups([Group.from_lists([1, 2], [[10 + k] for k in range(20)], edges=[])])
     colours = mask_image.token_colours(token_kinds(row))
     assert len(np.unique(colours[2:], axis=0)) == 20
-    assert legend_labels(row_mask_figure(row)) == ["prompt", "response 0", "... to response 19"]
+    assert legend_labels(draw(row, block_size=128)) == ["prompt", "response 0", "... to response 19"]
 
 
 def test_default_title_counts_tokens():
-    title = row_mask_figure(depth_two_row()).texts[-1].get_text()
+    title = draw(depth_two_row()).texts[-1].get_text()
     assert title == "One packed row: 2 documents, 14 tokens run instead of 24, 2 padding"
 
 
 def test_drawing_leaves_pyplot_alone(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
-    draw_row_mask(depth_two_row(), tmp_path / "mask.png")
+    draw(depth_two_row(), path=tmp_path / "mask.png", block_size=4)
     assert "matplotlib.pyplot" not in sys.modules
 
 
 def test_text_view_has_one_mark_per_visible_cell():
-    lines = render_row_text(depth_two_row()).splitlines()
+    lines = mask_text(depth_two_row()).splitlines()
     assert lines[7] == "███▚▚ 11"
     assert lines[8] == "███     2"
     assert lines[13] == " " * 9 + "██ 11"
     assert lines[15] == " " * 15 + "·"
 
 
-def test_text_view_refuses_a_row_that_does_not_fit():
-    with pytest.raises(FlexdpoError, match="16 tokens does not fit 15 characters; raise width or use draw_row_mask"):
-        render_row_text(depth_two_row(), width=15)
-
-
-def test_more_than_one_row_is_refused(tmp_path):
-    row = depth_two_row()
-    row.layout.subtree_end = torch.zeros(2, 16, dtype=torch.int64)
-    with pytest.raises(FlexdpoError, match=r"\[1, S\] with S >= 1, got \(2, 16\)"):
-        draw_row_mask(row, tmp_path / "mask.png")
-
-
-def test_block_size_must_be_positive(tmp_path):
+def test_block_size_must_be_positive():
     with pytest.raises(FlexdpoError, match="block_size must be at least 1 token, got 0"):
-        draw_row_mask(depth_two_row(), tmp_path / "mask.png", block_size=0)
+        draw(depth_two_row(), block_size=0)
 
 
 # --- tries, batches and the whole picture ----------------------------------------------------------------------------
@@ -299,7 +291,7 @@ def test_lengths_make_a_trie_of_depth_two(tmp_path):
 
 def test_the_drawn_mask_of_a_trie_of_depth_two_is_the_dense_mask(tmp_path):
     groups = read_lengths(write_lengths(tmp_path, DEPTH_TWO_LENGTHS))
-    row = first_row(groups)
+    row = pack(groups)[0]
     dense = ancestor_mask(parents_of(row)).numpy()
     # wrong subtree ends would make both wrong alike, so the definition walks up the groups' own sequences
     np.testing.assert_array_equal(mask_categories(row) != HIDDEN, dense)
@@ -315,7 +307,7 @@ def test_the_drawn_mask_of_a_trie_of_depth_two_is_the_dense_mask(tmp_path):
 
 
 def test_runs_of_a_trie_of_depth_two(tmp_path):
-    row = first_row(read_lengths(write_lengths(tmp_path, DEPTH_TWO_LENGTHS)))
+    row = pack(read_lengths(write_lengths(tmp_path, DEPTH_TWO_LENGTHS)))[0]
     runs = trie_runs(row)
     names = {PROMPT: "prompt", SHARED: "shared", **{FIRST_RESPONSE + k: k for k in range(3)}}
     assert [(run.start, run.stop, run.position, names[run.kind], run.document, run.parent) for run in runs] == [
@@ -348,13 +340,13 @@ def test_runs_cover_every_real_token_once(row):
 def test_layouts_of_a_batch_hold_its_tokens(tmp_path):
     groups = read_lengths(write_lengths(tmp_path, DEPTH_TWO_LENGTHS))
     padded, packed, shared = batch_layouts(groups, 60)
-    assert [len(lane) for lane in padded.lanes] == [20] * 5
+    assert [lane.kinds.size for lane in padded.lanes] == [20] * 5
     assert (padded.slots, padded.num_tokens) == (100, 80)
     assert packed.slots == packed.num_tokens == 80
-    assert max(len(lane) for lane in packed.lanes) <= 60
+    assert max(lane.kinds.size for lane in packed.lanes) <= 60
     assert (shared.slots, len(shared.lanes)) == (46, 1)
-    kinds = shared.lanes[0].tokens.kinds
-    np.testing.assert_array_equal(kinds, token_kinds(first_row(groups)).kinds)
+    kinds = shared.lanes[0].kinds
+    np.testing.assert_array_equal(kinds, token_kinds(pack(groups)[0]).kinds)
     assert padded.title() == "padded: 5 sequences, 100 tokens run, 20% of them padding"
     assert shared.title() == "packed and shared: 1 row, 46 tokens run"
 
@@ -381,12 +373,12 @@ def test_tiles_of_short_rows_are_drawn_smaller(length, size):
 
 def test_the_terminal_shows_tries_mask_and_batch(tmp_path):
     groups = read_lengths(write_lengths(tmp_path, DEPTH_TWO_LENGTHS))
-    text = overview_text(first_row(groups), batch_layouts(groups), width=60)
+    text = overview_text(pack(groups)[0], batch_layouts(groups), width=60)
     assert "document 0: prompt, 11 tokens (row 0 to 10, from position 0)" in text
     assert "   │  └─ response 1, 3 tokens (row 20 to 22, from position 15)" in text
     assert "███████████▚▚▚▚     111\n" in text
     assert "████████00000·······\n" in text  # padded to the longest
-    narrow = overview_text(first_row(groups), batch_layouts(groups), width=40, block_size=8)
+    narrow = overview_text(pack(groups)[0], batch_layouts(groups), width=40, block_size=8)
     assert "tiles of 8 x 8: █ " in narrow
     assert "(a character is 2 tokens)" in narrow
 
@@ -405,7 +397,7 @@ def test_the_example_has_a_trie_of_depth_two(monkeypatch):
         [10, 11, 12, 23, 2],
         [20, 21, 22, 23, 2],
     ]
-    kinds = [run.kind for run in trie_runs(first_row(groups[:1]))]
+    kinds = [run.kind for run in trie_runs(pack(groups[:1])[0])]
     assert kinds == [PROMPT, SHARED, FIRST_RESPONSE, FIRST_RESPONSE + 1, FIRST_RESPONSE + 2]
 
 
