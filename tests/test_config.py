@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from datasets import Dataset
 from packaging.version import Version
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
@@ -16,6 +18,7 @@ from flexdpo import DPOConfig, DPOTrainer, FlexdpoError
 from flexdpo.config import _BELONGS_TO, WITHOUT_EFFECT
 from flexdpo.objective.loss_types import LossSettings
 from flexdpo.training import distribution
+from tests.conftest import preference_rows
 from tests.hf import architectures
 from tests.hf.architectures import NEW_SETTING, newer_than_recorded
 from tests.training.test_trainer import settings
@@ -160,6 +163,30 @@ def test_settings_that_take_effect_are_accepted(tmp_path: Path) -> None:
     assert checkpointed.activation_checkpointing_kwargs["debug"]
 
 
+@pytest.fixture(scope="module")
+def curve_of(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any, small_model: Any) -> Any:
+    """What a short run logs with the given settings; each is run once."""
+    data = Dataset.from_list(preference_rows(24)).add_column("topic", ["weather"] * 24)
+
+    @cache
+    def run(**changes: Any) -> list[dict[str, float]]:
+        folder = tmp_path_factory.mktemp("run")
+        args = settings(folder, max_steps=2, eval_strategy="steps", eval_steps=1, **changes)
+        trainer = DPOTrainer(
+            small_model(),
+            None,
+            args,
+            train_dataset=data,
+            eval_dataset=data.select(range(6)),
+            processing_class=tokenizer,
+        )
+        trainer.train()
+        lines = [line for line in trainer.state.log_history if "loss" in line or "eval_loss" in line]
+        return [{k: v for k, v in line.items() if "_runtime" not in k and "second" not in k} for line in lines]
+
+    return run
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -170,23 +197,8 @@ def test_settings_that_take_effect_are_accepted(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_what_is_nothing_to_miss(tmp_path, tokenizer, preferences, small_model, changes) -> None:
-    def curve(**changes: Any) -> list[dict[str, float]]:
-        args = settings(tmp_path, max_steps=2, eval_strategy="steps", eval_steps=1, **changes)
-        data = preferences.add_column("topic", ["weather"] * len(preferences))
-        trainer = DPOTrainer(
-            small_model(),
-            None,
-            args,
-            train_dataset=data,
-            eval_dataset=data.select(range(6)),
-            processing_class=tokenizer,
-        )
-        trainer.train()
-        return [{k: v for k, v in line.items() if "_runtime" not in k and "second" not in k} for line in
-                trainer.state.log_history if "loss" in line or "eval_loss" in line]  # fmt: skip
-
-    assert curve(**changes) == curve()
+def test_what_is_nothing_to_miss(curve_of: Any, changes: dict[str, Any]) -> None:
+    assert curve_of(**changes) == curve_of()
 
 
 def test_settings_of_what_is_not_used(tmp_path, tokenizer, preferences, small_model) -> None:

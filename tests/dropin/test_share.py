@@ -315,7 +315,7 @@ def test_a_classifier() -> None:
 
 def test_a_compiled_model_pauses_for_the_plan() -> None:
     torch._dynamo.reset()
-    model = build_model("llama")
+    model = build_model("llama", num_hidden_layers=1)
     batches = [padded_batch(seed=seed) for seed in range(3)]
     with Float64():
         wants = [run(model, batch) for batch in batches]
