@@ -236,8 +236,8 @@ class _LinearLogps(torch.autograd.Function):
                 if with_squares:
                     squares[part] = (2 * chosen).logsumexp(dim=1)
                 if slopes is not None:
-                    slope = None if transform.softcap is None else _slope_(scores.div_(transform.softcap))
-                    error = _error(products, chosen, labels[part], 0, logps[part].expm1(), slope)
+                    bent = None if transform.softcap is None else scores.div_(transform.softcap)
+                    error = _error(products, chosen, labels[part], 0, logps[part].expm1(), bent)
                     products.multiply(error, matrix, slopes[part])
         if slopes is not None:
             ctx.save_for_backward(slopes)
@@ -284,7 +284,7 @@ def _weighted_gradients(ctx: Any, factor: Tensor) -> tuple[Tensor | None, Tensor
         for part in _chunks(len(hidden), height):
             rows = part.stop - part.start
             scores = memory[: rows * len(matrix)].view(rows, len(matrix))
-            exponents, slope = _exponents(
+            exponents, bent = _exponents(
                 products,
                 states[part],
                 matrix,
@@ -293,7 +293,7 @@ def _weighted_gradients(ctx: Any, factor: Tensor) -> tuple[Tensor | None, Tensor
                 shift[part],
                 scores,
             )
-            error = _error(products, exponents, labels[part], words.start, at_labels[part], slope, keep=wants_bias)
+            error = _error(products, exponents, labels[part], words.start, at_labels[part], bent, keep=wants_bias)
             if to_bias is not None:
                 to_bias[words] += (error * sign[part]).sum(dim=0)
             error = error.to(products.dtype)
@@ -330,7 +330,7 @@ def _exponents(
     shift: Tensor,
     out: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
-    """Logits minus ``shift``, ``[T, B]``, and what a softcap multiplies their derivative with."""
+    """Logits minus ``shift``, ``[T, B]``, and the hyperbolic tangent of a softcap, ``None`` without one."""
     if transform.softcap is None:
         # written first, so that the product adds itself to it and nothing else goes over the tile
         if bias is None:
@@ -339,12 +339,7 @@ def _exponents(
             torch.sub(bias.to(out.dtype) * transform.scale, shift[:, None], out=out)
         return products.multiply(states, matrix.t(), out, add=True, scale=transform.scale), None
     bent = _logits(products, states, matrix, bias, transform, out)
-    return torch.sub(bent * transform.softcap, shift[:, None]), _slope_(bent)
-
-
-def _slope_(bent: Tensor) -> Tensor:
-    """Derivative of the hyperbolic tangent, written over its value."""
-    return torch.addcmul(bent.new_ones(()), bent, bent, value=-1, out=bent)
+    return torch.add(-shift[:, None], bent, alpha=transform.softcap), bent
 
 
 def _error(
@@ -353,26 +348,24 @@ def _error(
     labels: Tensor,
     first_word: int,
     at_labels: Tensor,
-    slope: Tensor | None,
+    bent: Tensor | None,
     *,
     keep: bool = False,
 ) -> Tensor:
-    """Return ``exp(exponents)`` with other values at the labels, times ``slope``.
+    """Return ``exp(exponents)`` with other values at the labels, times the slope ``1 - bent^2`` of a softcap.
 
     Labels that are none of the ``B`` words from ``first_word`` on change nothing. The exponents, ``[T, B]``, are
     overwritten where the result has their dtype; it has that of ``products`` unless ``keep``.
     """
-    narrow = slope is None and not keep
-    # one pass that also rounds: on a GPU the cast costs nothing there
-    error = torch.exp(
-        exponents, out=torch.empty_like(exponents, dtype=products.dtype) if narrow and products.half else exponents
-    )
+    # the last pass also rounds, which costs nothing there
+    rounded = torch.empty_like(exponents, dtype=products.dtype) if products.half and not keep else exponents
+    error = torch.exp(exponents, out=rounded if bent is None else exponents)
     columns = (labels[:, None] - first_word).clamp(0, exponents.shape[1] - 1)
     there = labels[:, None] == columns + first_word
     error.scatter_(1, columns, at_labels[:, None].to(error.dtype).where(there, error.gather(1, columns)))
-    if slope is not None:
-        error.mul_(slope)
-    return error if keep else error.to(products.dtype)
+    if bent is not None:
+        torch.ops.aten.tanh_backward(error, bent, grad_input=rounded)
+    return rounded
 
 
 def _autocast_enabled(device: str) -> bool:

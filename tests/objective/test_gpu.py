@@ -13,8 +13,9 @@ from flexdpo.objective.lm_head import _held_against
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("how", ["bf16 weights", "autocast"])
-def test_halves_on_a_gpu_err_no_more_than_the_ordinary_way(how: str) -> None:
+def test_halves_on_a_gpu_err_no_more_than_the_ordinary_way(how: str, softcap: float | None) -> None:
     """Against float64, at a size where the projection uses tensor cores; the ordinary way rounds its logits to bf16."""
     generator = torch.Generator("cuda").manual_seed(0)
 
@@ -23,6 +24,7 @@ def test_halves_on_a_gpu_err_no_more_than_the_ordinary_way(how: str) -> None:
 
     hidden, weight, gradient = noise(700, 256), noise(5000, 256) / 8, noise(700)
     labels = torch.randint(0, 5000, (700,), generator=generator, device="cuda")
+    transform = LogitTransform(1.0, softcap)
     hidden, weight = hidden.bfloat16().float(), weight.bfloat16().float()
     if how == "bf16 weights":
         hidden, weight = hidden.bfloat16(), weight.bfloat16()
@@ -34,11 +36,11 @@ def test_halves_on_a_gpu_err_no_more_than_the_ordinary_way(how: str) -> None:
         return [logps.detach().double(), *(g.double() for g in torch.autograd.grad(logps, inputs, gradient.to(logps)))]
 
     def ordinary(h: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        return logits_logps(F.linear(h, w), labels).logps
+        return logits_logps(transform(F.linear(h, w)), labels).logps
 
     want = run(ordinary, hidden.double(), weight.double())
     rough = run(ordinary, hidden, weight)
-    ours = run(lambda h, w: linear_logps(h, w, None, labels, chunk_size=128).logps, hidden, weight)
+    ours = run(lambda h, w: linear_logps(h, w, None, labels, transform=transform, chunk_size=128).logps, hidden, weight)
     for got, plain, exact in zip(ours, rough, want, strict=True):
         budget = (plain - exact).abs().max() + 1e-6 * exact.abs().max()
         assert (got - exact).abs().max() <= 1.2 * budget
