@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,7 @@ from flexdpo.hf.draws import can_run, left_as_it_is
 from flexdpo.hf.unwrap import unwrap_model
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from torch import nn
 
@@ -59,6 +60,29 @@ def refuse_adapters(model: Any) -> None:
             "sequence gets then depends on its batch and its padding, and a prompt would look at its responses; use "
             "another kind of adapter, such as LoRA"
         )
+    if (share := _moved_by_rounding(model)) > math.sqrt(rounding):
+        raise UnsupportedModelError(
+            f"rounding alone decides what the adapter {kind_of(config)} does where it stands: its weights moved by "
+            f"their last bit move the logits by {share:.1%}, so packed and unpacked runs would not learn the same. "
+            "Let it begin from other weights (as HRA does without apply_GS), or use another kind of adapter, such as "
+            "LoRA"
+        )
+
+
+@torch.no_grad()
+def _moved_by_rounding(model: Any) -> float:
+    """How far the logits move with the last bit of every weight of the adapters, where these stand."""
+    words = unwrap_model(model).get_input_embeddings().weight
+    ids = torch.tensor(_BATCHES[0], device=words.device) % len(words)
+    with left_as_it_is(model, training=False):
+        one = _of_tokens(model, ids).double()
+        with _adapters_moved(model, lambda weight: torch.finfo(weight.dtype).eps * weight):
+            other = _of_tokens(model, ids).double()
+    return _share(one, other)
+
+
+def _share(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).abs().max() / one.abs().max().clamp_min(1e-30))
 
 
 @torch.no_grad()
@@ -66,14 +90,19 @@ def _moved_by_others(model: Any) -> tuple[float, float]:
     """How far a token's logits move with tokens that must not matter to it, and how far rounding may move them."""
     words = unwrap_model(model).get_input_embeddings().weight
     found = []
-    with left_as_it_is(model, training=False), _adapters_drawn(model):
+    # weights such as training may reach: fresh ones mostly change nothing, whatever they compute
+    with left_as_it_is(model, training=False), _adapters_moved(model, _usual_size):
         for batch in _BATCHES:
             torch.manual_seed(0)
             ids = torch.tensor(batch, device=words.device) % len(words)
             found.append(_of_tokens(model, ids)[0, 0])
     one, other = (logits.double() for logits in found)
     rounding = _ROUNDING_HALF if found[0].element_size() < 4 else _ROUNDING
-    return float((one - other).abs().max() / one.abs().max().clamp_min(1e-30)), rounding
+    return _share(one, other), rounding
+
+
+def _usual_size(weight: torch.Tensor) -> float:
+    return weight.shape[-1] ** -0.5 if weight.ndim > 1 else 0.1
 
 
 def _of_tokens(model: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -85,15 +114,14 @@ def _of_tokens(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _adapters_drawn(model: nn.Module) -> Iterator[None]:
-    """Give the adapters weights such as training may reach: fresh ones mostly change nothing, whatever they compute."""
+def _adapters_moved(model: nn.Module, by: Callable[[torch.Tensor], Any]) -> Iterator[None]:
+    """Move every weight of the adapters at random, each by about as much as ``by`` says."""
     weights = [weight for weight in adapter_weights(model) if weight.is_floating_point()]
     kept = [weight.detach().clone() for weight in weights]
     generator = torch.Generator().manual_seed(0)
     try:
         for weight in weights:
-            scale = weight.shape[-1] ** -0.5 if weight.ndim > 1 else 0.1
-            weight.add_(scale * torch.randn(weight.shape, generator=generator).to(weight))
+            weight.add_(torch.randn(weight.shape, generator=generator).to(weight) * by(weight))
         yield
     finally:
         for weight, value in zip(weights, kept, strict=True):

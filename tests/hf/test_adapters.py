@@ -76,3 +76,17 @@ def test_asking_refuses_no_exact_adapter_and_leaves_it_alone(name: str, dtype: t
     assert torch.equal(states, torch.get_rng_state())
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_adapter_whose_result_hangs_on_its_last_bit_is_refused(dtype: torch.dtype) -> None:
+    """HRA begins with equal vectors in pairs; orthogonal to each other, of the second only rounding is left."""
+
+    def begun(**changes: Any) -> Any:
+        config = peft.HRAConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **changes)
+        return peft.get_peft_model(build_model("llama", dtype=dtype), config)
+
+    with pytest.raises(UnsupportedModelError, match="rounding alone decides what the adapter HRA does where it stands"):
+        prepare_model(begun(apply_GS=True))
+    prepare_model(begun())
+    prepare_model(begun(apply_GS=True, init_weights=False))
