@@ -9,7 +9,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments, get_scheduler
 
 from flexdpo.attention.row_mask import resolve_impl
 from flexdpo.attention.settings import KernelSettings
@@ -267,6 +267,7 @@ class DPOConfig(LossSettings, TrainingArguments):
                 "process, so their gradients are synchronised once; leave it out"
             )
         self._check_optimizer(defaults)
+        self._check_schedule()
 
     def _check_optimizer(self, defaults: dict[str, Any]) -> None:
         optim = str(getattr(self.optim, "value", self.optim))
@@ -282,6 +283,19 @@ class DPOConfig(LossSettings, TrainingArguments):
                 setattr(without, name, defaults[name])
                 if _optimizer(without) == read:
                     raise FlexdpoError(f"{name}={getattr(self, name)!r} has no effect with optim={optim!r}")
+
+    def _check_schedule(self) -> None:
+        name, kwargs = SchedulerType(self.lr_scheduler_type), self.lr_scheduler_kwargs
+        # a schedule that takes an argument of any name reads none
+        unread = ["lr_scheduler_kwargs"] if kwargs and _learning_rates(name, 0, {"nothing": 0}) else []
+        rates = _learning_rates(name, 0, kwargs) if self.warmup_steps else []
+        if rates and _learning_rates(name, 5, kwargs) == rates:
+            unread.append("warmup_steps")
+        for each in unread:
+            raise FlexdpoError(
+                f"{each}={getattr(self, each)!r} has no effect with lr_scheduler_type={name.value!r}; leave it out, "
+                "or choose a schedule that reads it, such as 'cosine'"
+            )
 
     def _check_rows(self) -> None:
         if self.pad_to_multiple_of == "auto":
@@ -361,6 +375,21 @@ class DPOConfig(LossSettings, TrainingArguments):
 
 def _default(of: Field[Any]) -> Any:
     return of.default if of.default_factory is MISSING else of.default_factory()
+
+
+def _learning_rates(name: SchedulerType, warmup_steps: int, kwargs: dict[str, Any] | None) -> list[float]:
+    """Those of 10 steps, one where they follow the results; none for settings that the schedule cannot take."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    try:
+        schedule = get_scheduler(name, optimizer, warmup_steps, 10, kwargs)
+    except (TypeError, ValueError):
+        return []
+    rates = schedule.get_last_lr()
+    for _ in range(10 * isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)):
+        optimizer.step()
+        schedule.step()
+        rates += schedule.get_last_lr()
+    return rates
 
 
 def _optimizer(args: TrainingArguments) -> Any:

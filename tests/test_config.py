@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 from packaging.version import Version
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from flexdpo import DPOConfig, DPOTrainer, FlexdpoError
@@ -132,6 +132,17 @@ def test_a_setting_without_effect_is_refused(tmp_path: Path, name: str) -> None:
         ({"optim_args": "momentum=0.9"}, "optim_args='momentum=0.9' has no effect with optim='adamw_torch"),
         ({"optim": "adafactor", "adam_beta1": 0.8}, "adam_beta1=0.8 has no effect with optim='adafactor'"),
         ({"optim": "sgd", "adam_epsilon": 1e-4}, "adam_epsilon=0.0001 has no effect with optim='sgd'"),
+        ({"warmup_steps": 3}, "warmup_steps=3 has no effect with lr_scheduler_type='constant'"),
+        ({"warmup_steps": 0.1}, "warmup_steps=0.1 has no effect with lr_scheduler_type='constant'"),
+        (
+            {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "warmup_steps": 3},
+            "warmup_steps=3 has no effect with lr_scheduler_type='reduce_lr_on_plateau'",
+        ),
+        ({"lr_scheduler_kwargs": {"num_cycles": 2}}, "lr_scheduler_kwargs={'num_cycles': 2} has no effect with"),
+        (
+            {"lr_scheduler_type": "constant_with_warmup", "lr_scheduler_kwargs": {"min_lr": 0.1}},
+            "lr_scheduler_kwargs={'min_lr': 0.1} has no effect with lr_scheduler_type='constant_with_warmup'",
+        ),
         ({"optim_target_modules": "all-linear"}, "optim_target_modules='all-linear' has no effect with optim="),
         ({"accelerator_config": {"split_batches": True}}, "sets split_batches=True, but each process takes and packs"),
         ({"accelerator_config": {"dispatch_batches": True}}, "sets dispatch_batches=True"),
@@ -159,6 +170,11 @@ def test_settings_that_take_effect_are_accepted(tmp_path: Path) -> None:
     assert settings(tmp_path, pad_to_multiple_of="16").row_multiple == 16
     assert settings(tmp_path, optim="sgd", optim_args="momentum=0.9").optim_args == "momentum=0.9"
     assert settings(tmp_path, adam_beta1=0.8).adam_beta1 == 0.8
+    for name in {each.value for each in SchedulerType} - {"constant", "reduce_lr_on_plateau", "greedy"}:
+        known = {"num_decay_steps": 2} if name == "warmup_stable_decay" else {}
+        known = {"min_lr": 0.0} if "min_lr" in name else known
+        changes = {"lr_scheduler_type": name, "warmup_steps": 3, "lr_scheduler_kwargs": known}
+        assert settings(tmp_path, **changes).warmup_steps == 3
     checkpointed = settings(tmp_path, activation_checkpointing=True, activation_checkpointing_kwargs={"debug": True})
     assert checkpointed.activation_checkpointing_kwargs["debug"]
 
