@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from peft import LoraConfig
 from transformers import AutoModelForCausalLM, MambaConfig
 
 from flexdpo import DPOConfig, DPOTrainer, load_preference_dataset
 from flexdpo.cli import main
 from flexdpo.runs.dry_run import dry_run
-from flexdpo.runs.job import Job
+from flexdpo.runs.settings import Job
 from flexdpo.training.model_loading import load_model, load_tokenizer
 from tests.conftest import preference_rows
 from tests.test_cli import complaint
@@ -212,14 +211,13 @@ def test_a_dry_run_needs_no_weights_and_knows_of_adapters(tmp_path, saved_model,
     model = saved_model("llama")
     (model / "model.safetensors").unlink()
     config = DPOConfig(str(tmp_path / "out"), use_cpu=True, per_device_train_batch_size=4)
-    job = Job(str(model), str(data_file))
+    job = Job(model_name_or_path=str(model), dataset_name=str(data_file))
     whole = dry_run(job, config).estimate
     assert whole.memory["shared"].gradients == whole.memory["shared"].reference == 4 * whole.model.parameters
-    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    adapted = dry_run(replace(job, peft_config=lora), config).estimate
+    adapted = dry_run(replace(job, use_peft=True, lora_r=2, lora_target_modules=["q_proj"]), config).estimate
     assert adapted.memory["shared"].gradients == 4 * 2 * (64 * 2 + 2 * 64)
     assert adapted.memory["shared"].reference == 0
-    half = dry_run(replace(job, load_kwargs={"dtype": "bfloat16"}), config).estimate
+    half = dry_run(replace(job, dtype="bfloat16"), config).estimate
     assert half.memory["shared"].weights == 2 * whole.model.parameters
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 
-from flexdpo.commands.options import OptionParser, settings_of, writable
-from flexdpo.data.columns import parse_columns
+from flexdpo.commands.options import DatasetOptions, OptionParser, settings_of, writable
 from flexdpo.errors import FlexdpoError
 from flexdpo.estimate.settings import EstimateSettings
 
 
 @dataclass(frozen=True)
-class EstimateSource:
+class EstimateSource(DatasetOptions):
     """Where data, tokenizer and sizes come from, and what the settings themselves hold in other units."""
 
     model: str | None = field(
@@ -21,11 +20,6 @@ class EstimateSource:
     )
     tokenizer: str | None = field(
         default=None, metadata={"help": "A folder with a tokenizer or a hub name; by default that of --model."}
-    )
-    split: str = field(default="train", metadata={"help": "Split of the dataset; slices such as train[:10%%] too."})
-    config_name: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
-    columns: str | None = field(
-        default=None, metadata={"help": "Which column is which: prompt=question,chosen=response_j."}
     )
     reference_free: bool = field(
         default=False, metadata={"help": "No reference model runs: its values are precomputed or the loss has none."}
@@ -59,17 +53,13 @@ def run(argv: list[str]) -> int:
     settings = settings_of(EstimateSettings, found, reference=not source.reference_free, memory=memory)
     target = writable(source.json)
 
-    from flexdpo.data.load import load_preference_dataset
     from flexdpo.estimate.estimate import estimate_dataset
     from flexdpo.training.model_loading import load_config, load_tokenizer
 
     trust = source.trust_remote_code
     config = None if source.model is None else load_config(source.model, trust_remote_code=trust)
     tokenizer = load_tokenizer(str(source.tokenizer or source.model), trust_remote_code=trust)
-    data = load_preference_dataset(
-        found.dataset, split=source.split, config_name=source.config_name, columns=parse_columns(source.columns)
-    )
-    estimate = estimate_dataset(data, tokenizer, settings, model=config)
+    estimate = estimate_dataset(source.load(found.dataset), tokenizer, settings, model=config)
     if target is not None:
         target.write_text(json.dumps(estimate.as_json(), indent=1) + "\n", encoding="utf-8")
     print(estimate.table())

@@ -68,6 +68,27 @@ class OptionParser(argparse.ArgumentParser):
             raise FlexdpoError(f"unknown option {name}{nearest(name, [*known, '--config'])}; see {self.prog} --help")
 
 
+@dataclasses.dataclass(frozen=True)
+class DatasetOptions:
+    """Which rows of a dataset are meant."""
+
+    split: str = dataclasses.field(
+        default="train", metadata={"help": "Split of the dataset; slices such as train[:10%%] too."}
+    )
+    config_name: str | None = dataclasses.field(default=None, metadata={"help": "Configuration of a hub dataset."})
+    columns: str | None = dataclasses.field(
+        default=None, metadata={"help": "Which column is which: prompt=question,chosen=response_j."}
+    )
+
+    def load(self, name: str) -> Any:
+        """The dataset of this name, as ``flexdpo train`` takes it."""
+        from flexdpo.data.columns import parse_columns
+        from flexdpo.data.load import load_preference_dataset
+
+        columns = parse_columns(self.columns)
+        return load_preference_dataset(name, split=self.split, config_name=self.config_name, columns=columns)
+
+
 def settings_of(cls: type[Settings], found: argparse.Namespace, **more: Any) -> Settings:
     """The settings that were given, lists as tuples; ``more`` are those that have no option of their own name."""
     names = {field.name for field in dataclasses.fields(cls) if "help" in field.metadata}  # type: ignore[arg-type]

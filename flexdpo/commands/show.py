@@ -6,8 +6,7 @@ import shutil
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from flexdpo.commands.options import OptionParser, settings_of
-from flexdpo.data.columns import parse_columns
+from flexdpo.commands.options import DatasetOptions, OptionParser, settings_of
 from flexdpo.errors import FlexdpoError
 from flexdpo.layout.packing import pack
 from flexdpo.show.overview import VIEWS, draw_overview, picture_block_size
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ShowSettings:
+class ShowSettings(DatasetOptions):
     """What to draw, and where to."""
 
     tokenizer: str | None = field(
@@ -39,11 +38,6 @@ class ShowSettings:
     view: str = field(default="all", metadata={"help": f"One of {', '.join(VIEWS)}."})
     groups: int = field(default=4, metadata={"help": "Rows of the dataset, or groups of the example, to draw."})
     first: int = field(default=0, metadata={"help": "First of those rows of the dataset, counted from 0."})
-    split: str = field(default="train", metadata={"help": "Split of the dataset."})
-    config_name: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
-    columns: str | None = field(
-        default=None, metadata={"help": "Which column is which: prompt=question,chosen=response_j."}
-    )
     max_length: int = field(default=1024, metadata={"help": "Longest prompt plus response; 0 for no limit."})
     max_tokens_per_row: int | None = field(default=None, metadata={"help": "Longest packed row; by default one row."})
     sharing: str = field(default="group", metadata={"help": "group, or step: across examples too."})
@@ -91,12 +85,8 @@ def _groups(settings: ShowSettings, dataset: str | None) -> list[Group]:
         return example_groups(settings.groups, settings.seed)
     if settings.tokenizer is None:
         raise FlexdpoError("a dataset needs --tokenizer NAME: which tokens it has depends on it")
-    from flexdpo.data.load import load_preference_dataset
     from flexdpo.training.model_loading import load_tokenizer
 
-    tokenizer = load_tokenizer(settings.tokenizer)
-    data = load_preference_dataset(
-        dataset, split=settings.split, config_name=settings.config_name, columns=parse_columns(settings.columns)
-    )
-    longest = settings.max_length or None
+    tokenizer, longest = load_tokenizer(settings.tokenizer), settings.max_length or None
+    data = settings.load(dataset)
     return groups_of_dataset(data, tokenizer, max_length=longest, first=settings.first, groups=settings.groups)

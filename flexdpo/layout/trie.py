@@ -38,23 +38,25 @@ class Trie:
         return int(self.token_ids.size)
 
     @classmethod
-    def from_sequences(cls, sequences: Sequence[NDArray[np.int64]], *, limits: Sequence[int] = ()) -> Trie:
+    def from_sequences(
+        cls, sequences: Sequence[NDArray[np.int64]], *, limits: Sequence[int] = (), share: bool = True
+    ) -> Trie:
         """Merge sequences by their common beginnings; siblings keep the order in which they first appear.
 
         Equal sequences end at the same node, and a sequence that begins another one ends inside it.
 
         Sequences ``[L_i]`` on either side of one of the increasing lengths ``limits`` share nothing, since their tokens
-        differ in a model that goes by the length.
+        differ in a model that goes by the length. Without ``share`` none do, and the forest has a tree for each.
 
         Returns the trie. Time and memory are linear in the number of tokens times the branching depth.
         """
-        return _TrieBuilder(sequences, limits).build()
+        return _TrieBuilder(sequences, limits, share=share).build()
 
 
 class _TrieBuilder:
     """Walks the sequences depth first and writes one run of unbranched tokens at a time."""
 
-    def __init__(self, sequences: Sequence[NDArray[np.int64]], limits: Sequence[int] = ()) -> None:
+    def __init__(self, sequences: Sequence[NDArray[np.int64]], limits: Sequence[int], *, share: bool) -> None:
         self.sequences = [np.asarray(sequence, dtype=np.int64) for sequence in sequences]
         total = sum(sequence.size for sequence in self.sequences)
         self.token_ids = np.empty(total, dtype=np.int64)
@@ -62,7 +64,10 @@ class _TrieBuilder:
         self.depths = np.empty(total, dtype=np.int64)
         self.subtree_end = np.empty(total, dtype=np.int64)
         self.paths = [np.empty(sequence.size, dtype=np.int64) for sequence in self.sequences]
-        self.sides = [bisect_left(limits, sequence.size) for sequence in self.sequences]
+        # only sequences on the same side may share
+        self.sides = list(range(len(self.sequences)))
+        if share:
+            self.sides = [bisect_left(limits, sequence.size) for sequence in self.sequences]
         self.size = 0
 
     def build(self) -> Trie:

@@ -24,26 +24,18 @@ if TYPE_CHECKING:
     from torch import nn
 
     from flexdpo.config import DPOConfig
-    from flexdpo.runs.job import Job
+    from flexdpo.runs.settings import Job
 
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a run would do.
+    """What a run would do."""
 
-    Attributes:
-        estimate: Tokens, gain and advice, with the run's own settings.
-        max_tokens_per_row: Longest row, chosen where the run says ``auto``.
-        rows_per_step: Forward passes of the policy per optimizer step and process, on average.
-        steps_per_epoch: Optimizer steps.
-        memory: Predicted bytes at the peak.
-    """
-
-    estimate: Estimate
-    max_tokens_per_row: int | None
-    rows_per_step: float
+    estimate: Estimate  # tokens, gain and advice, with the run's own settings
+    max_tokens_per_row: int | None  # chosen where the run says ``auto``
+    rows_per_step: float  # forward passes of the policy per optimizer step and process, on average
     steps_per_epoch: int
-    memory: int
+    memory: int  # predicted bytes at the peak
 
     def table(self) -> str:
         """The estimate, and what a step consists of."""
@@ -65,12 +57,12 @@ def dry_run(job: Job, config: DPOConfig) -> DryRun:
     Raises:
         FlexdpoError: for whatever would stop the run before its first step.
     """
-    if job.streaming:
+    if job.dataset_streaming:
         raise FlexdpoError(
             "a dry run looks at the whole dataset, and a stream is read once; leave --dataset_streaming out of it"
         )
-    data = job.load(job.dataset_name, job.train_split, job.dataset_config)
-    tokenizer = model_loading.load_tokenizer(job.model_name_or_path, trust_remote_code=config.trust_remote_code)
+    data = job.train_data()
+    tokenizer = model_loading.load_tokenizer(str(job.model_name_or_path), trust_remote_code=config.trust_remote_code)
     model = _without_weights(job, config)
     model_loading.require_vocabulary(model, tokenizer)
     tokenised = tokenize_preferences(
@@ -89,10 +81,9 @@ def dry_run(job: Job, config: DPOConfig) -> DryRun:
 def _without_weights(job: Job, config: DPOConfig) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
-    init_kwargs = config.model_init_kwargs if isinstance(config.model_init_kwargs, dict) else {}
-    kwargs = {**init_kwargs, **job.load_kwargs}
+    kwargs, name = job.load_kwargs(config), str(job.model_name_or_path)
     revision = {name: kwargs[name] for name in ("revision",) if name in kwargs}
-    read = model_loading.load_config(job.model_name_or_path, trust_remote_code=config.trust_remote_code, **revision)
+    read = model_loading.load_config(name, trust_remote_code=config.trust_remote_code, **revision)
     # what from_pretrained does by itself: the dtype the weights were saved in
     dtype = kwargs.get("dtype") if kwargs.get("dtype") not in (None, "auto") else getattr(read, "dtype", None)
     try:
@@ -101,9 +92,9 @@ def _without_weights(job: Job, config: DPOConfig) -> nn.Module:
                 read, trust_remote_code=config.trust_remote_code, dtype=_as_dtype(dtype)
             )
     except (ValueError, TypeError, KeyError) as error:
-        raise FlexdpoError(f"cannot make a causal LM of {job.model_name_or_path!r}: {first_line(error)}") from error
-    if job.peft_config is not None:
-        model = add_adapter(model, job.peft_config)
+        raise FlexdpoError(f"cannot make a causal LM of {name!r}: {first_line(error)}") from error
+    if job.use_peft:
+        model = add_adapter(model, job.peft_config())
     prepare_model(model, impl=config.attn_impl)  # type: ignore[arg-type]
     return model
 
@@ -122,7 +113,7 @@ def _predict(tokenised: TokenizedPreferences, model: nn.Module, job: Job, config
     setup = TrainingSetup.from_arguments(
         config,
         model,
-        reference=runs_reference and job.peft_config is None,
+        reference=runs_reference and not job.use_peft,
         **shards_of(config),
     )
     settings = EstimateSettings(

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 from statistics import median
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from tqdm.auto import trange
 
@@ -19,7 +17,6 @@ from flexdpo.training.batch import PackedBatch
 from flexdpo.training.step import run_batch
 
 if TYPE_CHECKING:
-    from flexdpo.layout.groups import Group
     from flexdpo.training.trainer import DPOTrainer
 
 
@@ -28,44 +25,22 @@ class StepTimes:
     """One optimizer step on the same pairs, with and without prefix sharing.
 
     Unshared means every response behind its own copy of the prompt and otherwise the same: packed without padding,
-    log-probabilities at the targets only.
-
-    Attributes:
-        shared: Median seconds with sharing.
-        unshared: Median seconds without.
-        loss_gap: Largest difference between the two losses, which are equal but for rounding.
-        laying_out: Median seconds to make a batch's packed rows of its examples, before a step.
+    log-probabilities at the targets only. Seconds are medians.
     """
 
     shared: float
     unshared: float
-    loss_gap: float
-    laying_out: float
+    loss_gap: float  # largest difference between the two losses, which are equal but for rounding
+    laying_out: float  # to make a batch's packed rows of its examples, before a step
 
 
 def unshared_batch(batch: PackedBatch, pad_to_multiple_of: int = 1) -> PackedBatch:
     """Lay the same groups out without prefix sharing: every response stands behind its own copy of the prompt."""
-    rows = [
-        Row.from_tries(
-            row.groups, [_unshared_trie(group) for group in row.groups], pad_to_multiple_of=pad_to_multiple_of
-        )
-        for row in batch.rows
-    ]
+    rows = []
+    for row in batch.rows:
+        forests = [Trie.from_sequences(group.sequences, share=False) for group in row.groups]
+        rows.append(Row.from_tries(row.groups, forests, pad_to_multiple_of=pad_to_multiple_of))
     return PackedBatch(rows, batch.totals)
-
-
-def _unshared_trie(group: Group) -> Trie:
-    """A forest of one unbranched tree per response."""
-    trees = [Trie.from_sequences([sequence]) for sequence in group.sequences]
-    starts = [0, *accumulate(len(tree) for tree in trees)][:-1]
-    placed = list(zip(trees, starts, strict=True))
-    return Trie(
-        token_ids=np.concatenate([tree.token_ids for tree in trees]),
-        parents=np.concatenate([np.where(tree.parents < 0, -1, tree.parents + start) for tree, start in placed]),
-        depths=np.concatenate([tree.depths for tree in trees]),
-        subtree_end=np.concatenate([tree.subtree_end + start for tree, start in placed]),
-        paths=tuple(tree.paths[0] + start for tree, start in placed),
-    )
 
 
 def measure_step_times(trainer: DPOTrainer, rounds: int) -> StepTimes:
