@@ -74,6 +74,7 @@ class Draft:
     echoed: bool = False
     dialogue: bool = False
     endless: bool = False
+    doubled: bool = False
     ties: int = 0
     unjudged: int = 0
     longest: int = 0
@@ -95,6 +96,7 @@ NOTES = {
     "_promptless": "empty prompt, before which the tokenizer puts a token of its own,",
     "_retokenised": "prompt end re-tokenised, because it renders or merges otherwise before a response,",
     "_endless": "no EOS token in a response, since the chat template writes none,",
+    "_doubled": "a second BOS token before a prompt whose text begins with one left out",
     "_ties": "preferences between identical responses left out",
     "_unjudged": "responses without text or without a preference left out",
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import takewhile
+from itertools import islice, takewhile
 from typing import TYPE_CHECKING, Any, cast
 
 from flexdpo.data.draft import (
@@ -22,7 +22,7 @@ from flexdpo.data.layouts import LAYOUTS
 from flexdpo.errors import FlexdpoError, first_line
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from transformers import PreTrainedTokenizerBase
 
@@ -42,9 +42,9 @@ def tokenize_batch(
         texts = [draft for draft in drafts if not draft.skip and not draft.is_chat]
         chats = [draft for draft in drafts if not draft.skip and draft.is_chat]
         if texts:
-            _tokenize_text(texts, tokenizer)
+            _tokenize_text(texts, tokenizer, settings.max_length)
         if chats:
-            _tokenize_chats(chats, tokenizer)
+            _tokenize_chats(chats, tokenizer, settings.max_length)
     for draft in drafts:
         _settle(draft, settings.max_length)
     return {
@@ -70,12 +70,12 @@ def _settle(draft: Draft, max_length: int | None) -> None:
     draft.whole = len(draft.prompt_ids) + max(map(len, draft.response_ids), default=0)
     if not draft.prompt_ids:
         draft.skip = EMPTY_PROMPT
+    elif max_length is not None and len(draft.prompt_ids) >= max_length:
+        draft.skip = PROMPT_FILLS
     elif not draft.response_ids or not all(draft.response_ids):
         draft.skip = EMPTY_RESPONSE
     elif _drop_ties(draft) and compared and not draft.edges:
         draft.skip = IDENTICAL
-    elif max_length is not None and len(draft.prompt_ids) >= max_length:
-        draft.skip = PROMPT_FILLS
     elif max_length is not None:
         room = max_length - len(draft.prompt_ids)
         draft.cut = sum(len(ids) > room for ids in draft.response_ids)
@@ -94,30 +94,87 @@ def _drop_ties(draft: Draft) -> int:
     return dropped
 
 
-def _tokenize_text(drafts: Sequence[Draft], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Tokenise rows of text: the prompt, and the prompt with each response and the EOS token behind it."""
-    eos = tokenizer.eos_token
+def _tokenize_text(drafts: Sequence[Draft], tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> None:
+    """Tokenise rows of text: the prompt, and the prompt with each response and one EOS token behind it."""
+    eos, eos_id = tokenizer.eos_token, tokenizer.eos_token_id
     if eos is None:
         raise FlexdpoError(
             f"tokenizer {tokenizer_name(tokenizer)} has no EOS token, so nothing would mark the end of a "
             "response; set tokenizer.eos_token"
         )
+    # a tokenizer may take the text of a special token apart
+    spelled = _encode_all(tokenizer, [eos], add_special_tokens=False) == [[eos_id]]
     texts = []
     for draft in drafts:
         texts.append(draft.prompt)
         for response in draft.responses:
-            texts.append(draft.prompt + (response if response.endswith(eos) else response + eos))
-    _hand_out(iter(_encode(tokenizer, texts, drafts)), drafts)
+            # white space behind the EOS token would have another one follow it
+            bare = response.rstrip()
+            ended = bare if spelled and bare.endswith(eos) else response + eos if spelled else response
+            texts.append(draft.prompt + ended)
+    encoded = _encode(tokenizer, texts, drafts, max_length)
+    added_eos = encoded and _encode_all(tokenizer, ["a"])[0][-1] == eos_id
+    token_ids = iter(encoded)
+    for draft in drafts:
+        prompt, wholes = next(token_ids), [next(token_ids) for _ in draft.responses]
+        if added_eos and prompt[-1:] == [eos_id]:
+            prompt = prompt[:-1]
+        # a tokenizer puts its BOS token before a text that begins with one, too
+        twice = tokenizer.bos_token is not None and draft.prompt.startswith(tokenizer.bos_token)
+        if twice and prompt[:2] == [tokenizer.bos_token_id] * 2:
+            prompt, wholes, draft.doubled = prompt[1:], [whole[1:] for whole in wholes], True
+        _hand_out(prompt, wholes, draft)
+        draft.response_ids = [_with_one(ids, eos_id) for ids in draft.response_ids]
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], drafts: Sequence[Draft]) -> list[list[int]]:
+def _with_one(ids: list[int], eos_id: int) -> list[int]:
+    """A response with one EOS token at its end, whoever put how many there."""
+    while ids[-2:] == [eos_id, eos_id]:
+        ids = ids[:-1]
+    return ids if ids[-1:] == [eos_id] or not ids else [*ids, eos_id]
+
+
+def _encode_all(tokenizer: PreTrainedTokenizerBase, texts: list[str], **kwargs: Any) -> list[list[int]]:
+    return cast("list[list[int]]", tokenizer(text=texts, **kwargs)["input_ids"])
+
+
+# characters beyond which a text is not tokenised as a whole for its first few tokens, at least, and for each of these
+_LONG, _LONG_FOR_A_TOKEN = 100_000, 64
+
+
+def _is_long(text: str, max_length: int | None) -> bool:
+    return max_length is not None and len(text) > max(_LONG, _LONG_FOR_A_TOKEN * max_length)
+
+
+def _beginning(tokenizer: PreTrainedTokenizerBase, text: str, max_length: int, **kwargs: Any) -> list[int]:
+    """More than the first ``max_length`` tokens of a long text: those that two of its beginnings have in common."""
+    size, before = max(_LONG, _LONG_FOR_A_TOKEN * max_length) // 2, list[int]()
+    while True:
+        [ids] = _encode_all(tokenizer, [text[:size]], **kwargs)
+        same = _common(before, ids)
+        if size >= len(text):
+            return ids
+        if same > max_length:
+            return ids[:same]
+        before, size = ids, 2 * size
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two sequences begin with alike."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], drafts: Sequence[Draft], max_length: int | None
+) -> list[list[int]]:
     """Tokenise the texts of some rows in one go; look for the culprit only after a failure."""
     try:
-        return cast("list[list[int]]", tokenizer(text=texts)["input_ids"])
+        whole = iter(_encode_all(tokenizer, [text for text in texts if not _is_long(text, max_length)] or [""]))
+        return [_beginning(tokenizer, t, max_length) if _is_long(t, max_length) else next(whole) for t in texts]  # type: ignore[arg-type]
     except Exception:  # each tokenizer has errors of its own
-        each = len(texts) // len(drafts)
-        for number, draft in enumerate(drafts):
-            for text in texts[number * each : (number + 1) * each]:
+        own = iter(texts)
+        for draft in drafts:
+            for text in islice(own, 1 + len(draft.responses)):
                 try:
                     tokenizer(text=[text])
                 except Exception as error:
@@ -139,7 +196,7 @@ def _why(error: Exception, text: str) -> str:
     return first_line(error)
 
 
-def _tokenize_chats(drafts: Sequence[Draft], tokenizer: PreTrainedTokenizerBase) -> None:
+def _tokenize_chats(drafts: Sequence[Draft], tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> None:
     """Tokenise rows of messages with the chat template; rows that call it alike go together."""
     alike: dict[str, list[Draft]] = {}
     for draft in drafts:
@@ -147,27 +204,27 @@ def _tokenize_chats(drafts: Sequence[Draft], tokenizer: PreTrainedTokenizerBase)
     _require_chat_template(tokenizer)
     for members in alike.values():
         kwargs = members[0].template_kwargs
-        prompts = _render(
-            tokenizer,
-            [(draft.place, draft.prompt) for draft in members],
-            {"add_generation_prompt": True, **kwargs},
-        )
-        whole = _render(
-            tokenizer,
-            [(draft.place, draft.prompt + response) for draft in members for response in draft.responses],
-            kwargs,
-        )
-        merged = iter(whole)
+        asked = [(draft.place, draft.prompt) for draft in members]
+        prompts = _render(tokenizer, asked, {"add_generation_prompt": True, **kwargs}, max_length)
+        answered = [(draft.place, draft.prompt + response) for draft in members for response in draft.responses]
+        wholes = iter(_render(tokenizer, answered, kwargs, max_length))
         for prompt, draft in zip(prompts, members, strict=True):
-            _hand_out(iter([prompt, *(next(merged) for _ in draft.responses)]), [draft])
+            _hand_out(prompt, [next(wholes) for _ in draft.responses], draft)
+            if tokenizer.eos_token_id is not None:
+                room = (max_length or 2**63) - len(draft.prompt_ids)
+                ends = [ids for ids in draft.response_ids if len(ids) <= room]
+                draft.endless = any(tokenizer.eos_token_id not in ids for ids in ends)
+
+
+def _renders_text(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a template makes text of messages; a renderer of its own, such as Mistral's, gives token ids."""
+    from transformers import PreTrainedTokenizerBase
+
+    return type(tokenizer).apply_chat_template is PreTrainedTokenizerBase.apply_chat_template
 
 
 def _require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    from transformers import PreTrainedTokenizerBase
-
-    # a tokenizer with a renderer of its own, such as Mistral's, needs no template
-    is_stock = type(tokenizer).apply_chat_template is PreTrainedTokenizerBase.apply_chat_template
-    if is_stock and not tokenizer.chat_template:
+    if _renders_text(tokenizer) and not tokenizer.chat_template:
         raise FlexdpoError(
             f"the data holds messages but the tokenizer {tokenizer_name(tokenizer)} has no chat template; set "
             "tokenizer.chat_template, use the tokenizer of an instruction-tuned model, or give the columns as text"
@@ -175,13 +232,18 @@ def _require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _render(
-    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[tuple[str, list[Any]]], kwargs: Mapping[str, Any]
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[tuple[str, list[Any]]],
+    kwargs: Mapping[str, Any],
+    max_length: int | None,
 ) -> list[list[int]]:
     """Apply the chat template to ``(place, messages)`` in one go; look for the culprit only after a failure."""
 
     def token_ids(messages: list[Any]) -> Any:
         return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **kwargs)["input_ids"]
 
+    if _renders_text(tokenizer) and any(_is_long(_text_of(messages), max_length) for _, messages in conversations):
+        return [ids for each in conversations for ids in _render_long(tokenizer, each, kwargs, max_length)]
     try:
         return cast("list[list[int]]", token_ids([messages for _, messages in conversations]))
     except Exception:  # a template is a program of the model's maker and may raise anything
@@ -194,6 +256,21 @@ def _render(
         raise
 
 
+def _render_long(
+    tokenizer: PreTrainedTokenizerBase, each: tuple[str, list[Any]], kwargs: Mapping[str, Any], max_length: int | None
+) -> list[list[int]]:
+    """One conversation, of whose text no more is tokenised than needed."""
+    place, messages = each
+    if not _is_long(_text_of(messages), max_length):
+        return _render(tokenizer, [each], kwargs, max_length)
+    try:
+        text = cast("str", tokenizer.apply_chat_template(messages, tokenize=False, **kwargs))
+        return [_beginning(tokenizer, text, max_length or 0, add_special_tokens=False)]
+    except Exception as error:  # as in _render
+        why = _why(error, _text_of(messages))
+        raise FlexdpoError(f"{place}: the chat template cannot render its messages: {why}") from error
+
+
 def _text_of(value: Any) -> str:
     """All text in messages, for a look at its characters."""
     if isinstance(value, dict):
@@ -203,22 +280,19 @@ def _text_of(value: Any) -> str:
     return value if isinstance(value, str) else ""
 
 
-def _hand_out(token_ids: Iterator[list[int]], drafts: Sequence[Draft]) -> None:
-    """Give each draft its tokens, which come as the prompt's and then those of the prompt with each response.
+def _hand_out(prompt: list[int], wholes: Sequence[list[int]], draft: Draft) -> None:
+    """Give a draft its tokens: those of the prompt, and those of the prompt with each response.
 
     The response starts where the prompt alone and the prompt with a response part: a template may render the
     prompt's end otherwise before a response, and tokens may merge across the border.
     """
-    for draft in drafts:
-        prompt = next(token_ids)
-        wholes = [next(token_ids) for _ in draft.responses]
-        border = len(prompt)
-        for whole in wholes:
-            if whole[:border] != prompt[:border]:
-                border = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, whole, strict=False)))
-        draft.retokenised = border < len(prompt)
-        draft.prompt_ids = prompt[:border]
-        draft.response_ids = [whole[border:] for whole in wholes]
+    border = len(prompt)
+    for whole in wholes:
+        if whole[:border] != prompt[:border]:
+            border = _common(prompt, whole)
+    draft.retokenised = border < len(prompt)
+    draft.prompt_ids = prompt[:border]
+    draft.response_ids = [whole[border:] for whole in wholes]
 
 
 def tokenizer_name(tokenizer: PreTrainedTokenizerBase) -> str:

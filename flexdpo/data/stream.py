@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from flexdpo.config import DPOConfig
 
 _ROWS_AT_ONCE = 64
+# rows of a stream without a usable one before that is an error
+_PATIENCE = 1000
 
 
 @dataclass(eq=False, repr=False)
@@ -203,6 +205,9 @@ class StreamedPreferences(IterableDataset[dict[str, Any]]):
             if whole is not None:
                 whole += tokenised["_whole"]
             require_prompts(self.name, counts, self.settings, so_far=True)
+            if not counts.of("used") and start + _ROWS_AT_ONCE > _PATIENCE:
+                report = counts.as_report(f"{self.name}, the beginning of the stream")
+                raise none_usable(report.name, report.rows, report.skipped, report.first_skipped)
             columns = {column: tokenised[column] for column in (*TOKENISED_COLUMNS, *labels)}
             columns |= {column: batch[column] for column in kept}
             for number, skip in enumerate(tokenised["_skip"]):

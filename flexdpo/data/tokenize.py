@@ -10,7 +10,8 @@ import numpy as np
 from flexdpo.data.cache import map_settings, tokenizer_digest
 from flexdpo.data.draft import LABELS_COLUMN, SKIP_REASONS, STATUS_COLUMNS, TOKENISED_COLUMNS, Settings
 from flexdpo.data.encode import tokenize_batch, tokenizer_name
-from flexdpo.data.layouts import LAYOUTS, OWN_LAYOUT, settings_for
+from flexdpo.data.ids import longest_if_usable
+from flexdpo.data.layouts import LAYOUTS, OWN_LAYOUT, described, settings_for
 from flexdpo.data.load import load_preference_dataset
 from flexdpo.data.report import Counts, DataReport, none_usable, require_prompts
 from flexdpo.errors import FlexdpoError, nearest, quoted
@@ -119,6 +120,13 @@ def tokenize_preferences(
     if len(dataset) == 0:
         raise FlexdpoError(f"{name}: the dataset has no rows; give a dataset with at least one")
     settings = settings_for(dataset.column_names, max(tokenizer.get_vocab().values()), max_length, name)
+    if settings.layout == OWN_LAYOUT and settings.largest_id is not None:
+        longest = longest_if_usable(dataset.with_format(None), max_length, settings.largest_id)
+        if longest is not None:
+            rows = len(dataset)
+            return TokenizedPreferences(
+                dataset.with_format(None), DataReport(name, rows, rows, longest=longest, layout=described(settings))
+            )
     try:
         mapped = _map(dataset.with_format(None), tokenizer, settings, num_proc, name)
     except FlexdpoError as error:

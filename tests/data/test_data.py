@@ -26,6 +26,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from flexdpo.data.cache import tokenizer_digest
+from flexdpo.data.ids import longest_if_usable
 from flexdpo.data.lengths import token_counts
 from flexdpo.data.regroup import regroup_by_prompt
 from flexdpo.data.tokenize import (
@@ -798,6 +799,40 @@ def test_source_folder_that_nobody_may_write_to(
     tokenised = tokenize_preferences(load_preference_dataset(str(tmp_path / "saved")), tokenizer, max_length=None)
     assert token_rows(tokenised.dataset) == [plain_loop(row, tokenizer) for row in text_rows(5)]
     assert sorted((tmp_path / "saved").iterdir()) == before
+
+
+def test_tokens_are_not_gone_through_again(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = text_rows(40)
+    rows[4]["chosen"] = ""
+    once = tokenize_preferences(Dataset.from_list(rows), tokenizer, max_length=None)
+    monkeypatch.setattr(Dataset, "map", lambda *_, **__: pytest.fail("gone through again"))
+    again = tokenize_preferences(once.dataset.with_format("numpy"), tokenizer, max_length=once.report.longest)
+    assert again.dataset.to_list() == once.dataset.to_list()
+    assert (again.report.rows, again.report.used, again.report.longest) == (39, 39, once.report.longest)
+
+
+GOOD_IDS = {"prompt_ids": [3, 4], "response_ids": [[5, 6], [7], [5, 7]], "edges": [[0, 1], [2, 0]], "row": 3}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompt_ids": []}, {"prompt_ids": [3] * 9}, {"prompt_ids": [10**6]}, {"prompt_ids": [-1]}, {"row": -1},
+        {"response_ids": [[5, 6], [], [5]]}, {"response_ids": []}, {"response_ids": [[5, 6], [7], [5, 10**6]]},
+        {"response_ids": [[5, 6], [7], [5, 6]]}, {"response_ids": [[5] * 9, [7], [5]]}, {"edges": [[0, 3]]},
+        {"edges": [[-1, 0]]}, {"edges": [[0]]}, {"edges": [[1, 1]]}, {"prompt_ids": None}, {"edges": None},
+        {"row": None},
+    ],
+)  # fmt: skip
+def test_tokens_that_need_a_look_are_seen(change: dict[str, Any]) -> None:
+    ids = Value("int32")
+    kinds = Features({"prompt_ids": [ids], "response_ids": [[ids]], "edges": [[ids]], "row": Value("int64")})
+    assert longest_if_usable(Dataset.from_list([GOOD_IDS] * 3, features=kinds), 9, 300) == 4
+    assert longest_if_usable(Dataset.from_list([GOOD_IDS, GOOD_IDS | {"edges": []}], features=kinds), 9, 300) == 4
+    rows = [GOOD_IDS, GOOD_IDS | change, GOOD_IDS]
+    assert longest_if_usable(Dataset.from_list(rows, features=kinds), 9, 300) is None
+    # another way to write the same numbers is brought into this one
+    assert longest_if_usable(Dataset.from_list([GOOD_IDS]), 9, 300) is None
 
 
 def test_formatted_dataset_is_read_as_plain(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -421,3 +421,18 @@ def test_an_example_that_fits_no_row_stops_a_streamed_run_at_its_batch(trainer: 
     with pytest.raises(FlexdpoError, match=r"^row 13 has 74 distinct tokens but max_tokens_per_row=60 leaves room"):
         run.train()
     assert run.state.global_step in (2, 3)
+
+
+@pytest.mark.parametrize("endless", [True, False])
+def test_a_stream_without_a_usable_row_says_so_soon(streamed: Any, endless: bool) -> None:
+    read = []
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for number in range(100_000):
+            read.append(number)
+            yield {"prompt": "w3 " * 50, "chosen": "w4", "rejected": "w5"}
+
+    why = r"train, the beginning of the stream: none of the 960 rows can be used: 960 skipped \(prompt alone fills"
+    with pytest.raises(FlexdpoError, match=why):
+        next(iter(streamed(IterableDataset.from_generator(rows), endless=endless)))
+    assert len(read) <= 1100
