@@ -385,10 +385,10 @@ def _learning_rates(name: SchedulerType, warmup_steps: int, kwargs: dict[str, An
     except (TypeError, ValueError):
         return []
     rates = schedule.get_last_lr()
-    for _ in range(10 * isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)):
+    while isinstance(schedule, torch.optim.lr_scheduler.LambdaLR) and len(rates) < 10:
         optimizer.step()
         schedule.step()
-        rates += schedule.get_last_lr()
+        rates = rates + schedule.get_last_lr()
     return rates
 
 

@@ -129,13 +129,14 @@ CHANGES: list[dict[str, Any]] = [
 
 
 def test_every_setting_that_decides_what_is_learned_is_compared(tmp_path, trainer) -> None:
-    trainer(max_steps=2).train()
+    plain = {"max_steps": 2, "lr_scheduler_type": "constant_with_warmup"}
+    trainer(**plain).train()
     kept = weights_of(tmp_path / "run" / "checkpoint-2")
     for change in CHANGES:
         (name,) = change
         with pytest.raises(FlexdpoError, match=rf"checkpoint-2 was made with {name}=.* and this run has"):
-            trainer(max_steps=2, **change).train(resume_from_checkpoint=True)
-    free = trainer(max_steps=2, logging_steps=3, save_steps=7, max_tokens_per_row=56, save_total_limit=5)
+            trainer(**{**plain, **change}).train(resume_from_checkpoint=True)
+    free = trainer(**plain, logging_steps=3, save_steps=7, max_tokens_per_row=56, save_total_limit=5)
     free.train(resume_from_checkpoint=True)
     # and a run that has all of its steps takes no other
     assert free.state.global_step == 2
