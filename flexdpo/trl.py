@@ -30,13 +30,10 @@ class SharingCallback(TrainerCallback):
     alone: ``sharing/tokens_in``, ``sharing/tokens_run``, ``sharing/saved`` (0 to 1) and ``sharing/passed_through`` (in
     batches); with the last log of a training run, for all of it. Progress bars and trackers show them; the log history
     that checkpoints keep is left as it is.
-
-    Attributes:
-        models: The models that share, without their wrappers.
     """
 
     def __init__(self, models: tuple[nn.Module, ...]) -> None:
-        self.models = models
+        self.models = models  # those that share, without their wrappers
         self._logged = self._at_begin = self.stats
 
     @property
@@ -77,11 +74,8 @@ def enable(trainer: Any, *, min_gain: float = 1.1, min_prefix: int = 16, impl: I
     sharing. LoRA adapters need no line of their own, but their dropout must be 0 (``lora_dropout=0``): with dropout in
     training nothing can be shared.
 
-    Args:
-        trainer: ``DPOTrainer``, ``RewardTrainer`` or any other ``transformers.Trainer``, before its ``train()``.
-        min_gain: As in :func:`flexdpo.share_prefixes`.
-        min_prefix: As in :func:`flexdpo.share_prefixes`.
-        impl: As in :func:`flexdpo.share_prefixes`.
+    ``trainer`` is TRL's ``DPOTrainer``, ``RewardTrainer`` or any other ``transformers.Trainer``, before its
+    ``train()``; the other arguments are those of :func:`flexdpo.share_prefixes`.
 
     Returns:
         The callback that logs the saving; it has been added to the trainer.

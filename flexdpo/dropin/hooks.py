@@ -10,7 +10,7 @@ import threading
 import warnings
 import weakref
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -58,20 +58,10 @@ class SharingStats:
         return "\n".join(lines)
 
     def __add__(self, other: SharingStats) -> SharingStats:
-        return SharingStats(
-            self.tokens_in + other.tokens_in,
-            self.tokens_run + other.tokens_run,
-            self.batches_shared + other.batches_shared,
-            self.passed_through + other.passed_through,
-        )
+        return SharingStats(*(mine + others for mine, others in zip(astuple(self), astuple(other), strict=True)))
 
     def __sub__(self, earlier: SharingStats) -> SharingStats:
-        return SharingStats(
-            self.tokens_in - earlier.tokens_in,
-            self.tokens_run - earlier.tokens_run,
-            self.batches_shared - earlier.batches_shared,
-            self.passed_through - earlier.passed_through,
-        )
+        return SharingStats(*(mine - before for mine, before in zip(astuple(self), astuple(earlier), strict=True)))
 
 
 @dataclass(eq=False)
@@ -135,16 +125,12 @@ class _Running(NamedTuple):
 
 
 class _InThread(threading.local):
-    """What each thread has of its own: one model may run in several of them, and several models at once.
-
-    Attributes:
-        running: Shared batches in progress, innermost last.
-        recent: The last batch that was planned, if any. Policy and reference run the same batch one after the other,
-            and then share its plan and its masks.
-    """
+    """What each thread has of its own: one model may run in several of them, and several models at once."""
 
     def __init__(self) -> None:
-        self.running: list[_Running] = []
+        self.running: list[_Running] = []  # shared batches in progress, innermost last
+        # the last batch that was planned, if any. Policy and reference run the same batch one after the other, and then
+        # share its plan and its masks
         self.recent: list[_Recent] = []
 
 
@@ -170,8 +156,14 @@ def _share_batch(
     planned = planned or _planned(sharing, named)
     _count(sharing, named, planned)
     if isinstance(planned, str):
-        if planned == "random":
-            _warn_once(sharing, backbone)
+        if planned == "random" and not sharing.warned:
+            sharing.warned = True
+            warnings.warn(
+                f"{type(backbone).__name__} uses dropout or noise in training, so its batches run without sharing: a "
+                "shared token cannot be dropped differently for each row. flexdpo.disable_dropout(model) sets every "
+                "rate to 0 (lora_dropout too), and they are shared.",
+                stacklevel=2,
+            )
         return None
     settings = exchange_kernel_settings(_for_any_length(sharing, planned))
     _in_thread.running.append(_Running(backbone, planned, settings))
@@ -214,17 +206,6 @@ def _count(sharing: Sharing, named: dict[str, Any], planned: SharedBatch | str) 
         else:
             stats.tokens_run += planned.layout.length
             stats.batches_shared += 1
-
-
-def _warn_once(sharing: Sharing, backbone: nn.Module) -> None:
-    if not sharing.warned:
-        warnings.warn(
-            f"{type(backbone).__name__} uses dropout or noise in training, so its batches run without sharing: a "
-            "shared token cannot be dropped differently for each row. flexdpo.disable_dropout(model) sets every rate "
-            "to 0 (lora_dropout too), and they are shared.",
-            stacklevel=2,
-        )
-        sharing.warned = True
 
 
 def _for_any_length(sharing: Sharing, batch: SharedBatch) -> KernelSettings:

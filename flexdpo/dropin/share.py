@@ -28,11 +28,7 @@ if TYPE_CHECKING:
 
 
 class PrefixSharing:
-    """Sharing in force on a model; as a context manager it ends with the ``with`` block.
-
-    Attributes:
-        model: The model.
-    """
+    """Sharing in force on a model; as a context manager it ends with the ``with`` block."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -43,7 +39,7 @@ class PrefixSharing:
         return sharing_stats(self.model)
 
     def unshare(self) -> None:
-        """Undo sharing; see :func:`unshare`."""
+        """See :func:`unshare`."""
         unshare(self.model)
 
     def __enter__(self) -> PrefixSharing:

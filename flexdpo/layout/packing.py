@@ -62,12 +62,10 @@ def pack(
         target = multiple
         if buckets is not None:
             target = buckets.length_for(sum(len(cluster.trie) for cluster in clusters), most=max_tokens_per_row)
-        row = Row.from_clusters(
-            [[groups[i] for i in cluster.members] for cluster in clusters],
-            [cluster.trie for cluster in clusters],
-            pad_to_multiple_of=target,
-        )
-        row.numbers = tuple(i for cluster in clusters for i in cluster.members)
+        numbers = tuple(i for cluster in clusters for i in cluster.members)
+        tries = [cluster.trie for cluster in clusters]
+        row = Row.from_tries([groups[i] for i in numbers], tries, pad_to_multiple_of=target)
+        row.numbers = numbers
         rows.append(row)
     return rows
 

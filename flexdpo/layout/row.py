@@ -73,64 +73,58 @@ class Row:
         )
 
     @classmethod
-    def from_tries(cls, groups: Sequence[Group], tries: Sequence[Trie], *, pad_to_multiple_of: int = 1) -> Row:
-        """Build one row from groups and the tries of their sequences, as :meth:`from_groups` makes them."""
-        return cls.from_clusters([[group] for group in groups], tries, pad_to_multiple_of=pad_to_multiple_of)
-
-    @classmethod
-    def from_clusters(
+    def from_tries(
         cls,
-        clusters: Sequence[Sequence[Group]],
+        groups: Sequence[Group],
         tries: Sequence[Trie],
         *,
         pad_to_multiple_of: int = 1,
-        sizes: Sequence[Sequence[int]] | None = None,
+        sizes: Sequence[int] | None = None,
     ) -> Row:
-        """Build one row from clusters of groups, each of which shares one trie.
+        """Build one row of token tries that stand side by side.
 
         Args:
-            clusters: Groups that stand in the same trie, at least one of one; none where ``sizes`` are given.
-            tries: For each cluster, the trie of its groups' sequences, one group after the other.
+            groups: Those whose sequences the tries hold, in the tries' order; none where ``sizes`` are given.
+            tries: Each of one group, or of several that begin alike.
             pad_to_multiple_of: The row is padded to a multiple of this many tokens. Padding sees only itself.
-            sizes: For each trie, tokens of each sequence before its first target; by default those of the prompts.
+            sizes: Tokens of each sequence before its first target; by default those of the prompts.
         """
         if not tries:
             raise FlexdpoError("a row needs at least one group, document or sequence, got none")
         if pad_to_multiple_of < 1:
             raise FlexdpoError(f"pad_to_multiple_of must be at least 1, got {pad_to_multiple_of}")
-        groups = [group for cluster in clusters for group in cluster]
         if sizes is None:
-            sizes = [[group.prompt_ids.size for group in cluster for _ in group.response_ids] for cluster in clusters]
-        stops = list(accumulate(trie.token_ids.size for trie in tries))
+            sizes = [group.prompt_ids.size for group in groups for _ in group.response_ids]
+        stops = list(accumulate(len(trie) for trie in tries))
         starts = [0, *stops[:-1]]
-        token_ids = np.concatenate([trie.token_ids for trie in tries])
-        parents = np.concatenate([trie.parents + start for trie, start in zip(tries, starts, strict=True)])
-        paths = tuple(
-            path[size:] + start
-            for prompts, trie, start in zip(sizes, tries, starts, strict=True)
-            for size, path in zip(prompts, trie.paths, strict=True)
-        )
-        targets = _Targets.of(paths)
         length = -(-stops[-1] // pad_to_multiple_of) * pad_to_multiple_of
+        # what is not written over is padding
+        token_ids, parents, position_ids, multiplicity, shortest, longest = np.zeros((6, length), dtype=np.int64)
+        subtree_end = np.arange(1, length + 1)
+        for trie, start, stop in zip(tries, starts, stops, strict=True):
+            token_ids[start:stop] = trie.token_ids
+            parents[start:stop] = trie.parents + start
+            position_ids[start:stop] = trie.depths
+            subtree_end[start:stop] = trie.subtree_end + start
+        shortest[: stops[-1]] = np.iinfo(np.int64).max
+        sequences = [path + start for trie, start in zip(tries, starts, strict=True) for path in trie.paths]
+        for path in sequences:
+            multiplicity[path] += 1
+            shortest[path] = np.minimum(shortest[path], path.size)
+            longest[path] = np.maximum(longest[path], path.size)
+        paths = tuple(path[size:] for path, size in zip(sequences, sizes, strict=True))
+        # the distinct response tokens, and which of them each place of a response is
+        targets, members = np.unique(np.concatenate(paths), return_inverse=True)
+        vectors = (position_ids, subtree_end, multiplicity, shortest, longest)
+        depths, ends, *counts = (torch.from_numpy(vector)[None] for vector in vectors)
         return cls(
-            input_ids=_padded(token_ids, np.zeros(length, dtype=np.int64)),
-            layout=RowLayout(
-                position_ids=_padded(np.concatenate([t.depths for t in tries]), np.zeros(length, dtype=np.int64)),
-                subtree_end=_padded(
-                    np.concatenate([t.subtree_end + s for t, s in zip(tries, starts, strict=True)]),
-                    np.arange(1, length + 1),
-                ),
-                num_tokens=(stops[-1],),
-                **{
-                    name: _padded(np.concatenate(values), np.zeros(length, dtype=np.int64))
-                    for name, values in _counts(tries).items()
-                },
-            ),
+            input_ids=torch.from_numpy(token_ids)[None],
+            layout=RowLayout(depths, ends, (stops[-1],), *counts),
             # the prompt's last token predicts the first token of every response
-            predictors=torch.from_numpy(parents[targets.nodes]),
-            labels=torch.from_numpy(token_ids[targets.nodes]),
-            member_targets=torch.from_numpy(targets.members),
-            member_responses=torch.from_numpy(targets.responses),
+            predictors=torch.from_numpy(parents[targets]),
+            labels=torch.from_numpy(token_ids[targets]),
+            member_targets=torch.from_numpy(members.reshape(-1).astype(np.int64)),
+            member_responses=torch.from_numpy(np.repeat(np.arange(len(paths)), [path.size for path in paths])),
             edges=_numbered_edges(groups),
             groups=tuple(groups),
             documents=tuple(zip(starts, stops, strict=True)),
@@ -150,10 +144,7 @@ class Row:
         All sequences that begin alike share these tokens, in a trie of any depth. Each counts as one response to its
         first token, so that every later token is a target; the row has no groups and no preferences.
 
-        Args:
-            sequences: Token ids of each sequence, at least one of at least one token.
-            pad_to_multiple_of: The row is padded to a multiple of this many tokens. Padding sees only itself.
-            limits: Sequences on either side of one of these lengths share no tokens; see :func:`flexdpo.pack`.
+        Sequences on either side of one of the lengths ``limits`` share no tokens; see :func:`flexdpo.pack`.
 
         Raises:
             FlexdpoError: if a sequence is empty or holds anything but token ids.
@@ -162,7 +153,7 @@ class Row:
         if not arrays:
             raise FlexdpoError("a row needs at least one group, document or sequence, got none")
         trie = Trie.from_sequences(arrays, limits=limits)
-        row = cls.from_clusters([], [trie], sizes=[[1] * len(arrays)], pad_to_multiple_of=pad_to_multiple_of)
+        row = cls.from_tries([], [trie], sizes=[1] * len(arrays), pad_to_multiple_of=pad_to_multiple_of)
         # the trie is a forest: what begins differently has nothing in common
         roots = np.flatnonzero(trie.parents < 0)
         row.documents = tuple(zip(roots.tolist(), trie.subtree_end[roots].tolist(), strict=True))
@@ -174,16 +165,12 @@ class Row:
     ) -> Row:
         """Build one row of documents side by side that share nothing, whatever they begin with: plain packing.
 
-        Args:
-            documents: Token ids of each document, at least one of at least one token.
-            pad_to_multiple_of: The row is padded to a multiple of this many tokens. Padding sees only itself.
-
         Raises:
             FlexdpoError: if a document is empty or holds anything but token ids.
         """
         arrays = [token_ids_of(document, f"document {k}") for k, document in enumerate(documents)]
         tries = [Trie.from_sequences([array]) for array in arrays]
-        return cls.from_clusters([], tries, sizes=[[1]] * len(tries), pad_to_multiple_of=pad_to_multiple_of)
+        return cls.from_tries([], tries, sizes=[1] * len(tries), pad_to_multiple_of=pad_to_multiple_of)
 
     @classmethod
     def from_lengths(cls, lengths: Sequence[Any], *, pad_to_multiple_of: int = 1) -> Row:
@@ -192,10 +179,8 @@ class Row:
         ``[7, (4, [2, 3]), (4, [(1, [2, 2]), 3])]`` is a document of 7 tokens, one prompt of 4 with two responses, and
         one whose first two responses have their first token in common.
 
-        Args:
-            lengths: For each document its tokens, or ``(tokens, branches)`` where the branches behind these tokens are
-                given in the same way, to any depth.
-            pad_to_multiple_of: The row is padded to a multiple of this many tokens. Padding sees only itself.
+        Each document is its tokens, or ``(tokens, branches)`` where the branches behind these tokens are given in the
+        same way, to any depth.
 
         Raises:
             FlexdpoError: if a length is no whole number above 0.
@@ -245,17 +230,15 @@ class Row:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Row:
         """Return this row with all its tensors on ``device``."""
-        return self._map_tensors(
-            lambda tensor: tensor.to(device, non_blocking=non_blocking), self.layout.to(device, non_blocking)
-        )
+        return self._map(lambda part: part.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Row:
         """Return this row in page-locked memory, so that its copy to a GPU need not wait."""
-        return self._map_tensors(lambda tensor: tensor.pin_memory(), self.layout.pin_memory())
+        return self._map(lambda part: part.pin_memory())
 
-    def _map_tensors(self, change: Any, layout: RowLayout) -> Row:
-        changed = {name: change(value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        return dataclasses.replace(self, layout=layout, **changed)
+    def _map(self, change: Any) -> Row:
+        parts = {name: part for name, part in vars(self).items() if isinstance(part, torch.Tensor | RowLayout)}
+        return dataclasses.replace(self, **{name: change(part) for name, part in parts.items()})
 
 
 def on_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -288,42 +271,6 @@ def stack_inputs(rows: Sequence[Row]) -> dict[str, Any]:
         "attention_mask": layout,
         "use_cache": False,
     }
-
-
-@dataclass(frozen=True)
-class _Targets:
-    """The distinct response tokens of a row, and which responses contain each."""
-
-    nodes: NDArray[np.int64]
-    members: NDArray[np.int64]
-    responses: NDArray[np.int64]
-
-    @classmethod
-    def of(cls, paths: Sequence[NDArray[np.int64]]) -> _Targets:
-        nodes, members = np.unique(np.concatenate(paths), return_inverse=True)
-        lengths = [path.size for path in paths]
-        return cls(nodes, members.reshape(-1).astype(np.int64), np.repeat(np.arange(len(paths)), lengths))
-
-
-def _padded(values: NDArray[np.int64], canvas: NDArray[np.int64]) -> Tensor:
-    """Write ``values`` over the beginning of ``canvas``; what remains of it is the padding. ``[1, S]``."""
-    canvas[: values.size] = values
-    return torch.from_numpy(canvas)[None]
-
-
-def _counts(tries: Sequence[Trie]) -> dict[str, list[NDArray[np.int64]]]:
-    """How many of a trie's sequences contain each token, and how long the shortest and the longest of them are."""
-    found: dict[str, list[NDArray[np.int64]]] = {"multiplicity": [], "shortest": [], "longest": []}
-    for trie in tries:
-        multiplicity, longest = np.zeros((2, trie.token_ids.size), dtype=np.int64)
-        shortest = np.full(trie.token_ids.size, np.iinfo(np.int64).max)
-        for path in trie.paths:
-            multiplicity[path] += 1
-            shortest[path] = np.minimum(shortest[path], path.size)
-            longest[path] = np.maximum(longest[path], path.size)
-        for name, values in (("multiplicity", multiplicity), ("shortest", shortest), ("longest", longest)):
-            found[name].append(values)
-    return found
 
 
 def _numbered_edges(groups: Sequence[Group]) -> Tensor:

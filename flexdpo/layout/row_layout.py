@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+_VECTORS = ("position_ids", "subtree_end", "multiplicity", "shortest", "longest")
 # what a model that was not prepared would ask of its attention_mask first
 # fmt: off
 _TENSOR_ATTRIBUTES = frozenset(
@@ -88,10 +89,9 @@ class RowLayout:
             setattr(self, name, vector.contiguous())
         if device.type == "cpu":
             # elsewhere a look at the values would wait for the device, and rows are made on the host
-            self._check_values()
+            self._check_values(self.position_ids.shape[1])
 
-    def _check_values(self) -> None:
-        length = self.position_ids.shape[1]
+    def _check_values(self, length: int) -> None:
         index = torch.arange(length)
         wrong = (self.subtree_end <= index) | (self.subtree_end > length) | (self.position_ids < 0)
         if bool(wrong.any()):
@@ -144,13 +144,9 @@ class RowLayout:
         return self._map_tensors(lambda tensor: tensor.pin_memory())
 
     def _map_tensors(self, change: Callable[[Tensor], Tensor]) -> RowLayout:
-        known = (self.multiplicity, self.shortest, self.longest)
-        return RowLayout(
-            change(self.position_ids),
-            change(self.subtree_end),
-            self.num_tokens,
-            *(None if each is None else change(each) for each in known),
-        )
+        vectors = {name: getattr(self, name) for name in _VECTORS}
+        changed: dict[str, Any] = {name: None if each is None else change(each) for name, each in vectors.items()}
+        return RowLayout(num_tokens=self.num_tokens, **changed)
 
     @classmethod
     def stack(cls, layouts: Sequence[RowLayout]) -> RowLayout:
@@ -163,13 +159,11 @@ class RowLayout:
             )
         length = max(layout.length for layout in layouts)
         padded = [layout._padded_to(length) for layout in layouts]
-        known = ([getattr(each, name) for each in padded] for name in ("multiplicity", "shortest", "longest"))
-        return cls(
-            torch.cat([each.position_ids for each in padded]),
-            torch.cat([each.subtree_end for each in padded]),
-            tuple(count for each in padded for count in each.num_tokens),
-            *(None if any(tensor is None for tensor in tensors) else torch.cat(tensors) for tensors in known),
-        )
+        vectors = {name: [getattr(each, name) for each in padded] for name in _VECTORS}
+        known: dict[str, Any] = {
+            name: None if any(part is None for part in parts) else torch.cat(parts) for name, parts in vectors.items()
+        }
+        return cls(num_tokens=tuple(count for each in padded for count in each.num_tokens), **known)
 
     def _padded_to(self, length: int) -> RowLayout:
         missing = length - self.length

@@ -15,15 +15,7 @@ if TYPE_CHECKING:
 
 
 def token_ids_of(sequence: Any, name: str) -> NDArray[np.int64]:
-    """One sequence's ids, ``[L]`` int64.
-
-    Args:
-        sequence: A list or an array of them.
-        name: How error messages call it.
-
-    Raises:
-        FlexdpoError: if it is empty, or anything in it is no token id.
-    """
+    """One sequence's ids, ``[L]`` int64; ``FlexdpoError`` if it is empty, or anything in it is no token id."""
     ids = np.asarray(sequence)
     if ids.ndim != 1 or ids.size == 0 or ids.dtype.kind not in "iu" or int(ids.min()) < 0:
         raise FlexdpoError(
@@ -35,11 +27,7 @@ def token_ids_of(sequence: Any, name: str) -> NDArray[np.int64]:
 def numbered_sequences(lengths: Sequence[Any]) -> list[NDArray[np.int64]]:
     """Every path from a root to a leaf of a forest of lengths, its tokens numbered depth first.
 
-    Args:
-        lengths: See :meth:`flexdpo.Row.from_lengths`.
-
-    Raises:
-        FlexdpoError: if a length is no whole number above 0.
+    The lengths are those of :meth:`flexdpo.Row.from_lengths`.
     """
     sequences: list[NDArray[np.int64]] = []
     nothing = np.empty(0, dtype=np.int64)

@@ -133,7 +133,7 @@ def head_logps(
         output = model(**inputs).logits
     (values,) = found
     logps = _held_against(plan.transform, values.logps, output, base_model(model))
-    return TargetLogps(anchored(logps, output), values.log_sum_squares)
+    return TargetLogps(_Anchored.apply(logps, output), values.log_sum_squares)
 
 
 def _held_against(transform: LogitTransform, logps: Tensor, output: Tensor, base: nn.Module) -> Tensor:
@@ -154,18 +154,12 @@ def _held_against(transform: LogitTransform, logps: Tensor, output: Tensor, base
     return logps
 
 
-def anchored(value: Tensor, output: Tensor) -> Tensor:
-    """Return ``value`` as a function of the model's output too, which gets a gradient of zeros.
+class _Anchored(torch.autograd.Function):
+    """Its first argument, as a function of both: the second, the model's output, gets a gradient of zeros.
 
     Wrappers such as FSDP prepare the backward pass at the model's output, so what was taken from inside must depend on
     it.
     """
-    result: Tensor = _Anchored.apply(value, output)
-    return result
-
-
-class _Anchored(torch.autograd.Function):
-    """Its first argument, as a function of both: the second one gets a gradient of zeros."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, anchor: Tensor) -> Tensor:

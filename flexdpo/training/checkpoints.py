@@ -87,17 +87,6 @@ def _vouched(path: Path) -> dict[str, Any]:
     return {"bytes": size, "blake2b": hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()}
 
 
-def tokens_of(folder: Path) -> dict[str, int]:
-    """How many tokens all processes had run when a checkpoint of this run was made, as :func:`write_record` stored."""
-    stored = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8")).get("tokens", {})
-    return {name: int(count) for name, count in stored.items()}
-
-
-def steps_of(folder: Path) -> int:
-    """Optimizer steps that a run had taken when a checkpoint was made."""
-    return int(json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"])
-
-
 def save_reference(folder: Path, reference: nn.Module, process_index: int) -> None:
     """Store a reference that moves: the whole of it by the first process, or each process's shard."""
     weights = _own_weights(reference)
@@ -241,8 +230,10 @@ def require_same_run(folder: Path, record: dict[str, Any]) -> None:
             )
 
 
-def require_same_schedule(folder: Path, config: DPOConfig) -> None:
+def require_same_schedule(folder: Path, config: DPOConfig) -> int:
     """Refuse to make a run longer or shorter where the steps behind it would have had other learning rates then.
+
+    Returns the number of these.
 
     Raises:
         FlexdpoError: naming both lengths.
@@ -258,6 +249,7 @@ def require_same_schedule(folder: Path, config: DPOConfig) -> None:
             f"{SchedulerType(config.lr_scheduler_type).value!r} would have given the first {done} steps other learning "
             "rates; continue with the same max_steps and num_train_epochs, or start a new run in another output_dir"
         )
+    return done
 
 
 def _rates(config: DPOConfig, total: int, done: int) -> list[float]:

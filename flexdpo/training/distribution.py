@@ -95,11 +95,6 @@ def hooks_of(accelerator: Accelerator) -> dict[str, Any]:
     }
 
 
-def backward_options(accelerator: Accelerator) -> dict[str, Any]:
-    """What ``accelerator.backward`` must be told by a caller that scales for accumulation itself."""
-    return {"scale_wrt_gas": False} if accelerator.distributed_type == DistributedType.DEEPSPEED else {}
-
-
 def require_supported(accelerator: Accelerator, model: nn.Module) -> None:
     """Refuse what cuts a row or a weight in pieces that no process has whole.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from flexdpo.data.stream import StreamedPreferences
 from flexdpo.data.tokenize import TOKENISED_COLUMNS
 from flexdpo.data.workers import plain_worker_errors
 from flexdpo.training.checkpoints import (
+    RECORD_FILE,
     data_digest,
     file_record,
     last_checkpoint,
@@ -23,8 +25,6 @@ from flexdpo.training.checkpoints import (
     require_same_schedule,
     run_record,
     save_reference,
-    steps_of,
-    tokens_of,
     write_record,
     writing_checkpoint,
 )
@@ -69,11 +69,9 @@ class ResumableTrainer(Trainer):
         output_dir = Path(str(self.args.output_dir))
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(last_checkpoint(output_dir))
-        if resume_from_checkpoint:
-            self._continue_from(Path(resume_from_checkpoint))
+        done = self._continue_from(Path(resume_from_checkpoint)) if resume_from_checkpoint else 0
         stream = self.train_dataset if isinstance(self.train_dataset, StreamedPreferences) else None
         if stream is not None:
-            done = steps_of(Path(resume_from_checkpoint)) if resume_from_checkpoint else 0
             stream.closed = done >= self.args.max_steps
         writes = self.args.should_save and self.args.save_strategy != "no"
         with holding_output(output_dir, is_owner=writes), plain_worker_errors(self.args.dataloader_num_workers):
@@ -83,14 +81,16 @@ class ResumableTrainer(Trainer):
             logger.warning(stream.report.summary())
         return output
 
-    def _continue_from(self, folder: Path) -> None:
+    def _continue_from(self, folder: Path) -> int:
+        """Make sure that a checkpoint is this run's, and return the optimizer steps behind it."""
         require_same_run(folder, self._run_record())
-        require_same_schedule(folder, self.args)
+        done = require_same_schedule(folder, self.args)
         if self.args.sync_ref_model:
             load_reference(folder, require_movable(self.ref_model), self.args.process_index)
         # what the run had counted goes on in one process; the log adds them up
         if self.args.process_index == 0:
-            self.tokens |= tokens_of(folder)
+            self.tokens |= json.loads((folder / RECORD_FILE).read_text(encoding="utf-8")).get("tokens", {})
+        return done
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Run an epoch as ``Trainer`` does, but none beyond the last step.

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import DistributedType
 from accelerate.utils.memory import clear_device_cache
 from transformers import TrainerCallback, set_seed
 from transformers.utils import logging
@@ -179,7 +180,6 @@ class DPOTrainer(ResumableTrainer):
         self.model_accepts_loss_kwargs = False
         distribution.require_supported(self.accelerator, unwrap_model(self.model))
         self._across_processes = distribution.hooks_of(self.accelerator)
-        self._backward_options = distribution.backward_options(self.accelerator)
         # what users put in place of data_collator need not pack anything else
         self._packing = self.data_collator = replace(
             self.data_collator, with_idle_row=distribution.runs_in_step(self.accelerator)
@@ -280,8 +280,11 @@ class DPOTrainer(ResumableTrainer):
             self.optimizer.train()
         scale = 1.0 / self.current_gradient_accumulation_steps
 
+        # DeepSpeed would scale for accumulation once more
+        scaled = {"scale_wrt_gas": False} if self.accelerator.distributed_type == DistributedType.DEEPSPEED else {}
+
         def backward(loss: Tensor) -> None:
-            self.accelerator.backward(loss * scale, **self._backward_options)
+            self.accelerator.backward(loss * scale, **scaled)
 
         # a step that is interrupted leaves nothing of itself to the next one
         with self._guard.all_or_nothing(), kernel_settings_as(self.row_plan.kernels):
