@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -246,7 +246,10 @@ class DPOConfig(LossSettings, TrainingArguments):
 
     def _check_effects(self) -> None:
         """Refuse what would be accepted and change nothing; values are as transformers has read them."""
-        defaults = {each.name: _default(each) for each in fields(self)}
+        defaults = {
+            each.name: each.default if each.default_factory is MISSING else each.default_factory()
+            for each in fields(self)
+        }
         for name, reason in WITHOUT_EFFECT.items():
             if name in defaults and getattr(self, name) != defaults[name]:
                 raise FlexdpoError(f"{name}={getattr(self, name)!r} is not supported: {reason}")
@@ -371,10 +374,6 @@ class DPOConfig(LossSettings, TrainingArguments):
         """Rows are padded to a multiple of this many tokens."""
         given = self.pad_to_multiple_of
         return given if isinstance(given, int) else tile_multiple(self.device)
-
-
-def _default(of: Field[Any]) -> Any:
-    return of.default if of.default_factory is MISSING else of.default_factory()
 
 
 def _learning_rates(name: SchedulerType, warmup_steps: int, kwargs: dict[str, Any] | None) -> list[float]:

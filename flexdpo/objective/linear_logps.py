@@ -68,7 +68,7 @@ def logits_logps(logits: Tensor, labels: Tensor, *, with_log_sum_squares: bool =
     """
     if logits.shape[0] != labels.shape[0]:
         raise FlexdpoError(f"got {logits.shape[0]} rows of logits for {labels.shape[0]} targets")
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = _wide(logits)
     normaliser = logits.logsumexp(dim=1)
     logps = logits.gather(1, labels[:, None])[:, 0] - normaliser
     squares = None
@@ -179,23 +179,66 @@ def _chunks(total: int, size: int) -> Iterator[slice]:
 
 
 class _Products:
-    """Products of matrices of one dtype, with results in float32 or better.
+    """Products with a head's matrix in one dtype, with results in float32 or better, and what follows the head."""
 
-    Attributes:
-        wide: Dtype of the results.
-        half: Whether the factors stay in half precision.
-        dtype: Of the factors.
-    """
-
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self.wide = torch.promote_types(dtype, torch.float32)
-        self.half = dtype != self.wide and device.type in _MULTIPLY_HALVES
-        self.dtype = dtype if self.half else self.wide
+    def __init__(self, dtype: torch.dtype, device: torch.device, transform: LogitTransform) -> None:
+        self.wide = torch.promote_types(dtype, torch.float32)  # of the results
+        self.half = dtype != self.wide and device.type in _MULTIPLY_HALVES  # the factors stay in half precision
+        self.dtype = dtype if self.half else self.wide  # of the factors
+        self.transform = transform
 
     def multiply(self, left: Tensor, right: Tensor, out: Tensor, *, add: bool = False, scale: float = 1.0) -> Tensor:
         """Write ``scale * left @ right`` into ``out``, or add it there."""
         form: dict[str, Any] = {"out_dtype": self.wide} if self.half else {}
         return torch.addmm(out, left, right, beta=int(add), alpha=scale, out=out, **form)
+
+    def logits(self, states: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+        """Write scaled logits; with a softcap, divided by it and bent."""
+        scale = self.transform.scale / (self.transform.softcap or 1.0)
+        if bias is not None:
+            out.copy_(bias.to(out.dtype) * scale)
+        self.multiply(states, matrix.t(), out, add=bias is not None, scale=scale)
+        return out if self.transform.softcap is None else out.tanh_()
+
+    def exponents(
+        self, states: Tensor, matrix: Tensor, bias: Tensor | None, shift: Tensor, out: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits minus ``shift``, ``[T, B]``, and the hyperbolic tangent of a softcap, ``None`` without one."""
+        scale, softcap = self.transform.scale, self.transform.softcap
+        if softcap is not None:
+            bent = self.logits(states, matrix, bias, out)
+            return torch.add(-shift[:, None], bent, alpha=softcap), bent
+        # written first, so that the product adds itself to it and nothing else goes over the tile
+        if bias is None:
+            out.copy_(-shift[:, None])
+        else:
+            torch.sub(bias.to(out.dtype) * scale, shift[:, None], out=out)
+        return self.multiply(states, matrix.t(), out, add=True, scale=scale), None
+
+    def error(
+        self,
+        exponents: Tensor,
+        labels: Tensor,
+        first_word: int,
+        at_labels: Tensor,
+        bent: Tensor | None,
+        *,
+        keep: bool = False,
+    ) -> Tensor:
+        """Return ``exp(exponents)`` with other values at the labels, times the slope ``1 - bent^2`` of a softcap.
+
+        Labels that are none of the ``B`` words from ``first_word`` on change nothing. The exponents, ``[T, B]``, are
+        overwritten where the result has their dtype; it has that of the factors unless ``keep``.
+        """
+        # the last pass also rounds, which costs nothing there
+        rounded = torch.empty_like(exponents, dtype=self.dtype) if self.half and not keep else exponents
+        error = torch.exp(exponents, out=rounded if bent is None else exponents)
+        columns = (labels[:, None] - first_word).clamp(0, exponents.shape[1] - 1)
+        there = labels[:, None] == columns + first_word
+        error.scatter_(1, columns, at_labels[:, None].to(error.dtype).where(there, error.gather(1, columns)))
+        if bent is not None:
+            torch.ops.aten.tanh_backward(error, bent, grad_input=rounded)
+        return rounded
 
 
 class _LinearLogps(torch.autograd.Function):
@@ -211,13 +254,14 @@ class _LinearLogps(torch.autograd.Function):
         with_squares: bool,
     ) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(hidden.dtype, weight.dtype)
-        if dtype == torch.float32 and _autocast_enabled(hidden.device.type):
-            dtype = torch.get_autocast_dtype(hidden.device.type)
+        device = hidden.device.type
+        if dtype == torch.float32 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
         ctx.transform, ctx.elements, ctx.dtype = transform, chunk * len(weight), dtype
         # with a frozen head the gradient of each target is known now, up to the factor that comes from behind
         ctx.direct = ctx.needs_input_grad[0] and not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2])
         with _no_autocast(hidden.device.type):
-            products = _Products(dtype, hidden.device)
+            products = _Products(dtype, hidden.device, transform)
             matrix = weight.to(products.dtype)
             logps = hidden.new_empty(len(hidden), dtype=products.wide)
             normaliser = torch.empty_like(logps)
@@ -227,7 +271,7 @@ class _LinearLogps(torch.autograd.Function):
             for part in _chunks(len(hidden), chunk):
                 rows = part.stop - part.start
                 states, columns = hidden[part].to(products.dtype), labels[part, None]
-                scores = _logits(products, states, matrix, bias, transform, logits[:rows])
+                scores = products.logits(states, matrix, bias, logits[:rows])
                 if transform.softcap is not None:
                     scores.mul_(transform.softcap)
                 chosen = torch.log_softmax(scores, dim=1, out=log_p[:rows])
@@ -237,7 +281,7 @@ class _LinearLogps(torch.autograd.Function):
                     squares[part] = (2 * chosen).logsumexp(dim=1)
                 if slopes is not None:
                     bent = None if transform.softcap is None else scores.div_(transform.softcap)
-                    error = _error(products, chosen, labels[part], 0, logps[part].expm1(), bent)
+                    error = products.error(chosen, labels[part], 0, logps[part].expm1(), bent)
                     products.multiply(error, matrix, slopes[part])
         if slopes is not None:
             ctx.save_for_backward(slopes)
@@ -266,7 +310,7 @@ def _weighted_gradients(ctx: Any, factor: Tensor) -> tuple[Tensor | None, Tensor
     hidden states, where it is exact in every dtype.
     """
     hidden, weight, bias, labels, normaliser, logps = ctx.saved_tensors
-    products = _Products(ctx.dtype, hidden.device)
+    products = _Products(ctx.dtype, hidden.device, ctx.transform)
     shift, sign = normaliser - factor.abs().log(), factor.sign()[:, None]
     at_labels = logps.expm1() * factor.abs()
     states, signed = hidden.to(products.dtype), (hidden * sign).to(products.dtype)
@@ -284,16 +328,9 @@ def _weighted_gradients(ctx: Any, factor: Tensor) -> tuple[Tensor | None, Tensor
         for part in _chunks(len(hidden), height):
             rows = part.stop - part.start
             scores = memory[: rows * len(matrix)].view(rows, len(matrix))
-            exponents, bent = _exponents(
-                products,
-                states[part],
-                matrix,
-                bias if bias is None else bias[words],
-                ctx.transform,
-                shift[part],
-                scores,
-            )
-            error = _error(products, exponents, labels[part], words.start, at_labels[part], bent, keep=wants_bias)
+            own_bias = None if bias is None else bias[words]
+            exponents, bent = products.exponents(states[part], matrix, own_bias, shift[part], scores)
+            error = products.error(exponents, labels[part], words.start, at_labels[part], bent, keep=wants_bias)
             if to_bias is not None:
                 to_bias[words] += (error * sign[part]).sum(dim=0)
             error = error.to(products.dtype)
@@ -308,68 +345,6 @@ def _weighted_gradients(ctx: Any, factor: Tensor) -> tuple[Tensor | None, Tensor
         to_weight,
         None if to_bias is None else to_bias.to(bias.dtype),
     )
-
-
-def _logits(
-    products: _Products, states: Tensor, matrix: Tensor, bias: Tensor | None, transform: LogitTransform, out: Tensor
-) -> Tensor:
-    """Write scaled logits; with a softcap, divided by it and bent."""
-    scale = transform.scale if transform.softcap is None else transform.scale / transform.softcap
-    if bias is not None:
-        out.copy_(bias.to(out.dtype) * scale)
-    products.multiply(states, matrix.t(), out, add=bias is not None, scale=scale)
-    return out if transform.softcap is None else out.tanh_()
-
-
-def _exponents(
-    products: _Products,
-    states: Tensor,
-    matrix: Tensor,
-    bias: Tensor | None,
-    transform: LogitTransform,
-    shift: Tensor,
-    out: Tensor,
-) -> tuple[Tensor, Tensor | None]:
-    """Logits minus ``shift``, ``[T, B]``, and the hyperbolic tangent of a softcap, ``None`` without one."""
-    if transform.softcap is None:
-        # written first, so that the product adds itself to it and nothing else goes over the tile
-        if bias is None:
-            out.copy_(-shift[:, None])
-        else:
-            torch.sub(bias.to(out.dtype) * transform.scale, shift[:, None], out=out)
-        return products.multiply(states, matrix.t(), out, add=True, scale=transform.scale), None
-    bent = _logits(products, states, matrix, bias, transform, out)
-    return torch.add(-shift[:, None], bent, alpha=transform.softcap), bent
-
-
-def _error(
-    products: _Products,
-    exponents: Tensor,
-    labels: Tensor,
-    first_word: int,
-    at_labels: Tensor,
-    bent: Tensor | None,
-    *,
-    keep: bool = False,
-) -> Tensor:
-    """Return ``exp(exponents)`` with other values at the labels, times the slope ``1 - bent^2`` of a softcap.
-
-    Labels that are none of the ``B`` words from ``first_word`` on change nothing. The exponents, ``[T, B]``, are
-    overwritten where the result has their dtype; it has that of ``products`` unless ``keep``.
-    """
-    # the last pass also rounds, which costs nothing there
-    rounded = torch.empty_like(exponents, dtype=products.dtype) if products.half and not keep else exponents
-    error = torch.exp(exponents, out=rounded if bent is None else exponents)
-    columns = (labels[:, None] - first_word).clamp(0, exponents.shape[1] - 1)
-    there = labels[:, None] == columns + first_word
-    error.scatter_(1, columns, at_labels[:, None].to(error.dtype).where(there, error.gather(1, columns)))
-    if bent is not None:
-        torch.ops.aten.tanh_backward(error, bent, grad_input=rounded)
-    return rounded
-
-
-def _autocast_enabled(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:

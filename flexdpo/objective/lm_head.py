@@ -104,28 +104,17 @@ def head_logps(
     head = head_of(model)
     assert head is not None
     found: list[TargetLogps] = []
+    settings: dict[str, Any] = {"transform": plan.transform, "with_log_sum_squares": with_log_sum_squares}
 
     def forward(original: Callable[..., Tensor], hidden: Tensor) -> Tensor:
         # a model spread over devices has its head on another one than its inputs
         states, wanted = hidden.flatten(0, 1)[predictors.to(hidden.device)], labels.to(hidden.device)
-        if _is_plain_linear(head, original):
-            values = linear_logps(
-                states,
-                head.weight,  # type: ignore[arg-type]
-                head.bias,  # type: ignore[arg-type]
-                wanted,
-                transform=plan.transform,
-                with_log_sum_squares=with_log_sum_squares,
-            )
+        # tensor-parallel weights and offloading are more than a matrix and a bias
+        plain_weight = type(getattr(head, "weight", None)) in (nn.Parameter, torch.Tensor)
+        if type(head) is nn.Linear and getattr(original, "__func__", None) is nn.Linear.forward and plain_weight:
+            values = linear_logps(states, head.weight, head.bias, wanted, **settings)
         else:
-            values = module_logps(
-                original,
-                states,
-                wanted,
-                vocabulary=plan.vocabulary,
-                transform=plan.transform,
-                with_log_sum_squares=with_log_sum_squares,
-            )
+            values = module_logps(original, states, wanted, vocabulary=plan.vocabulary, **settings)
         found.append(values)
         return values.logps[None, :, None]
 
@@ -170,12 +159,6 @@ class _Anchored(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         shape, dtype, device = ctx.anchor
         return gradient, torch.zeros(shape, dtype=dtype, device=device)
-
-
-def _is_plain_linear(head: nn.Module, forward: Callable[..., Tensor]) -> bool:
-    """Whether the head is a matrix and a bias and nothing else; tensor-parallel weights and offloading are more."""
-    plain_weight = type(getattr(head, "weight", None)) in (nn.Parameter, torch.Tensor)
-    return type(head) is nn.Linear and getattr(forward, "__func__", None) is nn.Linear.forward and plain_weight
 
 
 @dataclass(eq=False)

@@ -40,10 +40,6 @@ class ResponseLogps(NamedTuple):
         """Mean log-probability per token of each response, in nats, ``[R]``."""
         return self.sums / self.lengths
 
-    def detach(self) -> ResponseLogps:
-        """The same values without gradients."""
-        return self._replace(sums=self.sums.detach(), targets=self.targets.detach())
-
 
 def response_logps(model: nn.Module, row: Row, *, with_log_sum_squares: bool = False) -> ResponseLogps:
     """Run a packed row and return the log-probability of each of its responses.

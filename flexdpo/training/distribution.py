@@ -50,19 +50,12 @@ def is_sharded(args: TrainingArguments) -> bool:
     return bool(args.fsdp or args.deepspeed or launched)
 
 
-def largest(accelerator: Accelerator, value: int) -> int:
-    """The largest of the numbers that all processes give."""
-    number = torch.tensor(value, device=accelerator.device)
-    torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
-    return int(number)
-
-
-def smallest(device: torch.device, value: int) -> int:
-    """The smallest of the numbers that all processes give, where there are several."""
+def largest(device: torch.device, value: int) -> int:
+    """The largest of the numbers that all processes give, where there are several."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return value
     number = torch.tensor(value, device=device)
-    torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MIN)
+    torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
     return int(number)
 
 
@@ -91,7 +84,7 @@ def hooks_of(accelerator: Accelerator) -> dict[str, Any]:
         "no_sync": lambda model: held_gradients(accelerator, model),
         "autocast": accelerator.autocast,
         "average": lambda value: accelerator.reduce(value, reduction="mean"),
-        "agree": (lambda number: largest(accelerator, number)) if runs_in_step(accelerator) else None,
+        "agree": (lambda number: largest(accelerator.device, number)) if runs_in_step(accelerator) else None,
     }
 
 

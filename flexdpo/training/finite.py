@@ -177,7 +177,7 @@ def require_finite_weights(model: nn.Module, accelerator: Accelerator, what: str
     name = next(not_finite(model), None)
     bad = int(name is not None)
     if runs_in_step(accelerator):
-        bad = largest(accelerator, bad)
+        bad = largest(accelerator.device, bad)
     if bad:
         raise FlexdpoError(
             f"{what} is not written, since {name or 'a weight of another process'} holds values that are not finite; "

@@ -30,7 +30,6 @@ from flexdpo.training.checkpoints import (
 )
 from flexdpo.training.finite import require_finite_weights
 from flexdpo.training.output_lock import holding_output
-from flexdpo.training.run_reference import require_movable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -52,7 +51,7 @@ class ResumableTrainer(Trainer):
 
     args: Any
     train_dataset: Any
-    ref_model: nn.Module | None
+    ref_model: Any
     tokens: dict[str, int]
     data_reports: dict[str, DataReport]
     proof: Proof | None = None
@@ -86,7 +85,7 @@ class ResumableTrainer(Trainer):
         require_same_run(folder, self._run_record())
         done = require_same_schedule(folder, self.args)
         if self.args.sync_ref_model:
-            load_reference(folder, require_movable(self.ref_model), self.args.process_index)
+            load_reference(folder, self.ref_model, self.args.process_index)
         # what the run had counted goes on in one process; the log adds them up
         if self.args.process_index == 0:
             self.tokens |= json.loads((folder / RECORD_FILE).read_text(encoding="utf-8")).get("tokens", {})
@@ -148,7 +147,7 @@ class ResumableTrainer(Trainer):
             finally:
                 self.args.save_total_limit = limit
             if self.args.sync_ref_model:
-                save_reference(folder, require_movable(self.ref_model), self.args.process_index)
+                save_reference(folder, self.ref_model, self.args.process_index)
             # the record vouches for what all processes have written
             self.accelerator.wait_for_everyone()
             if self.args.should_save:

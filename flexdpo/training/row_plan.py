@@ -14,7 +14,7 @@ from flexdpo.data.tokenize import group_from_row
 from flexdpo.layout.packing import Buckets, choose_buckets, row_lengths
 from flexdpo.objective.unpaired import with_unrelated_responses
 from flexdpo.training import row_budget
-from flexdpo.training.distribution import shards_of, smallest
+from flexdpo.training.distribution import largest, shards_of
 from flexdpo.training.memory import TrainingSetup
 from flexdpo.training.row_budget import auto_row_budget
 
@@ -85,7 +85,7 @@ class RowPlan:
                 longest=longest,
             )
             # one plan for all: work that is dealt out by rows must be the same rows everywhere
-            budget = smallest(args.device, budget)
+            budget = -largest(args.device, -budget)
             logger.warning(f"max_tokens_per_row='auto': rows of up to {budget} tokens fit into the free memory")
         return cls(budget, args.row_multiple, args.sharing, args.kernel_settings())
 

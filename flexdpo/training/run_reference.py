@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 from flexdpo.errors import FlexdpoError
+from flexdpo.hf.draws import can_run
 from flexdpo.hf.prepare import prepare_model
 from flexdpo.hf.unwrap import unwrap_model
 from flexdpo.reference.fingerprints import settings_fingerprint, weights_sample
@@ -57,8 +58,7 @@ def fingerprints(model: nn.Module, reference: nn.Module | None, args: DPOConfig,
     is no reference to come back to.
     """
     parts = [part for part in (model, reference) if part is not None]
-    unknown = any(p.is_meta or hasattr(p, "ds_id") for part in parts for p in part.parameters())
-    if unknown or args.process_index > 0:
+    if not all(map(can_run, parts)) or args.process_index > 0:
         # the first process has the weights, and looks at the record for all
         return {}
     found = {"model settings": settings_fingerprint(model), "frozen weights": weights_sample(model, trainable=False)}
@@ -68,28 +68,22 @@ def fingerprints(model: nn.Module, reference: nn.Module | None, args: DPOConfig,
     return found
 
 
-def require_movable(reference: nn.Module | None) -> nn.Module:
-    """The reference that ``sync_ref_model`` moves.
-
-    Raises:
-        FlexdpoError: if there is none, or its weights are spread over processes.
-    """
-    if reference is None:
-        raise FlexdpoError(
-            "sync_ref_model needs a reference model of its own, and a model with an adapter has none; leave "
-            "sync_ref_model or peft_config out"
-        )
-    if any(hasattr(parameter, "ds_id") for parameter in reference.parameters()):
-        raise FlexdpoError(
-            "sync_ref_model cannot move a reference that ZeRO-3 has spread over the processes; use FSDP2 or ZeRO-2"
-        )
-    return reference
-
-
 class SyncReference(TrainerCallback):
-    """TR-DPO: moves the reference towards the policy every ``ref_model_sync_steps`` optimizer steps."""
+    """TR-DPO: moves the reference towards the policy every ``ref_model_sync_steps`` optimizer steps.
 
-    def __init__(self, reference: nn.Module) -> None:
+    Raises ``FlexdpoError`` if there is no reference, or its weights are spread over processes.
+    """
+
+    def __init__(self, reference: nn.Module | None) -> None:
+        if reference is None:
+            raise FlexdpoError(
+                "sync_ref_model needs a reference model of its own, and a model with an adapter has none; leave "
+                "sync_ref_model or peft_config out"
+            )
+        if any(hasattr(parameter, "ds_id") for parameter in reference.parameters()):
+            raise FlexdpoError(
+                "sync_ref_model cannot move a reference that ZeRO-3 has spread over the processes; use FSDP2 or ZeRO-2"
+            )
         self.reference = reference
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:  # noqa: ARG002

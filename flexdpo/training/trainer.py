@@ -37,7 +37,7 @@ from flexdpo.training.metrics import MeanMetrics, distinct_examples
 from flexdpo.training.precompute import Precompute
 from flexdpo.training.resumable import ResumableTrainer
 from flexdpo.training.run_data import RunData
-from flexdpo.training.run_reference import SyncReference, fingerprints, reference_model, require_movable
+from flexdpo.training.run_reference import SyncReference, fingerprints, reference_model
 from flexdpo.training.start_proof import ProofAtStart
 from flexdpo.training.step import BatchLoss, Runner
 
@@ -135,7 +135,7 @@ class DPOTrainer(ResumableTrainer):
             agrees = ref_model is None and self.objective.needs_reference
             self.add_callback(ProofAtStart(self, reference_is_policy=agrees))
         if args.sync_ref_model:
-            self.add_callback(SyncReference(require_movable(self.ref_model)))
+            self.add_callback(SyncReference(self.ref_model))
 
     def _prepare_models(
         self, model: Any, ref_model: nn.Module | None, peft_config: Any, tokenizer: Any, args: DPOConfig

@@ -229,7 +229,7 @@ def test_losses_that_couple_the_batch_refuse_one_row_of_several() -> None:
 def test_the_kl_is_averaged_over_processes() -> None:
     groups = with_unrelated_responses([Group.from_lists([3], [[4, 5], [6]]), Group.from_lists([7], [[8], [9]])])
     row, totals = Row.from_groups(groups), BatchTotals.of(groups)
-    policy, reference = (response_logps(model, row).detach() for model in models()[2:])
+    policy, reference = (response_logps(model, row) for model in models()[2:])
     objective = Objective(("kto",))
     alone = objective.row_loss(policy, reference, row, totals)
     shifted = objective.row_loss(policy, reference, row, totals, average=lambda kl: kl.abs() + 2)
@@ -242,7 +242,7 @@ def test_the_kl_is_averaged_over_processes() -> None:
 
 def one_pair(**settings: Any) -> Any:
     row = Row.from_groups([Group.from_lists([3, 4], [[5, 6], [7]])])
-    policy, reference = (response_logps(model, row).detach() for model in models()[2:])
+    policy, reference = (response_logps(model, row) for model in models()[2:])
     objective = Objective(**settings)
     reference = reference if objective.needs_reference else None
     return policy, reference, objective.row_loss(policy, reference, row, BatchTotals.of(row.groups)).metrics
@@ -274,7 +274,7 @@ def test_labels_log_rewards_of_good_and_bad_responses() -> None:
     group = LabelledGroup.from_lists([3], [[4], [5], [6]], edges=())
     group = LabelledGroup(group.prompt_ids, group.response_ids, labels=(True, False, True))
     row = Row.from_groups([group])
-    policy, reference = (response_logps(model, row).detach() for model in models()[2:])
+    policy, reference = (response_logps(model, row) for model in models()[2:])
     result = Objective(("apo_zero_unpaired",)).row_loss(policy, reference, row, BatchTotals.of([group]))
     ratios = 0.1 * (policy.sums - reference.sums)
     torch.testing.assert_close(result.metrics["rewards/chosen"], ratios[[0, 2]])
@@ -332,7 +332,7 @@ def test_a_setting_that_is_accepted_has_an_effect(name: str) -> None:
         [Group.from_lists([3], [[4, 5], [6]]), Group.from_lists([7], [[8], [9, 10, 11]], [(1, 0)])]
     )
     row, totals = Row.from_groups(groups), BatchTotals.of(groups)
-    policy, reference = (response_logps(model, row, with_log_sum_squares=True).detach() for model in models()[2:])
+    policy, reference = (response_logps(model, row, with_log_sum_squares=True) for model in models()[2:])
 
     def loss(**settings: Any) -> float:
         base = {"label_smoothing": 0.01} if name == "exo_pair" else {}
@@ -350,7 +350,7 @@ def test_a_setting_that_is_accepted_has_an_effect(name: str) -> None:
 
 def computed(groups: list[Group], with_reference: bool = True, **settings: Any) -> None:
     row = Row.from_groups(groups)
-    logps = response_logps(models()[2], row).detach()
+    logps = response_logps(models()[2], row)
     Objective(**settings).row_loss(logps, logps if with_reference else None, row, BatchTotals.of(groups))
 
 
