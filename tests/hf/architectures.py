@@ -86,11 +86,19 @@ def newer_than_recorded() -> bool:
     return Version(transformers.__version__).release[:2] > RECORDED_UP_TO.release[:2]
 
 
+def available_or_skip(name: str) -> Architecture:
+    """One line of the zoo, or skip the test where an older transformers does not have the architecture."""
+    architecture = zoo()[name]
+    if not architecture.available:
+        missing = f"{architecture.class_name} with {architecture.config_class}"
+        pytest.skip(f"transformers {transformers.__version__} has no {missing}")
+    return architecture
+
+
 def build_or_skip(name: str, **kwargs: Any) -> Any:
     """Build a model, or skip the test where an older transformers does not have it as it is in the zoo."""
-    architecture, version = zoo()[name], transformers.__version__
-    if not architecture.available:
-        pytest.skip(f"transformers {version} has no {architecture.class_name} with {architecture.config_class}")
+    version = transformers.__version__
+    available_or_skip(name)
     if name == "blt":
         kwargs["encoder_hash_byte_group_vocab"] = 512  # half a million by default
     try:

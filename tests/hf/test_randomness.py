@@ -26,7 +26,7 @@ from flexdpo import (
 )
 from flexdpo.hf.checkpointing import enable_checkpointing
 from flexdpo.hf.draws import RandomState, draws_by_module
-from tests.hf.architectures import build_model, build_or_skip, zoo
+from tests.hf.architectures import available_or_skip, build_model, build_or_skip
 from tests.hf.equivalence import example_groups, example_row
 from tests.hf.test_architectures import EXACT
 
@@ -38,7 +38,7 @@ _RATES = ("drop", "jitter", "noise")
 
 def rates_of(name: str, rate: float = 0.1) -> dict[str, Any]:
     """Every setting of a config that looks like a rate, switched on; those of nested configs too."""
-    architecture = zoo()[name]
+    architecture = available_or_skip(name)
     config = getattr(transformers, architecture.config_class)(**architecture.config)
 
     def switched(settings: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import transformers
 from flexdpo import FlexdpoError
 from flexdpo.proof.check import check_model, run_check
 from flexdpo.proof.tiny_models import shrunk_config, tiny_model
-from tests.hf.architectures import build_model, zoo
+from tests.hf.architectures import available_or_skip, build_model, zoo
 
 
 def save_config(config: Any, folder: Path) -> str:
@@ -123,9 +123,7 @@ INCOMPLETE = {
 def test_full_sized_configs_are_cut_built_and_found_exact(name: str) -> None:
     from flexdpo import parity_probe
 
-    architecture = zoo()[name]
-    if not architecture.available:
-        pytest.skip(f"transformers {transformers.__version__} has no {architecture.class_name}")
+    architecture = available_or_skip(name)
     report = parity_probe(tiny_model(getattr(transformers, architecture.config_class)()))
     # its router draws random numbers in training, however it is set
     assert report.exact == (name != "phimoe"), report
