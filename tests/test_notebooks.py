@@ -22,19 +22,7 @@ NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 NAMES = [path.stem for path in NOTEBOOKS]
 
 # public are `flexdpo` itself and these modules, as far as a name does not begin with an underscore
-PUBLIC_MODULES = {
-    "flexdpo",
-    "flexdpo.cli",
-    "flexdpo.hf.compilation",
-    "flexdpo.bench.bench",
-    "flexdpo.bench.settings",
-    "flexdpo.bench.variants",
-    "flexdpo.estimate.model_shapes",
-    "flexdpo.bench.profiles",
-    "flexdpo.estimate.costs",
-    "flexdpo.show.plots",
-    "flexdpo.bench.results_page",
-}
+PUBLIC_MODULES = {"flexdpo", "flexdpo.cli", "flexdpo.hf.compilation"}
 # what `pip install flexdpo[notebooks]` brings
 DEPENDENCIES = {"IPython", "datasets", "einops", "matplotlib", "numpy", "tokenizers", "torch", "transformers", "trl"}
 
