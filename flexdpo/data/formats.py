@@ -43,9 +43,6 @@ def read_row(row: int, values: Mapping[str, Any], settings: Settings) -> Draft:
     _leave_out(draft)
     if draft.skip:
         return draft
-    if settings.prompt and draft.prompt in (None, []):
-        draft.skip = EMPTY_PROMPT
-        return draft
     _settle(draft, values, settings)
     return draft
 
@@ -109,7 +106,7 @@ def _settle(draft: Draft, values: Mapping[str, Any], settings: Settings) -> None
             f"{draft.place}: {quoted(draft.columns)} mix text and whole conversations; use one of the two in a row"
         )
     # a text prompt beside whole conversations repeats what they begin with, so they are what counts
-    if (not settings.prompt and draft.prompt is None) or (all(asks_first) and not prompt_is_chat):
+    if (not settings.prompt and draft.prompt is None) or (all(asks_first) and not (prompt_is_chat and draft.prompt)):
         _extract(draft, earlier)
     if draft.prompt in (None, []):
         draft.skip = EMPTY_PROMPT

@@ -219,7 +219,7 @@ def _pairs(chosen: str, rejected: str, name: str = "preferences", **more: Any) -
 
 def _verdicts(first: str, second: str, column: str, name: str, verdicts: Verdicts) -> dict[str, Layout]:
     read = partial(_judged, first=first, second=second, column=column, verdicts=verdicts)
-    return {f"{first} {second} {column}": Layout(name, read, whole=True)}
+    return {f"{first} {second} {column}": Layout(name, read, whole=first == "conversation_a")}
 
 
 def _strengths(first: str, second: str, column: str, name: str) -> dict[str, Layout]:
@@ -274,7 +274,7 @@ LAYOUTS: dict[str, Layout] = {
         for column in ("completions", "answers", "responses", "generations")
     },
     "completion": Layout("prompts and completions", partial(_alone, column="completion")),
-    "instruction output": Layout("comparisons, the better one first,", partial(_best_first, column="output")),
+    "output": Layout("comparisons, the better one first,", partial(_best_first, column="output")),
 }
 
 # where a prompt stands if there is no column of the first name, and how data are called that have it there; behind
