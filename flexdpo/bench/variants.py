@@ -14,6 +14,7 @@ from flexdpo.estimate.flops import Work, padded_work, row_work
 from flexdpo.hf.prepare import prepare_model
 from flexdpo.layout.packing import best_fit_decreasing
 from flexdpo.layout.row import Row
+from flexdpo.layout.trie import Trie
 from flexdpo.objective.linear_logps import linear_logps
 from flexdpo.objective.logps import response_logps
 
@@ -235,15 +236,9 @@ def pack_pairs(
     pairs: Sequence[Group], shared: bool, max_tokens_per_row: int | None, pad_to_multiple_of: int
 ) -> list[Row]:
     """Pack pairs so that both responses of a pair stand side by side in one row, their prompt shared or repeated."""
-    lengths = [
-        group.unshared_tokens if not shared else group.prompt_ids.size + sum(ids.size for ids in group.response_ids)
-        for group in pairs
-    ]
-    bins = [list(range(len(pairs)))]
+    tries = [Trie.from_sequences(pair.sequences, share=shared) for pair in pairs]
+    lengths, bins = list(map(len, tries)), [list(range(len(pairs)))]
     if max_tokens_per_row is not None:
         bins = best_fit_decreasing(lengths, max(max_tokens_per_row, *lengths))
-    rows = []
-    for members in bins:
-        groups = [part for i in members for part in ([pairs[i]] if shared else pairs[i].apart)]
-        rows.append(Row.from_groups(groups, pad_to_multiple_of=pad_to_multiple_of))
-    return rows
+    rows = [([pairs[i] for i in members], [tries[i] for i in members]) for members in bins]
+    return [Row.from_tries(*row, pad_to_multiple_of=pad_to_multiple_of) for row in rows]

@@ -36,8 +36,9 @@ class Documents(NamedTuple):
 
 def document_bounds(row: Row) -> Documents:
     """The documents of a row; its padding counts as one more."""
-    length, end = row.layout.length, row.documents[-1][1]
-    boundaries = [start for start, _ in row.documents] + [end] + [length] * (length > end)
+    length, end = row.layout.length, row.num_tokens
+    roots = (row.position_ids[0, :end] == 0).nonzero()[:, 0].tolist()
+    boundaries = [*roots, end] + [length] * (length > end)
     longest = max(stop - start for start, stop in pairwise(boundaries))
     return Documents(torch.tensor(boundaries, dtype=torch.int32, device=row.input_ids.device), longest)
 

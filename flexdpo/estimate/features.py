@@ -124,10 +124,8 @@ def _longest(tokens: NDArray[np.int64], targets: NDArray[np.int64], settings: Es
 def first_rows(distinct: NDArray[np.int64], size: int, budget: int | None) -> list[list[int]]:
     """Lengths of the shared rows of each of the first 512 batches, padding not counted.
 
-    Args:
-        distinct: Tokens of each group, in order, ``[N]`` int64.
-        size: Groups of a batch.
-        budget: Longest row; ``None`` puts a batch into one row.
+    ``distinct`` are the tokens of each group in order, ``size`` of which are a batch; without a ``budget`` that is one
+    row.
     """
     found = []
     for start in range(0, min(distinct.size, _LAID_OUT_BATCHES * size), size):

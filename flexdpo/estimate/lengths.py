@@ -120,6 +120,7 @@ def _count(batch: TokenBatch, first: NDArray[np.int32], limits: Sequence[int]) -
     np.maximum.at(longest, rows, batch.response_tokens)
     starts = _starts(batch.prompts)
     whole, beginning = _keys(batch.prompt_ids, starts, batch.prompts)
+    both, common = np.concatenate((first, batch.prompt_ids)), np.minimum(batch.prompts, first.size)
     return RowTokens(
         prompts=batch.prompts,
         responses=batch.responses,
@@ -130,7 +131,7 @@ def _count(batch: TokenBatch, first: NDArray[np.int32], limits: Sequence[int]) -
         longest=batch.prompts + longest,
         prompt_keys=whole,
         prefix_keys=beginning,
-        with_first=_common_with(first, batch.prompt_ids, starts, batch.prompts),
+        with_first=common_lengths(both, np.zeros_like(starts), starts + first.size, common),
     )
 
 
@@ -146,12 +147,6 @@ def _distinct_targets(batch: TokenBatch, rows: Ints, limits: Sequence[int]) -> I
     totals = np.zeros(int(rows.max(initial=-1)) + 1, dtype=np.int64)
     np.add.at(totals, kinds // (len(limits) + 1), counted)
     return totals
-
-
-def _common_with(one: NDArray[np.int32], ids: NDArray[np.int32], starts: Ints, lengths: Ints) -> Ints:
-    """Tokens that each sequence has in common with ``one``."""
-    both = np.concatenate((one, ids))
-    return common_lengths(both, np.zeros_like(starts), starts + one.size, np.minimum(lengths, one.size))
 
 
 def _starts(lengths: Ints) -> Ints:
@@ -171,18 +166,10 @@ def _keys(ids: NDArray[np.int32], starts: Ints, lengths: Ints) -> tuple[NDArray[
 
 
 def distinct_tokens(ids: NDArray[np.int32], starts: Ints, lengths: Ints, rows: Ints) -> Ints:
-    """Count the nodes of the trie of each row's sequences.
+    """Count the nodes of the trie of each row's sequences, ``[N]``.
 
-    Shapes: ``R`` sequences of ``N`` rows.
-
-    Args:
-        ids: Token ids, in which sequence ``r`` stands at ``starts[r] : starts[r] + lengths[r]``.
-        starts: ``[R]`` int64.
-        lengths: ``[R]`` int64.
-        rows: Which row each sequence belongs to, 0 to ``N - 1``, ascending, ``[R]`` int64.
-
-    Returns:
-        ``[N]`` int64.
+    Sequence ``r`` of ``R`` stands at ``starts[r] : starts[r] + lengths[r]`` of ``ids`` and belongs to row ``rows[r]``,
+    0 to ``N - 1``, ascending.
     """
     if not rows.size:
         return np.zeros(0, dtype=np.int64)
@@ -215,16 +202,9 @@ def _sorted_within_rows(ids: NDArray[np.int32], starts: Ints, lengths: Ints, row
 
 
 def common_lengths(ids: NDArray[np.int32], first: Ints, second: Ints, limit: Ints) -> Ints:
-    """How many tokens two sequences each have in common at their beginnings.
+    """How many tokens the sequences of each couple have in common, ``[C]``.
 
-    Args:
-        ids: Token ids.
-        first: Where one sequence of each couple begins, ``[C]`` int64.
-        second: Where the other begins, ``[C]`` int64.
-        limit: The shorter one's tokens, ``[C]`` int64.
-
-    Returns:
-        ``[C]`` int64.
+    They begin at ``first`` and ``second`` of ``ids``, ``[C]`` each; ``limit``, ``[C]``, are the shorter one's tokens.
     """
     result = limit.copy()
     alive = np.flatnonzero(limit > 0)
@@ -266,10 +246,8 @@ def regrouped_tokens(
     members = np.flatnonzero(repeated)
     # rows with the same prompt side by side; one prompt's rows never end up in two parts
     members = members[np.argsort(numbers[members], kind="stable")]
-    of_members = numbers[members]
-    firsts = np.concatenate(([0], np.flatnonzero(np.diff(of_members)) + 1))
-    for begin, end in _whole_classes(firsts, members.size, rows_per_batch):
-        part = members[begin:end]
+    first_of_prompt = np.searchsorted(numbers[members], numbers[members])
+    for part in np.split(members, np.flatnonzero(np.diff(first_of_prompt // rows_per_batch)) + 1):
         held = next(batches(dataset.select(part.tolist()), part.size))
         _, kept, classes = np.unique(numbers[part], return_index=True, return_inverse=True)
         responses = np.bincount(classes.reshape(-1), weights=held.responses).astype(np.int64)
@@ -277,15 +255,6 @@ def regrouped_tokens(
         total += int((prompts * copies_of_prompts(prompts, held.response_tokens, responses, limits)).sum())
         total += int(_distinct_targets(held, np.repeat(classes.reshape(-1), held.responses), limits).sum())
     return total
-
-
-def _whole_classes(firsts: Ints, end: int, size: int) -> Iterator[tuple[int, int]]:
-    """Cut sorted members into parts of about ``size``, only where a class begins."""
-    begin = 0
-    for first in [*firsts[1:].tolist(), end]:
-        if first - begin >= size or first == end:
-            yield begin, first
-            begin = first
 
 
 @dataclass(frozen=True)
@@ -309,17 +278,5 @@ def shared_prefixes(dataset: Dataset, counted: RowTokens, rows_per_batch: int = 
         return SharedPrefixes(common_to_all, 0, 0, 0, 0)
     largest = int(counts.argmax())
     members = long_enough[numbers == largest]
-    tokens = _common_to_rows(dataset.select(members.tolist()), rows_per_batch)
+    tokens = int(count_rows(dataset.select(members.tolist()), rows_per_batch).with_first.min())
     return SharedPrefixes(common_to_all, int(shared.sum()), int(counts[shared].sum()), int(counts[largest]), tokens)
-
-
-def _common_to_rows(dataset: Dataset, rows_per_batch: int) -> int:
-    first: NDArray[np.int32] | None = None
-    common = 0
-    for batch in batches(dataset, rows_per_batch):
-        if first is None:
-            first = batch.prompt_ids[: batch.prompts[0]]
-            common = first.size
-        found = _common_with(first, batch.prompt_ids, _starts(batch.prompts), batch.prompts)
-        common = min(common, int(found.min()))
-    return common
