@@ -9,14 +9,13 @@ from pathlib import Path
 # a module may import from its own layer and from those before it
 # fmt: off
 LAYERS = [
-    "errors", "layout", "attention", "hf", "dropin", "trl", "objective", "reference", "proof", "config", "data",
-    "example",
-    "show", "training", "estimate", "bench", "runs", "commands", "cli", "__main__",
+    "errors", "layout", "attention", "mixing", "hf", "dropin", "trl", "objective", "reference", "proof", "config",
+    "data", "example", "show", "training", "estimate", "bench", "runs", "commands", "cli", "__main__",
 ]
 # fmt: on
 # what `import flexdpo` must not need
 HEAVY = {"datasets", "trl", "peft", "matplotlib"}
-AT_IMPORT = {"errors", "layout", "attention", "hf", "dropin", "objective", "proof", "__init__"}
+AT_IMPORT = {"errors", "layout", "attention", "mixing", "hf", "dropin", "objective", "proof", "__init__"}
 
 
 ROOT = Path(__file__).parents[1] / "flexdpo"

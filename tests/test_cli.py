@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig
 
 from flexdpo.cli import main
 from flexdpo.show.plots import draw_training_curves
@@ -178,7 +178,7 @@ def test_check_says_exact_or_refused(tmp_path, capsys, saved_model) -> None:
     assert main(["check", str(saved_model("llama")), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["verdict"] == "exact"
-    MambaConfig(vocab_size=97, hidden_size=16, num_hidden_layers=1, state_size=4).save_pretrained(tmp_path / "mamba")
-    assert main(["check", str(tmp_path / "mamba")]) == 3
+    BloomConfig(vocab_size=97, hidden_size=16, n_layer=1, n_head=2).save_pretrained(tmp_path / "bloom")
+    assert main(["check", str(tmp_path / "bloom")]) == 3
     assert "REFUSED" in capsys.readouterr().out
     assert "unrecognized arguments: --jsn; see flexdpo check --help" in complaint(capsys, "check", "x", "--jsn")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoModelForCausalLM, MambaConfig
+from transformers import AutoModelForCausalLM, BloomConfig, MambaConfig
 
 from flexdpo import DPOConfig, DPOTrainer, load_preference_dataset
 from flexdpo.cli import main
@@ -230,8 +230,8 @@ def test_a_dry_run_stops_where_the_run_would(tmp_path, capsys, saved_model, data
     long = tmp_path / "long.jsonl"
     long.write_text(json.dumps({"prompt": "w5 " * 300, "chosen": "w6 ", "rejected": "w7 "}) + "\n")
     assert "the model has 256 positions" in complaint(capsys, *dry(model, long))
-    refused = tmp_path / "mamba"
-    config = MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=97)
+    refused = tmp_path / "bloom"
+    config = BloomConfig(hidden_size=16, n_layer=1, n_head=2, vocab_size=97)
     AutoModelForCausalLM.from_config(config).save_pretrained(refused)
     tokenizer.save_pretrained(refused)
-    assert "MambaForCausalLM (model_type 'mamba') cannot be exact" in complaint(capsys, *dry(refused, data_file))
+    assert "BloomForCausalLM (model_type 'bloom') cannot be exact" in complaint(capsys, *dry(refused, data_file))

@@ -108,6 +108,7 @@ def share_backbone(
     prepare_model(model, impl=impl)
     backbone.set_attn_implementation(name)
     install_layout_hooks(input_module, impl)
+    input_module._flexdpo_mixing = backbone._flexdpo_mixing
     find_limits(input_module)
     parameters = tuple(inspect.signature(type(input_module).forward).parameters)[1:]
     positions = Positions.of(backbone)

@@ -38,6 +38,14 @@ ATTN_IMPLEMENTATION = "flexdpo"
 _TESTED = ("_flexdpo_tested", "_flexdpo_tested_with_gradients")
 
 
+@dataclass(frozen=True)
+class MixingLayers:
+    """What of a model mixes tokens."""
+
+    attends: bool = True  # whether any layer has attention
+    stateful: int = 0  # modules that carry a state from token to token
+
+
 @dataclass(eq=False)
 class PackedForward:
     """The layout of one forward in progress."""
@@ -51,6 +59,7 @@ class PackedForward:
     # of the random number generators when it began; ``None`` where Dynamo traces the hooks
     states: RandomState | None = None
     inputs: dict[str, Any] = field(default_factory=dict)  # its token ids or embeddings
+    mixed: set[int] = field(default_factory=set)  # ids of the modules that carried their state along the trie
 
     def tested(self, grad: bool) -> bool:
         """Whether the model's kernels went through their self-test, in an uncompiled run in this gradient mode."""
@@ -117,8 +126,10 @@ def remove_layout_hooks(module: nn.Module) -> None:
     """Undo :func:`install_layout_hooks`. Safe to call again."""
     for handle in module.__dict__.pop("_flexdpo_hooks", ()):
         handle.remove()
-    for name in ("_flexdpo_impl", "_flexdpo_harmless", "_flexdpo_limits", *_TESTED):
+    for name in ("_flexdpo_impl", "_flexdpo_harmless", "_flexdpo_limits", "_flexdpo_mixing", *_TESTED):
         module.__dict__.pop(name, None)
+    for part in module.modules():
+        part.__dict__.pop("_flexdpo_mixes", None)
 
 
 def _take_layout(
@@ -188,14 +199,27 @@ def _release_layout(module: nn.Module, args: Any, kwargs: Any, output: Any) -> N
         return
     forward = _forwards.stack.pop()
     # output is None when the forward raised; its own error says more
-    if forward.layout is not None and not forward.attention_ran and output is not None:
+    if forward.layout is not None and output is not None:
+        _require_mixed(module, forward)
+    if forward.states is not None and output is not None:
+        refuse_draws(forward.module, forward.states, forward.inputs)
+
+
+def _require_mixed(module: Any, forward: PackedForward) -> None:
+    """Stop where something mixed the tokens of a packed row that does not know the row."""
+    mixing: MixingLayers = module._flexdpo_mixing
+    if mixing.attends and not forward.attention_ran:
         raise UnsupportedModelError(
             f"{type(module).__name__} never called flexdpo's attention on a packed row, so its result mixes responses; "
             f"load it with attn_implementation={ATTN_IMPLEMENTATION!r} and call flexdpo.prepare_model(model), "
             "or train this model without flexdpo"
         )
-    if forward.states is not None and output is not None:
-        refuse_draws(forward.module, forward.states, forward.inputs)
+    if len(forward.mixed) != mixing.stateful:
+        raise UnsupportedModelError(
+            f"{len(forward.mixed)} of the {mixing.stateful} layers of {type(module).__name__} that carry a state ran "
+            "along the trie, so its result mixes responses: another forward took the place of theirs; load the model "
+            "with use_kernels=False, or train it without flexdpo"
+        )
 
 
 def _require_single_owner(module: nn.Module) -> None:
@@ -268,13 +292,34 @@ def _two_dimensional_mask(module: Any, layout: RowLayout, kwargs: dict[str, Any]
     if wants_router is None:
         wants_router = getattr(module.config, "output_router_logits", False)
     if not wants_router:
-        return _real_tokens(layout)
+        stateful = module._flexdpo_mixing.stateful and not torch.compiler.is_compiling()
+        return mask_of_row(layout) if stateful else _real_tokens(layout)
     if layout.multiplicity is None:
         raise FlexdpoError(
             "output_router_logits=True needs the layout's multiplicity to weigh shared tokens in the auxiliary loss; "
             "build the row with Row.from_groups, or switch output_router_logits off"
         )
     return layout.multiplicity
+
+
+def mask_of_row(layout: RowLayout) -> Tensor:
+    """Return a 2-D attention mask, 1 at the tokens of the rows and 0 at padding, ``[B, S]`` int32.
+
+    It tells the layout to whoever is given it, or a part or another shape of it: a layer that carries a state.
+    """
+    if "mask" not in layout.memo:
+        # what is made in inference mode could not be used in training
+        with torch.inference_mode(False):
+            layout.memo["mask"] = mask = _real_tokens(layout).int()
+        mask.untyped_storage()._flexdpo_layout = layout  # type: ignore[attr-defined]
+    found: Tensor = layout.memo["mask"]
+    return found
+
+
+def layout_of_mask(mask: Tensor) -> RowLayout | None:
+    """The layout that a mask of :func:`mask_of_row` tells; ``None`` for any other."""
+    # fake tensors have no storage to look at
+    return None if torch.compiler.is_compiling() else getattr(mask.untyped_storage(), "_flexdpo_layout", None)
 
 
 def _real_tokens(layout: RowLayout) -> Tensor:

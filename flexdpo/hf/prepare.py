@@ -10,9 +10,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from flexdpo.attention.row_mask import Impl, resolve_impl
 from flexdpo.errors import UnsupportedModelError
 from flexdpo.hf.adapters import refuse_adapters
-from flexdpo.hf.forward_layout import ATTN_IMPLEMENTATION, find_limits, install_layout_hooks
+from flexdpo.hf.forward_layout import ATTN_IMPLEMENTATION, MixingLayers, find_limits, install_layout_hooks
 from flexdpo.hf.interface import flexdpo_attention, flexdpo_mask
-from flexdpo.hf.rules import require_exact
+from flexdpo.hf.mixers import install_mixers
+from flexdpo.hf.rules import attends, require_exact
 from flexdpo.hf.unwrap import backbone_of, unwrap_model
 
 if TYPE_CHECKING:
@@ -50,8 +51,10 @@ def prepare_model(model: nn.Module, *, impl: Impl = "auto") -> nn.Module:
             f"{type(backbone).__name__} kept attn_implementation={backbone.config._attn_implementation!r}; "
             "transformers cannot change it for this model, so train it without flexdpo"
         )
+    mixing = MixingLayers(attends(backbone), install_mixers(backbone))
     for part in {base, backbone}:
         install_layout_hooks(part, impl)
+        part._flexdpo_mixing = mixing
     find_limits(base)
     return model
 

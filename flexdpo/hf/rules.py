@@ -9,12 +9,16 @@ import inspect
 from typing import TYPE_CHECKING
 
 from flexdpo.errors import UnsupportedModelError
+from flexdpo.hf.mixer_kernels import mixer_class, mixers_of
 from flexdpo.hf.unwrap import backbone_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _EXACT_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+# which carry a state, by kernels that can run along the trie or else not; and which mix no tokens
+_STATEFUL_LAYER_TYPES = frozenset({"linear_attention", "conv", "hybrid", "hybrid_sliding"})
+_PLAIN_LAYER_TYPES = frozenset({"mlp", "moe"})
 # what mixes tokens other than by attention over the whole row, and how it does so
 _MIXING = {
     "linear_attention": "carry a state from token to token in row order",
@@ -38,12 +42,20 @@ def refusal_reason(backbone: PreTrainedModel) -> str | None:
 
 
 def _mixing_reason(backbone: PreTrainedModel) -> str | None:
-    """Say how a backbone mixes tokens other than by causal attention."""
+    """Say how a backbone mixes tokens other than by causal attention and along the trie."""
     config = backbone.config
-    other = sorted(set(getattr(config, "layer_types", None) or ()) - _EXACT_LAYER_TYPES)
+    types = list(getattr(config, "layer_types", None) or ())
+    other = sorted(set(types) - _EXACT_LAYER_TYPES - _STATEFUL_LAYER_TYPES - _PLAIN_LAYER_TYPES)
     if other:
         return f"its layers of type {', '.join(other)} {_MIXING.get(other[0], 'may mix tokens in row order')}"
-    if getattr(backbone, "_is_stateful", False):
+    classes = {type(mixer).__name__: mixer_class(type(mixer)) for mixer in mixers_of(backbone).values()}
+    unknown = [name for name, found in classes.items() if found is None or not found.understood]
+    if unknown:
+        return f"its {', '.join(unknown)} carries a state from token to token in row order, past any known kernel"
+    stateful = sorted(set(types) & _STATEFUL_LAYER_TYPES)
+    if not classes and stateful:
+        return f"its layers of type {', '.join(stateful)} {_MIXING[stateful[0]]}"
+    if not classes and getattr(backbone, "_is_stateful", False):
         return "it carries a recurrent state from token to token in row order"
     both_ways = getattr(config, "use_bidirectional_attention", None) in _BOTH_WAYS
     if both_ways or getattr(config, "is_causal", True) is False:
@@ -53,11 +65,19 @@ def _mixing_reason(backbone: PreTrainedModel) -> str | None:
 
 def _position_reason(backbone: PreTrainedModel) -> str | None:
     """Say why a backbone's positions would not be the logical ones."""
+    if not attends(backbone):
+        return None  # a state knows no positions
     if "position_ids" not in inspect.signature(backbone.forward).parameters:
         return "its backbone takes no position_ids, so positions would count row indices"
     if any(hasattr(module, "create_position_ids_from_input_ids") for module in backbone.modules()):
         return "its positions start at padding_idx + 1 and are made from input_ids"
     return None
+
+
+def attends(backbone: PreTrainedModel) -> bool:
+    """Whether any layer of a backbone has attention."""
+    without = _PLAIN_LAYER_TYPES | {"linear_attention", "conv"}
+    return not (types := set(getattr(backbone.config, "layer_types", None) or ())) or not types <= without
 
 
 def require_exact(model: PreTrainedModel) -> None:

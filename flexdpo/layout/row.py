@@ -241,7 +241,7 @@ class Row:
         return dataclasses.replace(self, **{name: change(part) for name, part in parts.items()})
 
 
-def on_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+def on_device(values: Sequence[Any] | NDArray[np.int64], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Numbers that the host knows, as a tensor on ``device``, without waiting for what runs there."""
     tensor = torch.tensor(values, dtype=dtype)
     if device.type == "cuda":

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from flexdpo.errors import FlexdpoError, first_line
+from flexdpo.hf.mixer_kernels import mixing_ways
 from flexdpo.hf.names import local_path, require_saved
 from flexdpo.hf.rules import refusal_reason
 from flexdpo.hf.unwrap import backbone_of
@@ -77,7 +78,7 @@ def check_model(name_or_path: str, *, trust_remote_code: bool = False) -> CheckR
         "model": name_or_path,
         "model_class": type(outline).__name__,
         "model_type": config.model_type,
-        "features": _features(config),
+        "features": [*_features(config), *mixing_ways(backbone_of(outline))],
     }
     reason = refusal_reason(backbone_of(outline))
     if reason is not None:

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flexdpo.errors import FlexdpoError, UnsupportedModelError
 from flexdpo.hf.forward_layout import ATTN_IMPLEMENTATION
+from flexdpo.hf.mixer_kernels import mixers_of
 from flexdpo.hf.prepare import prepare_model
 from flexdpo.hf.randomness import disable_dropout
 from flexdpo.hf.row_dependence import length_limits
@@ -43,6 +44,8 @@ NOISE_FACTOR, ROUNDINGS = 6.0, 4.0
 _ACCEPTED_SHARE = 1e-4
 _HALF_QUANTILE = 0.9
 _SPECIAL_TOKENS = 8
+# tokens that transformers' delta rules and flash-linear-attention scan at once
+_SCAN_CHUNK = 64
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,8 @@ def _compare(model: nn.Module, max_tokens: int, seed: int) -> ParityReport:
     length = _document_length(base, threshold, max_tokens)
     if limits.open_end is not None:
         length = min(length, limits.open_end)
-    row = _probe_row(base, length, seed, limits.limits).to(base.device)
+    stateful = bool(mixers_of(backbone_of(base)))
+    row = _probe_row(base, length, seed, limits.limits, stateful=stateful).to(base.device)
     with _without_dropout(model), torch.enable_grad():
         with stock_attention(base):
             with CoarsestRounding() as rounding:
@@ -183,8 +187,11 @@ def _judge(
 def _largest_window(base: Any) -> int:
     config = backbone_of(base).config
     # Llama 4 scales its queries from floor_scale on
-    names = ("sliding_window", "attention_chunk_size", "floor_scale")
-    return max((size for name in names if isinstance(size := getattr(config, name, None), int)), default=0)
+    names = ("sliding_window", "attention_chunk_size", "floor_scale", "mamba_chunk_size", "chunk_size")
+    sizes = (getattr(config, name, None) for name in names)
+    # the delta rules' chunks are in no config
+    least = _SCAN_CHUNK if mixers_of(backbone_of(base)) else 0
+    return max((size for size in sizes if isinstance(size, int)), default=least)
 
 
 def _document_length(base: Any, threshold: int, max_tokens: int) -> int:
@@ -193,8 +200,11 @@ def _document_length(base: Any, threshold: int, max_tokens: int) -> int:
     return max(min(threshold + 24, limit, max_tokens), 24)
 
 
-def _probe_row(base: Any, length: int, seed: int, limits: Sequence[int]) -> Row:
-    """Three documents and some padding: a pair, a trie of depth three, and segments of one token each."""
+def _probe_row(base: Any, length: int, seed: int, limits: Sequence[int], *, stateful: bool = False) -> Row:
+    """Three documents and some padding: a pair, a trie of depth three, and segments of one token each.
+
+    Where layers carry a state, more prompts of many lengths: a scan then pads some, which must not touch the state.
+    """
     generator = np.random.default_rng(seed)
     vocabulary = int(base.get_input_embeddings().weight.shape[0])
     # special tokens come first and, for images and the like, last
@@ -219,6 +229,8 @@ def _probe_row(base: Any, length: int, seed: int, limits: Sequence[int]) -> Row:
         ),
         Group.from_lists([one], [[one, one, other], [one, other], [other]], [(0, 1)]),
     ]
+    if stateful:
+        groups += [Group.from_lists(tokens(n), [[one, other], [other]], [(0, 1)]) for n in (2, 4, 7, 8, 10)]
     return Row.from_groups(groups, pad_to_multiple_of=16, limits=limits)
 
 

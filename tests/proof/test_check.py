@@ -35,11 +35,25 @@ def test_an_exact_model_on_one_screen(tmp_path: Path) -> None:
 
 
 def test_a_refused_model_says_why_and_the_way_out(tmp_path: Path) -> None:
-    text, code = run_check(save_config(transformers.MambaConfig(), tmp_path))
+    text, code = run_check(save_config(transformers.MiniMaxConfig(num_hidden_layers=2), tmp_path))
     assert code == 3
     assert "verdict   REFUSED" in text
     assert "why       its layers of type linear_attention carry a state" in text
     assert "way out   train it without flexdpo" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "way", "code"),
+    [
+        ("lfm2", "Lfm2ShortConv (2): shared", 0),
+        ("jamba", "JambaMambaMixer (2): scan unfolded to whole sequences, since selective_scan_fn takes no state", 0),
+        ("zaya", "ZayaCCAProjection (4): refused, its state goes past any known kernel", 3),
+    ],
+)
+def test_layers_that_carry_a_state(name: str, way: str, code: int, tmp_path: Path) -> None:
+    text, found = run_check(save_config(build_model(name).config, tmp_path))
+    assert found == code
+    assert way in " ".join(text.split())
 
 
 def test_a_model_that_only_running_it_refuses(tmp_path: Path) -> None:
@@ -56,7 +70,7 @@ def test_json(tmp_path: Path) -> None:
     assert found["model_class"] == "GPT2LMHeadModel"
     assert found["probe"]["value_error"] < 1e-9
     assert found["probe"]["wrong_value_error"] > 1e-2
-    text, code = run_check(save_config(transformers.MambaConfig(), tmp_path), json=True)
+    text, code = run_check(save_config(transformers.XLMConfig(), tmp_path), json=True)
     assert code == 3
     assert json.loads(text)["probe"] is None
 

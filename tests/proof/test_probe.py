@@ -26,7 +26,7 @@ def test_exact_in_every_dtype(dtype: torch.dtype) -> None:
 
 
 def test_refused_models_get_a_report() -> None:
-    report = parity_probe(build_model("mamba"))
+    report = parity_probe(build_model("minimax"))
     assert report.verdict == "refused"
     assert "carry a state" in report.reason
     stopped = parity_probe(build_model("doge"))

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from transformers import MambaConfig, MambaForCausalLM, TrainerCallback
+from transformers import BloomConfig, BloomForCausalLM, TrainerCallback
 
 from flexdpo import DPOConfig, DPOTrainer, FlexdpoError, UnsupportedModelError
 from flexdpo.data.lengths import token_counts
@@ -406,10 +406,10 @@ def _edges_feature() -> Any:
 
 
 def test_a_model_that_cannot_be_exact_is_refused(tmp_path, tokenizer, preferences) -> None:
-    config = MambaConfig(vocab_size=97, hidden_size=16, num_hidden_layers=1, state_size=4)
-    with pytest.raises(UnsupportedModelError, match=r"MambaForCausalLM .* cannot be exact on shared, packed rows: "):
+    config = BloomConfig(vocab_size=97, hidden_size=16, n_layer=1, n_head=2)
+    with pytest.raises(UnsupportedModelError, match=r"BloomForCausalLM .* cannot be exact on shared, packed rows: "):
         DPOTrainer(
-            MambaForCausalLM(config), None, settings(tmp_path), train_dataset=preferences, processing_class=tokenizer
+            BloomForCausalLM(config), None, settings(tmp_path), train_dataset=preferences, processing_class=tokenizer
         )
 
 
