@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def train(model: Path, data: Path, output: Path, *more: str) -> int:
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", pytest.param("qwen3", marks=pytest.mark.slow)])
-def test_a_job_runs_saves_and_generates(tmp_path, capsys, monkeypatch, saved_model, data_file, name) -> None:
+def test_a_job_runs_saves_and_generates(tmp_path, capsys, caplog, monkeypatch, saved_model, data_file, name) -> None:
     output, histories = tmp_path / "out", []
 
     def draw_curves(history, path) -> None:
@@ -42,6 +43,7 @@ def test_a_job_runs_saves_and_generates(tmp_path, capsys, monkeypatch, saved_mod
     assert train(saved_model(name), data_file, output, "--eval_dataset_name", str(data_file)) == 0
     table = capsys.readouterr().out
     assert "train: 24 of 24 rows used" in table
+    assert re.search(r"proved on \d examples: log-probabilities within .* noise floor", caplog.text)
     assert "held-out reward accuracy, before and after" in table
     assert "tokens the ordinary way" in table
 
