@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -168,13 +169,23 @@ def not_finite(model: nn.Module, *, gradients: bool = False) -> Iterator[str]:
             yield name
 
 
-def require_finite_weights(model: nn.Module, accelerator: Accelerator, what: str) -> None:
+def not_finite_states(model: nn.Module, optimizer: Any) -> Iterator[str]:
+    """What the optimizer keeps of trained parameters and would bring into them at its next step."""
+    states = getattr(optimizer, "state", None) or {}
+    for name, parameter in model.named_parameters():
+        for key, value in states.get(parameter, {}).items():
+            known = isinstance(value, torch.Tensor) and value.is_floating_point()
+            if known and not bool(torch.isfinite(local(value)).all()):
+                yield f"the optimizer's {key} of {name}"
+
+
+def require_finite_weights(model: nn.Module, accelerator: Accelerator, what: str, optimizer: Any = None) -> None:
     """Refuse to write weights that are not finite, as a step with a learning rate beyond all bounds leaves them.
 
     Raises:
-        FlexdpoError: naming the first parameter at fault.
+        FlexdpoError: naming the first parameter at fault, or what the ``optimizer`` keeps of it.
     """
-    name = next(not_finite(model), None)
+    name = next(chain(not_finite(model), not_finite_states(model, optimizer)), None)
     bad = int(name is not None)
     if runs_in_step(accelerator):
         bad = largest(accelerator.device, bad)

@@ -138,7 +138,7 @@ class ResumableTrainer(Trainer):
         """Save as ``Trainer`` does, mark the checkpoint as complete, and only then let older ones go."""
         output_dir = self._get_output_dir(trial=trial)
         folder = Path(output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        require_finite_weights(self._guard.model, self.accelerator, f"the checkpoint {folder}")
+        require_finite_weights(self._guard.model, self.accelerator, f"the checkpoint {folder}", self.optimizer)
         tokens = self.total_tokens()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         with writing_checkpoint(folder, is_writer=self.args.should_save):

@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from flexdpo import DPOTrainer, FlexdpoError
 from flexdpo.training.batch import REFERENCE_COLUMN
@@ -214,6 +215,20 @@ def test_the_model_is_not_saved_either(trainer: Any, tmp_path: Path) -> None:
     with pytest.raises(FlexdpoError, match=rf"the model is not written, since {LAYER} holds values"):
         run.save_model(str(tmp_path / "saved"))
     assert not (tmp_path / "saved").exists()
+
+
+def test_no_checkpoint_holds_an_optimizer_that_is_not_finite(trainer: Any, tmp_path: Path) -> None:
+    run = trainer(save_steps=1)
+    parameter = dict(run.model.named_parameters())[LAYER]
+
+    class Spoil(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            run.optimizer.state[parameter]["exp_avg"][0] = INF
+
+    run.add_callback(Spoil())
+    with pytest.raises(FlexdpoError, match=rf"checkpoint .* is not written, since the optimizer's exp_avg of {LAYER}"):
+        run.train()
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 
 @pytest.mark.parametrize(("dtype", "largest"), [(torch.float16, 6e4), (torch.bfloat16, 3e38)])
