@@ -163,14 +163,16 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(20241)
 
 
-@pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
+def word_tokenizer() -> PreTrainedTokenizerFast:
     """One token per word ``w0`` .. ``w96``."""
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
         tokenizer_object=words, unk_token="w0", bos_token="w1", eos_token="w2", pad_token="w2"
     )
+
+
+tokenizer = pytest.fixture(scope="session")(word_tokenizer)
 
 
 def preference_rows(count: int, seed: int = 0) -> list[dict[str, str]]:

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from tempfile import TemporaryDirectory
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
+from datasets import Dataset
+from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, Gemma2Config, GptOssConfig, LlamaConfig, MistralConfig
 
-from flexdpo import Group, Row, make_train_step, prepare_model, response_logps
-from flexdpo.attention import flex
+from flexdpo import DPOConfig, DPOTrainer, Group, Row, make_train_step, prepare_model, response_logps
+from flexdpo.attention import flex, row_mask
 from flexdpo.attention.settings import KernelSettings, kernel_settings_as
 from flexdpo.hf.compilation import compile_decoder_layers
+from flexdpo.training import row_budget
 from tests.codegen.as_if_cuda import Recording
 from tests.codegen.kernel_cases import TILES_OF_64
-from tests.conftest import VOCABULARY, random_ids, strengthen
+from tests.conftest import VOCABULARY, random_ids, strengthen, word_tokenizer
 
 _SHAPE: dict[str, Any] = {
     "hidden_size": 64,
@@ -142,7 +147,61 @@ def compiled_layers(recording: Recording) -> dict[str, dict[str, float]]:
     return compared(got, pieces, exact)
 
 
-CASES = {
+def trainer_asked_for_nothing(recording: Recording) -> dict[str, Any]:
+    """Two steps of a trainer as a card's defaults have it, on two rows: what was compiled, and how often.
+
+    The trainer is made while settings say that they are a card's, so whatever it decides by that is decided as there;
+    its tensors stay on the CPU, where the kernels are interpreted.
+    """
+    torch._dynamo.reset()
+    flex._kernels.clear()
+    counters.clear()
+    before = len(recording.wrappers)
+    rng = np.random.default_rng(0)
+    data = Dataset.from_list(
+        [
+            {"prompt_ids": random_ids(rng, n), "response_ids": [random_ids(rng, 40), random_ids(rng, 30)],
+             "edges": [[0, 1]], "row": row}
+            for row, n in enumerate((20, 45))
+        ]
+    )  # fmt: skip
+    with ExitStack() as patches, TemporaryDirectory() as folder:
+        # in place of the driver's answers and of what would put tensors there
+        for owner, name, value in (
+            (row_mask, "resolve_impl", lambda impl, device: "flex" if impl == "auto" else impl),
+            (row_budget, "free_memory", lambda device: 8 << 30),
+            (DPOTrainer, "_move_model_to_device", lambda self, model, device: None),
+        ):
+            patches.enter_context(mock.patch.object(owner, name, value))
+        on_card = property(lambda args: args._setup_devices and torch.device("cuda", 0))
+        with mock.patch.object(DPOConfig, "device", on_card):
+            # tiles that an interpreter can run, and no proof, which compiles for rows of its own
+            args = DPOConfig(
+                folder,
+                max_steps=2,
+                per_device_train_batch_size=1,
+                logging_steps=1,
+                attn_kernel_options=TILES_OF_64,
+                prove=False,
+                save_strategy="no",
+                report_to="none",
+            )
+            trainer = DPOTrainer(build("llama", 2), args=args, train_dataset=data, processing_class=word_tokenizer())
+        trainer.train()
+    return {
+        "compiles unasked": args.compiles_unasked,
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "graphs": counters["stats"]["unique_graphs"],
+        "graph breaks": dict(counters["graph_break"]),
+        "attention outside of layers": len(flex._kernels),
+        "launches of attention": [
+            sum(".run(" in line and "tem_fused" in line for line in wrapper.splitlines())
+            for wrapper in recording.wrappers[before:]
+        ],
+    }
+
+
+MODELS = {
     "llama": partial(differences, "llama", 1, through_logps),
     "mistral": partial(differences, "mistral", 1, through_logps),
     "gemma2": partial(differences, "gemma2", 2, through_logps),
@@ -150,3 +209,4 @@ CASES = {
     "a step of llama": partial(differences, "llama", 1, through_a_step),
     "compiled layers": compiled_layers,
 }
+CASES = MODELS | {"trainer": trainer_asked_for_nothing}
