@@ -290,9 +290,9 @@ class DPOConfig(LossSettings, TrainingArguments):
     def _check_schedule(self) -> None:
         name, kwargs = SchedulerType(self.lr_scheduler_type), self.lr_scheduler_kwargs
         # a schedule that takes an argument of any name reads none
-        unread = ["lr_scheduler_kwargs"] if kwargs and _learning_rates(name, 0, {"nothing": 0}) else []
-        rates = _learning_rates(name, 0, kwargs) if self.warmup_steps else []
-        if rates and _learning_rates(name, 5, kwargs) == rates:
+        unread = ["lr_scheduler_kwargs"] if kwargs and learning_rates(name, 0, {"nothing": 0}) else []
+        rates = learning_rates(name, 0, kwargs) if self.warmup_steps else []
+        if rates and learning_rates(name, 5, kwargs) == rates:
             unread.append("warmup_steps")
         for each in unread:
             raise FlexdpoError(
@@ -325,11 +325,6 @@ class DPOConfig(LossSettings, TrainingArguments):
                 ) from error
         # what is unknown is refused here and not after the model was loaded
         self.kernel_settings()
-
-    @property
-    def compile_options(self) -> dict[str, Any]:
-        """Arguments for :func:`~flexdpo.hf.compilation.compile_decoder_layers`."""
-        return {"dynamic": self.kernel_settings().dynamic(self.device.type), **self.layer_compile_options}
 
     def kernel_settings(self) -> KernelSettings:
         """How these settings compile FlexAttention."""
@@ -376,19 +371,20 @@ class DPOConfig(LossSettings, TrainingArguments):
         return given if isinstance(given, int) else tile_multiple(self.device)
 
 
-def _learning_rates(name: SchedulerType, warmup_steps: int, kwargs: dict[str, Any] | None) -> list[float]:
-    """Those of 10 steps, one where they follow the results; none for settings that the schedule cannot take."""
+def learning_rates(
+    name: SchedulerType | str, warmup_steps: int, kwargs: dict[str, Any] | None, *, total: int = 10, steps: int = 10
+) -> list[float]:
+    """Those of some of the first steps, relative to the highest; one where they follow the results.
+
+    None for settings that the schedule cannot take.
+    """
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     try:
-        schedule = get_scheduler(name, optimizer, warmup_steps, 10, kwargs)
+        schedule = get_scheduler(name, optimizer, warmup_steps, total, kwargs or None)
     except (TypeError, ValueError):
         return []
-    rates = schedule.get_last_lr()
-    while isinstance(schedule, torch.optim.lr_scheduler.LambdaLR) and len(rates) < 10:
-        optimizer.step()
-        schedule.step()
-        rates = rates + schedule.get_last_lr()
-    return rates
+    factor = getattr(schedule, "lr_lambdas", None)
+    return [1.0] if factor is None else [factor[0](step) for step in range(0, steps, max(1, steps // 256))]
 
 
 def _optimizer(args: TrainingArguments) -> Any:

@@ -10,15 +10,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
-from transformers import SchedulerType, get_scheduler
+from transformers import SchedulerType
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from flexdpo.config import WITHOUT_EFFECT
+from flexdpo.config import WITHOUT_EFFECT, learning_rates
 from flexdpo.errors import FlexdpoError, first_line
 from flexdpo.hf.unwrap import base_model
 from flexdpo.training.distribution import local
@@ -243,28 +242,18 @@ def require_same_schedule(folder: Path, config: DPOConfig) -> int:
     now = config.max_steps
     if now <= 0:
         now = round(before * config.num_train_epochs / state["num_train_epochs"])
-    if _rates(config, now, done) != _rates(config, before, done):
+
+    def rates(total: int) -> list[float]:
+        warmup = config.get_warmup_steps(total)
+        return learning_rates(config.lr_scheduler_type, warmup, config.lr_scheduler_kwargs, total=total, steps=done)
+
+    if rates(now) != rates(before):
         raise FlexdpoError(
             f"{folder} belongs to a run of {before} steps and this one would have {now}, so the schedule "
             f"{SchedulerType(config.lr_scheduler_type).value!r} would have given the first {done} steps other learning "
             "rates; continue with the same max_steps and num_train_epochs, or start a new run in another output_dir"
         )
     return done
-
-
-def _rates(config: DPOConfig, total: int, done: int) -> list[float]:
-    """Learning rates of some of the first ``done`` steps of a run, relative to the highest."""
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=1.0)
-    schedule = get_scheduler(
-        config.lr_scheduler_type,
-        optimizer,
-        num_warmup_steps=config.get_warmup_steps(total),
-        num_training_steps=total,
-        scheduler_specific_kwargs=config.lr_scheduler_kwargs or None,
-    )
-    # one that follows the losses knows no length
-    factors = getattr(schedule, "lr_lambdas", None)
-    return [] if factors is None else [factors[0](step) for step in range(0, done, max(1, done // 256))]
 
 
 def data_digest(dataset: Dataset, columns: tuple[str, ...]) -> str:

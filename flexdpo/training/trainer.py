@@ -172,7 +172,7 @@ class DPOTrainer(ResumableTrainer):
             if args.compiles_unasked and decoder_layers(part) is None:
                 logger.warning(f"{type(part).__name__}: its decoder layers are not found, so they run uncompiled")
             else:
-                compile_decoder_layers(part, **{**args.compile_options, "dynamic": dynamic})
+                compile_decoder_layers(part, dynamic=dynamic, **args.layer_compile_options)
 
     def _prepare_step(self, reference: nn.Module | None) -> None:
         """Take the step over from ``Trainer``, which knows by now how many processes run it."""

@@ -103,7 +103,8 @@ def test_a_compile_setting_compiles_layers_and_not_the_model(tmp_path) -> None:
     args = settings(tmp_path, torch_compile_mode="reduce-overhead")
     assert args.compile_layers
     assert not args.torch_compile
-    assert args.compile_options == {"dynamic": True, "mode": "reduce-overhead"}
+    assert args.layer_compile_options == {"mode": "reduce-overhead"}
+    assert args.kernel_settings().dynamic(args.device.type)
     assert not settings(tmp_path).compile_layers
     with pytest.raises(FlexdpoError, match="torch_compile=False leaves torch_compile_backend and torch_compile_mode"):
         settings(tmp_path, torch_compile=False, torch_compile_mode="reduce-overhead")
@@ -179,7 +180,8 @@ def test_settings_read_back_are_the_settings(tmp_path) -> None:
     args = settings(tmp_path, torch_compile=True, torch_compile_backend="eager", max_tokens_per_row="512")
     again = DPOConfig(**args.to_dict())
     assert again.compile_layers
-    assert again.compile_options == args.compile_options
+    assert again.layer_compile_options == args.layer_compile_options
+    assert again.kernel_settings() == args.kernel_settings()
     assert again.max_tokens_per_row == 512
     assert not DPOConfig(**settings(tmp_path).to_dict()).compile_layers
 
