@@ -87,11 +87,10 @@ class RowLayout:
                 )
             # masks read these vectors inside of kernels, for every pair of tokens
             setattr(self, name, vector.contiguous())
-        if device.type == "cpu":
-            # elsewhere a look at the values would wait for the device, and rows are made on the host
-            self._check_values(self.position_ids.shape[1])
-
-    def _check_values(self, length: int) -> None:
+        if device.type != "cpu":
+            # a look at the values would wait for the device, and rows are made on the host
+            return
+        length = self.length
         index = torch.arange(length)
         wrong = (self.subtree_end <= index) | (self.subtree_end > length) | (self.position_ids < 0)
         if bool(wrong.any()):

@@ -121,11 +121,11 @@ def head_logps(
     with replaced_forward(head, forward):
         output = model(**inputs).logits
     (values,) = found
-    logps = _held_against(plan.transform, values.logps, output, base_model(model))
+    logps = _held_against(plan.transform, values.logps, output, model)
     return TargetLogps(_Anchored.apply(logps, output), values.log_sum_squares)
 
 
-def _held_against(transform: LogitTransform, logps: Tensor, output: Tensor, base: nn.Module) -> Tensor:
+def _held_against(transform: LogitTransform, logps: Tensor, output: Tensor, model: nn.Module) -> Tensor:
     """Return log-probabilities only if the model did to them what it was expected to do to logits.
 
     A GPU is not waited for: there they become NaN, which no loss accepts.
@@ -136,9 +136,9 @@ def _held_against(transform: LogitTransform, logps: Tensor, output: Tensor, base
         return torch.where(same, logps, torch.nan)
     if not same:
         raise FlexdpoError(
-            f"{type(base).__name__} does something else to its logits than when it was measured ({transform}), and "
-            "neither its config nor its attributes tell; keep what follows the head fixed while training, or put it "
-            "into the config"
+            f"{type(base_model(model)).__name__} does something else to its logits than when it was measured "
+            f"({transform}), and neither its config nor its attributes tell; keep what follows the head fixed while "
+            "training, or put it into the config"
         )
     return logps
 

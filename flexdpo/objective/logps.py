@@ -62,11 +62,10 @@ def response_logps(model: nn.Module, row: Row, *, with_log_sum_squares: bool = F
     Source:
         Rafailov et al. 2023, arXiv:2305.18290, Eq. 7.
     """
+    inputs = row.inputs()
     plan = head_plan(model, row.input_ids.device)
     if plan.obstacle is None:
-        values = head_logps(
-            model, row.inputs(), row.predictors, row.labels, plan, with_log_sum_squares=with_log_sum_squares
-        )
+        values = head_logps(model, inputs, row.predictors, row.labels, plan, with_log_sum_squares=with_log_sum_squares)
     else:
         values = _from_logits(model, row, plan.obstacle, with_log_sum_squares)
     return sum_targets(values.logps, row, values.log_sum_squares)

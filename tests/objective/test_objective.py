@@ -380,7 +380,7 @@ def test_batches_that_lack_what_the_loss_needs(groups: list[Group], settings: An
 
 def test_reference_sums_are_not_enough_for_ld() -> None:
     row = Row.from_groups([PAIR])
-    logps = response_logps(models()[2], row).detach()
+    logps = response_logps(models()[2], row)
     with pytest.raises(FlexdpoError, match="ld_alpha weighs the tokens of each pair, so reference sums"):
         Objective(ld_alpha=0.5).row_loss(logps, logps.sums, row, BatchTotals.of([PAIR]))
 
