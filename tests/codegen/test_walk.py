@@ -11,7 +11,7 @@ from tests.codegen.conftest import ROOT
 pytestmark = pytest.mark.codegen
 # rows whose scores a CPU would hold for minutes run the same lines as shorter ones
 SHORT = "not 4096 and not 8192 and not 32768 and not many_steps and not first_row"
-ON_A_CARD = "waits or waiting or every_length or no_multiple or mha or halves or behind_the_head"
+ON_A_CARD = "waits or waiting or every_length or no_multiple or mha or on_a_gpu or behind_the_head"
 
 
 def run(*words: str) -> str:
@@ -32,7 +32,7 @@ def test_the_bench_measures_every_arm_on_every_profile() -> None:
 
 
 def test_the_tests_for_a_gpu_pass() -> None:
-    files = ("tests/attention/test_gpu.py", "tests/objective/test_gpu.py")
+    files = ("tests/attention/test_gpu.py", "tests/objective/test_gpu.py", "tests/dropin/test_share.py")
     plugin = ("-p", "tests.codegen.pretended_card", "-p", "no:cacheprovider")
     printed = run("pytest", "-q", "-m", "gpu", *plugin, "-k", f"({SHORT}) and ({ON_A_CARD})", *files)
     assert " passed" in printed

@@ -24,6 +24,7 @@ from flexdpo.hf.checkpointing import enable_checkpointing
 from flexdpo.hf.draws import being_asked
 from flexdpo.hf.row_dependence import LengthLimits
 from flexdpo.hf.unwrap import backbone_of
+from tests.conftest import VOCABULARY
 from tests.hf.architectures import build_model, build_or_skip, zoo
 from tests.hf.equivalence import Float64, Run, example_row, gradient_error, logit_error, packed_run, unpacked_run
 
@@ -897,7 +898,7 @@ def completions(prompts: int, completions_each: int, prompt: int, completion: in
     rng = np.random.default_rng(seed)
 
     def tokens(count: int) -> torch.Tensor:
-        return torch.from_numpy(rng.integers(8, 100, count))
+        return torch.from_numpy(rng.integers(8, VOCABULARY, count))
 
     rows = []
     for _ in range(prompts):
