@@ -31,6 +31,7 @@ REPORTED_CHANGES = (BECAME_EXACT, NOT_IN_THE_ZOO, NEW_SETTING)
 class Architecture:
     """One line of the zoo: ``verdict`` is exact, wrong or raises, as measured on packed rows without any check.
 
+    ``config`` has as few layers as hold one of each kind, two at least: their number is most of what a test costs.
     Verdicts hold for ``RECORDED_UP_TO``; what is exact now was not before the release ``exact_from``.
     """
 
