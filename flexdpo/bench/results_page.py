@@ -206,12 +206,7 @@ _KINDS: dict[str, Callable[[dict[str, Any]], tuple[str, str, str]]] = {
 
 
 def update_page(readme: str | Path, page: str, *, check: bool = False) -> bool:
-    """Put a page between the two marker comments of a Markdown file.
-
-    Args:
-        readme: The file; it holds :data:`BEGIN` and :data:`END` once each.
-        page: What stands between them.
-        check: Leave the file as it is.
+    """Put a page between :data:`BEGIN` and :data:`END` of a Markdown file, unless this is a ``check``.
 
     Returns:
         Whether the file already said the same.

@@ -75,16 +75,9 @@ def measure(
     seconds: float,
     progress: Callable[[], Any] = lambda: None,
 ) -> dict[str, Times]:
-    """Run every variant on every batch, round after round.
+    """Run every variant on each of its batches, round after round; the slow ones sit most rounds out.
 
-    Args:
-        variants: What to compare; the slow ones sit most rounds out.
-        model: The weights they share.
-        batches: How many batches each variant holds.
-        device: Where everything runs.
-        rounds: Most rounds.
-        seconds: No round but the first four begins after this long, warming up included.
-        progress: Called after every round.
+    No round but the first four begins after so many ``seconds``, warming up included; ``progress`` is told of each.
     """
     times = {variant.name: Times([[] for _ in range(batches)]) for variant in variants}
     began = time.perf_counter()

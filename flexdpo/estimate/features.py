@@ -210,7 +210,9 @@ def features_of(
     work = sum((padded_work(batch) for batch in batches), Work(0, 0, 0))
     padded_batches = _Sample(work, [padded_load(batch) for batch in batches], head_passes=3)
     padded = cost.feature("padded", padded_batches, layouts.padded_tokens, None)
-    rows = cost.of_rows([[one for group in batch for one in group.apart] for batch in batches])
+    rows = cost.of_rows(
+        [[Group(group.prompt_ids, (ids,), ()) for group in batch for ids in group.response_ids] for batch in batches]
+    )
     packing = cost.feature("packing", _with_all_logits(rows), unshared, padded)
     targets = cost.feature("targets", rows, unshared, packing)
     rows = cost.of_rows(batches)

@@ -73,8 +73,3 @@ class Group:
     def unshared_tokens(self) -> int:
         """Tokens an ordinary trainer runs for this group, padding not counted."""
         return sum(self.prompt_ids.size + response.size for response in self.response_ids)
-
-    @property
-    def apart(self) -> list[Group]:
-        """A group of its own for each response, without preferences."""
-        return [Group(self.prompt_ids, (ids,), (), self.name) for ids in self.response_ids]

@@ -47,7 +47,7 @@ def token_kinds(row: Row) -> TokenKinds:
     A token that lies in no response is a prompt token; one that lies in several belongs to the beginning that
     these responses share. Responses count from 0 within their document.
     """
-    length = row.subtree_end.shape[-1]
+    length = row.layout.length
     documents = np.full(length, -1, dtype=np.int64)
     for number, (start, end) in enumerate(row.documents):
         documents[start:end] = number
@@ -67,13 +67,9 @@ def token_kinds(row: Row) -> TokenKinds:
 
 
 def mask_categories(row: Row) -> NDArray[np.int64]:
-    """Evaluate the mask of a row densely from its definition and name every visible cell by its key token.
+    """Evaluate the mask of a row densely from its definition, ``[S, S]`` int64, query down, key across.
 
-    Shapes: ``S`` row length.
-
-    Returns:
-        ``[S, S]`` int64, query down, key across: ``HIDDEN`` where the query may not attend to the key,
-        otherwise the key's kind as in `TokenKinds`.
+    ``HIDDEN`` where the query may not attend to the key, otherwise the key's kind as in `TokenKinds`.
     """
     key = np.arange(row.layout.length)
     query = key[:, None]
@@ -82,20 +78,13 @@ def mask_categories(row: Row) -> NDArray[np.int64]:
 
 
 def tile_kinds(row: Row, block_size: int = 128, visible: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:
-    """Classify the tiles of the mask as a block-sparse kernel sees them.
+    """Classify the tiles of a row's mask, or of another ``[S, S]`` one, as a block-sparse kernel sees them.
 
     Empty tiles are skipped, partial ones masked cell by cell, full ones run without a mask. The tiles of a
     row that is no multiple of ``block_size`` reach past its end, where nothing is visible.
 
-    Shapes: ``S`` row length, ``N = ceil(S / block_size)``.
-
-    Args:
-        row: The packed row.
-        block_size: Tokens to a side of a tile.
-        visible: Another mask than the row's own, ``[S, S]``, query down, key across.
-
     Returns:
-        ``[N, N]`` int64 of ``EMPTY``, ``PARTIAL`` and ``FULL``, query tiles down, key tiles across.
+        ``[N, N]`` int64, ``N = ceil(S / block_size)``, query tiles down, key tiles across.
 
     Raises:
         FlexdpoError: if ``block_size`` is not positive.
@@ -124,9 +113,7 @@ def draw_mask_panel(
     """
     tokens = token_kinds(row)
     colours = token_colours(tokens)
-    tiles = None
-    if row.layout.length >= 2 * block_size:
-        tiles = tile_kinds(row, block_size, visible)
+    tiles = tile_kinds(row, block_size, visible) if row.layout.length >= 2 * block_size else None
     grid = place.subgridspec(
         3, 3, width_ratios=(1, 0.024, 0.075), height_ratios=(0.075, 0.024, 1), wspace=0.02, hspace=0.02
     )
@@ -272,28 +259,24 @@ def _draw_legend(axes: Any, tokens: TokenKinds, tiles: NDArray[np.int64] | None,
     from matplotlib.patches import Patch
 
     last = FIRST_RESPONSE + tokens.num_responses - 1
-    names = {
-        kind: kind_name(kind) for kind in sorted(set(tokens.kinds.tolist()), key=lambda kind: (kind == PADDING, kind))
-    }
+    present = sorted(set(tokens.kinds.tolist()), key=lambda kind: (kind == PADDING, kind))
+    names = {kind: kind_name(kind) for kind in present}
     if tokens.num_responses > LEGEND_RESPONSES:
+        # of many responses the two outermost
         names = {kind: name for kind, name in names.items() if kind <= FIRST_RESPONSE or kind == last}
         names[last] = f"... to {names[last]}"
-    entries: list[Any] = [
-        Patch(color=kind_colour(kind, tokens.num_responses), label=name) for kind, name in names.items()
-    ]
+    count = tokens.num_responses
+    entries: list[Any] = [Patch(color=kind_colour(kind, count), label=name) for kind, name in names.items()]
     if tiles is not None:
         empty, partial, full = (f"{(tiles == kind).sum():,}" for kind in (EMPTY, PARTIAL, FULL))
-        marks: list[Any] = [
-            Patch(facecolor="#eceff3", edgecolor="#cbd2da"),
-            Patch(facecolor="none", edgecolor=INK, linewidth=0.6),
-            Line2D([], [], marker="o", linestyle="", color="white", markeredgecolor=INK),
-        ]
-        if len(tiles) > TILES_MARKED_SINGLY:
-            marks = [Line2D([], [], linestyle="") for _ in marks]
-        marks[0].set_label(f"{empty} empty tiles ({block_size} x {block_size}), skipped")
-        marks[1].set_label(f"{partial} partial tiles, masked")
-        marks[2].set_label(f"{full} full tiles, no mask needed")
-        entries += marks
+        marks: dict[str, Any] = {
+            f"{empty} empty tiles ({block_size} x {block_size}), skipped": Patch(fc="#eceff3", ec="#cbd2da"),
+            f"{partial} partial tiles, masked": Patch(fc="none", ec=INK, linewidth=0.6),
+            f"{full} full tiles, no mask needed": Line2D([], [], marker="o", linestyle="", color="white", mec=INK),
+        }
+        for label, mark in marks.items():
+            entries.append(mark if len(tiles) <= TILES_MARKED_SINGLY else Line2D([], [], linestyle=""))
+            entries[-1].set_label(label)
     legend = axes.legend(
         handles=entries,
         title="query attends to key; the key is", alignment="left", borderpad=0.8, loc="upper right",

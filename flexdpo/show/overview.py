@@ -43,13 +43,9 @@ def draw_overview(
 def overview_figure(
     row: Row, layouts: Sequence[BatchLayout], *, view: str = "all", block_size: int | None = None
 ) -> Figure:
-    """Draw a row and the batch it comes from; the axes of the mask come first where there are any.
+    """Draw a row and its batch's layouts, or one view of :data:`VIEWS`; the axes of the mask come first.
 
-    Args:
-        row: Its tries and its mask are drawn.
-        layouts: What :func:`flexdpo.show.packing.batch_layouts` gives.
-        view: ``"trie"``, ``"mask"``, ``"packing"`` or ``"all"``.
-        block_size: Tokens to a side of a tile; by default 128, and smaller for a row of less than eight of them.
+    A tile has ``block_size`` tokens to a side, by default 128, and fewer for a row of less than eight tiles.
     """
     if view not in VIEWS:
         raise FlexdpoError(f"--view {view!r} is unknown{nearest(view, VIEWS)}; views: {', '.join(VIEWS)}")

@@ -101,13 +101,7 @@ def packing_height(layouts: Sequence[BatchLayout]) -> float:
 
 
 def draw_packing_panel(figure: Any, place: Any, layouts: Sequence[BatchLayout]) -> None:
-    """Draw layouts of one batch below each other on one scale of tokens.
-
-    Args:
-        figure: Where to draw.
-        place: A ``SubplotSpec``, about :func:`packing_height` inches high.
-        layouts: What :func:`batch_layouts` gives.
-    """
+    """Draw layouts of one batch below each other on one scale of tokens, :func:`packing_height` inches high."""
     axes = figure.add_subplot(place)
     y = 0.0
     for layout in layouts:

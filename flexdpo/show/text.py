@@ -34,13 +34,9 @@ _TILES = {EMPTY: "·", PARTIAL: "▒", FULL: "█"}
 
 
 def overview_text(row: Row, layouts: Sequence[BatchLayout], *, width: int = 120, block_size: int = 128) -> str:
-    """Render a row and a batch, at most ``width`` characters wide.
+    """Render a row and its batch's layouts, at most ``width`` characters wide.
 
-    Args:
-        row: A packed row.
-        layouts: What :func:`flexdpo.show.packing.batch_layouts` gives.
-        width: Characters of a line; a longer row's mask is shown by its tiles, and nothing where these are too many.
-        block_size: Tokens to a side of a tile.
+    A longer row's mask is shown by its tiles of ``block_size`` tokens to a side, and nothing where these are too many.
     """
     parts = [row_title(row), trie_text(row)]
     length = int(row.subtree_end.shape[-1])

@@ -85,13 +85,7 @@ def trie_height(row: Row) -> float:
 
 
 def draw_trie_panel(figure: Any, place: Any, row: Row) -> None:
-    """Draw the trie of a row into a part of a figure: logical position across, one lane for each leaf.
-
-    Args:
-        figure: Where to draw.
-        place: A ``SubplotSpec``, about :func:`trie_height` inches high.
-        row: The packed row.
-    """
+    """Draw the trie of a row, logical position across, a lane for each leaf, :func:`trie_height` inches high."""
     axes = figure.add_subplot(place)
     runs = trie_runs(row)
     colours = token_colours(token_kinds(row))
