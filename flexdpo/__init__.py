@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from flexdpo.attention.generator import attend, block_mask, mask_mod
     from flexdpo.attention.score_mods import alibi_score_mod, logical_score_mod, softcap_score_mod
     from flexdpo.config import DPOConfig
+    from flexdpo.data.mixture import load_mixture
     from flexdpo.data.regroup import regroup_by_prompt
     from flexdpo.data.tokenize import load_preference_dataset, tokenize_preferences
     from flexdpo.dropin.share import share_prefixes, sharing_stats, unshare
@@ -56,6 +57,7 @@ __all__ = [
     "disable_dropout",
     "draw",
     "estimate_dataset",
+    "load_mixture",
     "load_preference_dataset",
     "logical_score_mod",
     "make_train_step",
@@ -78,6 +80,7 @@ _LAZY = {
     "flexdpo.attention.score_mods": ("alibi_score_mod", "logical_score_mod", "softcap_score_mod"),
     "flexdpo.config": ("DPOConfig",),
     "flexdpo.data.regroup": ("regroup_by_prompt",),
+    "flexdpo.data.mixture": ("load_mixture",),
     "flexdpo.data.tokenize": ("load_preference_dataset", "tokenize_preferences"),
     "flexdpo.dropin.share": ("share_prefixes", "sharing_stats", "unshare"),
     "flexdpo.estimate.estimate": ("estimate_dataset",),

@@ -13,7 +13,7 @@ from flexdpo.data.layouts import described
 from flexdpo.errors import FlexdpoError, quoted
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -125,6 +125,29 @@ class Counts:
             tuple(notes),
             described(self._settings),
         )
+
+
+def merged(name: str, reports: Sequence[DataReport]) -> DataReport:
+    """One account of several datasets; what is said of rows says of which dataset."""
+    if len(reports) == 1:
+        return reports[0]
+    skipped: dict[str, int] = {}
+    first: dict[str, int] = {}
+    for report in reports:
+        for reason, number in report.skipped.items():
+            skipped[reason] = skipped.get(reason, 0) + number
+            first.setdefault(reason, report.first_skipped[reason])
+    return DataReport(
+        name,
+        sum(report.rows for report in reports),
+        sum(report.used for report in reports),
+        skipped,
+        first,
+        sum(report.truncated for report in reports),
+        max(report.longest for report in reports),
+        tuple(line.strip() for report in reports for line in report.summary().splitlines()),
+        f"a mixture of {len(reports)} datasets",
+    )
 
 
 def fitting_length(whole: NDArray[np.int64]) -> int:

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass, field
-from itertools import count, cycle, islice
+from itertools import chain, count, cycle, islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from flexdpo.data.draft import LABELS_COLUMN, TOKENISED_COLUMNS
+from flexdpo.data.draft import LABELS_COLUMN, TOKENISED_COLUMNS, Settings
 from flexdpo.data.encode import tokenize_batch
 from flexdpo.data.layouts import LAYOUTS, settings_for
 from flexdpo.data.load import silent_json_reader
-from flexdpo.data.report import Counts, DataReport, none_usable, require_prompts
+from flexdpo.data.mixture import Mixture, alternating
+from flexdpo.data.report import Counts, DataReport, merged, none_usable, require_prompts
 from flexdpo.data.tokenize import carried_columns, require_settings
 from flexdpo.errors import FlexdpoError, first_line
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from datasets import Dataset
     from datasets import IterableDataset as Stream
@@ -45,7 +46,8 @@ class StreamedPreferences(IterableDataset[dict[str, Any]]):
     repeated with their number ``row`` turned into ``-1 - row``, so that nobody counts them twice.
 
     Args:
-        source: A ``datasets.IterableDataset``, not split by process. One that was shuffled is shuffled anew each epoch.
+        source: A ``datasets.IterableDataset``, or a mixture of some, not split by process. One that was shuffled is
+            shuffled anew each epoch.
         max_length: Most tokens of prompt + response; ``None`` for no limit.
         shuffle_buffer: Shuffle through a buffer of this many tokenised rows; 0 keeps the order of the source.
         max_positions: Refuse an example with more tokens, as a model with learned positions must.
@@ -60,7 +62,7 @@ class StreamedPreferences(IterableDataset[dict[str, Any]]):
             type or length (with its number) and a source that breaks off.
     """
 
-    source: Stream
+    source: Any
     tokenizer: PreTrainedTokenizerBase
     _: KW_ONLY
     max_length: int | None
@@ -74,12 +76,32 @@ class StreamedPreferences(IterableDataset[dict[str, Any]]):
     max_positions: int | None = None
     epoch: int = field(default=0, init=False)
     closed: bool = field(default=False, init=False)
+    settings: Settings = field(init=False)
+    _parts: list[StreamedPreferences] = field(init=False)
+    _shares: list[float | None] = field(init=False)
 
     def __post_init__(self) -> None:
         require_settings(self.max_length, self.truncation_mode, None)
-        _require_whole(self.source, self.name)
         if self.shuffle_buffer < 0:
             raise FlexdpoError(f"shuffle_buffer={self.shuffle_buffer}: use 0 to keep the order, or a number of rows")
+        if isinstance(self.source, Mixture):
+            self._parts = [
+                StreamedPreferences(
+                    part.data,
+                    self.tokenizer,
+                    max_length=self.max_length,
+                    name=f"{self.name}, {part.name}",
+                    endless=False,
+                    max_positions=self.max_positions,
+                )
+                for part in self.source.parts
+            ]
+            self._shares = [part.fraction for part in self.source.parts]
+            if len({LAYOUTS[part.settings.layout].labelled for part in self._parts}) > 1:
+                raise FlexdpoError(f"{self.name}: some streams hold labelled responses and others preferences")
+            return
+        self._parts, self._shares = [self], [None]
+        _require_whole(self.source, self.name)
         self.source = self.source.with_format(None)
         self.columns = self._find_columns()
         self.settings = settings_for(self.columns, max(self.tokenizer.get_vocab().values()), self.max_length, self.name)
@@ -88,7 +110,7 @@ class StreamedPreferences(IterableDataset[dict[str, Any]]):
     @classmethod
     def for_run(
         cls,
-        source: Stream,
+        source: Stream | Mixture,
         tokenizer: PreTrainedTokenizerBase,
         config: DPOConfig,
         *,
@@ -115,7 +137,7 @@ class StreamedPreferences(IterableDataset[dict[str, Any]]):
     @property
     def report(self) -> DataReport:
         """The account of the rows read so far in the first pass."""
-        return self._counts.as_report(self.name)
+        return merged(self.name, [part._counts.as_report(part.name) for part in self._parts])
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the next iteration's first pass; the passes after it count on from there."""
@@ -123,17 +145,20 @@ class StreamedPreferences(IterableDataset[dict[str, Any]]):
 
     def preview(self, rows: int) -> DataReport:
         """What becomes of the source's beginning, up to so many usable rows, for a word before training."""
-        counts = Counts(self.settings)
-        whole: list[int] = []
-        for _ in islice(self._usable(0, counts, whole), rows):
+        counts, wholes = self._new_counts(), [list[int]() for _ in self._parts]
+        for _ in islice(self._rows(0, counts, wholes), rows):
             pass
-        return counts.as_report(f"{self.name}, its beginning", np.asarray(whole))
+        each = [
+            count.as_report(f"{part.name}, its beginning", np.asarray(whole))
+            for part, count, whole in zip(self._parts, counts, wholes, strict=True)
+        ]
+        return merged(f"{self.name}, its beginning", each)
 
     def sample(self, rows: int) -> Dataset:
         """The first usable rows of the source as a tokenised dataset, to look at before training or to compare by."""
         from datasets import Dataset
 
-        found = list(islice(self._usable(0, Counts(self.settings)), rows))
+        found = list(islice(self._rows(0, self._new_counts()), rows))
         if not found:
             raise self._nothing_usable()
         return Dataset.from_list(found)
@@ -183,9 +208,23 @@ class StreamedPreferences(IterableDataset[dict[str, Any]]):
         epoch = self.epoch + number
         worker = get_worker_info()
         # every worker reads every row, so one of them counts for all; a later pass meets the same rows again
-        counts = self._counts if number == 0 and (worker is None or worker.id == 0) else Counts(self.settings)
-        rows = self._usable(epoch, counts)
+        counted = number == 0 and (worker is None or worker.id == 0)
+        rows = self._rows(epoch, [part._counts for part in self._parts] if counted else self._new_counts())
         return _shuffled(rows, self.shuffle_buffer, (self.seed, epoch)) if self.shuffle_buffer else rows
+
+    def _new_counts(self) -> list[Counts]:
+        return [Counts(part.settings) for part in self._parts]
+
+    def _rows(
+        self, epoch: int, counts: Sequence[Counts], wholes: Sequence[list[int] | None] | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """The usable rows of all parts, one part after another or in turn."""
+        wholes = wholes or [None] * len(counts)
+        each = [
+            part._usable(epoch, count, whole) for part, count, whole in zip(self._parts, counts, wholes, strict=True)
+        ]
+        shares = [share for share in self._shares if share is not None]
+        return alternating(each, shares) if shares else chain.from_iterable(each)
 
     def _usable(self, epoch: int, counts: Counts, whole: list[int] | None = None) -> Iterator[dict[str, Any]]:
         """Tokenised rows in the order of the source; the others are counted, and uncut lengths put into ``whole``."""
@@ -342,7 +381,7 @@ def _needs_everything(setting: str) -> FlexdpoError:
 
 
 def is_stream(dataset: object) -> bool:
-    """Whether this is a ``datasets.IterableDataset``."""
+    """Whether this is a ``datasets.IterableDataset``, or a mixture of some."""
     from datasets import IterableDataset as Stream
 
-    return isinstance(dataset, Stream)
+    return dataset.streams if isinstance(dataset, Mixture) else isinstance(dataset, Stream)

@@ -13,7 +13,8 @@ from flexdpo.data.encode import tokenize_batch, tokenizer_name
 from flexdpo.data.ids import longest_if_usable
 from flexdpo.data.layouts import LAYOUTS, OWN_LAYOUT, described, settings_for
 from flexdpo.data.load import load_preference_dataset
-from flexdpo.data.report import Counts, DataReport, none_usable, require_prompts
+from flexdpo.data.mixture import Mixture
+from flexdpo.data.report import Counts, DataReport, merged, none_usable, require_prompts
 from flexdpo.errors import FlexdpoError, nearest, quoted
 from flexdpo.layout.groups import Group
 from flexdpo.objective.unpaired import LabelledGroup
@@ -82,7 +83,7 @@ def require_special_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def tokenize_preferences(
-    dataset: Dataset,
+    dataset: Dataset | Mixture,
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int | None,
@@ -98,7 +99,7 @@ def tokenize_preferences(
     follows the tokens that the prompt alone and prompt + response have in common.
 
     Args:
-        dataset: The rows, a ``datasets.Dataset``.
+        dataset: The rows, a ``datasets.Dataset`` or a mixture of some.
         tokenizer: Tokenizes them; with BOS or whatever else it adds by default.
         max_length: Most tokens of prompt + response, the response is cut on the right; ``None`` for no limit.
         truncation_mode: ``"keep_start"``, the only one.
@@ -114,6 +115,19 @@ def tokenize_preferences(
     """
     from datasets import Dataset
 
+    if isinstance(dataset, Mixture):
+        each = [
+            tokenize_preferences(
+                part.data,
+                tokenizer,
+                max_length=max_length,
+                truncation_mode=truncation_mode,
+                num_proc=num_proc,
+                name=f"{name}, {part.name}",
+            )
+            for part in dataset.parts
+        ]
+        return _as_one(each, name)
     if not isinstance(dataset, Dataset):
         raise FlexdpoError(f"{name}: expected a datasets.Dataset, found {type(dataset).__name__}; pick one split")
     require_settings(max_length, truncation_mode, num_proc)
@@ -133,6 +147,18 @@ def tokenize_preferences(
         # rows are tokenised without the name, so that it does not change what the cache finds
         raise FlexdpoError(f"{name}: {error}") from error
     return _account(mapped, settings, name)
+
+
+def _as_one(each: Sequence[TokenizedPreferences], name: str) -> TokenizedPreferences:
+    from datasets import concatenate_datasets
+
+    labelled = {LABELS_COLUMN in tokenised.dataset.column_names for tokenised in each}
+    if len(labelled) > 1:
+        raise FlexdpoError(f"{name}: some datasets hold labelled responses and others preferences; no loss takes both")
+    # what was precomputed for some of them only
+    columns = [*TOKENISED_COLUMNS, *([LABELS_COLUMN] if labelled == {True} else [])]
+    rows = concatenate_datasets([tokenised.dataset.select_columns(columns) for tokenised in each])
+    return TokenizedPreferences(rows, merged(name, [tokenised.report for tokenised in each]))
 
 
 def require_settings(max_length: int | None, truncation_mode: str, num_proc: int | None) -> None:
