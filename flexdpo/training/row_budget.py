@@ -65,7 +65,7 @@ def auto_row_budget(
     multiple: int | None = None,
     longest: int = 0,
 ) -> int:
-    """The largest ``max_tokens_per_row`` whose step fits into a device's free memory.
+    """The largest ``max_tokens_per_row``, at most 262,144, whose step fits into a device's free memory.
 
     Args:
         model_or_config: See :meth:`ModelSize.of`.
@@ -78,14 +78,10 @@ def auto_row_budget(
         multiple: The budget is a multiple of this many tokens; by default 128 on CUDA and 1 elsewhere.
         longest: Distinct tokens of the longest example, which must fit.
 
-    Returns:
-        Tokens, at most 262,144.
-
     Raises:
         FlexdpoError: if not even ``longest`` tokens, or one ``multiple``, fit; the message says what takes the memory.
     """
-    device = torch.device(device)
-    setup = setup or TrainingSetup(device_type=device.type)
+    setup = setup or TrainingSetup(device_type=torch.device(device).type)
     size = ModelSize.of(model_or_config)
     unit = multiple or tile_multiple(device)
     free = free_memory(device) if free is None else free
