@@ -184,3 +184,25 @@ def test_check_says_exact_or_refused(tmp_path, capsys, saved_model) -> None:
     assert main(["check", str(tmp_path / "bloom")]) == 3
     assert "REFUSED" in capsys.readouterr().out
     assert "unrecognized arguments: --jsn; see flexdpo check --help" in complaint(capsys, "check", "x", "--jsn")
+
+
+def test_a_mixture_from_a_yaml_file(tmp_path, capsys, saved_model, data_file) -> None:
+    other = tmp_path / "named.jsonl"
+    rows = [{"q": f"w{n % 9 + 3} ", "a": "w5 w6", "b": "w7", "n": n} for n in range(12)]
+    other.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    entries = [
+        {"path": str(data_file), "count": 8},
+        {"path": str(other), "columns": {"prompt": "q", "chosen": "a", "rejected": "b"}},
+    ]
+    config = tmp_path / "run.yaml"
+    config.write_text(json.dumps({"datasets": entries, "test_split_size": 0.2, "logging_steps": 1}))
+    words = ["train", "--model_name_or_path", str(saved_model("llama")), "--config", str(config), "--use_cpu"]
+    words += ["--max_steps", "1", "--report_to", "none", "--disable_tqdm", "true", "--bf16", "false"]
+    assert main([*words, "--dry_run"]) == 0
+    assert "16 of 16 rows used" in capsys.readouterr().out
+    assert main([*words, "--output_dir", str(tmp_path / "out")]) == 0
+    table = capsys.readouterr().out
+    assert "train: 16 of 16 rows used" in table
+    assert "eval: 4 of 4 rows used" in table
+    assert main([*words, "--dataset_name", "x"]) == 2
+    assert "--datasets names all datasets" in capsys.readouterr().err

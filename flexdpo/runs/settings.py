@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +77,16 @@ class Job(ModelSettings):
         default=False,
         metadata={"help": "Read the datasets as they are needed instead of loading them; set max_steps."},
     )
+    datasets: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Several datasets to train on as one: paths, or in a YAML file mappings with path, name, data_dir, "
+            "data_files, split, columns, and fraction or count."
+        },
+    )
+    test_split_size: float | None = field(
+        default=None, metadata={"help": "Share of the training rows to hold out and evaluate on, before and after."}
+    )
     columns: str | None = field(
         default=None,
         metadata={"help": "Which column is which, where names are not known: prompt=question,chosen=response_j."},
@@ -90,8 +101,12 @@ class Job(ModelSettings):
 
     def require_names(self) -> None:
         """Raise unless model and data are named."""
+        if self.datasets and (self.dataset_name or self.columns):
+            raise FlexdpoError("--datasets names all datasets and their columns; leave --dataset_name and --columns")
+        if self.test_split_size is not None and (self.eval_dataset_name or self.dataset_test_split):
+            raise FlexdpoError("--test_split_size holds out what to evaluate on; leave it, or other evaluation data")
         for name in ("model_name_or_path", "dataset_name"):
-            if getattr(self, name) is None:
+            if getattr(self, name) is None and not (name == "dataset_name" and self.datasets):
                 raise FlexdpoError(
                     f"--{name} is missing: give a file, folder or hub name; 'flexdpo train' alone runs the built-in "
                     "example"
@@ -99,15 +114,35 @@ class Job(ModelSettings):
 
     def train_data(self) -> Any:
         """What to train on, or a stream of it."""
+        if self.datasets or self.test_split_size is not None:
+            return self._mixture()[0]
         return self._load(self.dataset_name, self.dataset_train_split, self.dataset_config)
 
     def eval_data(self) -> Any:
         """What to evaluate on, or ``None``."""
+        if self.test_split_size is not None:
+            return self._mixture()[1]
         if self.eval_dataset_name is not None:
             return self._load(self.eval_dataset_name, self.dataset_test_split or "train", None)
         if self.dataset_test_split is not None:
             return self._load(self.dataset_name, self.dataset_test_split, self.dataset_config)
         return None
+
+    def _mixture(self) -> Any:
+        """Several datasets, whose mappings come from a YAML file as JSON, or one of which rows are held out."""
+        from flexdpo.data.columns import parse_columns
+        from flexdpo.data.mixture import load_mixture
+
+        try:
+            entries: list[Any] = [json.loads(each) if each[:1] == "{" else each for each in self.datasets or ()]
+        except json.JSONDecodeError as error:
+            raise FlexdpoError(f"--datasets: not valid JSON ({error.msg}); give paths, or a YAML file") from error
+        one = {"path": self.dataset_name, "name": self.dataset_config, "split": self.dataset_train_split}
+        return load_mixture(
+            entries or [{**one, "columns": parse_columns(self.columns)}],
+            streaming=self.dataset_streaming,
+            test_split_size=self.test_split_size,
+        )
 
     def _load(self, name: str | None, split: str, config_name: str | None) -> Any:
         from flexdpo.data.columns import parse_columns
