@@ -66,9 +66,10 @@ def planned(rows: Sequence[Row], limits: LengthLimits, allowance: Allowance, *, 
     """As many sequences as the allowance covers, one at least; gradients where it covers those of one."""
     one, *others = _order(rows, limits)
     plan = _with(Plan([[] for _ in rows], gradients), *one)
-    for less in ({"beside": False}, {"gradients": False}):
-        if plan.cost(rows, limits, allowance) > allowance.passes:
-            plan = replace(plan, **less)
+    if plan.cost(rows, limits, allowance) > allowance.passes:
+        plan = replace(plan, beside=False)
+    if plan.cost(rows, limits, allowance) > allowance.passes:
+        plan = replace(plan, gradients=False)
     for each in others:
         more = _with(plan, *each)
         if more.cost(rows, limits, allowance) <= allowance.passes:
