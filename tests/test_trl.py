@@ -19,7 +19,9 @@ from transformers import (
     AutoModelForSequenceClassification,
     Gemma3TextConfig,
     GptOssConfig,
+    Lfm2Config,
     MixtralConfig,
+    Qwen3NextConfig,
     TrainerCallback,
 )
 
@@ -63,6 +65,21 @@ MODELS: dict[str, Callable[[], Any]] = {
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     ),
     "gpt2": CONFIGS["gpt2"],
+    "lfm2": lambda: Lfm2Config(**_SHAPE, layer_types=["conv", "full_attention"]),
+    "qwen3_next": lambda: Qwen3NextConfig(
+        **_SHAPE,
+        layer_types=["linear_attention", "full_attention"],
+        linear_num_value_heads=4,
+        linear_num_key_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+        # embeddings that are the head too would be so strong as to leave all probability to one token
+        tie_word_embeddings=False,
+    ),
 }
 
 
@@ -73,7 +90,7 @@ def build(name: str, seed: int = 0, *, rewards: bool = False) -> Any:
         config.num_labels, config.pad_token_id = 1, 2
     kind = AutoModelForSequenceClassification if rewards else AutoModelForCausalLM
     model = strengthen(kind.from_config(config), seed)
-    if name in ("gemma3", "gpt2"):
+    if name in ("gemma3", "gpt2", "lfm2"):
         # their embeddings are the head too: so strong ones would leave all probability to one token
         for module in model.modules():
             if isinstance(module, torch.nn.Embedding):
@@ -180,8 +197,10 @@ def train(
 _CLOCK = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos")
 
 
-def assert_same_history(got: list[dict[str, float]], want: list[dict[str, float]], but: tuple[str, ...] = ()) -> None:
-    assert len(got) == len(want) == STEPS + 1
+def assert_same_history(
+    got: list[dict[str, float]], want: list[dict[str, float]], but: tuple[str, ...] = (), steps: int = STEPS
+) -> None:
+    assert len(got) == len(want) == steps + 1
     for mine, theirs in zip(got, want, strict=True):
         assert mine.keys() == theirs.keys()
         for key in theirs.keys() - {*_CLOCK, *but}:
@@ -190,7 +209,8 @@ def assert_same_history(got: list[dict[str, float]], want: list[dict[str, float]
 
 def compare(folder: Path, tokenizer: Any, name: str, **settings: Any) -> Any:
     plain, shared = (train(folder / str(share), tokenizer, name, share, **settings) for share in (False, True))
-    assert_same_history(shared.state.log_history, plain.state.log_history)
+    steps = settings.get("max_steps", STEPS)
+    assert_same_history(shared.state.log_history, plain.state.log_history, steps=steps)
     assert not any("grad_norm" in logs and not logs["grad_norm"] > 0 for logs in plain.state.log_history)
     references = [] if settings.get("precompute_ref_log_probs") else [getattr(shared, "ref_model", None)]
     for model in (shared.model, *references):
@@ -280,6 +300,13 @@ def test_dpo_ways(name: str, way: str, tmp_path: Path, tokenizer: Any) -> None:
 )
 def test_reward_modelling(name: str, way: str, tmp_path: Path, tokenizer: Any) -> None:
     compare(tmp_path, tokenizer, name, rewards=True, **REWARD_WAYS[way])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lfm2", "qwen3_next"])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_thirty_steps_of_a_model_with_states(name: str, side: str, tmp_path: Path, tokenizer: Any) -> None:
+    compare(tmp_path, tokenizer, name, max_steps=30, side=side)
 
 
 def test_completions_sampled_during_training(tmp_path: Path, tokenizer: Any, saved_model: Any) -> None:

@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 
 from flexdpo.hf.interface import HARMLESS_KWARGS
 from flexdpo.hf.row_dependence import LengthLimits, length_limits
+from flexdpo.hf.rules import attends
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,16 +44,17 @@ _HARMLESS_TENSORS = frozenset({"input_ids", "attention_mask", "num_items_in_batc
 # fmt: off
 _RELATIVE = frozenset(
     (
-        "afmoe", "apertus", "arcee", "aria_text", "axk1", "bitnet", "cohere", "cohere2", "cohere2_moe",
+        "afmoe", "apertus", "arcee", "aria_text", "axk1", "bamba", "bitnet", "cohere", "cohere2", "cohere2_moe",
         "cohere_compass_text", "cwm", "dbrx", "deepseek_v2", "deepseek_v3", "diffllama", "dots1", "emu3_text_model",
-        "ernie4_5", "ernie4_5_moe", "exaone4", "exaone_moe", "flex_olmo", "flint", "gemma", "gemma2", "gemma3_text",
-        "glm", "glm4", "glm4_moe", "glm4_moe_lite", "gpt_neox", "gpt_oss", "granite", "granite_swa", "granitemoe",
-        "granitemoe_swa", "granitemoeshared", "helium", "hrm_text", "hy_v3", "hyperclovax", "internlm3",
-        "iquestcoder", "jais2", "jetmoe", "kolibri1", "laguna", "llama", "longcat_flash", "mellum", "mimo_v2_flash",
-        "minicpm3", "minimax_m2", "ministral", "mistral", "mixtral", "mllama_text_model", "modernbert-decoder",
-        "moshi", "nanochat", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "persimmon", "phi", "phi3", "phimoe",
-        "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "solar_open", "stablelm", "starcoder2",
-        "vaultgemma", "youtu",
+        "ernie4_5", "ernie4_5_moe", "exaone4", "exaone_moe", "falcon_h1", "flex_olmo", "flint", "gemma", "gemma2",
+        "gemma3_text", "glm", "glm4", "glm4_moe", "glm4_moe_lite", "gpt_neox", "gpt_oss", "granite", "granite_swa",
+        "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared", "helium", "hrm_text", "hy_v3",
+        "hyperclovax", "internlm3", "iquestcoder", "jais2", "jamba", "jetmoe", "kolibri1", "laguna", "lfm2", "lfm2_moe",
+        "llama", "longcat_flash", "mellum", "mimo_v2_flash", "minicpm3", "minimax_m2", "ministral", "mistral",
+        "mixtral", "mllama_text_model", "modernbert-decoder", "moshi", "nanochat", "nemotron", "nemotron_h", "olmo",
+        "olmo2", "olmo3", "olmo_hybrid", "olmoe", "persimmon", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3",
+        "qwen3_5_text", "qwen3_moe", "qwen3_next", "seed_oss", "smollm3", "solar_open", "stablelm", "starcoder2",
+        "vaultgemma", "youtu", "zamba2",
     )
 )
 # fmt: on
@@ -131,7 +133,8 @@ class Positions:
         absolute = any(getattr(config, name, None) for name in _ABSOLUTE_SETTINGS)
         absolute |= any(each.get(name) for each in settings for name in _ABSOLUTE_SETTINGS)
         fixed = kinds <= _RELATIVE_ROPE
-        return cls(relative=config.model_type in _RELATIVE and fixed and not absolute, limits=length_limits(backbone))
+        relative = not attends(backbone) or (config.model_type in _RELATIVE and fixed and not absolute)
+        return cls(relative, limits=length_limits(backbone))
 
 
 def _rope_settings(config: Any) -> list[dict[str, Any]]:
