@@ -50,9 +50,15 @@ class Settings:
 
 @dataclass
 class Draft:
-    """One row on its way from text to token ids; ``columns`` is where each response stands."""
+    """One row on its way from text to token ids.
+
+    Attributes:
+        place: How errors call the row.
+        columns: Where each response stands.
+    """
 
     row: int
+    place: str
     prompt: Any = None
     columns: list[str] = field(default_factory=list)
     responses: list[Any] = field(default_factory=list)
@@ -78,11 +84,6 @@ class Draft:
     ties: int = 0
     unjudged: int = 0
     longest: int = 0
-
-    @property
-    def place(self) -> str:
-        """How errors call this row."""
-        return f"row {self.row} (counted from 0)"
 
 
 # what happened to rows that are used all the same

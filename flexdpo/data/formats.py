@@ -22,7 +22,7 @@ def read_row(row: int, values: Mapping[str, Any], settings: Settings) -> Draft:
     Raises:
         FlexdpoError: naming the row and the column, for values that cannot be read or would be lost.
     """
-    layout, draft = LAYOUTS[settings.layout], Draft(row)
+    layout, draft = LAYOUTS[settings.layout], Draft(row, f"row {row} (counted from 0)")
     if layout.ids:
         layout.read(draft, values, settings.largest_id)
         return draft
@@ -37,10 +37,13 @@ def read_row(row: int, values: Mapping[str, Any], settings: Settings) -> Draft:
     layout.read(draft, values)
     if settings.prompt:
         draft.prompt, values = _prompt(draft, values, settings)
+    # text that holds messages as JSON counts as messages where all responses are such text
+    responses = [decoded(r, draft.place, c) for r, c in zip(draft.responses, draft.columns, strict=True)]
+    if responses != draft.responses and not any(isinstance(response, str) for response in responses):
+        draft.decoded, draft.responses = True, responses
     draft.prompt = as_messages(draft.prompt, draft.place, (settings.prompt or ("prompt",))[0])
     draft.responses = [as_messages(r, draft.place, c) for r, c in zip(draft.responses, draft.columns, strict=True)]
-    _decode(draft)
-    _leave_out(draft)
+    _leave_out(draft, [says_nothing(response) for response in draft.responses])
     if draft.skip:
         return draft
     _settle(draft, values, settings)
@@ -67,20 +70,10 @@ def _prompt(draft: Draft, values: Mapping[str, Any], settings: Settings) -> tupl
     return value, values
 
 
-def _decode(draft: Draft) -> None:
-    """Messages that stand as JSON in the text of all responses."""
-    named = zip(draft.responses, draft.columns, strict=True)
-    responses = [decoded(response, draft.place, column) for response, column in named]
-    if not any(isinstance(response, str) for response in responses) and responses != draft.responses:
-        draft.decoded = True
-        draft.responses = [as_messages(r, draft.place, c) for r, c in zip(responses, draft.columns, strict=True)]
-
-
-def _leave_out(draft: Draft) -> None:
+def _leave_out(draft: Draft, empty: list[bool]) -> None:
     """Leave out the responses of a ranking without text or without a preference; of a pair, the row."""
     if draft.skip:
         return
-    empty = [says_nothing(response) for response in draft.responses]
     if any(empty) and len(empty) < 3:
         draft.skip = EMPTY_RESPONSE
         return

@@ -391,8 +391,8 @@ def test_single_labels_train(tmp_path, tokenizer, small_model, loss_type) -> Non
             difference = response_logps(trainer.model, packed).sums - trainer.reference_logps(packed).sums
         gained[row["labels"][0]].append(difference[0].item())
     assert sum(gained[True]) / 6 > sum(gained[False]) / 6 + 1
-    words = Dataset.from_list([{**row, "label": "yes"} for row in rows])
-    with pytest.raises(FlexdpoError, match=r"row 0 .*column 'label': expected true or false, found str"):
+    words = Dataset.from_list([{**row, "label": "perhaps"} for row in rows])
+    with pytest.raises(FlexdpoError, match=r"row 0 .*column 'label': expected true or false \(also .*'perhaps'"):
         DPOTrainer(small_model(), None, args, train_dataset=words, processing_class=tokenizer)
 
 
