@@ -170,7 +170,7 @@ def _label_logps(logits: Tensor, labels: Tensor) -> Tensor:
 def _padded(groups: Sequence[Group], device: torch.device) -> list[Tensor]:
     """Token ids, attention mask and the places of responses, ``[2, pairs, longest]``, chosen before rejected."""
     sequences = [torch.from_numpy(group.sequences[side]) for side in (0, 1) for group in groups]
-    ids = pad_sequence(sequences, batch_first=True)
+    ids = pad_sequence(sequences, True)
     places = torch.arange(ids.shape[1])
     is_token = places < torch.tensor([len(sequence) for sequence in sequences])[:, None]
     behind_prompt = places >= torch.tensor([group.prompt_ids.size for group in groups]).repeat(2)[:, None]

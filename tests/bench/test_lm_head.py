@@ -23,7 +23,7 @@ def test_the_head_reaches_four_fifths_of_an_h100() -> None:
 def test_what_follows_the_head_costs_passes() -> None:
     assert count_head(transform=LogitTransform(0.25))["efficiency"] >= 0.8
     # tanh, log-softmax and exp go over all logits one by one, each time for 6 % of what the products take
-    assert 0.65 < count_head(transform=LogitTransform(1.0, 30.0))["efficiency"] < 0.8
+    assert 0.6 < count_head(transform=LogitTransform(1.0, 30.0))["efficiency"] < 0.8
 
 
 def test_counting_by_hand() -> None:
