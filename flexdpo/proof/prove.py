@@ -54,8 +54,9 @@ class Proof:
     """What was measured; errors and noise are relative to the largest value of their kind.
 
     Gradients are NaN where they were not taken (sharded models, no time), their noise where rounding explains all
-    without it, the reference's error where it need not agree, its noise where it agrees without. In half precision the
-    figures of log-probabilities and gradients are those of nine in ten tokens.
+    without it, the reference's error where it need not agree, its noise where it agrees without. ``noise_alone`` is
+    that of rounding without another batch, 0 where nobody asked. In half precision the figures of log-probabilities
+    and gradients are those of nine in ten tokens.
     """
 
     examples: int
@@ -69,6 +70,7 @@ class Proof:
     gradient_noise: float = math.nan
     reference_error: float = math.nan
     reference_noise: float = math.nan
+    noise_alone: float = 0.0
     seconds: float = 0.0
 
     @property
@@ -105,7 +107,11 @@ class Proof:
     def failures(self) -> list[str]:
         """What does not hold, with its figures; empty where everything does."""
         found = ["random numbers were drawn in the forward pass"] if self.drew_random_numbers else []
-        if self.value_noise > self._half_the_digits:
+        # half of half precision's digits are few: there, rounding without another batch must be nearly as much
+        most = self._half_the_digits
+        if self.rounding > _SINGLE:
+            most = min(most, max(ROUNDINGS * self.rounding, NOISE_FACTOR * self.noise_alone))
+        if self.value_noise > most:
             found.append(
                 f"unpacked log-probabilities depend on the batch: they move by {self.value_noise:.1e} in another one"
             )
@@ -291,8 +297,8 @@ class _Compared:
         return self.runs.error([(again[response].logps, self.unpacked[number][response].logps)])
 
     def with_noise_of_all(self, proof: Proof, seed: int) -> Proof:
-        """The proof with the noise of every sequence, if that is larger."""
-        values, gradients = [], []
+        """The proof with the noise of every sequence, in other batches and of rounding alone, where it is larger."""
+        values, gradients, alone = [], [], []
         for row, batches, once in zip(self.rows, self._batches(), self.unpacked, strict=True):
             again = self.runs.again(row, batches, beside=True, seed=seed)
             values += [(again[response].logps, run.logps) for response, run in once.items()]
@@ -301,9 +307,19 @@ class _Compared:
                     summed_by_token({r: each.gradient for r, each in of.items()}, row) for of in (again, once)
                 )
                 gradients.append((one, other))
+            with torch.no_grad():
+                for batch in batches:
+                    rounded = again if len(batch) > 1 else self.runs.again(row, [batch], beside=False, seed=seed)
+                    plain = {r: self.runs.unpacked(row, [r])[r] for r in batch} if len(batch) > 1 else once
+                    alone += [(rounded[response].logps, plain[response].logps) for response in batch]
         # NaN stands for what was not compared, and max() keeps a first one
         noise = max(self.runs.error(gradients), -1.0 if math.isnan(proof.gradient_noise) else proof.gradient_noise)
-        return replace(proof, value_noise=max(proof.value_noise, self.runs.error(values)), gradient_noise=noise)
+        return replace(
+            proof,
+            value_noise=max(proof.value_noise, self.runs.error(values)),
+            gradient_noise=noise,
+            noise_alone=max(proof.noise_alone, self.runs.error(alone)),
+        )
 
     def _batches(self) -> list[list[list[int]]]:
         limits = self.runs.limits

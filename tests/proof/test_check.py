@@ -47,7 +47,7 @@ def test_a_refused_model_says_why_and_the_way_out(tmp_path: Path) -> None:
     [
         ("lfm2", "Lfm2ShortConv (2): shared", 0),
         ("jamba", "JambaMambaMixer (2): scan unfolded to whole sequences, since selective_scan_fn takes no state", 0),
-        ("zaya", "ZayaCCAProjection (4): refused, its state goes past any known kernel", 3),
+        ("zaya", "ZayaCCAProjection (2): refused, its state goes past any known kernel", 3),
     ],
 )
 def test_layers_that_carry_a_state(name: str, way: str, code: int, tmp_path: Path) -> None:
