@@ -93,11 +93,14 @@ def test_deep_tries(name: str) -> None:
 @pytest.mark.zoo
 @pytest.mark.parametrize("name", EVERY)
 def test_longer_than_four_chunks_of_the_scan(name: str) -> None:
-    """And as they are, where norms and scans compute in float32."""
-    assert_same(*runs(name, deep_row(270)))
+    """And as they are, where norms and scans compute in float32: they lose what the stock model loses by itself."""
+    got, exact = runs(name, deep_row(270))
+    assert_same(got, exact)
     model = built(name)
-    want = unpacked_run(model, deep_row(270))
-    assert_same(packed_run(prepare_model(model), deep_row(270)), want, 1e-4)
+    stock = unpacked_run(model, deep_row(270))
+    lost = max(logit_error(stock, exact), gradient_error(stock, exact))
+    assert lost < 2e-4
+    assert_same(packed_run(prepare_model(model), deep_row(270)), exact, max(1e-4, 2 * lost))
 
 
 @pytest.mark.parametrize("name", every("lfm2", "granitemoehybrid", "zamba2"))
