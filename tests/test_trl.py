@@ -198,19 +198,25 @@ _CLOCK = ("train_runtime", "train_samples_per_second", "train_steps_per_second",
 
 
 def assert_same_history(
-    got: list[dict[str, float]], want: list[dict[str, float]], but: tuple[str, ...] = (), steps: int = STEPS
+    got: list[dict[str, float]],
+    want: list[dict[str, float]],
+    but: tuple[str, ...] = (),
+    steps: int = STEPS,
+    tolerance: float = TOLERANCE,
 ) -> None:
     assert len(got) == len(want) == steps + 1
     for mine, theirs in zip(got, want, strict=True):
         assert mine.keys() == theirs.keys()
         for key in theirs.keys() - {*_CLOCK, *but}:
-            assert mine[key] == pytest.approx(theirs[key], rel=TOLERANCE, abs=TOLERANCE), f"{key} at {theirs['step']}"
+            assert mine[key] == pytest.approx(theirs[key], rel=tolerance, abs=tolerance), f"{key} at {theirs['step']}"
 
 
 def compare(folder: Path, tokenizer: Any, name: str, **settings: Any) -> Any:
     plain, shared = (train(folder / str(share), tokenizer, name, share, **settings) for share in (False, True))
     steps = settings.get("max_steps", STEPS)
-    assert_same_history(shared.state.log_history, plain.state.log_history, steps=steps)
+    # chunks of its scans end elsewhere in a row, and the longer sums within them round otherwise
+    tolerance = 10 * TOLERANCE if name == "qwen3_next" else TOLERANCE
+    assert_same_history(shared.state.log_history, plain.state.log_history, steps=steps, tolerance=tolerance)
     assert not any("grad_norm" in logs and not logs["grad_norm"] > 0 for logs in plain.state.log_history)
     references = [] if settings.get("precompute_ref_log_probs") else [getattr(shared, "ref_model", None)]
     for model in (shared.model, *references):
