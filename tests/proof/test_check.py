@@ -130,10 +130,14 @@ INCOMPLETE = {
     "ernie", "gemma3n_text", "hunyuan_v1_dense", "hunyuan_v1_moe", "ministral", "nemotron", "roc_bert",
 }
 # fmt: on
+# their states are not cut: too large to run, or no longer in proportion to the hidden size
+STATES = ("hybrid: linear/SSM/conv token mixing", "recurrent/SSM token mixing")
 
 
 @pytest.mark.zoo
-@pytest.mark.parametrize("name", sorted(n for n, a in zoo().items() if a.exact and n not in INCOMPLETE))
+@pytest.mark.parametrize(
+    "name", sorted(n for n, a in zoo().items() if a.exact and n not in INCOMPLETE and a.cause not in STATES)
+)
 def test_full_sized_configs_are_cut_built_and_found_exact(name: str) -> None:
     from flexdpo import parity_probe
 
