@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from flexdpo import Row, UnsupportedModelError, parity_probe, prepare_model
 from flexdpo.hf import prepare
+from flexdpo.hf.mixer_kernels import mixers_of
 from flexdpo.hf.rules import refusal_reason
 from tests.hf.architectures import (
     BECAME_EXACT,
@@ -176,13 +177,17 @@ def test_the_run_time_checks_close_what_the_rule_accepts(name: str) -> None:
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in SPREAD else pytest.mark.zoo) for n in BUILDABLE])
 def test_the_probe_makes_no_mistake(name: str, record_property: Any) -> None:
-    report = parity_probe(build_or_skip(name, dtype=torch.float32))
+    model = build_or_skip(name, dtype=torch.float32)
+    report = parity_probe(model)
     # the probe runs in train mode, where one router draws however it is set
     exact = name != "phimoe" and (name in EXACT or became_exact(name, record_property))
     assert report.verdict == ("exact" if exact else "refused"), report
     if report.exact:
-        assert report.value_error < 1e-4 * report.wrong_value_error
-        assert report.gradient_error < 1e-4 * report.wrong_gradient_error
+        # the stock scans compute in float32 and hand their roundings on
+        noise = (report.value_noise, report.gradient_noise) if mixers_of(model) else (0.0, 0.0)
+        assert report.value_error < max(1e-4 * report.wrong_value_error, 2 * noise[0])
+        assert report.gradient_error < max(1e-4 * report.wrong_gradient_error, 2 * noise[1])
+        assert max(noise) < 0.02
 
 
 @pytest.mark.zoo
