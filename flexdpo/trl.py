@@ -6,14 +6,15 @@ callbacks.
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from flexdpo.dropin.hooks import SharingStats
-from flexdpo.dropin.share import input_module_of, is_shared, share_backbone, sharing_stats, unshare
-from flexdpo.errors import FlexdpoError
-from flexdpo.hf.unwrap import unwrap_model, unwrapped
+from flexdpo.dropin.share import is_shared, share_backbone, sharing_stats, unshare
+from flexdpo.dropin.trainer_models import averages_logits_of_padding, models_of
+from flexdpo.errors import FlexdpoError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,9 +27,10 @@ __all__ = ["SharingCallback", "disable", "enable"]
 class SharingCallback(TrainerCallback):
     """Adds what sharing saves to what a trainer logs.
 
-    With every training log, for the batches since the last one, of policy and reference together and of this process
-    alone: ``sharing/tokens_in``, ``sharing/tokens_run``, ``sharing/saved`` (0 to 1) and ``sharing/passed_through`` (in
-    batches); with the last log of a training run, for all of it. Progress bars and trackers show them; the log history
+    With every training log, for the batches since the last one, of all models together and of this process alone:
+    ``sharing/tokens_in``, ``sharing/tokens_run``, ``sharing/saved`` (0 to 1) and ``sharing/passed_through`` (in
+    batches), all without generation, and ``sharing/generation`` (in calls of a model); with the last log of a training
+    run, for all of it. Progress bars and trackers show them; the log history
     that checkpoints keep is left as it is.
     """
 
@@ -62,17 +64,21 @@ class SharingCallback(TrainerCallback):
         logs["sharing/tokens_in"] = since.tokens_in
         logs["sharing/tokens_run"] = since.tokens_run
         logs["sharing/saved"] = round(since.saved, 4)
-        logs["sharing/passed_through"] = sum(since.passed_through.values())
+        generation = since.passed_through["generation"]
+        logs["sharing/passed_through"] = sum(since.passed_through.values()) - generation
+        logs["sharing/generation"] = generation
         self._logged = now
 
 
 def enable(trainer: Any, *, min_gain: float = 1.1, min_prefix: int = 16, impl: Impl = "auto") -> SharingCallback:
-    """Share prefixes in the policy and the reference of a trainer, in one line after it was made.
+    """Share prefixes in the models of a trainer, in one line after it was made.
 
-    Results, metrics and checkpoints are those without it; see :func:`flexdpo.share_prefixes` for what is shared and
-    what passes through. Reference log-probabilities that the trainer computed while it was made were computed without
-    sharing. LoRA adapters need no line of their own, but their dropout must be 0 (``lora_dropout=0``): with dropout in
-    training nothing can be shared.
+    Policy, reference, teacher, reward and value models are found wherever the trainer keeps them. Results, metrics and
+    checkpoints are those without it; see :func:`flexdpo.share_prefixes` for what is shared and what passes through. A
+    model other than the policy shares in evaluation mode too, where a call does not ask for a cache, and one that would
+    not give the ordinary result runs as before, with a warning. Reference log-probabilities that the trainer computed
+    while it was made were computed without sharing. LoRA adapters need no line of their own, but their dropout must be
+    0 (``lora_dropout=0``): with dropout in training nothing can be shared.
 
     ``trainer`` is TRL's ``DPOTrainer``, ``RewardTrainer`` or any other ``transformers.Trainer``, before its
     ``train()``; the other arguments are those of :func:`flexdpo.share_prefixes`.
@@ -81,25 +87,30 @@ def enable(trainer: Any, *, min_gain: float = 1.1, min_prefix: int = 16, impl: I
         The callback that logs the saving; it has been added to the trainer.
 
     Raises:
-        UnsupportedModelError: if a model would not give the ordinary result; then nothing was changed.
+        UnsupportedModelError: if the policy would not give the ordinary result; then nothing was changed.
         FlexdpoError: if ``trainer`` is no trainer, or shares prefixes already.
     """
-    models = _models_of(trainer)
-    if any(is_shared(model) for model in models):
+    policy, *others = models_of(trainer)
+    if any(is_shared(model) for model in (policy, *others)):
         raise FlexdpoError(
             f"this {type(trainer).__name__} has a model that shares prefixes already; call "
             "flexdpo.trl.disable(trainer) or flexdpo.unshare(model) first"
         )
-    done = []
-    try:
-        for model in models:
-            share_backbone(model, min_gain=min_gain, min_prefix=min_prefix, impl=impl)
-            done.append(model)
-    except Exception:
-        for model in done:
-            unshare(model)
-        raise
-    callback = SharingCallback(models)
+    share_backbone(policy, min_gain=min_gain, min_prefix=min_prefix, impl=impl)
+    shared = [policy]
+    for model in others:
+        try:
+            share_backbone(model, min_gain=min_gain, min_prefix=min_prefix, impl=impl, scores_only=True)
+            shared.append(model)
+        except UnsupportedModelError as error:
+            warnings.warn(f"{type(trainer).__name__} runs one of its models without sharing: {error}", stacklevel=2)
+    if averages_logits_of_padding(trainer):
+        warnings.warn(
+            f"{type(trainer).__name__} logs averages of logits with those at padding among them, where a shared batch "
+            "holds zeros: these averages differ from those of a run without sharing, losses and gradients do not.",
+            stacklevel=2,
+        )
+    callback = SharingCallback(tuple(shared))
     trainer.add_callback(callback)
     # before those that print the logs or send them away
     callbacks = trainer.callback_handler.callbacks
@@ -113,24 +124,9 @@ def disable(trainer: Any) -> None:
     Raises:
         FlexdpoError: if ``trainer`` is no trainer, or does not share prefixes.
     """
-    models = [model for model in _models_of(trainer) if is_shared(model)]
+    models = [model for model in models_of(trainer) if is_shared(model)]
     if not models:
         raise FlexdpoError(f"this {type(trainer).__name__} shares no prefixes; call flexdpo.trl.enable(trainer) first")
     for model in models:
         unshare(model)
     trainer.remove_callback(SharingCallback)
-
-
-def _models_of(trainer: Any) -> tuple[nn.Module, ...]:
-    """The models a trainer runs, without wrappers, each backbone once."""
-    if not isinstance(trainer, Trainer):
-        raise FlexdpoError(
-            f"flexdpo.trl.enable takes a transformers.Trainer such as trl.DPOTrainer, got {type(trainer).__name__}; "
-            "for a loop of your own call flexdpo.share_prefixes(model)"
-        )
-    found: dict[int, nn.Module] = {}
-    for model in (trainer.model, getattr(trainer, "ref_model", None)):
-        if model is not None:
-            inner = unwrapped(model)
-            found.setdefault(id(input_module_of(unwrap_model(inner))), inner)
-    return tuple(found.values())

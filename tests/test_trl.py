@@ -17,6 +17,8 @@ from datasets import Dataset
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BloomConfig,
+    BloomForCausalLM,
     Gemma3TextConfig,
     GptOssConfig,
     Lfm2Config,
@@ -222,7 +224,7 @@ def compare(folder: Path, tokenizer: Any, name: str, **settings: Any) -> Any:
     for model in (shared.model, *references):
         if model is not None:
             stats = flexdpo.sharing_stats(model)
-            passed = {reason for reason in stats.passed_through if reason != "use_cache"}  # generation
+            passed = {reason for reason in stats.passed_through if reason != "generation"}
             assert stats.batches_shared >= STEPS
             assert stats.tokens_run < 0.8 * stats.tokens_in
             assert not passed
@@ -349,7 +351,7 @@ def test_completions_sampled_during_training(tmp_path: Path, tokenizer: Any, sav
     for model in (shared.model, shared.ref_model):
         stats = flexdpo.sharing_stats(model)
         assert stats.batches_shared >= STEPS
-        assert stats.passed_through.keys() <= {"use_cache"}
+        assert stats.passed_through.keys() <= {"generation"}
 
 
 def test_a_reference_that_the_trainer_loads_itself(tmp_path: Path, tokenizer: Any, saved_model: Any) -> None:
@@ -468,15 +470,52 @@ def test_disable(trainer: Any) -> None:
             flexdpo.sharing_stats(model)
 
 
-def test_an_unsupported_reference_leaves_the_policy_as_it_was(trainer: Any) -> None:
-    from transformers import BloomConfig, BloomForCausalLM
+def bloom() -> Any:
+    return BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=16, n_layer=1, n_head=2))
 
-    trainer.ref_model = BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=16, n_layer=1, n_head=2))
+
+def test_an_unsupported_policy_leaves_all_models_as_they_were(trainer: Any) -> None:
+    trainer.model = bloom()
     with pytest.raises(UnsupportedModelError, match="BloomForCausalLM"):
         flexdpo.trl.enable(trainer)
-    assert trainer.model.config._attn_implementation == "sdpa"
+    assert trainer.ref_model.config._attn_implementation == "sdpa"
     with pytest.raises(FlexdpoError, match="shares no prefixes"):
-        flexdpo.sharing_stats(trainer.model)
+        flexdpo.sharing_stats(trainer.ref_model)
+
+
+def test_an_unsupported_reference_runs_without_sharing(trainer: Any) -> None:
+    trainer.ref_model = bloom()
+    with pytest.warns(UserWarning, match="DPOTrainer runs one of its models without sharing: BloomForCausalLM"):
+        callback = flexdpo.trl.enable(trainer)
+    assert callback.models == (trainer.model,)
+
+
+def test_models_are_found_wherever_a_trainer_keeps_them(trainer: Any) -> None:
+    """In lists, in wrappers that are no models, in judges and callbacks; each once."""
+    kept = {name: build("llama", seed=2, rewards=name == "reward") for name in ("reward", "wrapped", "judge", "heard")}
+    trainer.reward_funcs = [len, kept["reward"], trainer.model]
+    trainer.critic = torch.nn.ModuleDict({"value": kept["wrapped"]})
+    trainer.judge = type("Judge", (), {})()
+    trainer.judge.scorer = kept["judge"]
+    listener = TrainerCallback()
+    listener.teachers = {"first": kept["heard"]}
+    trainer.add_callback(listener)
+    callback = flexdpo.trl.enable(trainer, **ALL)
+    assert callback.models[0] is trainer.model
+    assert {*map(id, callback.models)} == {*map(id, (trainer.model, trainer.ref_model, *kept.values()))}
+    assert len(callback.models) == 6
+    trainer.model.config.use_cache = True  # TRL switches it off
+    ids = torch.tensor([[5, 6, 7], [5, 6, 8]])
+    # in evaluation mode nobody wants a cache of a model that scores; of the policy somebody may
+    for model in callback.models:
+        model.eval()(ids)
+    assert all(flexdpo.sharing_stats(model).batches_shared == 1 for model in callback.models[1:])
+    assert flexdpo.sharing_stats(trainer.model).passed_through == {"use_cache": 1}
+    trainer.ref_model.generate(ids, max_new_tokens=2, pad_token_id=2)
+    assert flexdpo.sharing_stats(trainer.ref_model).passed_through == {"generation": 2}
+    assert callback.stats.tokens_in == 6 * 6
+    flexdpo.trl.disable(trainer)
+    assert not any(map(flexdpo.dropin.share.is_shared, callback.models))
 
 
 def test_what_is_no_trainer() -> None:

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 class SharingStats:
     """What sharing has done so far on one model, since :func:`share_prefixes`.
 
-    What a checkpoint runs a second time in the backward pass counts once.
+    What a checkpoint runs a second time in the backward pass counts once. Tokens are those of batches whose result a
+    loss or a score is made of; generation is counted in calls alone.
     """
 
     tokens_in: int = 0  # places of all padded batches that the backbone was given, ``N * T`` each, padding included
@@ -75,9 +76,11 @@ class Sharing:
     min_prefix: int  # tokens in common from which rows share them
     positions: Positions  # how it makes use of positions
     parameters: tuple[str, ...]  # names of its positional arguments
+    scores_only: bool = False  # whether nobody wants a cache of it that was not asked for
     hooks: tuple[RemovableHandle, ...] = ()  # to take off again
     stats: SharingStats = field(default_factory=SharingStats)  # what was done so far
-    warned: bool = False  # whether it was said that dropout keeps batches from being shared
+    warned: bool = False  # whether it was said why batches are not shared
+    in_a_row: int = 0  # batches that passed through since one was shared last
     watch: DrawsWatch = field(default_factory=DrawsWatch)  # knows whether the backbone draws random numbers
 
     def stats_so_far(self) -> SharingStats:
@@ -86,6 +89,8 @@ class Sharing:
             return copy.deepcopy(self.stats)
 
 
+# so many batches that pass through one after the other are no accident
+_TOLD_AFTER = 5
 # what a model counts, it counts for all threads that run it
 _counting = threading.Lock()
 
@@ -152,18 +157,11 @@ def _share_batch(
         return None  # the caller packed a row already
     # every process of a sharded model comes here equally often, whatever its batch is
     random = sharing.watch.draws(backbone)
-    planned: SharedBatch | str | None = reason_by_arguments(backbone, named) or ("random" if random else None)
-    planned = planned or _planned(sharing, named)
+    planned: SharedBatch | str | None = reason_by_arguments(backbone, named, scores_only=sharing.scores_only)
+    planned = planned or ("random" if random else None) or _planned(sharing, named)
     _count(sharing, named, planned)
     if isinstance(planned, str):
-        if planned == "random" and not sharing.warned:
-            sharing.warned = True
-            warnings.warn(
-                f"{type(backbone).__name__} uses dropout or noise in training, so its batches run without sharing: a "
-                "shared token cannot be dropped differently for each row. flexdpo.disable_dropout(model) sets every "
-                "rate to 0 (lora_dropout too), and they are shared.",
-                stacklevel=2,
-            )
+        _tell(backbone, planned)
         return None
     settings = exchange_kernel_settings(_for_any_length(sharing, planned))
     _in_thread.running.append(_Running(backbone, planned, settings))
@@ -192,6 +190,30 @@ def _finish(backbone: nn.Module) -> SharedBatch | None:
     return None
 
 
+def _tell(backbone: Any, reason: str) -> None:
+    """Say once why a model's batches run without sharing: dropout at the first, all else when nothing else comes."""
+    sharing: Sharing = backbone._flexdpo_sharing
+    if sharing.warned:
+        return
+    name = type(backbone).__name__
+    if reason == "random":
+        text = (
+            f"{name} uses dropout or noise in training, so its batches run without sharing: a shared token cannot be "
+            "dropped differently for each row. flexdpo.disable_dropout(model) sets every rate to 0 (lora_dropout too), "
+            "and they are shared."
+        )
+    elif sharing.in_a_row >= _TOLD_AFTER and reason != "generation":
+        text = (
+            f"{sharing.in_a_row} batches in a row ran through {name} without sharing, the last of them because "
+            f"{REASONS[reason]}. Results are right, and nothing is saved; flexdpo.sharing_stats(model) counts every "
+            "reason."
+        )
+    else:
+        return
+    sharing.warned = True
+    warnings.warn(text, stacklevel=3)
+
+
 def _count(sharing: Sharing, named: dict[str, Any], planned: SharedBatch | str) -> None:
     if torch._C._current_graph_task_id() != -1:
         return  # a checkpoint runs the batch again in the backward pass
@@ -199,13 +221,18 @@ def _count(sharing: Sharing, named: dict[str, Any], planned: SharedBatch | str) 
     places = tokens.shape[:2].numel() if isinstance(tokens, torch.Tensor) else 0
     stats = sharing.stats
     with _counting:
+        if planned == "generation":
+            stats.passed_through[planned] += 1
+            return
         stats.tokens_in += places
         if isinstance(planned, str):
             stats.tokens_run += places
             stats.passed_through[planned] += 1
+            sharing.in_a_row += 1
         else:
             stats.tokens_run += planned.layout.length
             stats.batches_shared += 1
+            sharing.in_a_row = 0
 
 
 def _for_any_length(sharing: Sharing, batch: SharedBatch) -> KernelSettings:

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 REASONS = {
     "one_row": "the batch has one row",
     "little_gain": "running the shared tokens once saves less than min_gain",
-    "use_cache": "the call makes or reads a key-value cache; pass use_cache=False where none is needed",
+    "generation": "the call makes or reads a key-value cache, as those of generate() do",
+    "use_cache": "in evaluation mode a call that does not say so may want a cache; pass use_cache=False",
     "position_ids": "the caller gave positions of its own",
     "inputs_embeds": "the backbone got embeddings and not token ids",
     "output_attentions": "attention weights of a shared token would differ from row to row",
@@ -79,16 +80,21 @@ def _is_harmless(backbone: PreTrainedModel, name: str, value: object) -> bool:
     return known and isinstance(value, bool | int | float | str)
 
 
-def reason_by_arguments(backbone: PreTrainedModel, kwargs: dict[str, Any]) -> str | None:
-    """Say why a call cannot be shared, by its arguments alone; the values of tensors are not looked at."""
-    return next(_obstacles(backbone, kwargs), None)
+def reason_by_arguments(backbone: PreTrainedModel, kwargs: dict[str, Any], *, scores_only: bool = False) -> str | None:
+    """Say why a call cannot be shared, by its arguments alone; the values of tensors are not looked at.
+
+    A model that ``scores_only`` makes a cache where it is asked to and nowhere else.
+    """
+    return next(_obstacles(backbone, kwargs, scores_only), None)
 
 
-def _obstacles(backbone: PreTrainedModel, kwargs: dict[str, Any]) -> Iterator[str]:
+def _obstacles(backbone: PreTrainedModel, kwargs: dict[str, Any], scores_only: bool) -> Iterator[str]:
     input_ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
     # by type, whatever a version of transformers calls the argument
     cached = any(isinstance(value, Cache) or (name in _CACHES and value is not None) for name, value in kwargs.items())
-    if cached or _makes_cache(backbone, kwargs):
+    if cached or kwargs.get("use_cache"):
+        yield "generation"
+    if not (backbone.training or scores_only) and _asked_for(backbone, kwargs, "use_cache"):
         yield "use_cache"
     if not isinstance(input_ids, torch.Tensor) or kwargs.get("inputs_embeds") is not None:
         yield "inputs_embeds"
@@ -108,13 +114,6 @@ def _obstacles(backbone: PreTrainedModel, kwargs: dict[str, Any]) -> Iterator[st
 def _asked_for(backbone: PreTrainedModel, kwargs: dict[str, Any], name: str) -> bool:
     value = kwargs.get(name)
     return bool(getattr(backbone.config, name, False) if value is None else value)
-
-
-def _makes_cache(backbone: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
-    """Whether somebody may want the cache of this call: it was asked for, or nobody said no outside of training."""
-    if kwargs.get("use_cache") is None and backbone.training:
-        return False
-    return _asked_for(backbone, kwargs, "use_cache")
 
 
 @dataclass(frozen=True)

@@ -89,9 +89,17 @@ def share_prefixes(
 
 
 def share_backbone(
-    model: nn.Module, *, min_gain: float = 1.1, min_prefix: int = 16, impl: Impl = "auto"
+    model: nn.Module,
+    *,
+    min_gain: float = 1.1,
+    min_prefix: int = 16,
+    impl: Impl = "auto",
+    scores_only: bool = False,
 ) -> PrefixSharing:
-    """:func:`share_prefixes` for a model that a trainer may have sharded in place already."""
+    """:func:`share_prefixes` for a model that a trainer may have sharded in place already.
+
+    Of a model that ``scores_only`` nobody wants a cache that was not asked for by name.
+    """
     if min_gain < 1:
         raise FlexdpoError(f"min_gain must be at least 1, got {min_gain}; 1 shares whenever nothing more is run")
     if min_prefix < 1:
@@ -112,7 +120,8 @@ def share_backbone(
     find_limits(input_module)
     parameters = tuple(inspect.signature(type(input_module).forward).parameters)[1:]
     positions = Positions.of(backbone)
-    install_sharing_hooks(input_module, Sharing(stock, impl_before, impl, min_gain, min_prefix, positions, parameters))
+    sharing = Sharing(stock, impl_before, impl, min_gain, min_prefix, positions, parameters, scores_only)
+    install_sharing_hooks(input_module, sharing)
     return PrefixSharing(model)
 
 

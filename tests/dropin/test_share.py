@@ -544,9 +544,9 @@ def _empty_cache(model: Any) -> dict[str, Any]:
 
 CALLS: dict[str, tuple[str, Callable[[Any, Batch], dict[str, Any]]]] = {
     "one row": ("one_row", lambda _, batch: {name: each[:1] for name, each in batch.items()}),
-    "a cache asked for": ("use_cache", lambda _, batch: {**batch, "use_cache": True}),
+    "a cache asked for": ("generation", lambda _, batch: {**batch, "use_cache": True}),
     "a cache by default": ("use_cache", lambda _, batch: {**batch, "use_cache": None}),
-    "a cache handed over": ("use_cache", lambda model, batch: {**batch, **_empty_cache(model)}),
+    "a cache handed over": ("generation", lambda model, batch: {**batch, **_empty_cache(model)}),
     "positions": (
         "position_ids",
         lambda _, batch: {**batch, "position_ids": torch.arange(batch["input_ids"].shape[1])[None] + 1},
@@ -577,7 +577,8 @@ def test_what_cannot_be_shared_runs_as_before(case: str, attention: str) -> None
         got = model(**inputs)
     assert sharing.stats.passed_through == {reason: 1}
     assert sharing.stats.batches_shared == 0
-    assert sharing.stats.tokens_run == sharing.stats.tokens_in == want.logits.shape[:2].numel()
+    tokens = 0 if reason == "generation" else want.logits.shape[:2].numel()
+    assert sharing.stats.tokens_run == sharing.stats.tokens_in == tokens
     assert torch.equal(got.logits, want.logits)
     assert _returned_cache(got) == _returned_cache(want)
     assert (got.attentions is None) == (want.attentions is None)
@@ -591,9 +592,28 @@ def test_stats_say_why() -> None:
     model(**batch, use_cache=False)
     model(**batch, use_cache=True)
     assert str(sharing.stats).splitlines() == [
-        "293 of 432 tokens run (32% saved), 1 batches shared",
-        "1 passed through: the call makes or reads a key-value cache; pass use_cache=False where none is needed",
+        "77 of 216 tokens run (64% saved), 1 batches shared",
+        "1 passed through: the call makes or reads a key-value cache, as those of generate() do",
     ]
+
+
+def test_five_batches_in_a_row_are_no_accident(recwarn: pytest.WarningsRecorder) -> None:
+    """One warning that names the reason; a batch that is shared, or generation, in between says otherwise."""
+    model, batch = build_model("llama").train(), padded_batch()
+    lone = {name: each[:1] for name, each in batch.items()}
+    flexdpo.share_prefixes(model, **ALL)
+    for _ in range(4):
+        model(**lone)
+    model(**batch)
+    for _ in range(4):
+        model(**lone)
+        model(**lone, use_cache=True)
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="5 batches in a row ran through LlamaModel without sharing.* has one row"):
+        model(**lone)
+    for _ in range(9):
+        model(**lone)
+    assert len(recwarn.list) == 0
 
 
 def test_training_mode_needs_no_word_about_the_cache() -> None:
@@ -706,7 +726,7 @@ def test_generation_between_shared_forwards(name: str) -> None:
         assert torch.equal(got.sequences, wanted.sequences)
         assert torch.equal(torch.stack(got.scores), torch.stack(wanted.scores))
     assert sharing.stats.batches_shared == 1
-    assert sharing.stats.passed_through.keys() == {"use_cache"}
+    assert sharing.stats.passed_through.keys() == {"generation"}
 
 
 def test_a_failed_forward_leaves_nothing_behind() -> None:
