@@ -63,5 +63,6 @@ def small_llama(tokenizer: PreTrainedTokenizerFast, seed: int, attn_implementati
         attn_implementation=attn_implementation,
     )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        # not those of devices, which nothing would put back
+        torch.default_generator.manual_seed(seed)
         return LlamaForCausalLM(config)

@@ -22,6 +22,7 @@ from flexdpo.hf.row_dependence import (
     LengthLimits,
     evaluated_by_side,
     length_limits,
+    refuse_statistics,
     require_own_lengths,
     rotary_modules,
 )
@@ -58,6 +59,7 @@ class PackedForward:
     brings_token_types: bool = False  # whether the call says which tokens are images
     # of the random number generators when it began; ``None`` where Dynamo traces the hooks
     states: RandomState | None = None
+    buffers: dict[str, tuple[int, int]] = field(default_factory=dict)  # which they were when it began
     inputs: dict[str, Any] = field(default_factory=dict)  # its token ids or embeddings
     mixed: set[int] = field(default_factory=set)  # ids of the modules that carried their state along the trie
 
@@ -126,7 +128,14 @@ def remove_layout_hooks(module: nn.Module) -> None:
     """Undo :func:`install_layout_hooks`. Safe to call again."""
     for handle in module.__dict__.pop("_flexdpo_hooks", ()):
         handle.remove()
-    for name in ("_flexdpo_impl", "_flexdpo_harmless", "_flexdpo_limits", "_flexdpo_mixing", *_TESTED):
+    for name in (
+        "_flexdpo_impl",
+        "_flexdpo_harmless",
+        "_flexdpo_counts",
+        "_flexdpo_limits",
+        "_flexdpo_mixing",
+        *_TESTED,
+    ):
         module.__dict__.pop(name, None)
     for part in module.modules():
         part.__dict__.pop("_flexdpo_mixes", None)
@@ -156,6 +165,7 @@ def _take_layout(
     forward = PackedForward(module, layout, impl, brings_token_types=types)
     if not torch.compiler.is_compiling():
         forward.states, forward.inputs = RandomState.now(), _tokens_of(args, kwargs)
+        forward.buffers = _buffer_versions(module)
     _forwards.stack.append(forward)
     return args, kwargs
 
@@ -202,7 +212,15 @@ def _release_layout(module: nn.Module, args: Any, kwargs: Any, output: Any) -> N
     if forward.layout is not None and output is not None:
         _require_mixed(module, forward)
     if forward.states is not None and output is not None:
-        refuse_draws(forward.module, forward.states, forward.inputs)
+        if (now := RandomState.now()).differs(forward.states):
+            refuse_draws(forward.module, forward.states, now, forward.inputs)
+        if (after := _buffer_versions(forward.module)) != forward.buffers:
+            refuse_statistics(forward.module, forward.buffers, after)
+
+
+def _buffer_versions(module: nn.Module) -> dict[str, tuple[int, int]]:
+    """Which tensor each buffer is, and how often it was written to."""
+    return {name: (id(each), -1 if each.is_inference() else each._version) for name, each in module.named_buffers()}
 
 
 def _require_mixed(module: Any, forward: PackedForward) -> None:

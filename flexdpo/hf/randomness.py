@@ -213,16 +213,13 @@ def _named(model: nn.Module, draws: Counter[str], when: str) -> str:
 # --- watching --------------------------------------------------------------------------------------------------------
 
 
-def refuse_draws(module: PreTrainedModel, before: RandomState, inputs: dict[str, Any]) -> None:
+def refuse_draws(module: PreTrainedModel, before: RandomState, now: RandomState, inputs: dict[str, Any]) -> None:
     """Stop after a packed forward during which a module drew random numbers.
 
     Others may have drawn them meanwhile, so the backbone is run once more, without a layout, and looked at alone.
 
     Raises ``UnsupportedModelError`` naming the modules and the way out.
     """
-    now = RandomState.now()
-    if not now.differs(before):
-        return
     length = next(iter(inputs.values())).shape[1]
     known: dict[int, int] = vars(module).setdefault("_flexdpo_harmless", {})
     mark = _mark(module)

@@ -4,7 +4,8 @@ Some rotary embeddings choose their frequencies by the largest position of the b
 up to a limit and one for longer ones, dynamic NTK another set for every length beyond its limit. In a row of many
 documents that position belongs to somebody else. Which modules do so, and from where on, is asked of the modules
 themselves; on a packed row they are then evaluated once for each side of a limit, at that side's tokens. Llama 4 scales
-queries by the row index; on a packed row they are scaled by the position.
+queries by the row index; on a packed row they are scaled by the position. A batch norm in train mode computes its
+statistics over the whole batch, which nothing undoes: it gives itself away by the buffers that it changes.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from einops import rearrange
 
 from flexdpo.errors import FlexdpoError, UnsupportedModelError
+from flexdpo.hf.draws import ask, left_as_it_is
 from flexdpo.hf.unwrap import backbone_of, unwrap_model
 
 if TYPE_CHECKING:
@@ -30,6 +32,11 @@ if TYPE_CHECKING:
 
 # longer than any context of today
 _LONGEST = 1 << 24
+# two rows that begin with the same token, which must not see the next one
+_BEGUN_ALIKE = ((11, 12), (11, 13))
+# what rounding may do to a result, as a share of it
+_SAME = 1e-4
+_SAME_HALF = 1e-2
 
 
 @dataclass(frozen=True)
@@ -211,3 +218,32 @@ def scaled_by_position(module: Any, query: Tensor, layout: RowLayout) -> Tensor:
     factor = scale(layout.position_ids) / scale(index)
     scaled: Tensor = query * rearrange(factor, "b s -> b 1 s 1")
     return scaled.to(query.dtype)
+
+
+# --- statistics of the batch -----------------------------------------------------------------------------------------
+
+
+def refuse_statistics(module: Any, before: dict[str, tuple[int, int]], after: dict[str, tuple[int, int]]) -> None:
+    """Stop after a packed forward that changed buffers, if a token's result depends on what comes after it too.
+
+    A buffer that only counts, or holds frequencies, does no harm: asked once for each mode.
+    """
+    harmless: set[bool] = vars(module).setdefault("_flexdpo_counts", set())
+    if module.training in harmless:
+        return
+    backbone = backbone_of(module)
+    words: Tensor = backbone.get_input_embeddings().weight
+    with left_as_it_is(backbone, None):
+        one, other = (
+            ask(backbone, {"input_ids": torch.tensor([ids], device=words.device) % len(words)}).result[0, 0].double()
+            for ids in _BEGUN_ALIKE
+        )
+    rounding = _SAME_HALF if words.element_size() < 4 else _SAME
+    if not float((one - other).abs().max()) <= rounding * float(one.abs().max()):
+        changed = [name for name, version in after.items() if before.get(name) != version]
+        raise UnsupportedModelError(
+            f"{type(module).__name__} changes {', '.join(changed[:3])}{' and more' * (len(changed) > 3)} while it "
+            "runs, and a token's result depends on tokens that it must not see: statistics of the batch, which a "
+            "packed row does not have. Keep those modules in eval mode, or train this model without flexdpo"
+        )
+    harmless.add(module.training)

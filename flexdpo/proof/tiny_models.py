@@ -53,10 +53,12 @@ def tiny_model(config: Any, *, seed: int = 0, trust_remote_code: bool = False) -
     parameters = sum(parameter.numel() for parameter in outline.parameters())
     if parameters > _MOST_PARAMETERS:
         raise ValueError(f"a tiny {type(outline).__name__} would still have {parameters:,} parameters")
-    torch.manual_seed(seed)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(
-        cut, dtype=torch.float64, trust_remote_code=trust_remote_code
-    )
+    with torch.random.fork_rng(devices=[]):
+        # not the generators of devices, which nothing would put back
+        torch.default_generator.manual_seed(seed)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            cut, dtype=torch.float64, trust_remote_code=trust_remote_code
+        )
     if type(model)._can_set_experts_implementation():
         # grouped matrix products exist for float32 and below only
         model.set_experts_implementation("eager")

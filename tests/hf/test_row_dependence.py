@@ -8,7 +8,17 @@ import peft
 import pytest
 import torch
 
-from flexdpo import FlexdpoError, Group, Row, Trie, UnsupportedModelError, make_train_step, pack, prepare_model
+from flexdpo import (
+    FlexdpoError,
+    Group,
+    Row,
+    Trie,
+    UnsupportedModelError,
+    make_train_step,
+    pack,
+    prepare_model,
+    share_prefixes,
+)
 from flexdpo.hf.row_dependence import LengthLimits, length_limits, limits_of
 from flexdpo.hf.unwrap import backbone_of
 from flexdpo.objective.logps import response_logps
@@ -175,3 +185,58 @@ def test_activated_lora() -> None:
     config = peft.LoraConfig(task_type="CAUSAL_LM", alora_invocation_tokens=[5, 6])
     with pytest.raises(UnsupportedModelError, match="'default' is an activated LoRA"):
         prepare_model(peft.get_peft_model(build_model("llama"), config))
+
+
+class OnTop(torch.nn.Module):
+    """A norm with something after it."""
+
+    def __init__(self, norm: torch.nn.Module, after: torch.nn.Module) -> None:
+        super().__init__()
+        self.norm, self.after = norm, after
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return self.after(self.norm(states).flatten(0, 1)).view_as(states)
+
+
+class Counting(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        self.seen += len(states)
+        return states
+
+
+def with_norm_before(after: type[torch.nn.Module]) -> tuple[Any, Row]:
+    model = build_model("llama").train()
+    sizes = () if after is Counting else (model.config.hidden_size,)
+    model.model.norm = OnTop(model.model.norm, after(*sizes).double())
+    return model, Row.from_groups(example_groups())
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_statistics_of_the_batch_are_refused(shared: bool) -> None:
+    model, row = with_norm_before(torch.nn.BatchNorm1d)
+    inputs = row.inputs()
+    if shared:
+        share_prefixes(model, min_prefix=1)
+        ids = torch.arange(20, 40).repeat(3, 1)
+        ids[:, -1] = torch.tensor([51, 52, 53])
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    else:
+        prepare_model(model)
+    with pytest.raises(UnsupportedModelError, match=r"norm\.after.*statistics of the batch.*eval mode"):
+        model(**inputs)
+
+
+@pytest.mark.parametrize("after", [torch.nn.BatchNorm1d, Counting])
+def test_buffers_that_change_no_result_are_accepted(after: type[torch.nn.Module]) -> None:
+    model, row = with_norm_before(after)
+    if after is not Counting:
+        model.model.norm.eval()
+    with Float64():
+        want = unpacked_run(model, row)
+        prepare_model(model)
+        for _ in range(2):
+            assert logit_error(packed_run(model, row), want) < TOLERANCE

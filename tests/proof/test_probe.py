@@ -138,7 +138,10 @@ def test_rotations_that_change_with_length_are_probed_beyond_their_limit(
 
 
 def test_a_window_that_no_document_exceeds_is_reported() -> None:
-    report = parity_probe(build_model("mistral", sliding_window=4096, dtype=torch.float32), max_tokens=64)
+    model = build_model("mistral", sliding_window=4096, dtype=torch.float32)
+    state = torch.get_rng_state()
+    report = parity_probe(model, max_tokens=64)
+    assert torch.equal(torch.get_rng_state(), state)
     assert report.exact
     assert report.tokens <= 64 < report.threshold == 4096
 
