@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from flexdpo.dropin.hooks import SharingStats
 from flexdpo.dropin.share import is_shared, share_backbone, sharing_stats, unshare
-from flexdpo.dropin.trainer_models import averages_logits_of_padding, models_of
+from flexdpo.dropin.trainer_models import averages_over_padding, models_of
 from flexdpo.errors import FlexdpoError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -104,10 +104,11 @@ def enable(trainer: Any, *, min_gain: float = 1.1, min_prefix: int = 16, impl: I
             shared.append(model)
         except UnsupportedModelError as error:
             warnings.warn(f"{type(trainer).__name__} runs one of its models without sharing: {error}", stacklevel=2)
-    if averages_logits_of_padding(trainer):
+    if averages_over_padding(trainer):
         warnings.warn(
-            f"{type(trainer).__name__} logs averages of logits with those at padding among them, where a shared batch "
-            "holds zeros: these averages differ from those of a run without sharing, losses and gradients do not.",
+            f"{type(trainer).__name__} logs averages of logits or log-probabilities with those at padding among them, "
+            "where a shared batch holds those of zeros: they differ from a run without sharing; losses and gradients "
+            "do not.",
             stacklevel=2,
         )
     callback = SharingCallback(tuple(shared))

@@ -93,7 +93,7 @@ def bench_sharing(
         padded.append(alone)
         shared.append(together)
         key = PlanKey(1.1, 16, Positions.of(model.model), 1)
-        plans.append(timed(partial(plan_batch, batch["input_ids"], batch["attention_mask"], key), device)[1])
+        plans.append(timed(partial(plan_batch, batch["input_ids"], batch["attention_mask"], None, key), device)[1])
     low, middle, high = np.quantile(np.asarray(padded) / np.asarray(shared), [0.25, 0.5, 0.75]).tolist()
     return SharingTimes(
         stats.tokens_in, stats.tokens_run, median(padded), median(shared), (low, middle, high), median(plans), error

@@ -10,7 +10,7 @@ Shapes: ``N`` rows, ``T`` places per row, ``S`` distinct tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -45,6 +45,13 @@ class BatchTrie:
     def __len__(self) -> int:
         return int(self.sources.shape[0])
 
+    def elsewhere(self, places: Tensor, shape: tuple[int, int]) -> BatchTrie:
+        """The same trie for a batch of another ``shape``, where each place of this one stands at ``places``."""
+        nodes = torch.full((shape[0] * shape[1] + 1,), -1, device=places.device)
+        # what stands nowhere is written into one slot more
+        nodes[torch.where(places < 0, nodes.numel() - 1, places)] = self.nodes
+        return replace(self, sources=places.reshape(-1)[self.sources], nodes=nodes[:-1].reshape(shape))
+
 
 def row_spans(attention_mask: Tensor) -> RowSpans:
     """Find where the real tokens of each row begin and how many there are.
@@ -58,6 +65,22 @@ def row_spans(attention_mask: Tensor) -> RowSpans:
     column = torch.arange(real.shape[1], device=real.device)
     inside = (column >= starts[:, None]) & (column < (starts + lengths)[:, None])
     return RowSpans(starts, lengths, (real != inside).any())
+
+
+def sequence_places(position_ids: Tensor) -> Tensor:
+    """Where the sequences stand that rows of a batch hold one behind the other.
+
+    A sequence begins where positions do not go on by one, as in ``transformers.masking_utils``.
+
+    ``position_ids`` are ``[N, T]``. Returns places of the flattened batch, ``n * T + t``, a row per sequence and -1
+    behind its end, ``[M, L]`` int64.
+    """
+    begins = torch.ones_like(position_ids, dtype=torch.bool)
+    begins[:, 1:] = position_ids.diff(dim=1) != 1
+    starts = begins.flatten().nonzero()[:, 0]
+    lengths = starts.diff(append=starts.new_tensor([position_ids.numel()]))
+    column = torch.arange(int(lengths.max()), device=starts.device)
+    return torch.where(column < lengths[:, None], starts[:, None] + column, -1)
 
 
 class SortedBatch(NamedTuple):
@@ -78,8 +101,9 @@ class SortedBatch(NamedTuple):
 def sort_batch(input_ids: Tensor, spans: RowSpans, *, min_prefix: int = 1) -> SortedBatch:
     """Sort the rows of a padded batch, so that those with equal beginnings stand together.
 
-    ``input_ids`` are ``[N, T]`` int64, not negative, without gaps. Rows that have fewer than ``min_prefix`` tokens in
-    common share none of them.
+    ``input_ids`` are ``[N, T]`` int64, not negative, without gaps; or keys that hold each token with its position, so
+    that equal tokens at different positions are not merged. Rows that have fewer than ``min_prefix`` tokens in common
+    share none of them.
 
     Returns the ranks and what neighbours share. Work is ``N * N * T`` comparisons, memory is bounded.
     """

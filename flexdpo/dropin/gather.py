@@ -28,10 +28,23 @@ class SharedBatch:
     input_ids: Tensor  # ``[1, S]`` int64
     layout: RowLayout  # positions and subtree ends, ``[1, S]`` each
     nodes: Tensor  # for each place of the batch the index of its token in the row, -1 at padding, ``[N, T]`` int64
+    position_ids: Tensor | None = None  # that the model is given, ``[1, S]``, where they are not those of the layout
 
     @classmethod
-    def of(cls, input_ids: Tensor, trie: BatchTrie, *, pad_to_multiple_of: int = 1) -> SharedBatch:
-        """Lay the trie of ``input_ids`` out as a row, padded to a multiple of ``pad_to_multiple_of`` tokens."""
+    def of(
+        cls,
+        input_ids: Tensor,
+        trie: BatchTrie,
+        *,
+        position_ids: Tensor | None = None,
+        reach: int | None = None,
+        pad_to_multiple_of: int = 1,
+    ) -> SharedBatch:
+        """Lay the trie of ``input_ids`` out as a row, padded to a multiple of ``pad_to_multiple_of`` tokens.
+
+        The model is given ``position_ids``, of the shape of ``input_ids``, and otherwise places within a row; ``reach``
+        is the number of positions that it would see, by default the columns of the batch.
+        """
         tokens = len(trie)
         missing = -tokens % pad_to_multiple_of
 
@@ -42,9 +55,10 @@ class SharedBatch:
         # padding stands at position 0, sees only itself and belongs to no row of the batch
         ends[:, tokens:] = torch.arange(tokens + 1, tokens + missing + 1, device=ends.device)
         # in a padded batch every row is as long as the longest
-        lengths = padded(torch.full_like(trie.depths, input_ids.shape[1]))
+        lengths = padded(torch.full_like(trie.depths, input_ids.shape[1] if reach is None else reach))
         layout = RowLayout(padded(trie.depths), ends, (tokens,), padded(trie.multiplicity), lengths, lengths)
-        return cls(padded(input_ids.reshape(-1)[trie.sources]), layout, trie.nodes)
+        places = None if position_ids is None else padded(position_ids.reshape(-1)[trie.sources])
+        return cls(padded(input_ids.reshape(-1)[trie.sources]), layout, trie.nodes, places)
 
     def at_padded_places(self, output: Any) -> Any:
         """Put what a model returned for the row where it would have stood for the padded batch.

@@ -17,9 +17,9 @@ import torch
 
 from flexdpo.attention.row_mask import Impl, resolve_impl
 from flexdpo.attention.settings import KernelSettings, exchange_kernel_settings, kernel_settings
-from flexdpo.dropin.batch_trie import row_spans, sort_batch, trie_of
+from flexdpo.dropin.batch_trie import row_spans, sequence_places, sort_batch, trie_of
 from flexdpo.dropin.gather import SharedBatch
-from flexdpo.dropin.rules import REASONS, Positions, reason_by_arguments
+from flexdpo.dropin.rules import REASONS, Positions, may_hold_sequences, reason_by_arguments
 from flexdpo.hf.draws import being_asked
 from flexdpo.hf.forward_layout import packed_forward
 from flexdpo.hf.randomness import DrawsWatch
@@ -89,6 +89,8 @@ class Sharing:
             return copy.deepcopy(self.stats)
 
 
+# every sequence is compared with every other; more are mostly padding, each token of which is a sequence
+_MOST_SEQUENCES = 1024
 # so many batches that pass through one after the other are no accident
 _TOLD_AFTER = 5
 # what a model counts, it counts for all threads that run it
@@ -157,16 +159,23 @@ def _share_batch(
         return None  # the caller packed a row already
     # every process of a sharded model comes here equally often, whatever its batch is
     random = sharing.watch.draws(backbone)
-    planned: SharedBatch | str | None = reason_by_arguments(backbone, named, scores_only=sharing.scores_only)
-    planned = planned or ("random" if random else None) or _planned(sharing, named)
+    may_hold = may_hold_sequences(backbone, named, sharing.stock)
+    sharing.positions = sharing.positions.asked(backbone, of_sequences=may_hold)
+    packed = may_hold and sharing.positions.sequences != "mixed"
+    planned: SharedBatch | str | None = reason_by_arguments(
+        backbone, named, packed=packed, scores_only=sharing.scores_only
+    )
+    planned = planned or ("random" if random else None) or _planned(sharing, named, packed)
     _count(sharing, named, planned)
     if isinstance(planned, str):
         _tell(backbone, planned)
         return None
     settings = exchange_kernel_settings(_for_any_length(sharing, planned))
     _in_thread.running.append(_Running(backbone, planned, settings))
-    # positions come with the layout
+    # where they are left out, positions come with the layout
     named.pop("position_ids", None)
+    if planned.position_ids is not None:
+        named["position_ids"] = planned.position_ids
     return (), {**named, "input_ids": planned.input_ids, "attention_mask": planned.layout, "use_cache": False}
 
 
@@ -253,21 +262,30 @@ class PlanKey(NamedTuple):
     min_prefix: int
     positions: Positions
     multiple: int
+    packed: bool = False  # whether rows may hold sequences one behind the other, which their positions tell apart
+    lone_rows: bool = False  # whether it does so in a batch of one row only
+
+
+class _Batch(NamedTuple):
+    """What a caller gave."""
+
+    input_ids: Tensor
+    mask: Tensor | None
+    position_ids: Tensor | None
 
 
 class _Recent(NamedTuple):
     """A batch that was planned, and what came out."""
 
-    input_ids: Tensor
-    mask: Tensor | None
+    batch: _Batch
     plan_key: PlanKey
     planned: SharedBatch | str
     # masks and plan go when the batch goes
-    batch: weakref.ref[Tensor]
+    alive: weakref.ref[Tensor]
 
-    def holds(self, input_ids: Tensor, mask: Tensor | None, plan_key: PlanKey) -> bool:
+    def holds(self, batch: _Batch, plan_key: PlanKey) -> bool:
         """Whether a batch is this one, by its content: a loader may fill the same memory again."""
-        return self.plan_key == plan_key and _same(self.input_ids, input_ids) and _same(self.mask, mask)
+        return self.plan_key == plan_key and all(map(_same, self.batch, batch))
 
 
 def _same(kept: Tensor | None, given: Tensor | None) -> bool:
@@ -276,45 +294,74 @@ def _same(kept: Tensor | None, given: Tensor | None) -> bool:
     return kept.device == given.device and kept.dtype == given.dtype and torch.equal(kept, given)
 
 
-def _planned(sharing: Sharing, named: dict[str, Any]) -> SharedBatch | str:
+def _planned(sharing: Sharing, named: dict[str, Any], packed: bool) -> SharedBatch | str:
     """The packed row for a batch, or the reason why it is not shared."""
-    input_ids: Tensor = named["input_ids"]
-    mask: Tensor | None = named.get("attention_mask")
-    multiple = TILE if resolve_impl(sharing.impl, input_ids.device) == "flex" else 1
-    plan_key = PlanKey(sharing.min_gain, sharing.min_prefix, sharing.positions, multiple)
+    batch = _Batch(named["input_ids"], named.get("attention_mask"), named.get("position_ids"))
+    multiple = TILE if resolve_impl(sharing.impl, batch.input_ids.device) == "flex" else 1
+    plan_key = PlanKey(
+        sharing.min_gain, sharing.min_prefix, sharing.positions, multiple, packed, "flash" in sharing.stock
+    )
     if torch.is_inference_mode_enabled():
-        return plan_batch(input_ids, mask, plan_key)  # nothing that is made here may be used in training
+        return plan_batch(*batch, plan_key)  # nothing that is made here may be used in training
     kept = _in_thread.recent
     for recent in kept:
-        if recent.holds(input_ids, mask, plan_key):
+        if recent.holds(batch, plan_key):
             return recent.planned
-    planned = plan_batch(input_ids, mask, plan_key)
-    copies = input_ids.clone(), None if mask is None else mask.clone()
-    kept[:] = [_Recent(*copies, plan_key, planned, weakref.ref(input_ids, lambda _: kept.clear()))]
+    planned = plan_batch(*batch, plan_key)
+    copies = _Batch(batch.input_ids.clone(), *(None if each is None else each.clone() for each in batch[1:]))
+    kept[:] = [_Recent(copies, plan_key, planned, weakref.ref(batch.input_ids, lambda _: kept.clear()))]
     return planned
 
 
-def plan_batch(input_ids: Tensor, mask: Tensor | None, plan_key: PlanKey) -> SharedBatch | str:
-    """Find the trie of a padded batch and lay it out as one row.
+def plan_batch(
+    input_ids: Tensor, mask: Tensor | None, position_ids: Tensor | None, plan_key: PlanKey
+) -> SharedBatch | str:
+    """Find the trie of a batch and lay it out as one row.
 
-    ``mask``, ``[N, T]``, is nonzero at real tokens; without it all are real.
+    ``mask``, ``[N, T]``, is nonzero at real tokens; without it all are real. ``position_ids``, ``[N, T]`` or
+    ``[1, T]``, are those of the caller, who need not give any.
 
     Returns the row, or the reason why the batch is not shared, one of :data:`flexdpo.dropin.rules.REASONS`.
     """
     rows, columns = input_ids.shape
+    if position_ids is not None:
+        position_ids = position_ids.expand(rows, columns).contiguous()
+    elif plan_key.positions.behind_padding == "columns":
+        position_ids = torch.arange(columns, device=input_ids.device).expand(rows, columns).contiguous()
+    places = sequence_places(position_ids) if plan_key.packed and position_ids is not None else None
+    if places is not None and len(places) > rows:
+        # FlashAttention keeps those of a lone row apart
+        told = plan_key.positions.sequences == "apart" and (rows == 1 or not plan_key.lone_rows)
+        if not told or len(places) > _MOST_SEQUENCES:
+            return "position_ids"
+    keys = input_ids if position_ids is None else input_ids.long() | position_ids.long() << 32
+    if places is not None:
+        keys, mask = keys.reshape(-1)[places.clamp(min=0)], places >= 0
     spans = row_spans(torch.ones_like(input_ids) if mask is None else mask)
-    batch = sort_batch(input_ids, spans, min_prefix=plan_key.min_prefix)
-    facts = torch.stack([batch.num_tokens, spans.starts.max(), spans.gaps.long()])
+    batch = sort_batch(keys, spans, min_prefix=plan_key.min_prefix)
+    last = input_ids.new_tensor(columns - 1) if position_ids is None else position_ids.max()
+    facts = torch.stack([batch.num_tokens, spans.starts.max(), spans.gaps.long(), last])
     # the one time that the device is waited for
-    tokens, latest_start, gaps = facts.tolist()
-    length = -(-tokens // plan_key.multiple) * plan_key.multiple
+    tokens, latest_start, gaps, last_position = facts.tolist()
+    reason = _reason_by_facts(plan_key, (rows * columns, tokens, latest_start, gaps, last_position + 1))
+    if reason is not None:
+        return reason
+    trie = trie_of(batch, tokens)
+    if places is not None:
+        trie = trie.elsewhere(places, (rows, columns))
+    return SharedBatch.of(
+        input_ids, trie, position_ids=position_ids, reach=last_position + 1, pad_to_multiple_of=plan_key.multiple
+    )
+
+
+def _reason_by_facts(plan_key: PlanKey, facts: tuple[int, int, int, int, int]) -> str | None:
+    places, tokens, latest_start, gaps, reach = facts
+    positions = plan_key.positions
     if gaps:
         return "gaps"
-    if latest_start and not plan_key.positions.relative:
+    if latest_start and not positions.relative and positions.behind_padding == "unknown":
         return "left_padding"
-    open_end = plan_key.positions.limits.open_end
-    if open_end is not None and columns > open_end:
+    if positions.limits.open_end is not None and reach > positions.limits.open_end:
         return "rope_scaling"
-    if tokens == 0 or rows * columns < plan_key.min_gain * length:
-        return "little_gain"
-    return SharedBatch.of(input_ids, trie_of(batch, tokens), pad_to_multiple_of=plan_key.multiple)
+    length = -(-tokens // plan_key.multiple) * plan_key.multiple
+    return "little_gain" if tokens == 0 or places < plan_key.min_gain * length else None

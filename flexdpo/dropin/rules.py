@@ -7,12 +7,13 @@ runs; a call that has a reason runs as if flexdpo were not there.
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.cache_utils import Cache
 
+from flexdpo.hf.draws import ask, can_run, left_as_it_is
 from flexdpo.hf.interface import HARMLESS_KWARGS
 from flexdpo.hf.row_dependence import LengthLimits, length_limits
 from flexdpo.hf.rules import attends
@@ -28,18 +29,19 @@ REASONS = {
     "little_gain": "running the shared tokens once saves less than min_gain",
     "generation": "the call makes or reads a key-value cache, as those of generate() do",
     "use_cache": "in evaluation mode a call that does not say so may want a cache; pass use_cache=False",
-    "position_ids": "the caller gave positions of its own",
+    "position_ids": "the caller gave positions that cannot be followed: they are not [N, T], or start anew too often, "
+    "or under a state or FlashAttention, which then mix sequences",
     "inputs_embeds": "the backbone got embeddings and not token ids",
     "output_attentions": "attention weights of a shared token would differ from row to row",
     "attention_mask": "the mask is not a tensor of the shape of input_ids",
     "gaps": "padding stands between the tokens of a row",
-    "left_padding": "the model's positions are absolute, and padding on the left moves them",
+    "left_padding": "padding on the left moves the model's positions in a way that it does not tell",
     "rope_scaling": "the batch is longer than the limit beyond which every length has rotary frequencies of its own",
     "random": "the model draws random numbers (dropout, noise); a shared token cannot have others for each row",
     "other_inputs": "the call has inputs that flexdpo does not know how to share",
 }
 # switches and counts that change nothing about how tokens are shared
-_HARMLESS_TENSORS = frozenset({"input_ids", "attention_mask", "num_items_in_batch", "logits_to_keep"})
+_HARMLESS_TENSORS = frozenset({"input_ids", "attention_mask", "position_ids", "num_items_in_batch", "logits_to_keep"})
 # architectures whose positions were measured to be relative: equal results wherever a row begins. Others are taken for
 # absolute, since rotary embeddings alone prove nothing: a norm behind them, or a scale by position, undoes it
 # fmt: off
@@ -80,16 +82,29 @@ def _is_harmless(backbone: PreTrainedModel, name: str, value: object) -> bool:
     return known and isinstance(value, bool | int | float | str)
 
 
-def reason_by_arguments(backbone: PreTrainedModel, kwargs: dict[str, Any], *, scores_only: bool = False) -> str | None:
+def may_hold_sequences(backbone: PreTrainedModel, kwargs: dict[str, Any], stock: str) -> bool:
+    """Whether a call is one whose rows may hold sequences one behind the other, kept apart by their positions.
+
+    transformers looks for them where there is neither a mask nor a cache; FlashAttention whatever the cache.
+    """
+    if kwargs.get("position_ids") is None or kwargs.get("attention_mask") is not None:
+        return False
+    return "flash" in stock or not _asked_for(backbone, kwargs, "use_cache")
+
+
+def reason_by_arguments(
+    backbone: PreTrainedModel, kwargs: dict[str, Any], *, packed: bool = False, scores_only: bool = False
+) -> str | None:
     """Say why a call cannot be shared, by its arguments alone; the values of tensors are not looked at.
 
-    A model that ``scores_only`` makes a cache where it is asked to and nowhere else.
+    Rows of a ``packed`` call may hold several sequences. A model that ``scores_only`` makes a cache where it is asked
+    to and nowhere else.
     """
-    return next(_obstacles(backbone, kwargs, scores_only), None)
+    return next(_obstacles(backbone, kwargs, packed, scores_only), None)
 
 
-def _obstacles(backbone: PreTrainedModel, kwargs: dict[str, Any], scores_only: bool) -> Iterator[str]:
-    input_ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+def _obstacles(backbone: PreTrainedModel, kwargs: dict[str, Any], packed: bool, scores_only: bool) -> Iterator[str]:
+    input_ids, mask, positions = (kwargs.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
     # by type, whatever a version of transformers calls the argument
     cached = any(isinstance(value, Cache) or (name in _CACHES and value is not None) for name, value in kwargs.items())
     if cached or kwargs.get("use_cache"):
@@ -99,7 +114,8 @@ def _obstacles(backbone: PreTrainedModel, kwargs: dict[str, Any], scores_only: b
     if not isinstance(input_ids, torch.Tensor) or kwargs.get("inputs_embeds") is not None:
         yield "inputs_embeds"
         return
-    if kwargs.get("position_ids") is not None:
+    places = {tuple(input_ids.shape), (1, input_ids.shape[-1])}
+    if positions is not None and (positions.is_floating_point() or tuple(positions.shape) not in places):
         yield "position_ids"
     if _asked_for(backbone, kwargs, "output_attentions"):
         yield "output_attentions"
@@ -107,7 +123,7 @@ def _obstacles(backbone: PreTrainedModel, kwargs: dict[str, Any], scores_only: b
         yield "attention_mask"
     if any(not _is_harmless(backbone, name, value) for name, value in kwargs.items()):
         yield "other_inputs"
-    if input_ids.shape[0] == 1:
+    if input_ids.shape[0] == 1 and not packed:
         yield "one_row"
 
 
@@ -122,6 +138,11 @@ class Positions:
 
     relative: bool  # only distances matter, so that a row gives the same result wherever it begins
     limits: LengthLimits  # lengths of a padded batch at which its frequencies change
+    # what it counts behind padding on the left where positions are not relative: "columns", "tokens" or "unknown"; ""
+    # before it was asked
+    behind_padding: str = ""
+    # what it does with sequences one behind the other in a row: keeps them "apart", leaves them "mixed" or "unknown"
+    sequences: str = ""
 
     @classmethod
     def of(cls, backbone: PreTrainedModel) -> Positions:
@@ -134,6 +155,48 @@ class Positions:
         fixed = kinds <= _RELATIVE_ROPE
         relative = not attends(backbone) or (config.model_type in _RELATIVE and fixed and not absolute)
         return cls(relative, limits=length_limits(backbone))
+
+    def asked(self, backbone: PreTrainedModel, *, of_sequences: bool) -> Positions:
+        """Ask a backbone what its code alone does not tell, by running six tokens; what is known is not asked again.
+
+        A sharded backbone must be asked in every process at once.
+        """
+        if self.behind_padding == "" and not self.relative:
+            return replace(self, behind_padding=_behind_padding(backbone)).asked(backbone, of_sequences=of_sequences)
+        if self.sequences == "" and of_sequences:
+            return replace(self, sequences=_sequences(backbone))
+        return self
+
+
+def _behind_padding(backbone: PreTrainedModel) -> str:
+    columns = torch.arange(6, device=backbone.get_input_embeddings().weight.device)[None]
+    inputs = {"input_ids": columns, "attention_mask": (columns > 1).long()}
+    choices = {"columns": columns, "tokens": (columns - 2).clamp(min=0)}
+    with_positions = {name: {**inputs, "position_ids": positions} for name, positions in choices.items()}
+    return _which(backbone, inputs, with_positions, first=2)
+
+
+def _sequences(backbone: PreTrainedModel) -> str:
+    columns = torch.arange(6, device=backbone.get_input_embeddings().weight.device)[None]
+    inputs = {"input_ids": columns, "position_ids": columns % 3}
+    alone = {name: each[:, 3:] for name, each in inputs.items()}
+    return _which(
+        backbone, inputs, {"apart": alone, "mixed": {**inputs, "attention_mask": torch.ones_like(columns)}}, first=3
+    )
+
+
+def _which(backbone: PreTrainedModel, inputs: dict[str, Any], choices: dict[str, dict[str, Any]], first: int) -> str:
+    """Which of two calls gives a model's result from token ``first`` on; "unknown" where that is not clear."""
+    if not can_run(backbone):
+        return "unknown"
+    with left_as_it_is(backbone, training=False):
+        result = ask(backbone, inputs).result[:, first:]
+        found = {name: ask(backbone, call).result[:, -result.shape[1] :] for name, call in choices.items()}
+    distance = {name: float((each - result).abs().max()) for name, each in found.items()}
+    near, far = sorted(distance, key=lambda name: distance[name])
+    # where both give the same, a difference may show further on
+    clear = distance[far] > 16 * torch.finfo(result.dtype).eps * float(result.abs().max())
+    return near if clear and distance[near] < 0.05 * distance[far] else "unknown"
 
 
 def _rope_settings(config: Any) -> list[dict[str, Any]]:

@@ -60,12 +60,13 @@ def share_prefixes(
     Chosen and rejected, K completions of a prompt, repeated prompts: whatever begins alike in a batch ``[N, T]`` of
     token ids is run once, padding not at all, and ``last_hidden_state``, ``hidden_states`` and ``router_logits`` come
     back in their padded places, 0 at padding. Heads, losses, metrics and gradients are those without sharing, to
-    rounding. What cannot be shared exactly (a cache, positions of the caller, attention weights, dropout in training,
-    left padding where positions are absolute), or is not worth it, runs as before and is counted by
-    :func:`sharing_stats`.
+    rounding. What cannot be shared exactly (a cache, attention weights, dropout in training), or is not worth it, runs
+    as before and is counted by :func:`sharing_stats`.
 
-    Right, left and two-sided padding are shared. Where padding stands on the left, a model with absolute positions
-    (GPT-2) runs as before, since it sees equal tokens at different positions there.
+    Right, left and two-sided padding are shared, and so are rows that hold several sequences one behind the other, told
+    apart by ``position_ids`` that begin again, ``[1, T]`` or ``[N, T]``, as others pack them. Where positions are
+    absolute (GPT-2), or the caller's own, tokens are shared that agree in their positions too: with padding on the
+    left, completions of one prompt, or all that begin alike if the caller's positions come from the mask.
 
     A cache is not made for a shared batch: outside of training mode, calls are shared that say ``use_cache=False``.
 

@@ -18,8 +18,9 @@ from flexdpo.hf.unwrap import unwrap_model
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# an average of logits as they come, which those of padding belong to; a masked one has an index in between
-_AVERAGE_OF_LOGITS = re.compile(r"logits(\.detach\(\)|\.float\(\))*\.mean\(\)")
+# averages over all places of a batch, those of padding among them; where these are left out, an index or a product with
+# a mask stands in between
+_AVERAGES = re.compile(r"logits(\.detach\(\)|\.float\(\))*\.mean\(\)|(kl|logprobs)\.sum\((dim=)?-?1\)\.mean\(\)")
 
 
 def models_of(trainer: Any) -> tuple[nn.Module, ...]:
@@ -42,15 +43,15 @@ def models_of(trainer: Any) -> tuple[nn.Module, ...]:
     return tuple(found.values())
 
 
-def averages_logits_of_padding(trainer: Any) -> bool:
-    """Whether a trainer's own code averages logits with those at padding among them.
+def averages_over_padding(trainer: Any) -> bool:
+    """Whether a trainer's own code averages logits or log-probabilities with those at padding among them.
 
     Its text is asked, since no run tells: the average is detached and goes to the log. One typed at a prompt has none.
     """
     for kind in type(trainer).__mro__:
         if issubclass(kind, Trainer) and kind is not Trainer:
             with contextlib.suppress(OSError):
-                if _AVERAGE_OF_LOGITS.search(inspect.getsource(kind)):
+                if _AVERAGES.search(inspect.getsource(kind)):
                     return True
     return False
 
