@@ -1,22 +1,30 @@
-"""The command ``flexdpo``. A user's mistake prints one line and exits with 2; ``--debug`` shows its traceback."""
+"""The command ``flexdpo``. A user's mistake prints one line and exits with 2; ``--traceback`` shows more."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 
-from flexdpo.errors import FlexdpoError, nearest
+from flexdpo.commands import COMMANDS
+from flexdpo.errors import FlexdpoError, Interrupted, nearest
 
-# each command is a module with `run(argv) -> exit code`, imported when it is called
-COMMANDS = {
-    "train": "train with DPO: without arguments the built-in example, or your model on your data",
-    "check": "say whether a model is exact on shared, packed rows, or refused and why",
-    "estimate": "predict what flexdpo would do for your dataset: tokens, speed-up, memory, settings",
-    "show": "draw a row of your data: its trie, its mask, its tiles, and how a batch is packed",
-    "bench": "time a training step on this machine: shared prompts against the ordinary ways",
-    "results": "write the files of bench as tables into README, next to the paper's figures",
-}
+# what a disk or a folder refuses: nobody's fault in here
+_DISK = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EFBIG,
+    errno.ENOTDIR,
+    errno.ENAMETOOLONG,
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,24 +34,65 @@ def main(argv: list[str] | None = None) -> int:
         argv: The words after ``flexdpo``; by default those of the process.
 
     Returns:
-        The exit code: 0, 2 for something the user can mend, 130 when interrupted; commands may add their own.
+        The exit code: 0, 2 for something the user can mend, 3 for a model that is refused, 128 + n when signal n ended
+        it (130 for Ctrl-C); ``results`` has its own.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if argv is None and words[:1] == ["train"] and {"-h", "--help"} & set(words):
         _leave_peft_out()
-    debug = "--debug" in words
+    shows_traceback = "--traceback" in words
     try:
-        return _dispatch([word for word in words if word != "--debug"])
-    except FlexdpoError as error:
-        if debug:
+        with _signals_raise():
+            return _dispatch([word for word in words if word != "--traceback"])
+    except (FlexdpoError, KeyboardInterrupt, OSError) as error:
+        if shows_traceback or (isinstance(error, OSError) and error.errno not in (*_DISK, errno.EPIPE)):
             raise
+        if isinstance(error, KeyboardInterrupt):
+            print(f"flexdpo: interrupted{error}", file=sys.stderr)
+            return 128 + getattr(error, "number", signal.SIGINT)
+        if isinstance(error, OSError):
+            return _refused_by_the_disk(error)
         print(f"flexdpo: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        if debug:
-            raise
-        print("flexdpo: interrupted", file=sys.stderr)
-        return 130
+
+
+@contextlib.contextmanager
+def _signals_raise() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end a command as Ctrl-C does, unless the process was told to ignore them (``nohup``)."""
+    process = os.getpid()
+
+    def stop(number: int, _: object) -> None:
+        if os.getpid() == process:
+            raise Interrupted(number)
+        # a data loader's worker, forked since: it ends as if nothing had been set
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    mine = threading.current_thread() is threading.main_thread()
+    numbers = [getattr(signal, name) for name in names if mine]
+    before = {each: signal.getsignal(each) for each in numbers if signal.getsignal(each) == signal.SIG_DFL}
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _refused_by_the_disk(error: OSError) -> int:
+    if error.errno == errno.EPIPE:
+        # whoever read the output has seen enough; Python's own last flush must not complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    place = f" {error.filename}" if error.filename else ""
+    print(
+        f"flexdpo: error: the disk refuses{place}: {error.strerror}; make room, or name a folder that can be written "
+        "to (--output_dir; HF_HOME and FLEXDPO_CACHE for caches)",
+        file=sys.stderr,
+    )
+    return 2
 
 
 def _leave_peft_out() -> None:
@@ -63,6 +112,11 @@ def _dispatch(words: list[str]) -> int:
         print(f"flexdpo {__version__}")
         return 0
     command, rest = words[0], words[1:]
+    if "--debug" in rest and " ".join([*rest, "--"]).split("--debug ", 1)[1].startswith("--"):
+        raise FlexdpoError(
+            "--debug takes one of transformers' values, such as underflow_overflow; --traceback shows the traceback "
+            "behind an error"
+        )
     if command not in COMMANDS:
         known = list(COMMANDS)
         raise FlexdpoError(f"unknown command {command!r}{nearest(command, known)}; commands: {', '.join(known)}")
@@ -83,5 +137,5 @@ def _usage() -> str:
         "usage: flexdpo COMMAND [options]\n\n"
         "Preference training of Hugging Face models that runs every distinct token once, exactly.\n\n"
         f"commands:\n{lines}\n\n"
-        "flexdpo COMMAND --help lists the options; --debug shows the traceback behind an error.\n"
+        "flexdpo COMMAND --help lists the options; --traceback shows the traceback behind an error.\n"
     )

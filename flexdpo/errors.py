@@ -21,6 +21,14 @@ class UnsupportedModelError(FlexdpoError):
     """The model would not give the ordinary result on shared, packed rows, so it is refused."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal ended a run; ``number`` is the signal, the message says what there is to go on from."""
+
+    def __init__(self, number: int, left: str = "") -> None:
+        super().__init__(left)
+        self.number = number
+
+
 def nearest(name: str, known: Sequence[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the closest known name, or an empty string when none is close."""
     close = get_close_matches(name, list(known), n=1, cutoff=0.6)

@@ -169,11 +169,16 @@ def test_a_full_output_folder_is_not_overwritten_unasked(tmp_path, capsys, saved
     assert (output / "precious.txt").exists()
 
 
-def test_debug_shows_the_traceback(saved_model) -> None:
+def test_the_traceback_is_shown_when_asked_for(capsys, saved_model) -> None:
     from flexdpo import FlexdpoError
 
+    job = ["train", "--model_name_or_path", str(saved_model("llama"))]
     with pytest.raises(FlexdpoError, match="--dataset_name is missing"):
-        main(["train", "--model_name_or_path", str(saved_model("llama")), "--debug"])
+        main([*job, "--traceback"])
+    # transformers' own option of that name
+    assert "--debug takes one of transformers' values" in complaint(capsys, *job, "--debug")
+    assert "invalid DebugOption value: 'often'" in complaint(capsys, *job, "--debug", "often")
+    assert "--dataset_name is missing" in complaint(capsys, *job, "--debug", "underflow_overflow")
 
 
 def test_check_says_exact_or_refused(tmp_path, capsys, saved_model) -> None:
@@ -183,7 +188,7 @@ def test_check_says_exact_or_refused(tmp_path, capsys, saved_model) -> None:
     BloomConfig(vocab_size=97, hidden_size=16, n_layer=1, n_head=2).save_pretrained(tmp_path / "bloom")
     assert main(["check", str(tmp_path / "bloom")]) == 3
     assert "REFUSED" in capsys.readouterr().out
-    assert "unrecognized arguments: --jsn; see flexdpo check --help" in complaint(capsys, "check", "x", "--jsn")
+    assert "unknown option --jsn; did you mean '--json'?" in complaint(capsys, "check", "x", "--jsn")
 
 
 def test_a_mixture_from_a_yaml_file(tmp_path, capsys, saved_model, data_file) -> None:

@@ -81,7 +81,7 @@ def test_mistakes_of_estimate_get_one_line(tmp_path, capsys, data_file, tokenize
     data, tokenizer = str(data_file), str(tokenizer_folder)
     good = ["estimate", data, "--tokenizer", tokenizer, "--device", "cpu"]
     assert "which dataset? give a file" in complaint(capsys, "estimate", "--tokenizer", tokenizer)
-    assert "lengths depend on the tokenizer; give --model NAME" in complaint(capsys, "estimate", data)
+    assert "lengths depend on the tokenizer; give --model_name_or_path NAME" in complaint(capsys, "estimate", data)
     assert "missing is not a folder with a saved model" in complaint(
         capsys, "estimate", data, "--tokenizer", str(tmp_path / "missing")
     )

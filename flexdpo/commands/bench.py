@@ -11,8 +11,8 @@ from flexdpo.bench.settings import BenchSettings
 from flexdpo.commands.options import OptionParser, settings_of, writable
 
 
-def run(argv: list[str]) -> int:
-    """Run ``flexdpo bench`` with the words after it; prints a table per profile."""
+def parser() -> OptionParser:
+    """The options."""
     options = OptionParser(
         prog="flexdpo bench",
         usage="flexdpo bench [--device DEVICE] [--profile NAME] [--model NAME] [--json FILE] [options]",
@@ -20,7 +20,7 @@ def run(argv: list[str]) -> int:
         "six datasets: prompts shared, against the same pairs the ordinary ways. Efficiency is the speed-up divided by "
         "what the multiplications saved allow.",
     )
-    options.add_settings(BenchSettings)
+    options.add_settings(BenchSettings, "the measurement")
     options.add_argument("--json", help="Write every figure to this file.")
     options.add_argument(
         "--drop_in",
@@ -32,7 +32,12 @@ def run(argv: list[str]) -> int:
         help="Measure flexdpo.share_prefixes instead: a padded batch of 2 prompts with 8 completions each, with and "
         "without it. Takes --device, --model, --threads, --seed and --scale.",
     )
-    found = options.read(argv)
+    return options
+
+
+def run(argv: list[str]) -> int:
+    """Run ``flexdpo bench`` with the words after it; prints a table per profile."""
+    found = parser().read(argv)
     settings = settings_of(BenchSettings, found)
     if found.drop_in == "true":
         from flexdpo.bench.dropin import bench_sharing

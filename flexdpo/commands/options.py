@@ -4,46 +4,60 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
+import shutil
 import types
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import yaml
-
+from flexdpo.commands.known_elsewhere import reason_against
+from flexdpo.commands.yaml_options import yaml_options
 from flexdpo.errors import FlexdpoError, nearest
 
 Settings = TypeVar("Settings")
 _YES, _NO = ("true", "yes", "t", "y", "1"), ("false", "no", "f", "n", "0")
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """As wide as the terminal, with the defaults that say something."""
+
+    def __init__(self, prog: str) -> None:
+        columns = shutil.get_terminal_size((120, 40)).columns
+        super().__init__(prog, max_help_position=min(36, columns // 3), width=max(40, columns - 2))
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, "", []) or (action.default is False and action.nargs in ("?", 0)):
+            return action.help
+        return super()._get_help_string(action)
+
+
 class OptionParser(argparse.ArgumentParser):
     """Takes the fields of dataclasses as options, reads ``--config FILE.yaml``, and raises ``FlexdpoError``."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        wide = partial(argparse.HelpFormatter, max_help_position=34, width=118)
-        super().__init__(*args, **{"formatter_class": wide, "allow_abbrev": False, **kwargs})
+        super().__init__(*args, **{"formatter_class": _Help, "allow_abbrev": False, **kwargs})
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage of a hundred options."""
         raise FlexdpoError(f"{message}; see {self.prog} --help")
 
-    def add_settings(self, cls: type) -> None:
-        """Add an option for every field that has a help text; ``metadata["option"]`` is its name if it differs."""
-        hints = get_type_hints(cls)
+    def add_settings(self, cls: type, title: str) -> None:
+        """Add an option for every field that has a help text, under a heading.
+
+        ``metadata["option"]`` is its name if it differs, ``metadata["aliases"]`` are others that it goes by.
+        """
+        hints, group = get_type_hints(cls), self.add_argument_group(title)
         for field in dataclasses.fields(cls):
             if "help" not in field.metadata:
                 continue
+            names = [f"--{field.metadata.get('option', field.name)}", *field.metadata.get("aliases", ())]
             kind = _plain_type(hints[field.name])
             more: dict[str, Any] = {}
             if kind is bool:
                 kind, more = _yes_or_no, {"nargs": "?", "const": True}
-            elif get_origin(kind) is tuple:
+            elif get_origin(kind) in (tuple, list):
                 kind, more = get_args(kind)[0], {"nargs": "+"}
-            name = field.metadata.get("option", field.name)
-            spellings = dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"])
-            self.add_argument(
+            spellings = dict.fromkeys(each for name in names for each in (name, name.replace("_", "-")))
+            group.add_argument(
                 *spellings, dest=field.name, type=kind, default=field.default, help=field.metadata["help"], **more
             )
 
@@ -54,39 +68,72 @@ class OptionParser(argparse.ArgumentParser):
         return found
 
     def with_config(self, argv: list[str]) -> list[str]:
-        """The words behind ``--config FILE.yaml``, with the file's options before them."""
+        """The words behind every ``--config FILE.yaml``, with the files' options before them in their order."""
         files = OptionParser(prog=self.prog, add_help=False)
-        files.add_argument("--config")
+        files.add_argument("--config", action="append", default=[])
         given, rest = files.parse_known_args(argv)
-        return rest if given.config is None else [*_yaml_options(given.config), *rest]
+        return [*(word for file in given.config for word in yaml_options(file)), *rest]
 
     def refuse_unknown(self, words: list[str]) -> None:
-        """Name the first of ``words`` that no option takes, and the option it may have been meant for."""
-        if words:
-            known = [option for action in self._actions for option in action.option_strings]
-            name = words[0].split("=")[0]
-            raise FlexdpoError(f"unknown option {name}{nearest(name, [*known, '--config'])}; see {self.prog} --help")
+        """Say why the first of ``words`` is no option here, or which one it may have been meant for."""
+        if not words:
+            return
+        name = words[0].split("=")[0]
+        if not name.startswith("-"):
+            raise FlexdpoError(f"{name!r} belongs to no option; see {self.prog} --help")
+        if reason := reason_against(name):
+            raise FlexdpoError(f"{name} is not supported: {reason}")
+        known = [option for action in self._actions for option in action.option_strings]
+        raise FlexdpoError(f"unknown option {name}{nearest(name, [*known, '--config'])}; see {self.prog} --help")
 
 
-@dataclasses.dataclass(frozen=True)
-class DatasetOptions:
-    """Which rows of a dataset are meant."""
+@dataclasses.dataclass
+class TokenizerOptions:
+    """Which model is meant, or its tokenizer alone. Names as in TRL."""
 
-    split: str = dataclasses.field(
-        default="train", metadata={"help": "Split of the dataset; slices such as train[:10%%] too."}
+    model_name_or_path: str | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "A saved model or hub name: its tokenizer and sizes are used, its weights are not read.",
+            "aliases": ["--model"],
+        },
     )
-    config_name: str | None = dataclasses.field(default=None, metadata={"help": "Configuration of a hub dataset."})
-    columns: str | None = dataclasses.field(
-        default=None, metadata={"help": "Which column is which: prompt=question,chosen=response_j."}
+    model_revision: str = dataclasses.field(default="main", metadata={"help": "Branch, tag or commit on the hub."})
+    tokenizer: str | None = dataclasses.field(
+        default=None, metadata={"help": "A folder with a tokenizer or a hub name; by default the model's."}
+    )
+    trust_remote_code: bool = dataclasses.field(
+        default=False, metadata={"help": "Let models and tokenizers from the hub run their own code."}
     )
 
-    def load(self, name: str) -> Any:
-        """The dataset of this name, as ``flexdpo train`` takes it."""
-        from flexdpo.data.columns import parse_columns
-        from flexdpo.data.load import load_preference_dataset
+    def load_config(self) -> Any:
+        """The model's config, or ``None`` where there is a tokenizer alone."""
+        from flexdpo.training.model_loading import load_config
 
-        columns = parse_columns(self.columns)
-        return load_preference_dataset(name, split=self.split, config_name=self.config_name, columns=columns)
+        if self.model_name_or_path is None:
+            return None
+        return load_config(self.model_name_or_path, trust_remote_code=self.trust_remote_code, **self._revision)
+
+    def load_tokenizer(self) -> Any:
+        """The tokenizer that was named, or the model's."""
+        from flexdpo.training.model_loading import load_tokenizer
+
+        name, revision = str(self.model_name_or_path), self._revision
+        if self.tokenizer is not None:
+            name, revision = self.tokenizer, {}
+        return load_tokenizer(name, trust_remote_code=self.trust_remote_code, **revision)
+
+    @property
+    def _revision(self) -> dict[str, str]:
+        return {} if self.model_revision == "main" else {"revision": self.model_revision}
+
+
+def one_name(option: str, *names: str | None) -> str | None:
+    """What was given as the first word or as ``option``."""
+    given = list(dict.fromkeys(name for name in names if name is not None))
+    if len(given) > 1:
+        raise FlexdpoError(f"{given[0]!r} and --{option} {given[1]!r} are two names for one thing; give one of them")
+    return given[0] if given else None
 
 
 def settings_of(cls: type[Settings], found: argparse.Namespace, **more: Any) -> Settings:
@@ -121,21 +168,3 @@ def _yes_or_no(word: str) -> bool:
     if word.lower() not in (*_YES, *_NO):
         raise argparse.ArgumentTypeError(f"expected true or false, got {word!r}")
     return word.lower() in _YES
-
-
-def _yaml_options(path: str) -> list[str]:
-    """Turn a YAML mapping into the command-line options it stands for."""
-    if not Path(path).is_file():
-        raise FlexdpoError(f"--config {path}: no such file")
-    try:
-        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise FlexdpoError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(settings, dict | None):
-        raise FlexdpoError(f"--config {path} must hold 'option: value' lines, found a {type(settings).__name__}")
-    options: list[str] = []
-    for name, value in (settings or {}).items():
-        if value is not None:
-            values = value if isinstance(value, list) else [value]
-            options += [f"--{name}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in values)]
-    return options

@@ -5,21 +5,24 @@ from __future__ import annotations
 from flexdpo.commands.options import OptionParser
 
 
-def run(argv: list[str]) -> int:
-    """Run ``flexdpo results`` with the words after it; returns 1 where ``--check`` finds README out of date."""
-    parser = OptionParser(
+def parser() -> OptionParser:
+    """The options."""
+    options = OptionParser(
         prog="flexdpo results",
         description="Write every result file in a folder as a table between two marker comments in "
         "README, next to the figures that the paper published.",
     )
-    parser.add_argument(
-        "folder", metavar="FOLDER", nargs="?", default="notebooks/results", help="result files (%(default)s)"
-    )
-    parser.add_argument("--readme", metavar="FILE", default="README.md", help="the file to write into (%(default)s)")
-    parser.add_argument(
+    options.add_argument("folder", metavar="FOLDER", nargs="?", default="notebooks/results", help="result files")
+    options.add_argument("--readme", metavar="FILE", default="README.md", help="the file to write into")
+    options.add_argument(
         "--check", action="store_true", help="write nothing; exit code 1 if the file does not say what the results say"
     )
-    options = parser.parse_args(argv)
+    return options
+
+
+def run(argv: list[str]) -> int:
+    """Run ``flexdpo results`` with the words after it; returns 1 where ``--check`` finds README out of date."""
+    options = parser().parse_args(argv)
     from flexdpo.bench.results_page import load_files, render_page, update_page
 
     results = load_files(options.folder)

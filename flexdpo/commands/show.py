@@ -6,9 +6,10 @@ import shutil
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from flexdpo.commands.options import DatasetOptions, OptionParser, settings_of
+from flexdpo.commands.options import OptionParser, TokenizerOptions, one_name, settings_of
 from flexdpo.errors import FlexdpoError
 from flexdpo.layout.packing import pack
+from flexdpo.runs.settings import DataSettings
 from flexdpo.show.overview import VIEWS, draw_overview, picture_block_size
 from flexdpo.show.packing import batch_layouts
 from flexdpo.show.text import overview_text
@@ -17,13 +18,10 @@ if TYPE_CHECKING:
     from flexdpo.layout.groups import Group
 
 
-@dataclass(frozen=True)
-class ShowSettings(DatasetOptions):
+@dataclass
+class ShowSettings:
     """What to draw, and where to."""
 
-    tokenizer: str | None = field(
-        default=None, metadata={"help": "With a dataset: a folder with a tokenizer or a model, or a hub name."}
-    )
     lengths: str | None = field(
         default=None,
         metadata={
@@ -48,19 +46,27 @@ class ShowSettings(DatasetOptions):
     seed: int = field(default=0, metadata={"help": "Of the built-in example."})
 
 
-def run(argv: list[str]) -> int:
-    """Run ``flexdpo show`` with the words after it."""
+def parser() -> OptionParser:
+    """The options."""
     options = OptionParser(
         prog="flexdpo show",
         usage="flexdpo show [DATASET --tokenizer NAME | --lengths FILE.json] [--output FILE.png] [--text] [options]",
         description="Draw the tries of a packed row, its attention mask with the tiles that a kernel skips, masks or "
         "runs whole, and how a batch is packed. Without a dataset, the built-in example is drawn.",
     )
-    options.add_argument("dataset", nargs="?", help="A file, a folder or a hub name, as flexdpo train takes it.")
-    options.add_settings(ShowSettings)
-    found = options.read(argv)
+    options.add_argument("dataset", nargs="?", help="As --dataset_name.")
+    options.add_settings(TokenizerOptions, "model")
+    options.add_settings(DataSettings, "data")
+    options.add_settings(ShowSettings, "the picture")
+    return options
+
+
+def run(argv: list[str]) -> int:
+    """Run ``flexdpo show`` with the words after it."""
+    found = parser().read(argv)
+    found.dataset_name = one_name("dataset_name", found.dataset, found.dataset_name)
     settings = settings_of(ShowSettings, found)
-    groups = _groups(settings, found.dataset)
+    groups = _groups(settings, settings_of(DataSettings, found), settings_of(TokenizerOptions, found))
     length, sharing, multiple = settings.max_tokens_per_row, settings.sharing, settings.pad_to_multiple_of
     row = pack(groups, length, sharing=sharing, pad_to_multiple_of=multiple)[0]
     layouts = batch_layouts(groups, length, sharing=sharing)
@@ -74,19 +80,20 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def _groups(settings: ShowSettings, dataset: str | None) -> list[Group]:
+def _groups(settings: ShowSettings, data: DataSettings, tokens: TokenizerOptions) -> list[Group]:
     from flexdpo.show.sources import example_groups, groups_of_dataset, read_lengths
 
-    if dataset is not None and settings.lengths is not None:
+    named = data.dataset_name is not None or bool(data.datasets)
+    if named and settings.lengths is not None:
         raise FlexdpoError("give a dataset or --lengths, not both")
     if settings.lengths is not None:
         return read_lengths(settings.lengths)
-    if dataset is None:
+    if not named:
         return example_groups(settings.groups, settings.seed)
-    if settings.tokenizer is None:
-        raise FlexdpoError("a dataset needs --tokenizer NAME: which tokens it has depends on it")
-    from flexdpo.training.model_loading import load_tokenizer
-
-    tokenizer, longest = load_tokenizer(settings.tokenizer), settings.max_length or None
-    data = settings.load(dataset)
-    return groups_of_dataset(data, tokenizer, max_length=longest, first=settings.first, groups=settings.groups)
+    if tokens.tokenizer is None and tokens.model_name_or_path is None:
+        raise FlexdpoError(
+            "a dataset needs --tokenizer NAME or --model_name_or_path NAME: which tokens it has depends on it"
+        )
+    tokenizer, longest = tokens.load_tokenizer(), settings.max_length or None
+    found = data.train_data()
+    return groups_of_dataset(found, tokenizer, max_length=longest, first=settings.first, groups=settings.groups)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import itertools
+import os
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flexdpo.commands.options import OptionParser
+from flexdpo.errors import FlexdpoError
 from flexdpo.runs.settings import Job, ModelSettings
+
+if TYPE_CHECKING:
+    from flexdpo.config import DPOConfig
 
 _MOST_USED = (
     "output_dir", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
@@ -18,6 +26,7 @@ _MOST_USED = (
 _EXAMPLE_OPTIONS = frozenset({"--output_dir", "--seed", "--overwrite_output_dir"})
 
 
+@cache
 def parser() -> OptionParser:
     """The options: every field of the model, the data and ``DPOConfig``, in readable groups."""
     from transformers import HfArgumentParser, TrainingArguments
@@ -34,7 +43,8 @@ def parser() -> OptionParser:
         description="Train a causal LM on preferences. Without a model and a dataset, run the built-in example: which "
         "body belongs to this function of the standard library?",
         epilog="--config FILE.yaml reads any of these options from a file, as 'option: value' lines; the command line "
-        "wins. --debug shows the traceback behind an error.",
+        "wins. A run leaves flexdpo_run.yaml behind, which repeats it. --traceback shows the traceback behind an "
+        "error.",
     )
     inherited = _names(TrainingArguments)
     _show_group(options, "model", _names(ModelSettings))
@@ -60,19 +70,37 @@ def _show_group(options: OptionParser, title: str, names: set[str]) -> None:
             group._group_actions.append(action)
 
 
+def read(argv: list[str]) -> tuple[Job, DPOConfig, dict[str, Any]]:
+    """The settings that the words ask for, and those of them that differ from the defaults, as they were given."""
+    options: Any = parser()
+    found = options.read(argv)
+    given = {name: value for name, value in vars(found).items() if value != options.get_default(name)}
+    try:
+        # what a setting is made into must not change the parser's own defaults
+        job, config = options.parse_dict(copy.deepcopy(vars(found)))
+    except FlexdpoError:
+        raise
+    except (ValueError, TypeError, KeyError, ImportError, OSError, NotImplementedError) as error:
+        # transformers' and accelerate's own checks, each with an error of its own
+        raise FlexdpoError(f"{' '.join(str(error).split())}; see flexdpo train --help") from error
+    return job, config, given
+
+
 def run(argv: list[str]) -> int:
     """Run ``flexdpo train`` with the words after it; prints the final table."""
-    given = {word.split("=")[0] for word in argv if word.startswith("--")}
-    options: Any = parser()
-    job, config, unknown = options.parse_args_into_dataclasses(options.with_config(argv), return_remaining_strings=True)
-    options.refuse_unknown(unknown)
-    if given <= _EXAMPLE_OPTIONS:
+    named = {word.split("=")[0] for word in argv if word.startswith("--")}
+    job, config, given = read(argv)
+    if named <= _EXAMPLE_OPTIONS:
         from flexdpo.runs.example import run_example
 
-        output = Path(config.output_dir) if "--output_dir" in given else None
+        output = Path(str(config.output_dir)) if "--output_dir" in named else None
         print(run_example(output, seed=config.seed, overwrite=job.overwrite_output_dir).table())
         return 0
     job.require_names()
+    job.require_effects()
+    if config.output_dir == "trainer_output":
+        # transformers' own default says nothing about the run
+        config.output_dir = default_output_dir(job, config)
     if job.dry_run:
         from flexdpo.runs.dry_run import dry_run
 
@@ -80,10 +108,16 @@ def run(argv: list[str]) -> int:
         return 0
     from flexdpo.runs.job import run_job
 
-    if config.output_dir == "trainer_output":
-        # transformers' own default says nothing about the run
-        config.output_dir = f"{Path(job.model_name_or_path).name}-dpo"
-    table = run_job(job, config)
+    table = run_job(job, config, given)
     if config.process_index == 0:
         print(table)
     return 0
+
+
+def default_output_dir(job: Job, config: DPOConfig) -> str:
+    """``MODEL-dpo``, or the first of ``MODEL-dpo-2``, ... that holds nothing where a new run is alone."""
+    name = f"{Path(str(job.model_name_or_path)).name}-dpo"
+    if config.resume_from_checkpoint or job.overwrite_output_dir or config.world_size > 1:
+        return name
+    names = (name if number == 1 else f"{name}-{number}" for number in itertools.count(1))
+    return next(each for each in names if not os.path.lexists(each) or (os.path.isdir(each) and not os.listdir(each)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -38,10 +39,34 @@ def require_saved(name: str, *needed: str) -> None:
     if path is None or any((path / file).is_file() for file in needed):
         return
     if not path.exists():
-        raise FlexdpoError(f"{name} is not a folder with a saved model")
+        raise FlexdpoError(f"{name} is not a folder with a saved model; give one, or a hub name")
     entries = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else [f"a file, {path.name}"]
     found = ", ".join(entries[:8]) + (", ..." if len(entries) > 8 else "") if entries else "nothing"
-    raise FlexdpoError(f"{name} has no {needed[0]}, so it is no saved model; found {found}")
+    raise FlexdpoError(
+        f"{name} has no {needed[0]}, so it is no saved model; found {found}. Give a folder that save_pretrained wrote"
+    )
+
+
+def adapter_base(name: str) -> str | None:
+    """The model that a folder's adapter belongs to; ``None`` where the folder holds a model, or the name is a hub's.
+
+    Raises:
+        FlexdpoError: if the adapter does not say.
+    """
+    path = local_path(name)
+    file = None if path is None else path / "adapter_config.json"
+    if file is None or not file.is_file() or (file.parent / "config.json").is_file():
+        return None
+    try:
+        base = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise FlexdpoError(f"{file} is damaged ({type(error).__name__}: {first_line(error)}); save it again") from error
+    if not isinstance(base, str) or not base:
+        raise FlexdpoError(
+            f"{file} does not name the model that its adapter belongs to; write it there as base_model_name_or_path, "
+            "or load both in Python and give the PeftModel"
+        )
+    return base
 
 
 def why_unreachable(name: str, *, dataset: bool = False) -> str:

@@ -13,7 +13,7 @@ import torch
 
 from flexdpo.errors import FlexdpoError, first_line
 from flexdpo.hf.mixer_kernels import mixing_ways
-from flexdpo.hf.names import local_path, require_saved
+from flexdpo.hf.names import adapter_base, local_path, require_saved
 from flexdpo.hf.rules import refusal_reason
 from flexdpo.hf.unwrap import backbone_of
 from flexdpo.proof.probe import ParityReport, parity_probe
@@ -50,13 +50,16 @@ class CheckResult:
     probe: ParityReport | None = None
 
 
-def run_check(name_or_path: str, *, json: bool = False, trust_remote_code: bool = False) -> tuple[str, int]:
+def run_check(
+    name_or_path: str, *, json: bool = False, trust_remote_code: bool = False, revision: str = "main"
+) -> tuple[str, int]:
     """Check one model and say so in text or JSON.
 
     Args:
         name_or_path: A folder with a ``config.json``, such a file itself, or a name on the hub.
         json: Return JSON instead of text for a screen.
         trust_remote_code: Whether to run code that comes with the model.
+        revision: Branch, tag or commit on the hub.
 
     Returns:
         The text, and the exit code: 0 where packed rows can be used, 3 where the model is refused.
@@ -64,15 +67,19 @@ def run_check(name_or_path: str, *, json: bool = False, trust_remote_code: bool 
     Raises:
         FlexdpoError: if there is no config under that name.
     """
-    result = check_model(name_or_path, trust_remote_code=trust_remote_code)
+    result = check_model(name_or_path, trust_remote_code=trust_remote_code, revision=revision)
     code = EXIT_REFUSED if result.verdict == "refused" else EXIT_EXACT
     text = json_module.dumps(_jsonable(result), indent=2) if json else _screen(result)
     return text, code
 
 
-def check_model(name_or_path: str, *, trust_remote_code: bool = False) -> CheckResult:
-    """Find out whether a model can be exact: the static rule, then the parity probe on something that runs."""
-    config = _load_config(name_or_path, trust_remote_code)
+def check_model(name_or_path: str, *, trust_remote_code: bool = False, revision: str = "main") -> CheckResult:
+    """Find out whether a model can be exact: the static rule, then the parity probe on something that runs.
+
+    Of an adapter's folder, the model that it names is asked; the adapter itself is when it is trained.
+    """
+    name_or_path = adapter_base(name_or_path) or name_or_path
+    config = _load_config(name_or_path, trust_remote_code, revision)
     outline = _outline(config, trust_remote_code)
     about: dict[str, Any] = {
         "model": name_or_path,
@@ -98,7 +105,7 @@ def check_model(name_or_path: str, *, trust_remote_code: bool = False) -> CheckR
 # --- what is loaded --------------------------------------------------------------------------------------------------
 
 
-def _load_config(name_or_path: str, trust_remote_code: bool) -> Any:
+def _load_config(name_or_path: str, trust_remote_code: bool, revision: str) -> Any:
     from transformers import AutoConfig
 
     path = local_path(name_or_path)
@@ -107,9 +114,14 @@ def _load_config(name_or_path: str, trust_remote_code: bool) -> Any:
     if path is not None and path.is_dir():
         require_saved(name_or_path, "config.json")
     try:
-        return AutoConfig.from_pretrained(str(path or name_or_path), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise FlexdpoError(f"cannot load a config from {name_or_path!r}: {first_line(error)}") from error
+        return AutoConfig.from_pretrained(
+            str(path or name_or_path), trust_remote_code=trust_remote_code, revision=revision
+        )
+    except Exception as error:  # a config holds anything
+        raise FlexdpoError(
+            f"cannot load a config from {name_or_path!r} ({type(error).__name__}: {first_line(error)}); give a folder "
+            "that save_pretrained wrote, or another name"
+        ) from error
 
 
 def _outline(config: Any, trust_remote_code: bool) -> Any:

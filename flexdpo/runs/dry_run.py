@@ -13,12 +13,15 @@ from flexdpo.errors import FlexdpoError, first_line
 from flexdpo.estimate.estimate import estimate_tokenised
 from flexdpo.estimate.report import Estimate
 from flexdpo.estimate.settings import EstimateSettings
+from flexdpo.hf.names import adapter_base
 from flexdpo.hf.prepare import prepare_model
+from flexdpo.runs.ready import require_ready, require_room_on_disk
 from flexdpo.training import model_loading
-from flexdpo.training.adapters import add_adapter
+from flexdpo.training.adapters import add_adapter, is_peft_model
 from flexdpo.training.distribution import shards_of
 from flexdpo.training.memory import TrainingSetup, gigabytes, predict_memory
 from flexdpo.training.row_budget import auto_row_budget
+from flexdpo.training.run_data import require_fit
 
 if TYPE_CHECKING:
     from torch import nn
@@ -61,6 +64,7 @@ def dry_run(job: Job, config: DPOConfig) -> DryRun:
         raise FlexdpoError(
             "a dry run looks at the whole dataset, and a stream is read once; leave --dataset_streaming out of it"
         )
+    require_ready(job, config)
     data = job.train_data()
     tokenizer = model_loading.load_tokenizer(str(job.model_name_or_path), trust_remote_code=config.trust_remote_code)
     model = _without_weights(job, config)
@@ -75,13 +79,19 @@ def dry_run(job: Job, config: DPOConfig) -> DryRun:
     model_loading.require_positions(model_loading.position_limit(model), tokenised.report.longest)
     if config.regroup_prompts:
         tokenised = TokenizedPreferences(regroup_by_prompt(tokenised.dataset), tokenised.report)
+    require_fit(config.objective(), tokenised.dataset[0], "train")
+    if job.evaluates:
+        kept = tokenize_preferences(job.eval_data(), tokenizer, name="eval", max_length=config.max_length)
+        require_fit(config.objective(), kept.dataset[0], "eval")
+    require_room_on_disk(model, config, adapter=is_peft_model(model))
     return _predict(tokenised, model, job, config)
 
 
 def _without_weights(job: Job, config: DPOConfig) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
-    kwargs, name = job.load_kwargs(config), str(job.model_name_or_path)
+    kwargs, given = job.load_kwargs(config), str(job.model_name_or_path)
+    name = adapter_base(given) or given
     revision = {name: kwargs[name] for name in ("revision",) if name in kwargs}
     read = model_loading.load_config(name, trust_remote_code=config.trust_remote_code, **revision)
     # what from_pretrained does by itself: the dtype the weights were saved in
@@ -93,6 +103,10 @@ def _without_weights(job: Job, config: DPOConfig) -> nn.Module:
             )
     except (ValueError, TypeError, KeyError) as error:
         raise FlexdpoError(f"cannot make a causal LM of {name!r}: {first_line(error)}") from error
+    if name != given:
+        from peft import PeftConfig
+
+        model = add_adapter(model, PeftConfig.from_pretrained(given))
     if job.use_peft:
         model = add_adapter(model, job.peft_config())
     prepare_model(model, impl=config.attn_impl)  # type: ignore[arg-type]

@@ -2,37 +2,57 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from transformers.utils import logging
 
 from flexdpo.data.stream import StreamedPreferences
-from flexdpo.errors import FlexdpoError
+from flexdpo.errors import FlexdpoError, Interrupted, first_line
 from flexdpo.layout.row import TILE
+from flexdpo.runs.ready import require_ready, require_room_on_disk
+from flexdpo.runs.run_file import RUN_FILE, write_run_file
 from flexdpo.show.draw import draw
 from flexdpo.show.plots import draw_training_curves
+from flexdpo.training.adapters import is_peft_model
 from flexdpo.training.batch import PackingCollator
+from flexdpo.training.checkpoints import last_checkpoint
 from flexdpo.training.distribution import is_sharded
 from flexdpo.training.metrics import MetricsFile
 from flexdpo.training.output_lock import LOCK_FILE, holding_output
 from flexdpo.training.trainer import DPOTrainer
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from flexdpo.config import DPOConfig
     from flexdpo.runs.settings import Job
+
+logger = logging.get_logger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 CURVES_FILE = "training.png"
 MASK_FILE = "mask.png"
 
 
-def run_job(job: Job, config: DPOConfig) -> str:
-    """Train, save model, tokenizer, metrics and pictures to ``config.output_dir``, and return the final table."""
-    with holding_output(Path(str(config.output_dir)), is_owner=config.process_index == 0):
-        return _run(job, config)
+def run_job(job: Job, config: DPOConfig, given: Mapping[str, Any]) -> str:
+    """Train, save model, tokenizer, card, metrics and pictures to ``config.output_dir``, and return the final table.
+
+    ``given`` are the options that ``flexdpo_run.yaml`` is to hold.
+    """
+    output = Path(str(config.output_dir))
+    require_ready(job, config)
+    with holding_output(output, is_owner=config.process_index == 0):
+        require_output_dir(config, overwrite=job.overwrite_output_dir)
+        try:
+            return _run(job, config, given, output)
+        except KeyboardInterrupt as stop:
+            left = _left_to_go_on(output) if config.process_index == 0 else ""
+            raise Interrupted(getattr(stop, "number", signal.SIGINT), left) from None
 
 
-def _run(job: Job, config: DPOConfig) -> str:
-    output = require_output_dir(config, overwrite=job.overwrite_output_dir)
+def _run(job: Job, config: DPOConfig, given: Mapping[str, Any], output: Path) -> str:
     adapter = job.peft_config()
     train_data, eval_data = job.train_data(), job.eval_data()
     config.model_init_kwargs = job.load_kwargs(config) or None
@@ -45,23 +65,57 @@ def _run(job: Job, config: DPOConfig) -> str:
         peft_config=adapter,
         callbacks=[MetricsFile(output / METRICS_FILE)],
     )
+    require_room_on_disk(trainer.model, config, adapter=is_peft_model(trainer.model))
+    trainer.dataset_names = job.dataset_names
+    if trainer.is_world_process_zero() and not config.resume_from_checkpoint:
+        write_run_file(output, given, trainer)
     # a model that is sharded when training begins cannot be evaluated before it
     sharded = is_sharded(config)
     before = trainer.evaluate() if eval_data is not None and not sharded else {}
+    wanted = config.metric_for_best_model
+    if before and wanted and not {wanted, f"eval_{wanted}"} & before.keys():
+        raise FlexdpoError(
+            f"--metric_for_best_model {wanted} is none of what an evaluation gives: {', '.join(sorted(before))}"
+        )
     # training begins a history of its own
     history = list(trainer.state.log_history)
     checkpoint = str(config.resume_from_checkpoint or "false")
     trainer.train(resume_from_checkpoint={"true": True, "false": None}.get(checkpoint.lower(), checkpoint))
     after = trainer.evaluate() if eval_data is not None else {}
     trainer.save_model()
+    figures = figures_of(trainer, before, after)
+    trainer.figures = figures
+    trainer.create_model_card()
     if trainer.is_world_process_zero():
-        draw_training_curves([*history, *trainer.state.log_history], output / CURVES_FILE)
-        draw_example_mask(trainer, output / MASK_FILE)
-    table = summary_table(trainer, before, after, output)
+        _draw(trainer, [*history, *trainer.state.log_history], output)
+    reports = [line.strip() for report in trainer.data_reports.values() for line in report.summary().splitlines()]
+    width = max(map(len, figures))
+    table = [*reports, *(f"{label:<{width}}  {value}" for label, value in {**figures, "written to": output}.items())]
     # Python that goes down while threads of the group still hold tensors may abort, and fail a run that is done
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
-    return table
+    return "\n".join(table)
+
+
+def _left_to_go_on(output: Path) -> str:
+    """Which checkpoint an interrupted run has left, and the command that goes on."""
+    file = output / RUN_FILE
+    if not file.is_file():
+        return "; nothing was trained yet"
+    again = f"flexdpo train --config {file} --output_dir {output}"
+    try:
+        return f"; {last_checkpoint(output)} is complete, go on with: {again} --resume_from_checkpoint true"
+    except FlexdpoError:
+        return f"; there is no complete checkpoint yet, begin again with: {again} --overwrite_output_dir"
+
+
+def _draw(trainer: DPOTrainer, history: list[dict[str, Any]], output: Path) -> None:
+    """Draw curves and a mask; the model is saved, and no picture is worth a failed run."""
+    try:
+        draw_training_curves(history, output / CURVES_FILE)
+        draw_example_mask(trainer, output / MASK_FILE)
+    except Exception as error:  # a drawing library's, of any kind
+        logger.warning(f"no picture could be drawn ({type(error).__name__}: {first_line(error)}); the model is saved")
 
 
 def require_output_dir(config: DPOConfig, *, overwrite: bool) -> Path:
@@ -87,22 +141,21 @@ def draw_example_mask(trainer: DPOTrainer, path: Path, groups: int = 3) -> None:
     draw(batch.rows[0], path=path, block_size=TILE)
 
 
-def summary_table(trainer: DPOTrainer, before: dict[str, float], after: dict[str, float], output: Path) -> str:
-    """What the run came to, in a few aligned lines."""
-    tokens = trainer.total_tokens()
-    rows: list[tuple[str, str]] = []
+def figures_of(trainer: DPOTrainer, before: dict[str, float], after: dict[str, float]) -> dict[str, str]:
+    """What the run came to."""
+    tokens, figures = trainer.total_tokens(), dict[str, str]()
+    # policy and reference begin as one model: every reward is 0, and a tie counts as no win
+    tied = before.get("eval_rewards/margins") == 0 and before.get("eval_rewards/accuracies") == 0
     for name, label in (("rewards/accuracies", "reward accuracy"), ("rewards/margins", "reward margin")):
         key = f"eval_{name}"
         if key in before:
-            rows.append((f"held-out {label}, before and after", f"{before[key]:.3f}  {after[key]:.3f}"))
+            first = "all tied" if tied else f"{before[key]:.3f}"
+            figures[f"held-out {label}, before and after"] = f"{first}  {after[key]:.3f}"
         elif key in after:
-            rows.append((f"held-out {label}, after", f"{after[key]:.3f}"))
-    rows += [
-        ("tokens run in training", f"{tokens['run']:,}"),
-        ("tokens the ordinary way", f"{tokens['unshared']:,}"),
-        ("times fewer", f"{tokens['unshared'] / max(tokens['run'], 1):.2f}"),
-        ("written to", str(output)),
-    ]
-    width = max(len(label) for label, _ in rows)
-    reports = [line.strip() for report in trainer.data_reports.values() for line in report.summary().splitlines()]
-    return "\n".join([*reports, *(f"{label:<{width}}  {value}" for label, value in rows)])
+            figures[f"held-out {label}, after"] = f"{after[key]:.3f}"
+    return {
+        **figures,
+        "tokens run in training": f"{tokens['run']:,}",
+        "tokens the ordinary way": f"{tokens['unshared']:,}",
+        "times fewer": f"{tokens['unshared'] / max(tokens['run'], 1):.2f}",
+    }

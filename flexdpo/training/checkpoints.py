@@ -61,6 +61,9 @@ def run_record(config: DPOConfig, data_digest: str, model: dict[str, str] | None
         if field.name == "dataloader_drop_last"
         or (field.init and field.name not in WITHOUT_EFFECT and not field.name.startswith(("_", *_FREE_SETTINGS)))
     }
+    if isinstance(settings["model_init_kwargs"], dict):
+        # whose access it was is nobody else's
+        settings["model_init_kwargs"] = {k: v for k, v in settings["model_init_kwargs"].items() if k != "token"}
     settings["world_size"] = config.world_size
     return {
         "data": data_digest,
@@ -149,6 +152,13 @@ def writing_checkpoint(folder: Path, *, is_writer: bool) -> Iterator[None]:
     """
     if is_writer:
         (folder / RECORD_FILE).unlink(missing_ok=True)
+    with plain_write_errors(f"the checkpoint {folder}", folder.parent):
+        yield
+
+
+@contextmanager
+def plain_write_errors(what: str, output_dir: Path) -> Iterator[None]:
+    """Say plainly when something of a run cannot be written, and which checkpoint there is to go on from."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -157,10 +167,10 @@ def writing_checkpoint(folder: Path, *, is_writer: bool) -> Iterator[None]:
         if isinstance(error, RuntimeError) and not any(name in str(error) for name in writers):
             raise
         try:
-            left = f"{last_checkpoint(folder.parent)} is complete: make room and go on with resume_from_checkpoint=True"
+            left = f"{last_checkpoint(output_dir)} is complete: make room and go on with resume_from_checkpoint=True"
         except FlexdpoError:
-            left = "there is no complete one yet: make room and start the run again"
-        raise FlexdpoError(f"the checkpoint {folder} cannot be written ({first_line(error)}); {left}") from error
+            left = "there is no complete checkpoint yet: make room and start the run again"
+        raise FlexdpoError(f"{what} cannot be written ({first_line(error)}); {left}") from error
 
 
 def last_checkpoint(output_dir: Path) -> Path:

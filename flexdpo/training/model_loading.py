@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from flexdpo.data.tokenize import require_special_tokens
 from flexdpo.errors import FlexdpoError, first_line, quoted
 from flexdpo.hf.forward_layout import ATTN_IMPLEMENTATION
-from flexdpo.hf.names import require_saved, why_unreachable
+from flexdpo.hf.names import adapter_base, require_saved, why_unreachable
 from flexdpo.hf.unwrap import unwrap_model
 from flexdpo.training import distribution
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
+_TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 _POSITION_TABLES = frozenset({"wpe", "embed_positions", "position_embeddings", "positions_embed"})
 
 
@@ -37,8 +39,9 @@ def load_parts(
         FlexdpoError: if one cannot be loaded, or they do not belong together.
     """
     if isinstance(model, str):
-        tokenizer = tokenizer or load_tokenizer(model, trust_remote_code=args.trust_remote_code)
         init_kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+        revision = {name: init_kwargs[name] for name in ("revision",) if name in init_kwargs}
+        tokenizer = tokenizer or load_tokenizer(model, trust_remote_code=args.trust_remote_code, **revision)
         model = load_model(model, trust_remote_code=args.trust_remote_code, **init_kwargs)
     elif args.model_init_kwargs:
         raise FlexdpoError(
@@ -60,8 +63,11 @@ def load_model(name_or_path: str, *, trust_remote_code: bool = False, **init_kwa
     """Load a causal LM from a local folder or the hub; ``prepare_model`` decides later whether it can be exact.
 
     In float32 unless ``dtype`` says otherwise, as in TRL: at a learning rate of 1e-6, most updates of a bfloat16 weight
-    round to nothing.
+    round to nothing. A folder with an adapter is loaded on the model that it names, ready to be trained on.
     """
+    if (base := adapter_base(name_or_path)) is not None:
+        init_kwargs.pop("revision", None)  # the adapter's
+        return _with_adapter(load_model(base, trust_remote_code=trust_remote_code, **init_kwargs), name_or_path)
     init_kwargs.setdefault("dtype", torch.float32)
     requested = init_kwargs.pop("attn_implementation", ATTN_IMPLEMENTATION)
     if requested != ATTN_IMPLEMENTATION:
@@ -75,8 +81,13 @@ def load_model(name_or_path: str, *, trust_remote_code: bool = False, **init_kwa
         model, found = AutoModelForCausalLM.from_pretrained(
             name_or_path, trust_remote_code=trust_remote_code, output_loading_info=True, **init_kwargs
         )
-    except (OSError, ValueError) as error:
-        raise FlexdpoError(f"cannot load a causal LM from {name_or_path!r}: {first_line(error)}") from error
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, ImportError, SafetensorError, RuntimeError) as error:
+        raise FlexdpoError(
+            f"cannot load a causal LM from {name_or_path!r} ({type(error).__name__}: {first_line(error)}); save it "
+            "again, or name another"
+        ) from error
     missing = sorted(found["missing_keys"])
     if missing:
         raise FlexdpoError(
@@ -86,18 +97,40 @@ def load_model(name_or_path: str, *, trust_remote_code: bool = False, **init_kwa
     return model
 
 
-def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def _with_adapter(model: PreTrainedModel, name: str) -> Any:
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise FlexdpoError(
+            f"{name} holds an adapter, which needs the peft package; pip install 'flexdpo[peft]'"
+        ) from error
+    try:
+        return PeftModel.from_pretrained(model, name, is_trainable=True)
+    except Exception as error:  # each kind has conditions of its own, and errors for them
+        raise FlexdpoError(
+            f"cannot load the adapter in {name} on {type(model).__name__} ({type(error).__name__}: "
+            f"{first_line(error)}); save it again, or name another"
+        ) from error
+
+
+def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False, **kwargs: Any) -> PreTrainedTokenizerBase:
     """Load a tokenizer from a folder, with a model or alone, or the hub; it needs an EOS and a pad token."""
-    require_saved(name_or_path, "config.json", "tokenizer_config.json", "tokenizer.json")
+    base = adapter_base(name_or_path)
+    if base is not None and not any((Path(name_or_path) / name).is_file() for name in _TOKENIZER_FILES):
+        name_or_path = base
+    require_saved(name_or_path, "config.json", *_TOKENIZER_FILES)
     tokenizer: PreTrainedTokenizerBase = _from_name(
-        AutoTokenizer, "a tokenizer", name_or_path, trust_remote_code=trust_remote_code
+        AutoTokenizer, "a tokenizer", name_or_path, trust_remote_code=trust_remote_code, **kwargs
     )
     require_special_tokens(tokenizer)
     return tokenizer
 
 
 def load_config(name_or_path: str, **kwargs: Any) -> Any:
-    """Load a model's config from a folder or the hub; the weights stay where they are."""
+    """Load a model's config from a folder or the hub, an adapter's model's; the weights stay where they are."""
+    if (base := adapter_base(name_or_path)) is not None:
+        kwargs.pop("revision", None)  # the adapter's
+        name_or_path = base
     require_saved(name_or_path, "config.json")
     return _from_name(AutoConfig, "a model's config", name_or_path, **kwargs)
 
@@ -107,9 +140,16 @@ def _from_name(loader: Any, what: str, name_or_path: str, **kwargs: Any) -> Any:
     try:
         # where nothing can be reached, only the local cache can help
         return loader.from_pretrained(name_or_path, local_files_only=bool(unreachable), **kwargs)
-    except (OSError, ValueError, KeyError) as error:
-        why = f"it is no folder here, and {unreachable}" if unreachable else first_line(error)
-        raise FlexdpoError(f"cannot load {what} from {name_or_path!r}: {why}") from error
+    except Exception as error:  # files of others hold anything, and each reader has errors of its own
+        why = (
+            f"it is no folder here, and {unreachable}"
+            if unreachable
+            else f"{type(error).__name__}: {first_line(error)}"
+        )
+        raise FlexdpoError(
+            f"cannot load {what} from {name_or_path!r}: {why}; give a folder that save_pretrained wrote, or another "
+            "name"
+        ) from error
 
 
 def vocabulary(model: PreTrainedModel) -> int:

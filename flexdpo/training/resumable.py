@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,7 @@ from flexdpo.training.checkpoints import (
     file_record,
     last_checkpoint,
     load_reference,
+    plain_write_errors,
     require_same_run,
     require_same_schedule,
     run_record,
@@ -29,9 +31,12 @@ from flexdpo.training.checkpoints import (
     writing_checkpoint,
 )
 from flexdpo.training.finite import require_finite_weights
+from flexdpo.training.model_card import model_card
 from flexdpo.training.output_lock import holding_output
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import nn
 
     from flexdpo.data.tokenize import DataReport
@@ -47,6 +52,8 @@ class ResumableTrainer(Trainer):
     Attributes:
         tokens: That this process ran in training, and that an ordinary run would have.
         proof: What the run proved before its first step.
+        dataset_names: Of the training data, for the model's card.
+        figures: What the run came to, for the model's card.
     """
 
     args: Any
@@ -55,6 +62,8 @@ class ResumableTrainer(Trainer):
     tokens: dict[str, int]
     data_reports: dict[str, DataReport]
     proof: Proof | None = None
+    dataset_names: tuple[str, ...] = ()
+    figures: Mapping[str, str] = MappingProxyType({})
     _guard: StepGuard
     _fingerprints: dict[str, str]
     _record: dict[str, Any] | None = None
@@ -119,10 +128,33 @@ class ResumableTrainer(Trainer):
         totals = self.accelerator.reduce(counts, reduction="sum").tolist()
         return dict(zip(self.tokens, map(int, totals), strict=True))
 
+    def changed_settings(self) -> dict[str, Any]:
+        """The settings that differ from their defaults and have a say in what is learned."""
+        settings, defaults = self._run_record()["settings"], run_record(type(self.args)("unused"), "")["settings"]
+        return {name: value for name, value in settings.items() if value != defaults.get(name)}
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None, **metadata: Any
+    ) -> None:
+        """Write ``README.md`` into the output folder; the arguments are those of TRL's, and more for the hub."""
+        if not self.is_world_process_zero():
+            return
+        output = Path(str(self.args.output_dir))
+        names = self.dataset_names if dataset_name is None else [dataset_name]
+        tags = [tags] if isinstance(tags, str) else list(tags or ())
+        card = model_card(self, model_name or output.name, names, tags, self.figures, **metadata)
+        card.save(output / "README.md")
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save as ``Trainer`` does; under FSDP the finished model is saved whole, however its checkpoints are."""
         if not _internal_call:
             require_finite_weights(self._guard.model, self.accelerator, "the model")
+            with plain_write_errors("the finished model", Path(str(self.args.output_dir))):
+                self._save_whole(output_dir, _internal_call)
+            return
+        self._save_whole(output_dir, _internal_call)
+
+    def _save_whole(self, output_dir: str | None, _internal_call: bool) -> None:
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is None or _internal_call:
             super().save_model(output_dir, _internal_call)

@@ -10,17 +10,20 @@ from transformers.utils import logging
 from flexdpo.data.lengths import require_company, require_room, tokens_needed
 from flexdpo.data.regroup import regroup_by_prompt
 from flexdpo.data.stream import StreamedPreferences, is_stream
-from flexdpo.data.tokenize import DataReport, tokenize_preferences
+from flexdpo.data.tokenize import LABELS_COLUMN, DataReport, tokenize_preferences
 from flexdpo.errors import FlexdpoError
 from flexdpo.training.model_loading import require_positions
 from flexdpo.training.row_plan import RowPlan
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from datasets import Dataset
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
     from flexdpo.config import DPOConfig
+    from flexdpo.objective.objective import Objective
 
 logger = logging.get_logger(__name__)
 
@@ -53,6 +56,7 @@ class RunData:
                 dataset, self.tokenizer, args, name=name, training=name == "train", max_positions=self.max_positions
             )
             _tell(stream.preview(_PREVIEWED_EXAMPLES))
+            require_fit(args.objective(), stream.sample(1)[0], name)
             return stream
         if args.stream_shuffle_buffer and name == "train":
             raise FlexdpoError(
@@ -73,6 +77,7 @@ class RunData:
                 data = regroup_by_prompt(data)
         _tell(report)
         self.reports[name] = report
+        require_fit(args.objective(), data[0], name)
         require_positions(self.max_positions, report.longest)
         if isinstance(args.max_tokens_per_row, int):
             require_room(data, args.max_tokens_per_row, args.room_multiple, **self._counted)
@@ -101,6 +106,26 @@ class RunData:
     def _counted(self) -> dict[str, Any]:
         """What a trie's size depends on beside its example."""
         return {"unrelated_responses": self.unrelated_responses, "limits": self.limits}
+
+
+def require_fit(objective: Objective, example: Mapping[str, Any], name: str) -> None:
+    """Refuse data of which no loss could learn, by their first example: a dataset has one layout.
+
+    Raises:
+        FlexdpoError: naming the losses and one that the data have what it needs for.
+    """
+    pairs, labels = len(example["edges"]), bool(example.get(LABELS_COLUMN))
+    losses = ", ".join(objective.loss_type)
+    if not pairs and (objective.needs_pairs or "plackett_luce" in objective.loss_type):
+        has, take = ("a label for each response", "kto") if labels else ("single completions", "sft")
+        raise FlexdpoError(
+            f"{name}: loss_type {losses} compares responses, and the data have {has}; use --loss_type {take}"
+        )
+    if not pairs and not labels and objective.needs_labels:
+        raise FlexdpoError(
+            f"{name}: loss_type {losses} needs labels or preferences, and the data have single completions; use "
+            "--loss_type sft"
+        )
 
 
 def _tell(report: DataReport) -> None:

@@ -98,6 +98,11 @@ class DPOTrainer(ResumableTrainer):
         if ref_model is not None and ref_model is model:
             raise FlexdpoError("model and ref_model are the same object; leave ref_model out to get a frozen copy")
         args = args if args is not None else DPOConfig(f"{model_loading.model_name(model)}-DPO")
+        if not isinstance(args, DPOConfig):
+            raise FlexdpoError(
+                f"args must be a flexdpo.DPOConfig, got {type(args).__module__}.{type(args).__name__}; make one with "
+                "the same settings, whose names are TRL's"
+            )
         self.objective = args.objective()
         # adapters draw their first weights from this seed
         set_seed(args.seed)
@@ -112,20 +117,23 @@ class DPOTrainer(ResumableTrainer):
         precompute = args.precompute_ref_log_probs and self.objective.needs_reference
         if not precompute:
             self._compile(args, model, reference)
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=PackingCollator(
-                unrelated_responses=self.objective.needs_unrelated_responses,
-                limits=limits_of(model).limits,
-                **self.row_plan.collation,
-            ),
-            train_dataset=train_data,
-            eval_dataset=eval_data,
-            processing_class=processing_class,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
+        try:
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=PackingCollator(
+                    unrelated_responses=self.objective.needs_unrelated_responses,
+                    limits=limits_of(model).limits,
+                    **self.row_plan.collation,
+                ),
+                train_dataset=train_data,
+                eval_dataset=eval_data,
+                processing_class=processing_class,
+                callbacks=callbacks,
+                optimizers=optimizers,
+            )
+        except (ValueError, ImportError) as error:  # settings that do not go together, packages that are missing
+            raise FlexdpoError(f"transformers refuses these settings: {' '.join(str(error).split())}") from error
         self._prepare_step(reference)
         if precompute:
             self._precompute()

@@ -1,0 +1,177 @@
+"""What a run leaves behind: its settings, its card, its table however short it was, a word when it is interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+
+from flexdpo.cli import main
+from flexdpo.commands.train import default_output_dir, read
+from flexdpo.runs.job import RUN_FILE
+from tests.conftest import preference_rows
+from tests.test_cli import complaint
+
+
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved_model: Any) -> Any:
+    """Words of a tiny run in a folder of its own, which is the current one."""
+    monkeypatch.chdir(tmp_path)
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in preference_rows(24)))
+    words = ["train", "--model_name_or_path", str(saved_model("llama")), "--dataset_name", "pairs.jsonl"]
+    words += ["--use_cpu", "--report_to", "none", "--disable_tqdm", "true", "--prove", "false"]
+    return [*words, "--learning_rate", "1e-3", "--per_device_train_batch_size", "4"]
+
+
+def test_a_run_is_repeated_from_what_it_left(job, capsys) -> None:
+    job += ["--max_steps", "3", "--logging_steps", "1", "--run_name=-quick", "--loss_type", "sigmoid", "sft"]
+    job += ["--lr_scheduler_type", "cosine_with_min_lr", "--lr_scheduler_kwargs", '{"min_lr": 1e-7}', "--seed", "7"]
+    assert main([*job, "--output_dir", "out", "--max_tokens_per_row", "auto"]) == 0
+    settings = yaml.safe_load(Path("out", RUN_FILE).read_text())
+    assert settings["run_name"] == "-quick"
+    assert settings["seed"] == 7
+    assert isinstance(settings["max_tokens_per_row"], int)
+    assert not {"output_dir", "overwrite_output_dir", "beta"} & settings.keys()
+
+    assert main(["train", "--config", f"out/{RUN_FILE}"]) == 0
+    again = next(path for path in Path().glob("*-dpo"))
+    assert f"written to               {again}" in capsys.readouterr().out
+    first, second = load_file("out/model.safetensors"), load_file(again / "model.safetensors")
+    assert all(torch.equal(weight, second[name]) for name, weight in first.items())
+    lines = [[json.loads(line) for line in (folder / "metrics.jsonl").open()] for folder in (Path("out"), again)]
+    losses = [[line["loss"] for line in each if "loss" in line] for each in lines]
+    assert losses[0] == losses[1]
+    left = yaml.safe_load((again / RUN_FILE).read_text())
+    assert {name: str(value) for name, value in left.items()} == {name: str(each) for name, each in settings.items()}
+
+
+def test_a_run_without_a_name_goes_to_a_folder_of_its_own(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["--model_name_or_path", "a/model", "--dataset_name", "x", "--use_cpu"]
+    assert default_output_dir(*read(words)[:2]) == "model-dpo"
+    Path("model-dpo").mkdir()
+    assert default_output_dir(*read(words)[:2]) == "model-dpo"
+    Path("model-dpo/file").touch()
+    assert default_output_dir(*read(words)[:2]) == "model-dpo-2"
+    assert default_output_dir(*read([*words, "--resume_from_checkpoint", "true"])[:2]) == "model-dpo"
+
+
+@pytest.mark.parametrize("words", ["--max_steps 2", "--num_train_epochs 0.05", "--max_steps 2 --logging_strategy no"])
+def test_however_short_a_run_is_it_ends_with_its_table(job, capsys, caplog, monkeypatch, words) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError("no font")
+
+    monkeypatch.setattr("flexdpo.runs.job.draw_example_mask", fail)
+    token = ["--model_init_kwargs", '{"token": "hf_x", "revision": "main"}']
+    assert main([*job, *words.split(), *token, "--output_dir", "out"]) == 0
+    table = capsys.readouterr().out
+    assert "train: 24 of 24 rows used" in table
+    assert "tokens run in training" in table
+    assert "no picture could be drawn (OSError: no font); the model is saved" in caplog.text
+    assert Path("out/model.safetensors").is_file()
+    assert not any("hf_x" in file.read_text() for file in Path("out").iterdir() if file.suffix in (".yaml", ".md"))
+
+
+def test_the_card_says_what_was_done(job, capsys) -> None:
+    job[job.index("--prove") + 1] = "true"
+    job += ["--max_steps", "1", "--beta", "0.3", "--eval_dataset_name", "pairs.jsonl"]
+    assert main([*job, "--output_dir", "out"]) == 0
+    card = ModelCard.load("out/README.md")
+    assert card.data.tags == ["generated_from_trainer", "flexdpo", "dpo"]
+    assert card.data.base_model is None  # a folder here is none on the hub
+    for words in (
+        "on `pairs.jsonl`",
+        "- beta: 0.3",
+        "- proved on",
+        "train: 24 of 24 rows used",
+        "reward accuracy",
+        "torch",
+    ):
+        assert words in card.text, words
+    # policy and reference begin as one
+    assert "held-out reward accuracy, before and after  all tied" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("number", "step"), [(signal.SIGINT, 1), (signal.SIGTERM, 3), (signal.SIGHUP, 1)])
+def test_an_interrupted_run_says_how_to_go_on(job, capsys, monkeypatch, number, step) -> None:
+    from flexdpo.training.metrics import MetricsFile
+
+    def interrupt(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == step:
+            os.kill(os.getpid(), number)
+
+    job += ["--max_steps", "4", "--save_strategy", "steps", "--save_steps", "2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsFile, "on_step_end", interrupt)
+        assert main([*job, "--output_dir", "out"]) == 128 + number
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("flexdpo: ")]
+    said = (
+        "out/checkpoint-2 is complete, go on with: "
+        if step == 3
+        else "there is no complete checkpoint yet, begin again "
+    )
+    assert f"flexdpo: interrupted; {said}" in line
+    if step == 3:  # the command that it gives, as it stands
+        assert main(line.split("flexdpo ")[-1].split()) == 0
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_before_the_first_step(job, capsys, monkeypatch, tmp_path) -> None:
+    def refused(*words: str) -> str:
+        messages = {complaint(capsys, *job, "--output_dir", "out", *words, *more) for more in ([], ["--dry_run"])}
+        assert not Path("out", "model.safetensors").exists()
+        assert len(messages) == 1, messages
+        return messages.pop()
+
+    assert "--eval_strategy steps needs evaluation data; add --eval" in refused("--eval_strategy", "steps")
+    assert "--eval_on_start True needs evaluation data" in refused("--eval_on_start")
+    evaluated = ["--eval_dataset_name", "pairs.jsonl"]
+    assert "--save_strategy follows evaluations" in refused("--save_strategy", "best", *evaluated)
+    assert "requires an eval strategy" in refused("--lr_scheduler_type", "reduce_lr_on_plateau")
+    assert "--report_to wandb: " in refused("--report_to", "wandb")
+    assert "nobody is not supported, only" in refused("--report_to", "nobody")
+    assert "--optim adamw_bnb_8bit: " in refused("--optim", "adamw_bnb_8bit")
+    assert "--optim galore_adamw: " in refused("--optim", "galore_adamw", "--optim_target_modules", "all-linear")
+    assert "Target modules {'nowhere'} not found" in refused("--use_peft", "--lora_target_modules", "nowhere")
+    Path("file").touch()
+    assert "file cannot be written to; name another folder" in refused("--output_dir", "file/out")
+
+    rows = [{"prompt": "w5 ", "completion": f"w{n % 9} w2", "label": n % 2 == 0} for n in range(8)]
+    Path("labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    labels = ["--dataset_name", "labels.jsonl"]
+    assert "have a label for each response; use --loss_type kto" in refused(*labels)
+    assert "eval: loss_type sigmoid compares responses" in refused("--eval_dataset_name", "labels.jsonl")
+    monkeypatch.setattr("flexdpo.runs.ready.shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+    assert "the model with one checkpoint takes" in refused()
+
+
+def test_an_unknown_metric_is_named_before_training(job, capsys) -> None:
+    job += ["--eval_dataset_name", "pairs.jsonl", "--metric_for_best_model", "acuracy", "--load_best_model_at_end"]
+    job += ["--eval_strategy", "steps", "--eval_steps", "1", "--save_strategy", "steps", "--save_steps", "1"]
+    assert "--metric_for_best_model acuracy is none of what" in complaint(capsys, *job, "--output_dir", "out")
+
+
+def test_a_trained_adapter_is_trained_on(job, capsys) -> None:
+    lora = ["--use_peft", "--lora_r", "4", "--lora_target_modules", "all-linear", "--use_rslora"]
+    assert main([*job, *lora, "--max_steps", "2", "--output_dir", "first"]) == 0
+    job[job.index("--model_name_or_path") + 1] = "first"
+    assert main([*job, "--dry_run"]) == 0
+    job[job.index("--prove") + 1] = "true"
+    assert main([*job, "--max_steps", "2", "--output_dir", "second"]) == 0
+    one, two = (load_file(f"{name}/adapter_model.safetensors") for name in ("first", "second"))
+    assert one.keys() == two.keys()
+    assert any(not torch.equal(one[name], two[name]) for name in one)
+    assert main(["estimate", "pairs.jsonl", "--model_name_or_path", "first", "--device", "cpu"]) == 0
+    assert main(["show", "--dataset_name", "pairs.jsonl", "--model_name_or_path", "first", "--text"]) == 0
+    assert main(["check", "first"]) == 0
+    assert "asks for another adapter" in complaint(capsys, *job, *lora, "--output_dir", "third")
+    Path("first/adapter_config.json").write_text("{}")
+    assert "adapter_config.json is damaged" in complaint(capsys, *job, "--output_dir", "third")
