@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from enum import Enum
+from types import BuiltinFunctionType, FunctionType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 if TYPE_CHECKING:
@@ -20,7 +22,11 @@ _WITHOUT_EFFECT = frozenset({
     "return_dict", "output_hidden_states", "output_attentions", "training", "gradient_checkpointing",
     "pad_token_id", "bos_token_id", "eos_token_id", "inference_mode", "base_model_name_or_path", "revision",
 })  # fmt: skip
-_BOOKKEEPING = ("_attn_implementation", "_experts_implementation", "_flexdpo", "_is_hf", "_hf_", "_is_full_backward")
+_FUNCTIONS = (FunctionType, BuiltinFunctionType)
+_BOOKKEEPING = (
+    "_attn_implementation", "_experts_implementation", "_flexdpo", "_is_hf", "_hf_", "_is_full_backward",
+    "_forward_", "_backward_", "_state_dict_", "_load_state_dict_",
+)  # fmt: skip
 
 
 def model_fingerprint(model: nn.Module) -> str:
@@ -49,7 +55,7 @@ def settings_fingerprint(model: nn.Module) -> str:
         if is_whole_model:
             configs.setdefault(id(config), config)
         if module not in switched_off:
-            kept = {key: value for key, value in vars(module).items() if _is_plain(value)}
+            kept = {key: value for key, value in vars(module).items() if _is_plain(value) or _is_activation(key, value)}
             if is_whole_model:
                 # transformers notes there how a model was loaded
                 kept = {key: value for key, value in kept.items() if not key.startswith("_")}
@@ -78,12 +84,13 @@ def weights_sample(model: nn.Module, *, trainable: bool, per_tensor: int = 64) -
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Weights and buffers by name, those that are never saved (rotary frequencies) included."""
+    """Weights, buffers and whatever tensors and arrays modules keep beside them, by name."""
     switched_off = _switched_off(model)
     found: dict[str, Tensor] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         if module not in switched_off:
             own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+            own += [(name, torch.as_tensor(value)) for name, value in vars(module).items() if _is_numbers(value)]
             found.update({f"{prefix}.{name}": tensor for name, tensor in own})
     return sorted(found.items())
 
@@ -97,6 +104,17 @@ def _switched_off(model: nn.Module) -> set[nn.Module]:
             base = wrapper.get_base_layer() if hasattr(wrapper, "get_base_layer") else wrapper.original_module
             found |= set(module.modules()) - set(base.modules())
     return found
+
+
+def _is_numbers(value: object) -> bool:
+    return isinstance(value, torch.Tensor) or (
+        isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in "fiub" and not isinstance(value, float)
+    )
+
+
+def _is_activation(name: str, value: object) -> bool:
+    """Whether it is a function that a module applies, and not how it is called itself: checkpointing, autocast."""
+    return isinstance(value, _FUNCTIONS) and name != "forward" and not name.startswith("_")
 
 
 def _is_plain(value: object) -> bool:
@@ -119,6 +137,8 @@ def _counted(about: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _ordered(value: object) -> Any:
+    if isinstance(value, _FUNCTIONS):
+        return f"{value.__module__}.{value.__qualname__}"
     return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else str(value)
 
 

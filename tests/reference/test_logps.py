@@ -249,6 +249,24 @@ def test_every_weight_counts() -> None:
     assert model_fingerprint(build_model("llama").to(torch.bfloat16)) != before
 
 
+def test_numbers_and_functions_that_modules_keep_count() -> None:
+    """What is neither a weight nor a buffer, nor plain: tensors, arrays, an activation that is no module."""
+    model = build_model("llama")
+    activation: Any = model.model.layers[0].mlp.act_fn
+    activation.scale, activation.limits, activation.step = torch.ones(2), np.ones(2), np.float32(1)
+    activation.function = torch.nn.functional.silu
+    before = model_fingerprint(model)
+    assert model_fingerprint(model) == before
+    changes = {"scale": torch.zeros(2), "limits": np.zeros(2), "step": np.float32(2), "function": torch.relu}
+    for name, value in changes.items():
+        kept = getattr(activation, name)
+        setattr(activation, name, value)
+        assert model_fingerprint(model) != before, name
+        setattr(activation, name, kept)
+    model.gradient_checkpointing_enable()
+    assert model_fingerprint(model.train()) == before
+
+
 def test_odd_sizes_and_places_have_fingerprints() -> None:
     storage = torch.arange(40, dtype=torch.uint8)
     plain, moved = torch.nn.Module(), torch.nn.Module()
