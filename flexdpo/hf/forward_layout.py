@@ -8,6 +8,7 @@ before, and each thread holds its own: what the backward pass runs again in a th
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,8 @@ from flexdpo.hf.unwrap import backbone_of
 from flexdpo.layout.row import RowLayout
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor, nn
 
     from flexdpo.attention.row_mask import Impl
@@ -62,6 +65,7 @@ class PackedForward:
     buffers: dict[str, tuple[int, int]] = field(default_factory=dict)  # which they were when it began
     inputs: dict[str, Any] = field(default_factory=dict)  # its token ids or embeddings
     mixed: set[int] = field(default_factory=set)  # ids of the modules that carried their state along the trie
+    along_paths: bool = False  # whether ``module`` is a part that runs along the path to each leaf, without a layout
 
     def tested(self, grad: bool) -> bool:
         """Whether the model's kernels went through their self-test, in an uncompiled run in this gradient mode."""
@@ -89,6 +93,22 @@ def packed_forward() -> PackedForward | None:
         return None
     forward = _forwards.stack[-1] if _forwards.stack else None
     return None if forward is None or forward.layout is None else forward
+
+
+@contextlib.contextmanager
+def along_paths(module: nn.Module) -> Iterator[None]:
+    """Hold no layout while a part of a model runs along the path to each leaf, as ever."""
+    forward = PackedForward(module, None, "auto", along_paths=True)
+    _forwards.stack.append(forward)
+    try:
+        yield
+    finally:
+        _forwards.stack.remove(forward)
+
+
+def runs_along_paths() -> bool:
+    """Whether a part of a model runs along the path to each leaf in this thread."""
+    return bool(_forwards.stack) and _forwards.stack[-1].along_paths
 
 
 def install_layout_hooks(module: nn.Module, impl: Impl) -> None:

@@ -23,7 +23,7 @@ from flexdpo.attention.mask_mods import CAUSAL, MaskKind
 from flexdpo.attention.row_mask import row_mask_for, row_mask_of
 from flexdpo.attention.selftest import is_compared
 from flexdpo.errors import FlexdpoError, UnsupportedModelError
-from flexdpo.hf.forward_layout import packed_forward
+from flexdpo.hf.forward_layout import packed_forward, runs_along_paths
 from flexdpo.hf.randomness import WAY_OUT
 from flexdpo.hf.row_dependence import scaled_by_position
 from flexdpo.layout.row import RowLayout
@@ -44,6 +44,8 @@ HARMLESS_KWARGS = frozenset(
     )
 )
 # fmt: on
+# what the stock functions do besides, along the path to each leaf too
+_STOCK_KWARGS = frozenset(("position_bias",))
 # of a variable that is not set yet, whose contents cannot even be looked at
 _EMPTY_CELL = CellType()
 _LOOKS_AHEAD = (
@@ -234,6 +236,8 @@ def flexdpo_attention(
             f"({type(attention_mask).__name__}); it would mix responses, so train this model without flexdpo"
         )
     if row_mask is None:
+        if runs_along_paths():
+            _refuse_unknown(module, dropout, {name: kwargs[name] for name in kwargs.keys() - _STOCK_KWARGS})
         return _stock_attention(
             module,
             query,

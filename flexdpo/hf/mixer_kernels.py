@@ -2,7 +2,8 @@
 
 A file of transformers marks each such kernel with ``use_kernel_func_from_hub_with_fallback`` and the name under which
 other packages have it. A class uses those that its methods name. Whatever else carries a state gives itself away where
-it updates a cache, without which it could not generate.
+it updates a cache, without which it could not generate; and an attention that goes by more than its mask, by what it
+hands to the attention function. Such modules can be run whole, along the path to each leaf.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from dataclasses import dataclass
 from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from flexdpo.mixing.kernels import CONVOLUTION, FUSED, SCANS, STEPS
 
 if TYPE_CHECKING:
@@ -25,8 +28,21 @@ if TYPE_CHECKING:
 
 _MARK = "use_kernel_func_from_hub_with_fallback"
 _KNOWN = {CONVOLUTION, *SCANS, *FUSED, *STEPS}
-# what a class names that keeps a state of its own between calls, and what must compute that state
-_UPDATES = {"update_conv_state": {CONVOLUTION}, "update_recurrent_state": set(SCANS)}
+# what a class names that keeps a state of its own between calls, and what must compute that state: nothing known
+# computes that of lightning attention, or one that a module keeps itself
+_UPDATES: dict[str, set[str]] = {
+    "update_conv_state": {CONVOLUTION},
+    "update_recurrent_state": set(SCANS),
+    "set_linear_cache": set(),
+    "conv1d_state": set(),
+}
+# how attention modules find their function, and what some hand to it that goes by places in the row
+_ATTENTION, _BY_PLACE = "ALL_ATTENTION_FUNCTIONS", "position_bias"
+# what parts of others name that choose keys by an index of their own, and how a choice is handed on that no mask holds
+_INDEX, _CHOICE = "update_indexer", "indices"
+# of the work for a token, what may be done once for every path and not be shared: at ordinary lengths (1.4 times as
+# many tokens as distinct ones, a tenth of padding) more saves nothing
+MOST_UNFOLDED = 0.75
 
 
 @functools.cache
@@ -52,6 +68,7 @@ class MixerClass:
     # by file, what it calls each kernel and the name that the kernel has elsewhere
     kernels: dict[str, dict[str, str]]
     updates: frozenset[str]  # what of a cache it updates
+    by_place: bool  # whether it is an attention that goes by places in the row
 
     @property
     def names(self) -> set[str]:
@@ -66,37 +83,83 @@ class MixerClass:
     @property
     def understood(self) -> bool:
         """Whether all of its state goes through kernels that are known."""
-        return self.names <= _KNOWN and all(_UPDATES[update] & self.names for update in self.updates)
+        known = self.names <= _KNOWN and all(_UPDATES[update] & self.names for update in self.updates)
+        return known and not self.by_place
 
 
+@functools.cache
 def mixer_class(kind: type) -> MixerClass | None:
-    """What a class of modules uses; ``None`` where it carries no state."""
+    """What a class of modules uses; ``None`` where it carries no state and goes by no places."""
     kernels: dict[str, dict[str, str]] = {}
-    updates: set[str] = set()
+    names: set[str] = set()
+    by_place = False
     for function in _methods(kind):
-        names = set(_names(function.__code__))
-        updates |= names & set(_UPDATES)
+        named = set(_names(function.__code__))
+        names |= named
+        by_place |= _ATTENTION in named and _BY_PLACE in set(_texts(function.__code__))
         file = function.__globals__.get("__name__", "")
-        used = {own: name for own, name in kernels_of_file(file).items() if own in names}
+        used = {own: name for own, name in kernels_of_file(file).items() if own in named}
         if used:
             kernels.setdefault(file, {}).update(used)
-    return MixerClass(kernels, frozenset(updates)) if kernels or updates else None
+    updates = frozenset(names & set(_UPDATES))
+    return MixerClass(kernels, updates, by_place) if kernels or updates or by_place else None
 
 
 def mixers_of(backbone: nn.Module) -> dict[str, nn.Module]:
-    """All modules of a backbone that carry a state, by name."""
-    return {name: module for name, module in backbone.named_modules() if mixer_class(type(module)) is not None}
+    """All modules of a backbone that carry a state or are run whole, by name; of the latter without their parts."""
+    found: dict[str, nn.Module] = {}
+    whole = ""
+    for name, module in backbone.named_modules():
+        if whole and name.startswith(whole):
+            continue
+        if runs_whole(module):
+            whole = f"{name}."
+        if runs_whole(module) or mixer_class(type(module)) is not None:
+            found[name] = module
+    return found
+
+
+def runs_whole(module: nn.Module) -> bool:
+    """Whether a module must be run along the path to each leaf, as it is."""
+    found = mixer_class(type(module))
+    return _chooses_keys(module) if found is None else not found.understood
+
+
+def _chooses_keys(module: nn.Module) -> bool:
+    """Whether a module is an attention with a part that chooses its keys, by its mask."""
+    codes = [function.__code__ for function in _methods(type(module))]
+    if not any(_ATTENTION in _names(code) and _CHOICE not in _texts(code) for code in codes):
+        return False
+    return any(_INDEX in _names(function.__code__) for part in module.children() for function in _methods(type(part)))
+
+
+def share_unfolded(backbone: nn.Module) -> float:
+    """How much of the work for a token is done in modules that are run whole: 0 to 1."""
+    config: Any = backbone.config
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    chosen = getattr(config, "num_experts_per_tok", 1)
+
+    def work(module: nn.Module) -> float:
+        embeddings = {id(m.weight) for m in module.modules() if isinstance(m, torch.nn.Embedding)}
+        weights = (p for p in module.parameters() if p.ndim >= 2 and id(p) not in embeddings)
+        return sum(p.numel() * (chosen / experts if p.ndim > 2 and p.shape[0] == experts else 1.0) for p in weights)
+
+    whole = sum(work(module) for module in mixers_of(backbone).values() if runs_whole(module))
+    return whole / max(work(backbone), 1.0)
 
 
 def mixing_ways(backbone: nn.Module) -> list[str]:
     """How each class of modules that carry a state runs on packed rows, in words."""
-    counts = Counter(type(mixer) for mixer in mixers_of(backbone).values())
-    return [f"{kind.__name__} ({count}): {_way(mixer_class(kind))}" for kind, count in counts.items()]
+    counts = Counter((type(mixer), runs_whole(mixer)) for mixer in mixers_of(backbone).values())
+    share = share_unfolded(backbone)
+    return [f"{kind.__name__} ({count}): {_way(mixer_class(kind), share)}" for (kind, _), count in counts.items()]
 
 
-def _way(found: MixerClass | None) -> str:
+def _way(found: MixerClass | None, share: float) -> str:
     if found is None or not found.understood:
-        return "refused, its state goes past any known kernel"
+        if share > MOST_UNFOLDED:
+            return "refused, it would run whole along every path, and too little of the model is left to share"
+        return "run whole along every path, since its state goes past any known kernel; the rest shared"
     scans = {name: SCANS[name].way for name in sorted(found.names & set(SCANS))}
     if "unfolded" in scans.values():
         takes_none = ", ".join(name for name, way in scans.items() if way == "unfolded")
@@ -120,3 +183,9 @@ def _names(code: CodeType) -> Iterator[str]:
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from _names(constant)
+
+
+def _texts(code: CodeType) -> Iterator[str]:
+    """Strings among the constants of a function, names of the arguments that it passes included."""
+    for constant in code.co_consts:
+        yield from (each for each in (constant if isinstance(constant, tuple) else [constant]) if isinstance(each, str))

@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.activations import ACT2FN
 
+from flexdpo.attention.row_mask import row_mask_of
 from flexdpo.errors import UnsupportedModelError
-from flexdpo.hf.forward_layout import layout_of_mask, mask_of_row, packed_forward
-from flexdpo.hf.mixer_kernels import MixerClass, mixer_class, mixers_of
+from flexdpo.hf.forward_layout import along_paths, layout_of_mask, mask_of_row, packed_forward
+from flexdpo.hf.mixer_kernels import MixerClass, mixer_class, mixers_of, runs_whole
+from flexdpo.hf.unfolding import run_unfolded, tensors_in
 from flexdpo.hf.unwrap import backbone_of
 from flexdpo.mixing.kernels import ARGUMENTS, CONVOLUTION, FUSED, STEPS, scan_along_trie
 from flexdpo.mixing.tree_conv import tree_conv1d
@@ -57,18 +59,16 @@ def install_mixers(backbone: nn.Module) -> int:
     """Let the mixers of a backbone run along the trie; return how many there are. Safe to call again."""
     mixers = mixers_of(backbone)
     for mixer in mixers.values():
-        kind = type(mixer)
-        found = mixer_class(kind)
-        assert found is not None
+        kind, whole = type(mixer), runs_whole(mixer)
+        found = mixer_class(kind) or MixerClass({}, frozenset(), by_place=False)
         for file, kernels in found.kernels.items():
-            names = vars(sys.modules[file])
             for own, name in kernels.items():
-                _replace(names, own, functools.partial(_along_trie, name))
-            if _MASK in names:
-                _replace(names, _MASK, _row_mask)
+                _replace(vars(sys.modules[file]), own, functools.partial(_along_trie, name))
+        if _MASK in (names := vars(sys.modules[kind.__module__])):
+            _replace(names, _MASK, _row_mask)
         if not hasattr(kind.forward, _REPLACED):
             kind.forward = _mixing_forward(kind.forward, found)
-        mixer._flexdpo_mixes = True  # type: ignore[assignment]
+        mixer._flexdpo_mixes = "unfolded" if whole else "shared"  # type: ignore[assignment]
     return len(mixers)
 
 
@@ -98,10 +98,10 @@ def _row_mask(stock: Callable[..., Any]) -> Callable[..., Any]:
 def _mixing_forward(stock: Callable[..., Any], found: MixerClass) -> Callable[..., Any]:
     @functools.wraps(stock)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not getattr(self, "_flexdpo_mixes", False):
+        if (way := getattr(self, "_flexdpo_mixes", None)) is None:
             return stock(self, *args, **kwargs)
         # which row it is, is no part of a graph
-        run = _run_eagerly if torch.compiler.is_compiling() else _run
+        run = _RUN_EAGERLY[way] if torch.compiler.is_compiling() else _RUN[way]
         return run(stock, found, self, args, kwargs)
 
     setattr(forward, _REPLACED, True)
@@ -129,13 +129,34 @@ def _run(stock: Callable[..., Any], found: MixerClass, mixer: Any, args: Any, kw
     return output
 
 
-_run_eagerly = torch.compiler.disable(_run)
+def _run_whole(stock: Callable[..., Any], found: MixerClass, mixer: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG001
+    """Along the path to each leaf; whatever of it carries a state runs there as ever."""
+    layout = _layout_of(mixer, (*args, *kwargs.values()))
+    if layout is None:
+        return stock(mixer, *args, **kwargs)
+    forward, before = packed_forward(), _in_thread.mixing
+    _in_thread.mixing = None
+    try:
+        with along_paths(mixer):
+            output = run_unfolded(functools.partial(stock, mixer), args, kwargs, layout)
+    finally:
+        _in_thread.mixing = before
+    if forward is not None:
+        forward.mixed.add(id(mixer))
+        forward.attention_ran |= any(row_mask_of(each) is not None for each in tensors_in((args, kwargs)))
+    return output
+
+
+_RUN = {"shared": _run, "unfolded": _run_whole}
+_RUN_EAGERLY = {way: torch.compiler.disable(run) for way, run in _RUN.items()}
 
 
 def _layout_of(mixer: nn.Module, inputs: tuple[Any, ...]) -> RowLayout | None:
     """The row that a mixer was given, by its mask."""
-    masks = [value for value in inputs if isinstance(value, torch.Tensor) and value.ndim == 2]
-    layout = next(filter(None, map(layout_of_mask, masks)), None)
+    given = list(tensors_in(inputs))
+    masks = [value for value in given if isinstance(value, torch.Tensor) and value.ndim == 2]
+    of_blocks = (found.layout for found in map(row_mask_of, given) if found is not None)
+    layout = next(filter(None, (*map(layout_of_mask, masks), *of_blocks)), None)
     forward = packed_forward()
     if forward is not None and layout is not forward.layout:
         raise UnsupportedModelError(

@@ -9,7 +9,7 @@ import inspect
 from typing import TYPE_CHECKING
 
 from flexdpo.errors import UnsupportedModelError
-from flexdpo.hf.mixer_kernels import mixer_class, mixers_of
+from flexdpo.hf.mixer_kernels import MOST_UNFOLDED, mixers_of, runs_whole, share_unfolded
 from flexdpo.hf.unwrap import backbone_of
 
 if TYPE_CHECKING:
@@ -19,6 +19,8 @@ _EXACT_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_
 # which carry a state, by kernels that can run along the trie or else not; and which mix no tokens
 _STATEFUL_LAYER_TYPES = frozenset({"linear_attention", "conv", "hybrid", "hybrid_sliding"})
 _PLAIN_LAYER_TYPES = frozenset({"mlp", "moe"})
+# whose attention can be run whole, along the path to each leaf
+_UNFOLDED_LAYER_TYPES = frozenset({"indexed_attention"})
 # what mixes tokens other than by attention over the whole row, and how it does so
 _MIXING = {
     "linear_attention": "carry a state from token to token in row order",
@@ -45,17 +47,20 @@ def _mixing_reason(backbone: PreTrainedModel) -> str | None:
     """Say how a backbone mixes tokens other than by causal attention and along the trie."""
     config = backbone.config
     types = list(getattr(config, "layer_types", None) or ())
-    other = sorted(set(types) - _EXACT_LAYER_TYPES - _STATEFUL_LAYER_TYPES - _PLAIN_LAYER_TYPES)
-    if other:
+    mixers = mixers_of(backbone)
+    other = set(types) - _EXACT_LAYER_TYPES - _STATEFUL_LAYER_TYPES - _PLAIN_LAYER_TYPES
+    if other := sorted(other - _UNFOLDED_LAYER_TYPES if any(map(runs_whole, mixers.values())) else other):
         return f"its layers of type {', '.join(other)} {_MIXING.get(other[0], 'may mix tokens in row order')}"
-    classes = {type(mixer).__name__: mixer_class(type(mixer)) for mixer in mixers_of(backbone).values()}
-    unknown = [name for name, found in classes.items() if found is None or not found.understood]
-    if unknown:
-        return f"its {', '.join(unknown)} carries a state from token to token in row order, past any known kernel"
+    if (share := share_unfolded(backbone)) > MOST_UNFOLDED:
+        whole = sorted({type(mixer).__name__ for mixer in mixers.values() if runs_whole(mixer)})
+        return (
+            f"its {', '.join(whole)} would have to run whole along every path, and with {share:.0%} of the work for a "
+            "token there, too little is left to share"
+        )
     stateful = sorted(set(types) & _STATEFUL_LAYER_TYPES)
-    if not classes and stateful:
+    if not mixers and stateful:
         return f"its layers of type {', '.join(stateful)} {_MIXING[stateful[0]]}"
-    if not classes and getattr(backbone, "_is_stateful", False):
+    if not mixers and getattr(backbone, "_is_stateful", False):
         return "it carries a recurrent state from token to token in row order"
     both_ways = getattr(config, "use_bidirectional_attention", None) in _BOTH_WAYS
     if both_ways or getattr(config, "is_causal", True) is False:

@@ -70,6 +70,29 @@ def path_scan(scan: Scan, inputs: dict[str, Tensor], layout: RowLayout) -> Tenso
     return _in_row_order(pieces, plan, layout)
 
 
+@dataclass(frozen=True, eq=False)
+class PathBatch:
+    """Whole paths to leaves, one below the other."""
+
+    tokens: Tensor  # number of the token at each place, at padding that of the path's first, ``[M, L]``
+    real: Tensor  # whether a place is none of padding, ``[M, L]`` bool
+
+
+def path_batches(layout: RowLayout) -> list[PathBatch]:
+    """The paths to all leaves in padded batches, for what is run whole."""
+    batches = [batch.tokens for batch in _plan(layout, "paths").levels[0]]
+    reals = [tokens < layout.position_ids.numel() for tokens in batches]
+    # of padding a module makes whatever it makes of a token, and no NaN, as of zeros it might
+    return [
+        PathBatch(torch.where(real, tokens, tokens[:, :1]), real) for tokens, real in zip(batches, reals, strict=True)
+    ]
+
+
+def in_row_order(pieces: list[Tensor], layout: RowLayout) -> Tensor:
+    """Results of :func:`path_batches`, ``[M * L, ...]`` each, as ``[B, S, ...]``; 0 at padding."""
+    return _in_row_order(pieces, _plan(layout, "paths"), layout)
+
+
 def _with_zeros(values: Tensor) -> Tensor:
     """All tokens ``[B * S + 1, ...]``, with one more that padding is made of."""
     tokens = values.flatten(0, 1)
