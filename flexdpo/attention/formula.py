@@ -26,7 +26,8 @@ def softmax_attention(
 
     ``bias`` is added to the scores and broadcasts to ``[B, Hq, Q, K]``; queries and keys may differ in number.
     ``score_mod`` is what happens to the scores after the softcap, in float32 or better, ``[B, Hq, Q, K]`` to the same.
-    A weight is dropped with the chance ``dropout``, in models that run without a packed row.
+    Sinks are ``[Hq]``, or ``[B, Hq, Q, 1]`` where every query has its own. A weight is dropped with the chance
+    ``dropout``, in models that run without a packed row.
 
     Returns ``[B, Hq, Q, Dv]`` in the dtype of ``value``; the softmax runs in float32 or better. A query that no key is
     open to gets zeros, as in SDPA and FlexAttention.
@@ -49,7 +50,9 @@ def softmax_attention(
         scores = scores if score_mod is None else scores.masked_fill(blind, 0)
     scores = (scores + bias).to(wide)
     if sinks is not None:
-        column = repeat(sinks.to(scores.dtype), "h -> b h q 1", b=query.shape[0], q=query.shape[2])
+        column = sinks.to(scores.dtype)
+        if sinks.ndim == 1:
+            column = repeat(column, "h -> b h q 1", b=query.shape[0], q=query.shape[2])
         scores = torch.cat([scores, column], dim=-1)
     weights = scores.softmax(dim=-1)[..., : key.shape[2]]
     weights = torch.nn.functional.dropout(weights, dropout)

@@ -45,7 +45,7 @@ HARMLESS_KWARGS = frozenset(
 )
 # fmt: on
 # what the stock functions do besides, along the path to each leaf too
-_STOCK_KWARGS = frozenset(("position_bias",))
+_STOCK_KWARGS = frozenset(("position_bias", "sinks"))
 # of a variable that is not set yet, whose contents cannot even be looked at
 _EMPTY_CELL = CellType()
 _LOOKS_AHEAD = (
@@ -230,7 +230,11 @@ def flexdpo_attention(
     """
     row_mask = row_mask_of(attention_mask)
     forward = packed_forward()
-    if forward is not None and (row_mask is None or row_mask.layout is not forward.layout):
+    row = None if forward is None else forward.layout
+    if attention_mask is None and row is not None and query.shape[:2] == key.shape[:2] == row.position_ids.shape:
+        # over parts of each token, as its states at earlier layers, and not over the row
+        row = row if key.shape[2] == row.length else None
+    if row is not None and (row_mask is None or row_mask.layout is not row):
         raise UnsupportedModelError(
             f"{type(module).__name__} received a mask that is not the packed row's own "
             f"({type(attention_mask).__name__}); it would mix responses, so train this model without flexdpo"
@@ -289,9 +293,12 @@ def _stock_attention(
     *,
     softcap: float | None,
     s_aux: Tensor | None,
+    sinks: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What transformers would do: its SDPA function, and the formula where SDPA has no softcap and no sinks."""
+    # those of each query
+    s_aux = sinks if s_aux is None else s_aux
     if isinstance(attention_mask, RowLayout):
         raise FlexdpoError(
             "a packed row reached a model that was not prepared for it; call flexdpo.prepare_model(model)"
@@ -312,6 +319,8 @@ def _stock_attention(
     if bias.dtype == torch.bool:
         bias = torch.zeros(bias.shape, dtype=query.dtype, device=query.device)
         bias = bias.masked_fill_(~attention_mask, torch.finfo(query.dtype).min)
+    if kwargs.get("position_bias") is not None:
+        bias = bias + kwargs["position_bias"]
     inputs = AttentionInputs(query, key, value, scaling, softcap, s_aux)
     output = softmax_attention(inputs, bias, dropout=dropout)
     return rearrange(output, "b h s d -> b s h d").contiguous(), None

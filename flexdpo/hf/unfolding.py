@@ -59,8 +59,10 @@ def _along(value: Any, batch: PathBatch, layout: RowLayout) -> Any:
         return _path_mask(row_mask, batch)
     if not isinstance(value, torch.Tensor):
         return value
-    if layout_of_mask(value) is not None:
-        return batch.real.long()
+    return batch.real.long() if layout_of_mask(value) is not None else _on_paths(value, batch, layout)
+
+
+def _on_paths(value: Tensor, batch: PathBatch, layout: RowLayout) -> Tensor:
     length = batch.tokens.shape[1]
     if value.shape == (layout.length, layout.length) and torch.equal(value[1:, 1:], value[:-1, :-1]):
         return value[:length, :length]  # of the distance between two places alone, the same on every path

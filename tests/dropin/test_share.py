@@ -891,7 +891,7 @@ def test_a_second_time() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "cause"), [("bloom", "interface"), ("minimax", "row order"), ("roberta", "padding_idx")]
+    ("name", "cause"), [("bloom", "interface"), ("xlstm", "row order"), ("roberta", "padding_idx")]
 )
 def test_an_unsupported_model(name: str, cause: str) -> None:
     model = build_or_skip(name)

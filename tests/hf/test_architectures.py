@@ -54,7 +54,7 @@ SPREAD = {
 # its attention adds a dense mask of its own
 NOT_UNDER_A_BLOCK_MASK = {"doge"}
 # accepted by the static rule, stopped at the first packed forward
-STOPPED_AT_RUN_TIME = {"blt", "git", "doge", "inkling_text"}
+STOPPED_AT_RUN_TIME = {"blt", "git", "doge"}
 TOLERANCE = 1e-9
 
 

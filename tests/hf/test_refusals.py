@@ -30,8 +30,6 @@ def model() -> Any:
         ("falcon", "does not go through transformers' attention interface"),
         ("bart", "takes no position_ids"),
         ("roberta", r"start at padding_idx \+ 1"),
-        ("minimax", "layers of type linear_attention carry a state"),
-        ("zaya", "its ZayaCCAProjection carries a state from token to token in row order, past any known kernel"),
         ("xlstm", "carries a recurrent state"),
         ("deepseek_v32", "layers of type indexed_attention choose keys"),
         ("deepseek_v4", "compressed_sparse_attention, heavily_compressed_attention compress neighbouring keys"),

@@ -35,10 +35,10 @@ def test_an_exact_model_on_one_screen(tmp_path: Path) -> None:
 
 
 def test_a_refused_model_says_why_and_the_way_out(tmp_path: Path) -> None:
-    text, code = run_check(save_config(transformers.MiniMaxConfig(num_hidden_layers=2), tmp_path))
+    text, code = run_check(save_config(transformers.xLSTMConfig(num_hidden_layers=2), tmp_path))
     assert code == 3
     assert "verdict   REFUSED" in text
-    assert "why       its layers of type linear_attention carry a state" in text
+    assert "why       it carries a recurrent state" in text
     assert "way out   train it without flexdpo" in text
 
 
@@ -47,7 +47,7 @@ def test_a_refused_model_says_why_and_the_way_out(tmp_path: Path) -> None:
     [
         ("lfm2", "Lfm2ShortConv (2): shared", 0),
         ("jamba", "JambaMambaMixer (2): scan unfolded to whole sequences, since selective_scan_fn takes no state", 0),
-        ("zaya", "ZayaCCAProjection (2): refused, its state goes past any known kernel", 3),
+        ("zaya", "ZayaCCAProjection (2): run whole along every path, since its state goes past any known kernel", 0),
     ],
 )
 def test_layers_that_carry_a_state(name: str, way: str, code: int, tmp_path: Path) -> None:

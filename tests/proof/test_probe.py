@@ -26,9 +26,9 @@ def test_exact_in_every_dtype(dtype: torch.dtype) -> None:
 
 
 def test_refused_models_get_a_report() -> None:
-    report = parity_probe(build_model("minimax"))
+    report = parity_probe(build_model("xlstm"))
     assert report.verdict == "refused"
-    assert "carry a state" in report.reason
+    assert "carries a recurrent state" in report.reason
     stopped = parity_probe(build_model("doge"))
     assert stopped.verdict == "refused"
     assert "DogeAttention received a mask" in stopped.reason
