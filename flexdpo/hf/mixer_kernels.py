@@ -87,7 +87,6 @@ class MixerClass:
         return known and not self.by_place
 
 
-@functools.cache
 def mixer_class(kind: type) -> MixerClass | None:
     """What a class of modules uses; ``None`` where it carries no state and goes by no places."""
     kernels: dict[str, dict[str, str]] = {}
