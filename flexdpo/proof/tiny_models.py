@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,18 +15,27 @@ if TYPE_CHECKING:
 
 _LAYERS = 4
 _VOCABULARY = 256
+_WIDTH = 256
 _WINDOW = 8
 # more parameters than this in a cut model mean that some size was not found
 _MOST_PARAMETERS = 100_000_000
-# sizes that stand on their own, with what they are cut to
 # fmt: off
+# of states: their heads and widths go with the hidden size, their own sizes and the chunks of their scans do not
+_STATE_HEADS = re.compile(r"^(swa_\w+|(?!\w*(attention|key_value))\w*)_heads$|^num_query_groups$")
+_STATE_WIDTHS = ("lru_width", "mamba_d_ssm", "attention_hidden_size", "mamba_dt_rank", "time_step_rank")
+_STATE_CAPS = {
+    "mamba_d_state": 16, "ssm_state_size": 16, "state_size": 16, "linear_key_head_dim": 32, "linear_value_head_dim": 32,
+    "linear_head_dim": 32, "mamba_chunk_size": 16, "chunk_size": 16, "block_size": 16,
+}
+# sizes that stand on their own, with what they are cut to
 _CAPS = {
     "intermediate_size": 128, "ffn_dim": 128, "n_inner": 128, "ffn_hidden_size": 128, "decoder_ffn_dim": 128,
     "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64, "intermediate_size_mlp": 128,
     "moe_shared_expert_intermediate_size": 64, "expert_ffn_hidden_size": 64, "shared_intermediate_size": 64,
     "max_position_embeddings": 4096, "sliding_window": _WINDOW, "attention_chunk_size": _WINDOW,
     "floor_scale": _WINDOW, "original_max_position_embeddings": 2 * _WINDOW,
-    "vocab_size_per_layer_input": _VOCABULARY, "hidden_size_per_layer_input": 16,
+    "vocab_size_per_layer_input": _VOCABULARY, "unpadded_vocab_size": _VOCABULARY,
+    "hidden_size_per_layer_input": 16, **_STATE_CAPS,
 }
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers")
@@ -86,7 +96,10 @@ def shrunk_config(config: Any) -> Any:
     cut = copy.deepcopy(config)
     text = cut.get_text_config(decoder=True)
     _cut_layers(text)
+    hidden = getattr(text, "hidden_size", None)
     _cut_heads(text)
+    if isinstance(hidden, int):
+        _cut_states(text, hidden)
     for name, size in _CAPS.items():
         _cap(text, name, size)
     for rope in _rope_settings(text):
@@ -141,6 +154,16 @@ def _cut_layers(config: Any) -> None:
 def _layer_count(config: Any) -> int | None:
     counts = (getattr(config, name, None) for name in _LAYER_COUNTS)
     return next((count for count in counts if isinstance(count, int)), None)
+
+
+def _cut_states(config: Any, hidden: int) -> None:
+    """Keep the heads and widths of states in proportion to the hidden size, which was ``hidden``."""
+    if not getattr(config, "num_attention_heads", None) and hidden > _WIDTH and hidden % _WIDTH == 0:
+        config.hidden_size = _WIDTH  # nothing but states
+    for name, value in list(vars(config).items()):
+        scaled = name in _STATE_WIDTHS or _STATE_HEADS.match(name)
+        if scaled and isinstance(value, int) and not isinstance(value, bool):
+            setattr(config, name, max(1, value * config.hidden_size // hidden))
 
 
 def _cut_heads(config: Any) -> None:

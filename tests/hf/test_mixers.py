@@ -116,15 +116,18 @@ def test_longer_than_four_chunks_of_the_scan(name: str) -> None:
     assert_same(packed_run(prepare_model(model), deep_row(270)), exact, max(1e-4, 2 * lost))
 
 
-@pytest.mark.parametrize("name", every("lfm2", "granitemoehybrid", "zamba2"))
+@pytest.mark.parametrize("name", every("lfm2", "granitemoehybrid", "zamba2", "recurrent_gemma"))
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing(name: str, reentrant: bool) -> None:
     """The layers run again in the backward pass, after the row's forward and in the middle of another's."""
-    model, row = prepare_model(built(name)), deep_row()
+    # whose routers compute in float32 and cannot take float64
+    narrow = name.startswith("inkling2")
+    dtype, tolerance = (torch.float32, 1e-5) if narrow else (torch.float64, TOLERANCE)
+    model, row = prepare_model(built(name, dtype=dtype)), deep_row()
     want = packed_run(model, row)
     enable_checkpointing(model, use_reentrant=reentrant)
     other = model(**deep_row(seed=6).inputs()).logits
-    assert_same(packed_run(model, row), want)
+    assert_same(packed_run(model, row), want, tolerance)
     other.sum().backward()
 
 
