@@ -12,19 +12,7 @@ import threading
 from collections.abc import Iterator
 
 from flexdpo.commands import COMMANDS
-from flexdpo.errors import FlexdpoError, Interrupted, nearest
-
-# what a disk or a folder refuses: nobody's fault in here
-_DISK = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EFBIG,
-    errno.ENOTDIR,
-    errno.ENAMETOOLONG,
-)
+from flexdpo.errors import FlexdpoError, Interrupted, is_the_disks, nearest
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         with _signals_raise():
             return _dispatch([word for word in words if word != "--traceback"])
     except (FlexdpoError, KeyboardInterrupt, OSError) as error:
-        if shows_traceback or (isinstance(error, OSError) and error.errno not in (*_DISK, errno.EPIPE)):
+        if shows_traceback or (isinstance(error, OSError) and not (is_the_disks(error) or error.errno == errno.EPIPE)):
             raise
         if isinstance(error, KeyboardInterrupt):
             print(f"flexdpo: interrupted{error}", file=sys.stderr)

@@ -13,7 +13,7 @@ from transformers import SchedulerType, TrainingArguments, get_scheduler
 
 from flexdpo.attention.row_mask import resolve_impl
 from flexdpo.attention.settings import KernelSettings
-from flexdpo.errors import FlexdpoError, nearest
+from flexdpo.errors import FlexdpoError, first_line, nearest
 from flexdpo.hf.checkpointing import checkpointing_name
 from flexdpo.layout.packing import SHARING
 from flexdpo.layout.row import TILE, tile_multiple
@@ -29,7 +29,7 @@ _CASTS = "it would cast the policy's weights for good and leave the reference; b
 WITHOUT_EFFECT = {
     "label_smoothing_factor": "it is for a language model's own loss; label_smoothing is that of preferences",
     "include_num_input_tokens_seen": "it counts padded batches; the log has tokens/run and tokens/unshared",
-    "average_tokens_across_devices": "a mean over tokens is always one over those of all processes; leave it at True",
+    "average_tokens_across_devices": "a mean over tokens is always one over those of all processes",
     "label_names": "a packed batch has no labels beside its responses",
     "include_for_metrics": _NO_PREDICTIONS,
     "batch_eval_metrics": _NO_PREDICTIONS,
@@ -42,14 +42,29 @@ WITHOUT_EFFECT = {
     "fp16_full_eval": _CASTS,
     "bf16_full_eval": _CASTS,
 }
-# settings that are read only where another one is on
+# settings that are read only where another one is on, or has one of some values
 _BELONGS_TO = {
+    **{each.name: "push_to_hub" for each in fields(TrainingArguments) if each.name.startswith("hub_")},
+    **{each.name: "report_to=trackio" for each in fields(TrainingArguments) if each.name.startswith("trackio_")},
+    "eval_steps": "eval_strategy=steps",
+    "eval_delay": "eval_strategy=steps|epoch",
+    "save_steps": "save_strategy=steps",
+    "save_total_limit": "save_strategy=steps|epoch|best",
+    "save_only_model": "save_strategy=steps|epoch|best",
+    "logging_steps": "logging_strategy=steps",
+    "dataloader_persistent_workers": "dataloader_num_workers",
+    "dataloader_multiprocessing_context": "dataloader_num_workers",
     "ref_model_mixup_alpha": "sync_ref_model",
     "ref_model_sync_steps": "sync_ref_model",
     "precompute_ref_batch_size": "precompute_ref_log_probs",
     "precompute_ref_cache_dir": "precompute_ref_log_probs",
     "activation_checkpointing_kwargs": "activation_checkpointing",
 }
+# of which 0 would be none, and less than 0 means nothing anywhere
+_AT_LEAST_ONE = (
+    "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "dataset_num_proc",
+    "dataloader_prefetch_factor", "save_steps", "eval_accumulation_steps", "save_total_limit",
+)  # fmt: skip
 # each process collates and packs its own pairs, and the gradients of a step's rows are summed up once
 _LOADING = {"split_batches": False, "dispatch_batches": None, "even_batches": True}
 
@@ -198,6 +213,7 @@ class DPOConfig(LossSettings, TrainingArguments):
                 "copy of the prompt at another place, so nothing would be shared; use 'keep_start'"
             )
         self._check_rows()
+        self._check_numbers()
         if self.neftune_noise_alpha is not None:
             raise FlexdpoError(
                 f"neftune_noise_alpha={self.neftune_noise_alpha} adds noise to every embedding, and a token that "
@@ -252,11 +268,12 @@ class DPOConfig(LossSettings, TrainingArguments):
         }
         for name, reason in WITHOUT_EFFECT.items():
             if name in defaults and getattr(self, name) != defaults[name]:
-                raise FlexdpoError(f"{name}={getattr(self, name)!r} is not supported: {reason}")
+                raise FlexdpoError(f"{name}={getattr(self, name)!r} is not supported: {reason}. Leave it out")
         for name, switch in _BELONGS_TO.items():
-            if getattr(self, name) != defaults[name] and not getattr(self, switch):
+            if getattr(self, name) != defaults[name] and not self._is_on(switch):
                 raise FlexdpoError(
-                    f"{name}={getattr(self, name)!r} has no effect without {switch}; leave one of them out"
+                    f"{name}={getattr(self, name)!r} has no effect without {switch.replace('|', ' or ')}; leave it "
+                    "out, or set both"
                 )
         for name, needed in _LOADING.items():
             if getattr(self.accelerator_config, name) != needed:
@@ -272,6 +289,36 @@ class DPOConfig(LossSettings, TrainingArguments):
         self._check_optimizer(defaults)
         self._check_schedule()
 
+    def _check_numbers(self) -> None:
+        """Refuse numbers that no run can mean, of whatever setting."""
+        for each in fields(self):
+            value = getattr(self, each.name, None)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            least = 1 if each.name in _AT_LEAST_ONE else 0
+            # a default below 0 stands for none, or for the launcher's
+            allowed = value == each.default or (math.isfinite(value) and value >= least)
+            if each.name == "num_train_epochs":
+                allowed = math.isfinite(value) and (value > 0 or self.max_steps > 0)
+            if not allowed or (each.name == "max_steps" and value == 0):
+                raise FlexdpoError(f"{each.name}={value} is no number that a run can have; give one, or leave it out")
+        for name in ("model_init_kwargs", "lr_scheduler_kwargs", "activation_checkpointing_kwargs"):
+            value = getattr(self, name)
+            if isinstance(value, str) and not value.startswith("{"):
+                raise FlexdpoError(
+                    f'{name} must be a JSON object such as {{"name": 1}}, got {value!r}; mend it, or leave it out'
+                )
+
+    def _is_on(self, switch: str) -> bool:
+        name, _, values = switch.partition("=")
+        value = getattr(self, name)
+        if not values:
+            return bool(value)
+        return bool(
+            {getattr(each, "value", each) for each in (value if isinstance(value, list) else [value])}
+            & {*values.split("|")}
+        )
+
     def _check_optimizer(self, defaults: dict[str, Any]) -> None:
         optim = str(getattr(self.optim, "value", self.optim))
         if "lomo" in optim or "layerwise" in optim:
@@ -285,10 +332,19 @@ class DPOConfig(LossSettings, TrainingArguments):
                 without = copy.copy(self)
                 setattr(without, name, defaults[name])
                 if _optimizer(without) == read:
-                    raise FlexdpoError(f"{name}={getattr(self, name)!r} has no effect with optim={optim!r}")
+                    raise FlexdpoError(
+                        f"{name}={getattr(self, name)!r} has no effect with optim={optim!r}; leave it out"
+                    )
 
     def _check_schedule(self) -> None:
         name, kwargs = SchedulerType(self.lr_scheduler_type), self.lr_scheduler_kwargs
+        try:
+            get_scheduler(name, torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0), 0, 10, kwargs or None)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise FlexdpoError(
+                f"lr_scheduler_kwargs={kwargs!r} does not suit lr_scheduler_type={name.value!r} ({first_line(error)}); "
+                "give what it takes, or choose another schedule"
+            ) from error
         # a schedule that takes an argument of any name reads none
         unread = ["lr_scheduler_kwargs"] if kwargs and learning_rates(name, 0, {"nothing": 0}) else []
         rates = learning_rates(name, 0, kwargs) if self.warmup_steps else []

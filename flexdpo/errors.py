@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,17 @@ class FlexdpoError(ValueError):
 
 class UnsupportedModelError(FlexdpoError):
     """The model would not give the ordinary result on shared, packed rows, so it is refused."""
+
+
+# what a disk or a folder refuses: nobody's fault in here
+_DISK = (
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOTDIR, errno.ENAMETOOLONG,
+)  # fmt: skip
+
+
+def is_the_disks(error: BaseException | None) -> bool:
+    """Whether an error says that a disk is full, or a folder may not be written to."""
+    return isinstance(error, OSError) and error.errno in _DISK
 
 
 class Interrupted(KeyboardInterrupt):

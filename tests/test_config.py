@@ -79,6 +79,8 @@ ANOTHER_VALUE: dict[str, Any] = {
     "precompute_ref_batch_size": 4,
     "precompute_ref_cache_dir": "cache",
     "activation_checkpointing_kwargs": {"use_reentrant": False},
+    "hub_strategy": "end",
+    "dataloader_multiprocessing_context": "fork",
 }
 
 
@@ -121,9 +123,12 @@ def test_every_setting_of_trl_is_here_under_its_name() -> None:
 def test_a_setting_without_effect_is_refused(tmp_path: Path, name: str) -> None:
     if name not in {field.name for field in dataclasses.fields(DPOConfig)}:
         pytest.skip("this version of transformers does not have it")
-    reason = WITHOUT_EFFECT.get(name) or f"without {_BELONGS_TO[name]}"
+    switch, _, needs = _BELONGS_TO.get(name, "").partition("=")
+    reason = WITHOUT_EFFECT.get(name) or f"without {switch}"
+    off = {switch: "no"} if needs.startswith("steps") else {}
+    value = ANOTHER_VALUE.get(name, 7 if "steps" in name or "delay" in name or "limit" in name else True)
     with pytest.raises(FlexdpoError, match=rf"{name}=.*{reason[:30]}"):
-        settings(tmp_path, **{name: ANOTHER_VALUE[name]})
+        settings(tmp_path, **{name: value, **off})
 
 
 @pytest.mark.parametrize(

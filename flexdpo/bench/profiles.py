@@ -83,5 +83,5 @@ def find_profiles(name: str) -> list[Profile]:
         return list(known.values())
     if name not in known:
         names = [*known, "all"]
-        raise FlexdpoError(f"--profile {name!r} is unknown{nearest(name, names)}; profiles: {', '.join(names)}")
+        raise FlexdpoError(f"--profile {name!r} is unknown{nearest(name, names)}; use one of {', '.join(names)}")
     return [known[name]]

@@ -21,6 +21,7 @@ REASONS = {
     "--max_tokens_per_row to bound the memory",
     "ignore_bias_buffers": "--ddp_broadcast_buffers false keeps all buffers of the model out of what DDP synchronises; "
     "give that instead",
+    "padding_free": "rows never have padding between sequences, so it is always on; leave it out",
     "pad_token": f"{_NO_PADDING}, or set pad_token in the tokenizer's folder",
     "padding_value": _NO_PADDING,
     "label_pad_token_id": _NO_PADDING,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import shutil
+import textwrap
 import types
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -17,17 +19,33 @@ Settings = TypeVar("Settings")
 _YES, _NO = ("true", "yes", "t", "y", "1"), ("false", "no", "f", "n", "0")
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter):
+class _Help(argparse.HelpFormatter):
     """As wide as the terminal, with the defaults that say something."""
 
     def __init__(self, prog: str) -> None:
         columns = shutil.get_terminal_size((120, 40)).columns
-        super().__init__(prog, max_help_position=min(36, columns // 3), width=max(40, columns - 2))
+        self.columns = max(40, columns - 2)
+        super().__init__(prog, max_help_position=min(36, columns // 3), width=self.columns)
+
+    def _format_usage(self, usage: str | None, *args: Any) -> str:
+        written = super()._format_usage(usage, *args)
+        return written if usage is None else textwrap.fill(written, self.columns, subsequent_indent=" " * 7) + "\n\n"
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, "", []) or (action.default is False and action.nargs in ("?", 0)):
-            return action.help
-        return super()._get_help_string(action)
+        choices = f" One of {', '.join(map(str, action.choices))}." if action.choices else ""
+        help_text = f"{action.help or ''}{choices}".strip()
+        if action.default in (None, "", [], argparse.SUPPRESS) or action.default is False:
+            return help_text
+        return f"{help_text} (default: %(default)s)"
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        # each name once, though it may be written with dashes too
+        shown = copy.copy(action)
+        shown.option_strings = [name for name in action.option_strings if "-" not in name[2:]]
+        if action.option_strings and action.metavar is None:
+            kind = "true|false" if action.const is True else getattr(action.type, "__name__", "value")
+            shown.metavar = {"str": "TEXT", "int": "N", "float": "X"}.get(kind, kind if "|" in kind else "VALUE")
+        return super()._format_action_invocation(shown)
 
 
 class OptionParser(argparse.ArgumentParser):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from flexdpo.commands.options import OptionParser, TokenizerOptions, one_name, settings_of
-from flexdpo.errors import FlexdpoError
+from flexdpo.errors import FlexdpoError, nearest
 from flexdpo.layout.packing import pack
 from flexdpo.runs.settings import DataSettings
 from flexdpo.show.overview import VIEWS, draw_overview, picture_block_size
@@ -66,6 +66,10 @@ def run(argv: list[str]) -> int:
     found = parser().read(argv)
     found.dataset_name = one_name("dataset_name", found.dataset, found.dataset_name)
     settings = settings_of(ShowSettings, found)
+    if settings.view not in VIEWS:
+        raise FlexdpoError(
+            f"--view {settings.view!r} is unknown{nearest(settings.view, VIEWS)}; use {', '.join(VIEWS)}"
+        )
     groups = _groups(settings, settings_of(DataSettings, found), settings_of(TokenizerOptions, found))
     length, sharing, multiple = settings.max_tokens_per_row, settings.sharing, settings.pad_to_multiple_of
     row = pack(groups, length, sharing=sharing, pad_to_multiple_of=multiple)[0]
@@ -92,7 +96,7 @@ def _groups(settings: ShowSettings, data: DataSettings, tokens: TokenizerOptions
         return example_groups(settings.groups, settings.seed)
     if tokens.tokenizer is None and tokens.model_name_or_path is None:
         raise FlexdpoError(
-            "a dataset needs --tokenizer NAME or --model_name_or_path NAME: which tokens it has depends on it"
+            "a dataset needs --tokenizer NAME, since its tokens depend on it; give that, or --model_name_or_path NAME"
         )
     tokenizer, longest = tokens.load_tokenizer(), settings.max_length or None
     found = data.train_data()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import dataclasses
 import itertools
@@ -46,6 +47,9 @@ def parser() -> OptionParser:
         "wins. A run leaves flexdpo_run.yaml behind, which repeats it. --traceback shows the traceback behind an "
         "error.",
     )
+    for action in options._actions:
+        if action.const is False:  # --no_x, which is --x false
+            action.help = argparse.SUPPRESS
     inherited = _names(TrainingArguments)
     _show_group(options, "model", _names(ModelSettings))
     _show_group(options, "data", _names(Job) - _names(ModelSettings))

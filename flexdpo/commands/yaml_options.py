@@ -39,11 +39,13 @@ def yaml_options(path: str) -> list[str]:
             f"--config {path} is not valid YAML: {' '.join(str(error).split())}; mend it there"
         ) from error
     except RecursionError as error:
-        raise FlexdpoError(f"--config {path} is nested too deeply; it takes 'option: value' lines") from error
+        raise FlexdpoError(f"--config {path} is nested too deeply; write 'option: value' lines") from error
     except OSError as error:
         raise FlexdpoError(f"--config {path} cannot be read: {error.strerror}; name another file") from error
     if not isinstance(settings, dict | None):
-        raise FlexdpoError(f"--config {path} must hold 'option: value' lines, found a {type(settings).__name__}")
+        raise FlexdpoError(
+            f"--config {path} must hold 'option: value' lines, found a {type(settings).__name__}; write it so"
+        )
     options: list[str] = []
     for name, value in (settings or {}).items():
         # with its name in one word: a value may begin with a dash

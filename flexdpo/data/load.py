@@ -12,13 +12,14 @@ import logging
 import lzma
 import os
 import warnings
+import zlib
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, cast, overload
 
 from flexdpo.data.cache import cache_folder
 from flexdpo.data.columns import renamed
 from flexdpo.data.layouts import LAYOUTS
-from flexdpo.errors import FlexdpoError, first_line, found, nearest, quoted
+from flexdpo.errors import FlexdpoError, first_line, found, is_the_disks, nearest, quoted
 from flexdpo.hf.names import local_path, why_unreachable
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ def _open_zstd(path: Path, *args: Any, **kwargs: Any) -> Any:
     return zstandard.open(path, *args, **kwargs)
 
 
+# what readers of packed files raise
+_BROKEN = (EOFError, zlib.error, lzma.LZMAError)
 _OPENER_OF_SUFFIX: dict[str, Callable[..., Any]] = {
     "": open,
     ".gz": gzip.open,
@@ -152,7 +155,7 @@ def _load_file(path: Path, split: str, config_name: str | None, streaming: bool)
     if config_name is not None:
         raise FlexdpoError(f"{path}: config_name={config_name!r} has no meaning for a single file; leave it out")
     if path.stat().st_size == 0:
-        raise FlexdpoError(f"{path}: the file is empty")
+        raise FlexdpoError(f"{path}: the file is empty; name another")
     options = _csv_options([path]) if reader == "csv" else {}
     base = split.split("[", maxsplit=1)[0]
     held = _rows_within(path, base) if _split_suffixes(path)[0] == ".json" else None
@@ -289,7 +292,7 @@ def _load(
             if any(_READER_OF_SUFFIX[_split_suffixes(file)[0]] == "json" for file in files):
                 # the JSON reader lets bytes through that are not UTF-8, and only a look at the cell trips over them
                 dataset.data.validate(full=True)
-    except (DatasetsError, ValueError, OSError, RuntimeError, StopIteration) as error:
+    except (DatasetsError, ValueError, OSError, RuntimeError, StopIteration, *_BROKEN) as error:
         raise FlexdpoError(_why_not_loaded(shown, files, error, note)) from error
     return dataset
 
@@ -300,13 +303,18 @@ def _why_not_loaded(shown: str, files: Sequence[Path], error: Exception, note: s
     cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
     fault = next(filter(None, map(_first_json_fault, files)), None)
     if fault:
-        return fault
+        return f"{fault}; mend it there, or name another file"
     if isinstance(error, StopIteration) or "corresponds to no data" in str(error):
         return f"{shown}: there are no rows; give a dataset with at least one"
     reason = note or f"{type(cause).__name__}: {first_line(cause)}"
     if files:
-        return f"{shown}: cannot be loaded ({reason})"
-    return f"{shown!r} is no file or folder here, and the Hugging Face hub does not give it ({reason})"
+        way_out = "mend the file, or name another"
+        if is_the_disks(cause):
+            way_out = "make room, or set HF_HOME to a folder that can be written to"
+        return f"{shown}: cannot be loaded ({reason}); {way_out}"
+    return (
+        f"{shown!r} is no file or folder here, and the Hugging Face hub does not give it ({reason}); give another name"
+    )
 
 
 @contextlib.contextmanager
@@ -329,7 +337,7 @@ def _csv_options(files: Sequence[Path]) -> dict[str, Any]:
     try:
         with _OPENER_OF_SUFFIX[packed](files[0], "rt", encoding="utf-8-sig", newline="") as stream:
             header = next((cells for cells in csv.reader(stream, delimiter=separator) if cells), [])
-    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, csv.Error) as error:
+    except (OSError, UnicodeDecodeError, csv.Error, *_BROKEN) as error:
         raise FlexdpoError(f"{files[0]}: cannot be read as CSV ({first_line(error)})") from error
     if len(set(header)) < len(header):
         raise FlexdpoError(f"{files[0]}: the header names a column twice: {quoted(header)}")
@@ -352,8 +360,10 @@ def _first_json_fault(path: Path) -> str | None:
                 why = _line_fault(line)
                 if why:
                     return f"{path}, line {number}: {why}"
-    except (OSError, EOFError, lzma.LZMAError) as error:
+    except (OSError, *_BROKEN) as error:
         return f"{path}: cannot be read ({first_line(error)})"
+    except RecursionError:
+        return f"{path}: nested too deeply to be preferences"
     return None
 
 

@@ -7,10 +7,12 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import SchedulerType, Trainer
 from transformers.integrations import get_reporting_integration_callbacks
 
 from flexdpo.errors import FlexdpoError, first_line
+from flexdpo.training.checkpoints import RECORD_FILE, last_checkpoint
 from flexdpo.training.memory import gigabytes
 
 if TYPE_CHECKING:
@@ -28,6 +30,14 @@ def require_ready(job: Job, config: DPOConfig) -> None:
     """
     _require_evaluation(job, config)
     _require_packages(config)
+    checkpoint = str(config.resume_from_checkpoint or "false")
+    if checkpoint.lower() == "true":
+        last_checkpoint(Path(str(config.output_dir)))
+    elif checkpoint.lower() != "false" and not (Path(checkpoint) / RECORD_FILE).is_file():
+        raise FlexdpoError(
+            f"--resume_from_checkpoint {checkpoint} is no complete checkpoint of flexdpo; give a folder checkpoint-N, "
+            "or true for the last one"
+        )
     folder = existing_parent(config)
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise FlexdpoError(f"--output_dir {config.output_dir}: {folder} cannot be written to; name another folder")
@@ -63,14 +73,29 @@ def _require_packages(config: DPOConfig) -> None:
         raise FlexdpoError(
             f"--report_to {' '.join(config.report_to)}: {first_line(error)} Install it, or give --report_to none"
         ) from error
+    _require_compiler(config)
     try:
-        Trainer.get_optimizer_cls_and_kwargs(config)
-    except (ImportError, RuntimeError, ValueError) as error:
+        kind, kwargs = Trainer.get_optimizer_cls_and_kwargs(config)
+        kind([torch.nn.Parameter(torch.zeros(1))], **kwargs)
+    except (ImportError, RuntimeError, ValueError, TypeError) as error:
         # some look at the model first, which is not here yet
         if isinstance(error, ValueError) and "model" in str(error):
             return
         name = getattr(config.optim, "value", config.optim)
-        raise FlexdpoError(f"--optim {name}: {first_line(error)} Install it, or leave --optim out") from error
+        raise FlexdpoError(
+            f"--optim {name}: {first_line(error)}. Give what it takes, install it, or leave --optim out"
+        ) from error
+
+
+def _require_compiler(config: DPOConfig) -> None:
+    if config.layer_compile_options:
+        try:
+            torch.compile(torch.nn.Identity(), **config.layer_compile_options)
+        except Exception as error:  # each backend has errors of its own
+            raise FlexdpoError(
+                f"torch.compile does not take {config.layer_compile_options} ({first_line(error)}); leave "
+                "torch_compile_backend and torch_compile_mode out"
+            ) from error
 
 
 def require_room_on_disk(model: nn.Module, config: DPOConfig, *, adapter: bool) -> None:

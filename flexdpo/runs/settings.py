@@ -57,6 +57,8 @@ class ModelSettings:
 
     def require_effects(self) -> None:
         """Refuse what could not be done, or would change nothing."""
+        if self.dtype not in (None, "auto", "float32", "bfloat16", "float16", "float64"):
+            raise FlexdpoError(f"--dtype {self.dtype} is no dtype to train in; use float32, bfloat16, float16 or auto")
         if self.attn_implementation not in (None, "flexdpo"):
             raise FlexdpoError(
                 f"--attn_implementation {self.attn_implementation} is not supported: packed rows need flexdpo's own "
@@ -230,6 +232,8 @@ class Job(DataSettings, ModelSettings):
                 "example"
             )
         self.require_one_source()
+        if self.test_split_size is not None and not 0 < self.test_split_size < 1:
+            raise FlexdpoError(f"--test_split_size {self.test_split_size}: use a share of the rows between 0 and 1")
         if self.test_split_size is not None and (self.eval_dataset_name or self.dataset_test_split):
             raise FlexdpoError("--test_split_size holds out what to evaluate on; leave it, or other evaluation data")
 

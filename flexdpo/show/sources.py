@@ -38,11 +38,15 @@ def read_lengths(path: str | Path) -> list[Group]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise FlexdpoError(f"--lengths {path}: {error.strerror}") from error
+        raise FlexdpoError(f"--lengths {path}: {error.strerror}; name a JSON file") from error
     except UnicodeDecodeError as error:
-        raise FlexdpoError(f"--lengths {path}: not UTF-8 text") from error
+        raise FlexdpoError(f"--lengths {path}: not UTF-8 text; save it as such") from error
     except json.JSONDecodeError as error:
-        raise FlexdpoError(f"--lengths {path}, line {error.lineno}: not valid JSON ({error.msg})") from error
+        raise FlexdpoError(
+            f"--lengths {path}, line {error.lineno}: not valid JSON ({error.msg}); mend it there"
+        ) from error
+    except RecursionError as error:
+        raise FlexdpoError(f"--lengths {path} is nested too deeply; give {_FORM}") from error
     if isinstance(data, dict) and set(data) == {"groups"}:
         data = data["groups"]
     if not isinstance(data, list) or not data:

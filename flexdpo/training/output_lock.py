@@ -58,10 +58,7 @@ def _acquire(path: Path) -> int:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # the file may have been its last holder's, removed since
-            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
-                os.ftruncate(descriptor, 0)
-                os.write(descriptor, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode())
-                return descriptor
+            mine = path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())
         except BlockingIOError:
             holder = os.read(descriptor, 4096).decode(errors="replace") or "another process"
             os.close(descriptor)
@@ -75,4 +72,13 @@ def _acquire(path: Path) -> int:
                 f"{path} cannot be locked ({first_line(error)}), so another run could write into the folder too; give "
                 "an output_dir on a file system with locks"
             ) from error
+        try:
+            if mine:
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode())
+                return descriptor
+        except OSError:
+            path.unlink(missing_ok=True)
+            os.close(descriptor)
+            raise
         os.close(descriptor)
