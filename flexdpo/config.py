@@ -122,6 +122,9 @@ class DPOConfig(LossSettings, TrainingArguments):
     max_length: int | None = setting(
         1024, "Longest prompt plus response in tokens; what is longer is cut on the right."
     )
+    max_prompt_length: int | None = setting(
+        None, "Longest prompt in tokens; what is longer loses its beginning, once for all responses."
+    )
     truncation_mode: str = setting(
         "keep_start", "How to cut: keep_start keeps the beginning, so that prompts stay equal."
     )
@@ -360,7 +363,8 @@ class DPOConfig(LossSettings, TrainingArguments):
         if self.pad_to_multiple_of == "auto":
             # TRL's default
             self.pad_to_multiple_of = None
-        for name in ("max_length", "max_tokens_per_row", "pad_to_multiple_of", "precompute_ref_batch_size"):
+        lengths = ("max_length", "max_prompt_length", "max_tokens_per_row", "pad_to_multiple_of")
+        for name in (*lengths, "precompute_ref_batch_size"):
             value = getattr(self, name)
             if isinstance(value, str) and value.isdecimal():
                 # as the command line gives it

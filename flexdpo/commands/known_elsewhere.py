@@ -27,7 +27,6 @@ REASONS = {
     "label_pad_token_id": _NO_PADDING,
     "max_completion_length": _ONE_LENGTH,
     "max_target_length": _ONE_LENGTH,
-    "max_prompt_length": f"{_ONE_LENGTH}, or shorten the prompts in the data",
     "use_logits_to_keep": _NO_LOGITS,
     "use_num_logits_to_keep": _NO_LOGITS,
     "use_liger_loss": f"log-probabilities are computed in chunks already: {_NO_LOGITS}",

@@ -18,7 +18,7 @@ IDENTICAL_CUT = "identical responses once cut to max_length"
 TIE = "no preference between the responses"
 SKIP_REASONS = (EMPTY_PROMPT, EMPTY_RESPONSE, IDENTICAL, PROMPT_FILLS, IDENTICAL_CUT, TIE)
 # raise it when the same row gives other tokens than before: `datasets` caches by settings, not by this file's code
-_REVISION = 3
+_REVISION = 4
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Settings:
         media: Columns that must be empty.
         unread: Columns that are not read.
         prompt_like: Those of them that must hold no text of their own.
+        max_prompt_length: Most tokens of a prompt, which loses its beginning.
     """
 
     layout: str
@@ -45,6 +46,7 @@ class Settings:
     media: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
     prompt_like: tuple[str, ...] = ()
+    max_prompt_length: int | None = None
     revision: int = _REVISION
 
 
@@ -81,6 +83,7 @@ class Draft:
     dialogue: bool = False
     endless: bool = False
     doubled: bool = False
+    shortened: bool = False
     ties: int = 0
     unjudged: int = 0
     longest: int = 0
@@ -98,6 +101,7 @@ NOTES = {
     "_retokenised": "prompt end re-tokenised, because it renders or merges otherwise before a response,",
     "_endless": "no EOS token in a response, since the chat template writes none,",
     "_doubled": "a second BOS token before a prompt whose text begins with one left out",
+    "_shortened": "prompt cut on its left to max_prompt_length",
     "_ties": "preferences between identical responses left out",
     "_unjudged": "responses without text or without a preference left out",
 }

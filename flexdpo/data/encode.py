@@ -38,15 +38,17 @@ def tokenize_batch(
     rows = zip(indices, zip(*batch.values(), strict=True), strict=True)
     drafts = [read_row(index, dict(zip(batch, values, strict=True)), settings) for index, values in rows]
     layout = LAYOUTS[settings.layout]
+    # a prompt that is to keep its end is tokenised to it
+    bound = None if settings.max_prompt_length else settings.max_length
     if not layout.ids:
         texts = [draft for draft in drafts if not draft.skip and not draft.is_chat]
         chats = [draft for draft in drafts if not draft.skip and draft.is_chat]
         if texts:
-            _tokenize_text(texts, tokenizer, settings.max_length)
+            _tokenize_text(texts, tokenizer, bound)
         if chats:
-            _tokenize_chats(chats, tokenizer, settings.max_length)
+            _tokenize_chats(chats, tokenizer, bound)
     for draft in drafts:
-        _settle(draft, settings.max_length)
+        _settle(draft, settings.max_length, settings.max_prompt_length)
     return {
         "prompt_ids": [[] if draft.skip else draft.prompt_ids for draft in drafts],
         "response_ids": [[] if draft.skip else draft.response_ids for draft in drafts],
@@ -62,10 +64,13 @@ def tokenize_batch(
     }
 
 
-def _settle(draft: Draft, max_length: int | None) -> None:
-    """Cut the responses to ``max_length`` and say why a row cannot be used, if so."""
+def _settle(draft: Draft, max_length: int | None, max_prompt_length: int | None) -> None:
+    """Cut the prompt to its end and the responses to ``max_length``, and say why a row cannot be used, if so."""
     if draft.skip:
         return
+    if max_prompt_length is not None and len(draft.prompt_ids) > max_prompt_length:
+        # one cut for all responses, so that they go on sharing the prompt
+        draft.prompt_ids, draft.shortened = draft.prompt_ids[-max_prompt_length:], True
     compared = bool(draft.edges)
     draft.whole = len(draft.prompt_ids) + max(map(len, draft.response_ids), default=0)
     if not draft.prompt_ids:

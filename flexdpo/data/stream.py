@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from itertools import chain, count, cycle, islice
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +67,7 @@ class StreamedPreferences(IterableDataset[dict[str, Any]]):
     _: KW_ONLY
     max_length: int | None
     truncation_mode: str = "keep_start"
+    max_prompt_length: int | None = None
     name: str = "train"
     endless: bool = True
     batch_size: int = 1
@@ -81,7 +82,7 @@ class StreamedPreferences(IterableDataset[dict[str, Any]]):
     _shares: list[float | None] = field(init=False)
 
     def __post_init__(self) -> None:
-        require_settings(self.max_length, self.truncation_mode, None)
+        require_settings(self.max_length, self.truncation_mode, None, self.max_prompt_length)
         if self.shuffle_buffer < 0:
             raise FlexdpoError(f"shuffle_buffer={self.shuffle_buffer}: use 0 to keep the order, or a number of rows")
         if isinstance(self.source, Mixture):
@@ -90,6 +91,7 @@ class StreamedPreferences(IterableDataset[dict[str, Any]]):
                     part.data,
                     self.tokenizer,
                     max_length=self.max_length,
+                    max_prompt_length=self.max_prompt_length,
                     name=f"{self.name}, {part.name}",
                     endless=False,
                     max_positions=self.max_positions,
@@ -104,7 +106,8 @@ class StreamedPreferences(IterableDataset[dict[str, Any]]):
         _require_whole(self.source, self.name)
         self.source = self.source.with_format(None)
         self.columns = self._find_columns()
-        self.settings = settings_for(self.columns, max(self.tokenizer.get_vocab().values()), self.max_length, self.name)
+        settings = settings_for(self.columns, max(self.tokenizer.get_vocab().values()), self.max_length, self.name)
+        self.settings = replace(settings, max_prompt_length=self.max_prompt_length)
         self._counts = Counts(self.settings)
 
     @classmethod
@@ -125,6 +128,7 @@ class StreamedPreferences(IterableDataset[dict[str, Any]]):
             tokenizer,
             max_length=config.max_length,
             truncation_mode=config.truncation_mode,
+            max_prompt_length=config.max_prompt_length,
             name=name,
             endless=training,
             batch_size=config.train_batch_size if training else config.eval_batch_size,

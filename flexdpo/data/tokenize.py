@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import astuple, replace
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from transformers.utils import logging
 
 from flexdpo.data.cache import map_settings, tokenizer_digest
 from flexdpo.data.draft import LABELS_COLUMN, SKIP_REASONS, STATUS_COLUMNS, TOKENISED_COLUMNS, Settings
@@ -15,7 +18,7 @@ from flexdpo.data.layouts import LAYOUTS, OWN_LAYOUT, described, settings_for
 from flexdpo.data.load import load_preference_dataset
 from flexdpo.data.mixture import Mixture
 from flexdpo.data.report import Counts, DataReport, merged, none_usable, require_prompts
-from flexdpo.errors import FlexdpoError, nearest, quoted
+from flexdpo.errors import FlexdpoError, first_line, is_the_disks, nearest, quoted
 from flexdpo.layout.groups import Group
 from flexdpo.objective.unpaired import LabelledGroup
 
@@ -36,6 +39,9 @@ if TYPE_CHECKING:
 
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
+
+
+logger = logging.get_logger(__name__)
 
 
 class TokenizedPreferences(NamedTuple):
@@ -88,6 +94,7 @@ def tokenize_preferences(
     *,
     max_length: int | None,
     truncation_mode: str = "keep_start",
+    max_prompt_length: int | None = None,
     num_proc: int | None = None,
     name: str = "train",
 ) -> TokenizedPreferences:
@@ -103,6 +110,7 @@ def tokenize_preferences(
         tokenizer: Tokenizes them; with BOS or whatever else it adds by default.
         max_length: Most tokens of prompt + response, the response is cut on the right; ``None`` for no limit.
         truncation_mode: ``"keep_start"``, the only one.
+        max_prompt_length: Most tokens of a prompt, which is cut on the left, once for all its responses.
         num_proc: Processes that tokenise, ``None`` for this one alone.
         name: How errors, the progress bar and the report call this dataset.
 
@@ -122,6 +130,7 @@ def tokenize_preferences(
                 tokenizer,
                 max_length=max_length,
                 truncation_mode=truncation_mode,
+                max_prompt_length=max_prompt_length,
                 num_proc=num_proc,
                 name=f"{name}, {part.name}",
             )
@@ -130,11 +139,12 @@ def tokenize_preferences(
         return _as_one(each, name)
     if not isinstance(dataset, Dataset):
         raise FlexdpoError(f"{name}: expected a datasets.Dataset, found {type(dataset).__name__}; pick one split")
-    require_settings(max_length, truncation_mode, num_proc)
+    require_settings(max_length, truncation_mode, num_proc, max_prompt_length)
     if len(dataset) == 0:
         raise FlexdpoError(f"{name}: the dataset has no rows; give a dataset with at least one")
     settings = settings_for(dataset.column_names, max(tokenizer.get_vocab().values()), max_length, name)
-    if settings.layout == OWN_LAYOUT and settings.largest_id is not None:
+    settings = replace(settings, max_prompt_length=max_prompt_length)
+    if settings.layout == OWN_LAYOUT and settings.largest_id is not None and max_prompt_length is None:
         longest = longest_if_usable(dataset.with_format(None), max_length, settings.largest_id)
         if longest is not None:
             rows = len(dataset)
@@ -161,7 +171,9 @@ def _as_one(each: Sequence[TokenizedPreferences], name: str) -> TokenizedPrefere
     return TokenizedPreferences(rows, merged(name, [tokenised.report for tokenised in each]))
 
 
-def require_settings(max_length: int | None, truncation_mode: str, num_proc: int | None) -> None:
+def require_settings(
+    max_length: int | None, truncation_mode: str, num_proc: int | None, max_prompt_length: int | None
+) -> None:
     """Refuse settings of :func:`tokenize_preferences` that have no meaning."""
     if truncation_mode == "keep_end":
         raise FlexdpoError(
@@ -175,6 +187,11 @@ def require_settings(max_length: int | None, truncation_mode: str, num_proc: int
         )
     if max_length is not None and max_length < 2:
         raise FlexdpoError(f"max_length={max_length} has no room for a prompt and a response; use at least 2")
+    if max_prompt_length is not None and not 1 <= max_prompt_length < (max_length or 2**63):
+        raise FlexdpoError(
+            f"max_prompt_length={max_prompt_length} must be at least 1 and leave room for a response within max_length="
+            f"{max_length}; choose another"
+        )
     if num_proc is not None and num_proc < 1:
         raise FlexdpoError(f"num_proc={num_proc}: use at least 1, or None for this process alone")
 
@@ -187,6 +204,7 @@ def _map(
     name: str,
 ) -> Dataset:
     from datasets import Features, Value
+    from pyarrow import ArrowInvalid
 
     kept = carried_columns(dataset.column_names, settings)
     features = Features(
@@ -200,7 +218,9 @@ def _map(
             **{column: Value("int64") for column in STATUS_COLUMNS},
         }
     )
-    return dataset.map(
+    place = map_settings(dataset, (tokenizer_digest(tokenizer), astuple(settings), kept), "tokenized")
+    tokenise = partial(
+        dataset.map,
         tokenize_batch,
         with_indices=True,
         batched=True,
@@ -209,8 +229,24 @@ def _map(
         features=features,
         num_proc=num_proc,
         desc=f"Tokenizing {name} dataset",
-        **map_settings(dataset, (tokenizer_digest(tokenizer), astuple(settings), kept), "tokenized"),
+        **place,
     )
+    kept_there = sorted(_cached(place))
+    try:
+        return tokenise()
+    except (OSError, ArrowInvalid) as error:
+        if not kept_there or is_the_disks(error):
+            raise
+        logger.warning(f"{kept_there[0]} is damaged ({first_line(error)}), so it is written again")
+    for file in kept_there:
+        file.unlink(missing_ok=True)
+    return tokenise()
+
+
+def _cached(place: dict[str, Any]) -> list[Path]:
+    """The files that a run before has left where ``map_settings`` says, one for each of its processes."""
+    file = Path(place.get("cache_file_name", "nowhere"))
+    return list(file.parent.glob(f"{file.stem}*{file.suffix}")) if "cache_file_name" in place else []
 
 
 def carried_columns(columns: Sequence[str], settings: Settings) -> list[str]:

@@ -66,22 +66,20 @@ def dry_run(job: Job, config: DPOConfig) -> DryRun:
         )
     require_ready(job, config)
     data = job.train_data()
-    tokenizer = model_loading.load_tokenizer(str(job.model_name_or_path), trust_remote_code=config.trust_remote_code)
+    revision = {key: value for key, value in job.load_kwargs(config).items() if key == "revision"}
+    tokenizer = model_loading.load_tokenizer(
+        str(job.model_name_or_path), trust_remote_code=config.trust_remote_code, **revision
+    )
     model = _without_weights(job, config)
     model_loading.require_vocabulary(model, tokenizer)
-    tokenised = tokenize_preferences(
-        data,
-        tokenizer,
-        max_length=config.max_length,
-        truncation_mode=config.truncation_mode,
-        num_proc=config.dataset_num_proc,
-    )
+    how = {name: getattr(config, name) for name in ("max_length", "truncation_mode", "max_prompt_length")}
+    tokenised = tokenize_preferences(data, tokenizer, num_proc=config.dataset_num_proc, **how)
     model_loading.require_positions(model_loading.position_limit(model), tokenised.report.longest)
     if config.regroup_prompts:
         tokenised = TokenizedPreferences(regroup_by_prompt(tokenised.dataset), tokenised.report)
     require_fit(config.objective(), tokenised.dataset[0], "train")
     if job.evaluates:
-        kept = tokenize_preferences(job.eval_data(), tokenizer, name="eval", max_length=config.max_length)
+        kept = tokenize_preferences(job.eval_data(), tokenizer, name="eval", **how)
         require_fit(config.objective(), kept.dataset[0], "eval")
     require_room_on_disk(model, config, adapter=is_peft_model(model))
     return _predict(tokenised, model, job, config)
@@ -92,10 +90,9 @@ def _without_weights(job: Job, config: DPOConfig) -> nn.Module:
 
     kwargs, given = job.load_kwargs(config), str(job.model_name_or_path)
     name = adapter_base(given) or given
-    revision = {name: kwargs[name] for name in ("revision",) if name in kwargs}
-    read = model_loading.load_config(name, trust_remote_code=config.trust_remote_code, **revision)
-    # what from_pretrained does by itself: the dtype the weights were saved in
-    dtype = kwargs.get("dtype") if kwargs.get("dtype") not in (None, "auto") else getattr(read, "dtype", None)
+    revision = {key: kwargs[key] for key in ("revision",) if key in kwargs}
+    read = model_loading.load_config(given, trust_remote_code=config.trust_remote_code, **revision)
+    dtype = getattr(read, "dtype", None) if kwargs.get("dtype") == "auto" else kwargs.get("dtype")
     try:
         with torch.device("meta"):
             model: nn.Module = AutoModelForCausalLM.from_config(

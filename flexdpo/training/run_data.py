@@ -71,6 +71,7 @@ class RunData:
                 name=name,
                 max_length=args.max_length,
                 truncation_mode=args.truncation_mode,
+                max_prompt_length=args.max_prompt_length,
                 num_proc=args.dataset_num_proc,
             )
             if args.regroup_prompts:
