@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import SchedulerType, Trainer
@@ -117,5 +117,5 @@ def require_room_on_disk(model: nn.Module, config: DPOConfig, *, adapter: bool) 
 
 def existing_parent(config: DPOConfig) -> Path:
     """The output folder, or the nearest folder above it that exists."""
-    output: Any = Path(str(config.output_dir)).absolute()
+    output = Path(str(config.output_dir)).absolute()
     return next(each for each in (output, *output.parents) if os.path.lexists(each))

@@ -11,6 +11,8 @@ from flexdpo.hf.names import adapter_base, local_path
 from flexdpo.training.adapters import is_peft_model
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from flexdpo.training.resumable import ResumableTrainer
 
 _PAPERS = """\
@@ -42,9 +44,9 @@ Cite prefix sharing as:
 def model_card(
     trainer: ResumableTrainer,
     model_name: str,
-    datasets: list[str],
-    tags: list[str],
-    figures: dict[str, str],
+    datasets: Sequence[str],
+    tags: Sequence[str],
+    figures: Mapping[str, str],
     **metadata: Any,
 ) -> ModelCard:
     """The card of what a trainer has trained; ``figures`` are what it came to, ``metadata`` more for the hub."""
