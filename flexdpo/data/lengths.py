@@ -106,12 +106,16 @@ def _longest_responses(dataset: Dataset) -> NDArray[np.int64]:
 
 
 def predicted_costs(dataset: Dataset, hidden_size: int, limits: Sequence[int] = ()) -> NDArray[np.float64]:
-    """What each example costs to run, in units of a short example's token, ``[N]`` float64.
+    """What each example costs to run, see :func:`costs_of`, ``[N]`` float64."""
+    return costs_of(token_counts(dataset, shared=True, limits=limits), hidden_size)
+
+
+def costs_of(tokens: NDArray[np.int64], hidden_size: int) -> NDArray[np.float64]:
+    """What examples of so many distinct tokens cost to run, in units of a short example's token.
 
     The linear layers of a decoder take about ``24 * hidden_size**2`` operations per token forward, and attention
     ``2 * hidden_size`` for each token before it, half of them on average.
     """
-    tokens = token_counts(dataset, shared=True, limits=limits).astype(np.float64)
     return tokens * (1 + tokens / (12 * hidden_size))
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from flexdpo.data.lengths import costs_of
 from flexdpo.data.tokenize import TokenizedPreferences, tokenize_preferences
 from flexdpo.errors import FlexdpoError
 from flexdpo.estimate.advice import advise, gains_over
@@ -21,6 +22,7 @@ from flexdpo.estimate.lengths import count_rows, regrouped_tokens, shared_prefix
 from flexdpo.estimate.model_shapes import find_shape
 from flexdpo.estimate.report import Estimate
 from flexdpo.estimate.settings import EstimateSettings
+from flexdpo.estimate.stragglers import stragglers_of
 from flexdpo.estimate.suggest import suggest
 from flexdpo.hf.row_dependence import length_limits
 from flexdpo.hf.unwrap import backbone_of, base_model
@@ -138,6 +140,13 @@ def estimate_tokenised(
             "shared": predict_memory(size, shared.tokens, setup, targets=shared.targets),
         },
         model=size,
+        stragglers=stragglers_of(
+            costs_of(counted.distinct, size.hidden),
+            settings.processes,
+            per_process=settings.per_device_train_batch_size * settings.gradient_accumulation_steps,
+            balances=bool((counted.edges == 1).all()) and not labelled,
+            seed=settings.seed,
+        ),
         suggestion=suggest(size, settings, layouts, counted, by_name, free=_device_memory(settings)),
         settings=settings,
     )

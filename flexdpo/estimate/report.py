@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from flexdpo.estimate.features import Feature
     from flexdpo.estimate.lengths import SharedPrefixes
     from flexdpo.estimate.settings import EstimateSettings
+    from flexdpo.estimate.stragglers import Straggler
     from flexdpo.estimate.suggest import Suggestion
     from flexdpo.training.memory import MemoryPrediction, ModelSize
 
@@ -39,6 +40,7 @@ class Estimate:
     model: ModelSize
     suggestion: Suggestion
     settings: EstimateSettings
+    stragglers: tuple[Straggler, ...] = ()  # for each number of processes that was asked for
     worth_it: bool = False  # whether sharing is predicted to gain at least a tenth over packed or padded training
     advice: tuple[str, ...] = ()  # plain sentences, the verdict first
 
@@ -59,7 +61,8 @@ class Estimate:
     def table(self) -> str:
         """The prediction for people: data, lengths, features, memory, settings and advice, about 40 lines."""
         advice = "\n".join(line for text in self.advice for line in wrap(text, _WIDTH, subsequent_indent="  "))
-        return "\n\n".join([_data(self), _lengths(self), _features(self), _memory(self), _suggested(self), advice])
+        parts = [_data(self), _lengths(self), _features(self), _memory(self), _suggested(self)]
+        return "\n\n".join([*parts, *([_stragglers(self)] if self.stragglers else []), advice])
 
 
 def _data(estimate: Estimate) -> str:
@@ -135,4 +138,17 @@ def _suggested(estimate: Estimate) -> str:
     if suggestion.buckets is not None:
         lengths = ", ".join(map(str, suggestion.buckets.lengths))
         lines.append(f"  row lengths to compile kernels for: {lengths} ({suggestion.buckets.waste:.1%} padding)")
+    return "\n".join(lines)
+
+
+def _stragglers(estimate: Estimate) -> str:
+    rows = [["processes", "examples a step", "unbalanced", "balanced"]]
+    for found in estimate.stragglers:
+        balanced = "-" if found.balanced is None else f"{found.balanced:.1%}"
+        rows.append([f"  {found.processes:,}", f"{found.examples:,}", f"{found.unbalanced:.1%}", balanced])
+    lines = ["how much more the slowest process of a step costs than the mean of all (computed):", aligned(rows)]
+    if estimate.stragglers[-1].balanced is None:
+        lines.append("  the trainer balances examples of one pair each, and no others")
+    if short := [found for found in estimate.stragglers if found.repeats]:
+        lines.append(f"  from {short[0].processes:,} on, a step takes more examples than there are: some were repeated")
     return "\n".join(lines)

@@ -43,6 +43,10 @@ class EstimateSettings:
     max_tokens_per_row: int | None = field(
         default=None, metadata={"help": "Longest packed row; by default a batch is one row."}
     )
+    processes: tuple[int, ...] = field(
+        default=(),
+        metadata={"help": "Say for each of these numbers of processes how long they wait for the slowest: 8 64 1024."},
+    )
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Run layers again in the backward pass."})
     reference: bool = True
     sharing: str = field(default="group", metadata={"help": "group, or step: across the examples of a batch too."})
@@ -61,6 +65,8 @@ class EstimateSettings:
             object.__setattr__(self, "dtype", "bfloat16" if self.device == "cuda" else "float32")
         if self.dtype not in _DTYPE_BYTES:
             raise FlexdpoError(f"dtype {self.dtype!r} is unknown; use {' or '.join(_DTYPE_BYTES)}")
+        if any(count < 1 for count in self.processes):
+            raise FlexdpoError(f"processes must be at least 1 each, got {' '.join(map(str, self.processes))}")
         for name in _COUNTS:
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -263,7 +263,7 @@ class DPOTrainer(ResumableTrainer):
         if wanted and hasattr(self.train_dataset, "num_rows") and has_one_pair_each(self.train_dataset):
             hidden = unwrap_model(self.model).config.get_text_config().hidden_size
             costs = predicted_costs(self.train_dataset, hidden, limits_of(self.model).limits)
-            balance(loader, costs, args.world_size)
+            balance(loader, costs, args.world_size, args.gradient_accumulation_steps)
         return loader
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:

@@ -5,10 +5,13 @@ import pytest
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
+from flexdpo.bench.profiles import Profile, load_profiles
 from flexdpo.data.balance import BalancedSampler, balance, partition
-from flexdpo.data.lengths import has_one_pair_each, predicted_costs
+from flexdpo.data.lengths import costs_of, has_one_pair_each, predicted_costs
+from flexdpo.estimate.stragglers import stragglers_of
 
 
 @given(st.integers(1, 5), st.integers(1, 5), st.data())
@@ -26,6 +29,41 @@ def test_dealing_is_better_than_taking_turns() -> None:
     dealt = [costs[part].sum() for part in partition(costs, 4)]
     in_turn = costs.reshape(4, 8).sum(axis=1)
     assert max(dealt) - min(dealt) < 0.1 * (max(in_turn) - min(in_turn))
+
+
+def drawn_tokens(profile: Profile, count: int) -> NDArray[np.float64]:
+    """Distinct tokens of pairs, drawn as a profile draws them."""
+    noise = np.random.default_rng(0).standard_normal((3, count))
+    most = min(profile.max_prompt, profile.max_length - 1)
+    prompts = np.minimum(profile.median_prompt * np.exp(profile.sigma_prompt * noise[0]), most)
+    responses = profile.median_response * np.exp(profile.sigma_response * noise[1:])
+    return prompts + np.minimum(responses, profile.max_length - prompts).sum(axis=0)
+
+
+@pytest.mark.parametrize("name", list(load_profiles()))
+def test_a_thousand_processes_wait_for_nobody(name: str) -> None:
+    """16 pairs each: the slowest costs at most 1 % more than the mean, a third and more without balancing."""
+    costs = costs_of(drawn_tokens(load_profiles()[name], 1024 * 16), 4096)
+    (found,) = stragglers_of(costs, [1024], per_process=16, balances=True)
+    assert (found.examples, found.steps) == (len(costs), 1)
+    assert found.balanced is not None
+    assert found.balanced < 0.01
+    assert found.unbalanced > 0.25
+
+
+@pytest.mark.parametrize("count", [48, 41, 30])
+def test_a_step_of_several_batches_keeps_its_examples(count: int) -> None:
+    """Batches of 3 on 2 processes, 4 of them accumulated; the last step has fewer, and an incomplete batch."""
+    costs = np.random.default_rng(1).lognormal(5, 1, count)
+    sampler = BalancedSampler(range(count), costs, batch_size=3, num_processes=2, accumulation=4)  # type: ignore[arg-type]
+    order = np.array(list(sampler))
+    assert sorted(order[:24]) == list(range(24))
+    whole = (count - 24) // 6 * 6
+    assert sorted(order[24 : 24 + whole]) == list(range(24, 24 + whole))
+    assert order[24 + whole :].tolist() == list(range(24 + whole, count))
+    # batches go to the processes in turn
+    first, second = (costs[order[:24].reshape(4, 2, 3)[:, process]].sum() for process in (0, 1))
+    assert abs(first - second) < 0.01 * (first + second)
 
 
 class Loader:

@@ -312,6 +312,26 @@ def test_row_lengths_to_compile_kernels_for_hold_every_row(rng) -> None:
     assert estimate.memory["shared"].tokens == 4096
 
 
+def test_waiting_for_the_slowest_process(rng) -> None:
+    pairs = [(prompt, [responses[0], [9]]) for prompt, responses in random_rows(rng, 64)]
+    data = as_preferences(tokenised(pairs))
+    settings = EstimateSettings(processes=(2, 16), per_device_train_batch_size=4)
+    estimate = estimate_tokenised(data, settings)
+    few, many = estimate.stragglers
+    assert (few.examples, few.steps, few.repeats) == (8, 8, False)
+    assert (many.examples, many.steps, many.repeats) == (64, 1, False)
+    assert 0 <= many.balanced <= many.unbalanced
+    assert "slowest process" in estimate.table()
+    more = EstimateSettings(processes=(17,), per_device_train_batch_size=4)
+    assert estimate_tokenised(data, more).stragglers[0].repeats
+    several = as_preferences(tokenised([(prompt, [*responses, [8]]) for prompt, responses in pairs]))
+    estimate = estimate_tokenised(several, settings)
+    assert estimate.stragglers[0].balanced is None
+    assert "one pair each, and no others" in estimate.table()
+    with pytest.raises(FlexdpoError, match="processes must be at least 1"):
+        EstimateSettings(processes=(8, 0))
+
+
 def test_an_estimate_is_json(rng) -> None:
     estimate = estimate_tokenised(as_preferences(tokenised(random_rows(rng, 40))), EstimateSettings(**CPU))
     values = json.loads(json.dumps(estimate.as_json()))
