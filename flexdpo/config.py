@@ -156,7 +156,7 @@ class DPOConfig(LossSettings, TrainingArguments):
     precompute_ref_cache_dir: str | None = setting(
         None,
         "Where precomputed log-probabilities are kept for interrupted and later runs; by default FLEXDPO_CACHE or a "
-        "folder beside the hub's cache.",
+        "folder beside the hub's cache. Or a .parquet file of flexdpo score, which is read.",
     )
 
     max_tokens_per_row: int | str | None = setting(

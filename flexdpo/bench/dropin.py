@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import time
 from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -9,23 +11,28 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
+from flexdpo.bench.bench import describe_environment
 from flexdpo.bench.timing import timed
 from flexdpo.dropin.hooks import PlanKey, plan_batch
 from flexdpo.dropin.rules import Positions
-from flexdpo.dropin.share import share_prefixes, sharing_stats, unshare
+from flexdpo.dropin.share import share_prefixes, sharing_stats
 from flexdpo.estimate.model_shapes import build_model, shape_config
-from flexdpo.show.table import aligned
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from flexdpo.bench.settings import BenchSettings
 
-_ROUNDS = 9
+KIND = "completions timed"
+# how many times as long as the longest completion its prompt is, and tokens of that completion: where the padded run
+# takes most, it is made shorter
+_LENGTHS = ((1, 256), (4, 256), (16, 64))
 
 
 class SharingTimes(NamedTuple):
-    """What was measured; seconds are medians."""
+    """What was measured; seconds are medians, on a CPU of the process's own time."""
 
     tokens_in: int  # places of the padded batch, ``N * T``
     tokens_run: int  # that ran through the model with sharing
@@ -35,29 +42,44 @@ class SharingTimes(NamedTuple):
     plan_seconds: float  # to find the trie and lay out the row, part of ``shared_seconds``
     gradient_error: float  # largest difference of any gradient, relative to the largest entry of that gradient
 
-    def table(self) -> str:
-        """The figures as text."""
-        low, median, high = self.speed_up
-        fewer, share = self.tokens_in / self.tokens_run, self.plan_seconds / self.shared_seconds
-        numbers = [
-            ["", "padded", "shared"],
-            ["tokens through the model", f"{self.tokens_in:,}", f"{self.tokens_run:,}"],
-            ["forward and backward, seconds", f"{self.padded_seconds:.3f}", f"{self.shared_seconds:.3f}"],
-            ["finding what is shared, ms", "", f"{1e3 * self.plan_seconds:.2f}"],
-            ["gradients differ by", "", f"{self.gradient_error:.0e}"],
-        ]
-        notes = [
-            "",
-            f"{fewer:.2f} times fewer",
-            f"{median:.2f} times faster ({low:.2f} to {high:.2f})",
-            f"{share:.2%} of the step",
-            "of their largest entry, at most",
-        ]
-        return "\n".join(map("   ".join, zip(aligned(numbers).splitlines(), notes, strict=True)))
+
+def bench_completions(
+    settings: BenchSettings, *, rounds: int = 3, report: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Time policy-gradient steps on 8 and 16 completions with prompts 1, 4 and 16 times as long as the longest of them.
+
+    ``report`` gets a line per measurement. Returns what a result file of the kind :data:`KIND` holds.
+    """
+    columns = ("K", "prompt", "completion", "tokens padded", "shared", "seconds padded", "shared", "speed-up")
+    report("  ".join(columns))
+    steps = []
+    for completions in (8, 16):
+        for times, longest in _LENGTHS:
+            completion = max(2, round(longest * settings.scale))
+            lengths = (times * completion, completion)
+            found = bench_sharing(settings, completions=completions, lengths=lengths, rounds=rounds)
+            low, middle, high = found.speed_up
+            numbers = [str(completions), *map(str, lengths), f"{found.tokens_in:,}", f"{found.tokens_run:,}"]
+            numbers += [f"{found.padded_seconds:.3f}", f"{found.shared_seconds:.3f}"]
+            cells = [number.rjust(len(name)) for number, name in zip(numbers, columns, strict=False)]
+            report("  ".join([*cells, f"{middle:.2f} ({low:.2f} to {high:.2f})"]))
+            steps.append(
+                {"completions": completions, "prompt": lengths[0], "completion": completion, **found._asdict()}
+            )
+    environment = describe_environment(torch.device(settings.device))
+    return {
+        "kind": KIND, "model": settings.model, "rounds": rounds, "environment": environment,
+        "dtype": str(settings.torch_dtype).removeprefix("torch."), "steps": steps,
+    }  # fmt: skip
 
 
 def bench_sharing(
-    settings: BenchSettings, *, prompts: int = 2, completions: int = 8, lengths: tuple[int, int] = (512, 128)
+    settings: BenchSettings,
+    *,
+    prompts: int = 1,
+    completions: int = 8,
+    lengths: tuple[int, int] = (512, 128),
+    rounds: int = 3,
 ) -> SharingTimes:
     """Time the forward and backward of a policy-gradient step on a padded batch, as it is and with prefixes shared.
 
@@ -65,39 +87,54 @@ def bench_sharing(
         settings: Of which device, dtype, model, scale, threads and seed count.
         prompts: Prompts per batch.
         completions: Completions of each, K.
-        lengths: Tokens of a prompt and of the longest completion, before scaling; the shortest has half of them.
+        lengths: Tokens of a prompt and of the longest completion; the shortest has half of them.
+        rounds: Measurements, after one that warms up.
     """
     device, config = torch.device(settings.device), shape_config(settings.model)
     if device.type == "cpu":
         torch.set_num_threads(settings.threads)
     model = build_model(config, device, settings.torch_dtype, seed=settings.seed)
-    prompt, completion = (max(1, round(length * settings.scale)) for length in lengths)
+    sharing = copy.deepcopy(model)
+    share_prefixes(sharing)
+    prompt, completion = lengths
     rng = np.random.default_rng(settings.seed)
     batch = _batch(rng, config.vocab_size, (prompts, completions, prompt, completion))
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    key = PlanKey(1.1, 16, Positions.of(model.model), 1)
     padded, shared, plans = [], [], []
-    # the first round warms the machine and the kernels up, and compares the gradients
-    for number in range(_ROUNDS + 1):
-        _, alone = timed(partial(_step, model, batch, completion), device)
-        want = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-        share_prefixes(model)
+    for number in range(rounds + 1):
+        alone = _seconds(partial(_step, model, batch, completion), device)
         # each round plans its batch anew, as every step of a training run does
         fresh = {name: tensor.clone() for name, tensor in batch.items()}
-        _, together = timed(partial(_step, model, fresh, completion), device)
-        stats = sharing_stats(model)
-        unshare(model)
+        together = _seconds(partial(_step, sharing, fresh, completion), device)
         if number == 0:
-            got = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-            error = max(float((got[name] - want[name]).abs().max() / want[name].abs().max()) for name in want)
+            # the first round warms the machine and the kernels up, and compares the gradients
+            error = _gradient_error(sharing, model)
+            stats = sharing_stats(sharing)
             continue
         padded.append(alone)
         shared.append(together)
-        key = PlanKey(1.1, 16, Positions.of(model.model), 1)
-        plans.append(timed(partial(plan_batch, batch["input_ids"], batch["attention_mask"], None, key), device)[1])
+        plan = partial(plan_batch, batch["input_ids"], batch["attention_mask"], None, key)
+        plans.append(_seconds(plan, device))
     low, middle, high = np.quantile(np.asarray(padded) / np.asarray(shared), [0.25, 0.5, 0.75]).tolist()
     return SharingTimes(
         stats.tokens_in, stats.tokens_run, median(padded), median(shared), (low, middle, high), median(plans), error
     )
+
+
+def _seconds(call: Callable[[], Any], device: torch.device) -> float:
+    """On a CPU those of this process alone, whatever else the machine does."""
+    if device.type != "cpu":
+        return timed(call, device)[1]
+    began = time.process_time()
+    call()
+    return time.process_time() - began
+
+
+def _gradient_error(got: Any, want: Any) -> float:
+    wanted = {name: p.grad for name, p in want.named_parameters() if p.grad is not None}
+    found = dict(got.named_parameters())
+    return max(float((found[name].grad - each).abs().max() / each.abs().max()) for name, each in wanted.items())
 
 
 def _batch(rng: np.random.Generator, vocabulary: int, sizes: tuple[int, int, int, int]) -> dict[str, Tensor]:

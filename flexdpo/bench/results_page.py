@@ -160,6 +160,54 @@ def _versions(of: dict[str, Any]) -> str:
     return ", ".join(f"{name} {version}" for name, version in of["versions"].items())
 
 
+def _completions(data: dict[str, Any]) -> tuple[str, str, str]:
+    """A line per number of completions and length of prompt: padded and shared, side by side."""
+    header = [
+        "completions",
+        "prompt",
+        "tokens padded",
+        "shared",
+        "fewer",
+        "step padded",
+        "shared",
+        "faster",
+        "gradients",
+    ]
+    lines = []
+    for step in data["steps"]:
+        low, middle, high = step["speed_up"]
+        seconds = [f"{1e3 * step[f'{kind}_seconds']:,.0f} ms" for kind in ("padded", "shared")]
+        tokens = [step["tokens_in"], step["tokens_run"]]
+        lines.append(
+            [
+                str(step["completions"]),
+                str(step["prompt"]),
+                str(step["completion"]),
+                *(f"{count:,}" for count in tokens),
+                f"{tokens[0] / tokens[1]:.2f}",
+                *seconds,
+                f"{middle:.2f} ({low:.2f} to {high:.2f})",
+                f"{step['gradient_error']:.0e}",
+            ]
+        )
+    environment = data["environment"]
+    threads = f"{environment['threads']} thread" + ("s" if environment["threads"] != 1 else "")
+    title = (
+        f"The drop-in on completions of one prompt, {environment['device']}, {threads}: model `{data['model']}`, "
+        f"{data['dtype']}"
+    )
+    note = (
+        f"A completion has at least half the tokens of the longest; forward and backward of their "
+        f"log-probabilities, logits at completions alone; medians of {data['rounds']} measured side by side, on a CPU "
+        "in seconds of the process, and how far any gradient is off, relative to its largest entry."
+    )
+    return (
+        title,
+        f"{markdown(header, lines, words=0)}\n\n{note}",
+        f"{_versions(environment)}; {environment['date'][:10]}",
+    )
+
+
 def _compiled(data: dict[str, Any]) -> tuple[str, str, str]:
     """A line per kernel, forward and backward beside each other; registers and bytes are a thread's or a block's."""
     header = ["card", "kernel", "tile", "registers", "spilled", "shared"]
@@ -200,6 +248,7 @@ def _head(data: dict[str, Any]) -> tuple[str, str, str]:
 
 _KINDS: dict[str, Callable[[dict[str, Any]], tuple[str, str, str]]] = {
     _TIMED: _timed,
+    "completions timed": _completions,
     "compiled kernels": _compiled,
     "head counted": _head,
 }

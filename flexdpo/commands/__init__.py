@@ -6,6 +6,7 @@ COMMANDS = {
     "check": "say whether a model is exact on shared, packed rows, or refused and why",
     "estimate": "predict what flexdpo would do for your dataset: tokens, speed-up, memory, settings",
     "show": "draw a row of your data: its trie, its mask, its tiles, and how a batch is packed",
+    "score": "log-probabilities, implicit rewards and accuracies of your data, to a parquet file",
     "bench": "time a training step on this machine: shared prompts against the ordinary ways",
     "env": "print versions and devices, for bug reports",
     "completion": "print what completes these commands and their options in bash or zsh",

@@ -29,8 +29,9 @@ def parser() -> OptionParser:
         const="true",
         default="false",
         choices=("true", "false"),
-        help="Measure flexdpo.share_prefixes instead: a padded batch of 2 prompts with 8 completions each, with and "
-        "without it. Takes --device, --model, --threads, --seed and --scale.",
+        help="Measure flexdpo.share_prefixes instead: padded batches of 8 and 16 completions of one prompt, 1, 4 and "
+        "16 times as long as they are, with and without it. Takes --device, --model, --threads, --seed, --scale and "
+        "--json.",
     )
     return options
 
@@ -39,11 +40,6 @@ def run(argv: list[str]) -> int:
     """Run ``flexdpo bench`` with the words after it; prints a table per profile."""
     found = parser().read(argv)
     settings = settings_of(BenchSettings, found)
-    if found.drop_in == "true":
-        from flexdpo.bench.dropin import bench_sharing
-
-        print(bench_sharing(settings).table())
-        return 0
     target = writable(found.json)
     started, is_screen = time.perf_counter(), sys.stderr.isatty()
 
@@ -56,7 +52,12 @@ def run(argv: list[str]) -> int:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
         print(table, flush=True)
 
-    result = run_bench(settings, progress=progress, report=report)
+    if found.drop_in == "true":
+        from flexdpo.bench.dropin import bench_completions
+
+        result = bench_completions(settings, report=report)
+    else:
+        result = run_bench(settings, progress=progress, report=report)
     if target is not None:
         target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         print(f"written to {target}")

@@ -82,6 +82,13 @@ class ReferenceCache:
         _claim(self.folder / _IDENTITY, identity)
         self.reload()
 
+    @classmethod
+    def holding(cls, values: dict[Key, float], source: Path, identity: ReferenceIdentity) -> ReferenceCache:
+        """A cache of values that were read from ``source``, without a folder to add more to."""
+        cache = cls.__new__(cls)
+        cache.folder, cache.identity, cache._values, cache._loaded = source, identity, values, set()
+        return cache
+
     def __len__(self) -> int:
         return len(self._values)
 
@@ -151,7 +158,7 @@ def _claim(path: Path, identity: ReferenceIdentity) -> None:
                 "folder"
             )
         if not others:
-            with _unfinished(path) as whole:
+            with unfinished(path) as whole:
                 whole.write_text(json.dumps(wanted, indent=1), encoding="utf-8")
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
@@ -207,12 +214,12 @@ def damaged(path: Path, why: str) -> FlexdpoError:
 
 def write(path: Path, tensors: dict[str, NDArray[Any]]) -> None:
     """Write a file of the cache, whole or not at all."""
-    with _unfinished(path) as whole:
+    with unfinished(path) as whole:
         save_file(tensors, whole, {_DIGEST: _digest(tensors)})
 
 
 @contextmanager
-def _unfinished(path: Path) -> Iterator[Path]:
+def unfinished(path: Path) -> Iterator[Path]:
     """Where to write a file that becomes ``path`` once it is whole; no other process, of any machine, writes there."""
     whole = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flexdpo.data.cache import cache_folder
 from flexdpo.data.tokenize import group_from_row
 from flexdpo.reference.cache import ReferenceCache, ReferenceIdentity
 from flexdpo.reference.logps import PrecomputeSettings, precompute_reference
+from flexdpo.reference.scores import cache_of_scores
 from flexdpo.training import distribution
 from flexdpo.training.batch import REFERENCE_COLUMN, REFERENCE_PAIR_COLUMN
 
@@ -38,7 +40,9 @@ class Precompute:
         if dataset is None or REFERENCE_COLUMN in dataset.column_names:
             return dataset
         # by the setting, ``FLEXDPO_CACHE``, or a folder beside the hub's cache
-        root = self.config.precompute_ref_cache_dir or cache_folder("reference_logps")
+        root = Path(self.config.precompute_ref_cache_dir or cache_folder("reference_logps"))
+        if root.suffix == ".parquet":
+            return self._with_values(dataset, cache_of_scores(root, self.identity))
         cache = ReferenceCache(self.identity.folder_in(root), self.identity)
         self.accelerator.wait_for_everyone()
         for start in range(0, len(dataset), self.rows_at_once):
@@ -48,6 +52,9 @@ class Precompute:
             cache.reload()
             # nobody writes the next part's values before all have read this one's
             self.accelerator.wait_for_everyone()
+        return self._with_values(dataset, cache)
+
+    def _with_values(self, dataset: Any, cache: ReferenceCache) -> Any:
         dataset = dataset.add_column(REFERENCE_COLUMN, [cache.sums(group_from_row(row)) for row in dataset])
         ld_alpha = self.config.ld_alpha
         if ld_alpha is not None:

@@ -211,7 +211,8 @@ class DPOTrainer(ResumableTrainer):
 
         # values of another precision are other values; lengths need not be named, for tokens name themselves
         precision = (("mixed_precision", str(self.accelerator.mixed_precision)),)
-        identity = ReferenceIdentity(self._reference_fingerprint, tokenizer_digest(self.processing_class), precision)
+        digest = tokenizer_digest(self.processing_class)
+        self.reference_identity = identity = ReferenceIdentity(self._reference_fingerprint, digest, precision)
         limits = limits_of(self.model).limits
         work = Precompute(self.args, self.accelerator, run, identity, self.row_plan.max_tokens_per_row, limits)
         # rows of a whole dataset come in all lengths

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from flexdpo import cli
 from flexdpo.bench.dropin import bench_sharing
+from flexdpo.bench.results_page import load_result, render_page
 from flexdpo.bench.settings import BenchSettings
 
 
@@ -17,13 +20,15 @@ def test_a_small_measurement() -> None:
     assert result.gradient_error < 1e-4
     assert 0 < result.plan_seconds < result.shared_seconds
     assert result.speed_up[0] <= result.speed_up[1] <= result.speed_up[2]
-    table = result.table()
-    assert "480" in table
-    assert "times faster" in table
 
 
-def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["bench", "--drop_in", "true", "--device", "cpu", "--scale", "0.05"]) == 0
-    printed = capsys.readouterr().out
-    assert "tokens through the model" in printed
-    assert "of the step" in printed
+@pytest.mark.slow
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "completions.json"
+    words = ["bench", "--drop_in", "true", "--device", "cpu", "--scale", "0.02", "--json", str(path)]
+    assert cli.main(words) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in printed[1:7]] == [[k, p] for k in ("8", "16") for p in ("5", "20", "32")]
+    page = render_page([load_result(path)])
+    assert "The drop-in on completions of one prompt" in page
+    assert "| 16 | 32 | 2 | 544 |" in page
