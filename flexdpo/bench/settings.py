@@ -9,7 +9,7 @@ import torch
 
 from flexdpo.bench.profiles import find_profiles, load_profiles
 from flexdpo.errors import FlexdpoError, nearest
-from flexdpo.estimate.model_shapes import SHAPES, require_shape
+from flexdpo.estimate.model_shapes import NAMES, require_shape
 from flexdpo.layout.row import tile_multiple
 
 # on a GPU TRL computes logits at labels only, so that is the padded baseline there to look at
@@ -27,7 +27,7 @@ class BenchSettings:
         default="all", metadata={"help": f"Lengths of which dataset: {', '.join(load_profiles())}, or all."}
     )
     scale: float = field(default=1.0, metadata={"help": "Factor on every length."})
-    model: str = field(default="tiny", metadata={"help": f"Shape with random weights: {', '.join(SHAPES)}."})
+    model: str = field(default="tiny", metadata={"help": f"Shape with random weights: {', '.join(NAMES)}."})
     baselines: tuple[str, ...] | None = field(
         default=None,
         metadata={

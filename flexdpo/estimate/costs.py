@@ -83,6 +83,8 @@ MACHINES = {
     ),
 }
 
+# a scan is many small products, one after another
+_SCAN_SLOWNESS = 15.0
 # the backward pass of norms, activations and rotations writes this many elements for each of the forward pass
 _BACKWARD_WRITES = 2.75
 
@@ -155,10 +157,11 @@ def step_seconds(
 
 
 def _layers_seconds(load: Load, shape: ModelSize, machine: Machine, *, backward: bool) -> float:
-    products = (4.0 if backward else 2.0) * shape.layer_parameters * load.tokens / machine.matmul
+    weights = shape.layer_parameters + _SCAN_SLOWNESS * shape.scan_products
+    products = (4.0 if backward else 2.0) * weights * load.tokens / machine.matmul
     speed = machine.attention_backward if backward else machine.attention_forward
     speed *= machine.masked_attention if load.masked else 1.0
-    attention = (10.0 if backward else 4.0) * shape.layers * shape.heads * shape.head_dim * load.scores / speed
+    attention = (10.0 if backward else 4.0) * shape.attending * shape.heads * shape.head_dim * load.scores / speed
     written = (_BACKWARD_WRITES if backward else 1.0) * _elements(shape) * load.tokens
     return products + attention + written * machine.elementwise
 

@@ -47,8 +47,8 @@ class Work:
         return (3 + again) * linear + (3.5 + again) * attention + head_passes * head
 
     def _parts(self, shape: ModelSize) -> tuple[float, float, float]:
-        linear = 2.0 * shape.layer_parameters * self.tokens
-        attention = 4.0 * shape.layers * shape.heads * shape.head_dim * self.scores
+        linear = 2.0 * (shape.layer_parameters + shape.scan_products) * self.tokens
+        attention = 4.0 * shape.attending * shape.heads * shape.head_dim * self.scores
         head = 2.0 * shape.hidden * shape.vocabulary * self.targets
         return linear, attention, head
 

@@ -17,12 +17,40 @@ SHAPES: dict[str, tuple[int, int, int, int, int, int, int, bool, str]] = {
     "llama-8b": (4096, 14336, 32, 32, 8, 128, 128256, False, "llama"),
     "qwen3-0.6b": (1024, 3072, 28, 16, 8, 128, 151936, True, "qwen3"),
 }
+# with layers that carry states, in the proportions of Qwen3-Next-80B-A3B, LFM2-1.2B and Granite-4-H-Small
+# fmt: off
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "qwen3-next-tiny": {
+        "model_type": "qwen3_next",
+        "layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"],
+        "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 64, "linear_conv_kernel_dim": 4,
+        "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+        "linear_key_head_dim": 64, "linear_value_head_dim": 64, "num_experts": 8, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 256, "shared_expert_intermediate_size": 256, "tie_word_embeddings": False,
+    },
+    "lfm2-tiny": {
+        "model_type": "lfm2",
+        "layer_types": ["conv", "conv", "full_attention", "conv", "full_attention"],
+        "num_attention_heads": 4, "num_key_value_heads": 1, "conv_L_cache": 3,
+        "intermediate_size": 1024, "block_auto_adjust_ff_dim": False, "tie_word_embeddings": True,
+    },
+    "granite-h-tiny": {
+        "model_type": "granitemoehybrid",
+        "layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"],
+        "num_attention_heads": 4, "num_key_value_heads": 1, "mamba_n_heads": 8, "mamba_d_head": 64,
+        "mamba_d_state": 64, "mamba_n_groups": 1, "mamba_expand": 2, "mamba_chunk_size": 64, "num_local_experts": 8,
+        "num_experts_per_tok": 2, "intermediate_size": 128, "shared_intermediate_size": 256,
+        "tie_word_embeddings": True,
+    },
+}
+# fmt: on
+NAMES = [*SHAPES, *HYBRIDS]
 
 
 def require_shape(name: str) -> None:
-    """Refuse a name that is not in :data:`SHAPES`."""
-    if name not in SHAPES:
-        raise FlexdpoError(f"--model {name!r} is unknown{nearest(name, list(SHAPES))}; shapes: {', '.join(SHAPES)}")
+    """Refuse a name that is not in :data:`NAMES`."""
+    if name not in NAMES:
+        raise FlexdpoError(f"--model {name!r} is unknown{nearest(name, NAMES)}; shapes: {', '.join(NAMES)}")
 
 
 def shape_config(name: str) -> Any:
@@ -30,6 +58,11 @@ def shape_config(name: str) -> Any:
     from transformers import AutoConfig
 
     require_shape(name)
+    ends: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None, "max_position_embeddings": 8192}
+    if name in HYBRIDS:
+        sizes = HYBRIDS[name] | {"hidden_size": 256, "vocab_size": 2048}
+        layers = len(sizes["layer_types"])
+        return AutoConfig.for_model(**sizes, **ends, name_or_path=name, num_hidden_layers=layers)
     hidden, intermediate, layers, heads, key_heads, head_dim, vocabulary, tied, model_type = SHAPES[name]
     return AutoConfig.for_model(
         model_type,
@@ -42,10 +75,7 @@ def shape_config(name: str) -> Any:
         head_dim=head_dim,
         vocab_size=vocabulary,
         tie_word_embeddings=tied,
-        max_position_embeddings=8192,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=None,
+        **ends,
     )
 
 

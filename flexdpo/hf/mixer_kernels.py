@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 _MARK = "use_kernel_func_from_hub_with_fallback"
 _KNOWN = {CONVOLUTION, *SCANS, *FUSED, *STEPS}
+# tokens that transformers' delta rules and flash-linear-attention scan at once
+SCAN_CHUNK = 64
 # what a class names that keeps a state of its own between calls, and what must compute that state: nothing known
 # computes that of lightning attention, or one that a module keeps itself
 _UPDATES: dict[str, set[str]] = {
@@ -134,17 +136,36 @@ def _chooses_keys(module: nn.Module) -> bool:
 
 def share_unfolded(backbone: nn.Module) -> float:
     """How much of the work for a token is done in modules that are run whole: 0 to 1."""
-    config: Any = backbone.config
+    whole = [module for module in mixers_of(backbone).values() if runs_whole(module)]
+    return sum(weights_passed(module, backbone) for module in whole) / max(weights_passed(backbone), 1.0)
+
+
+def weights_passed(module: nn.Module, backbone: nn.Module | None = None) -> float:
+    """Weights that a token is multiplied with in a module, of the experts those that are chosen; no embeddings."""
+    config: Any = (backbone or module).config
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
-    chosen = getattr(config, "num_experts_per_tok", 1)
+    chosen = getattr(config, "num_experts_per_tok", None) or 1
+    embeddings = {id(m.weight) for m in module.modules() if isinstance(m, torch.nn.Embedding)}
+    weights = (p for p in module.parameters() if p.ndim >= 2 and id(p) not in embeddings)
+    return sum(p.numel() * (chosen / experts if p.ndim > 2 and p.shape[0] == experts else 1.0) for p in weights)
 
-    def work(module: nn.Module) -> float:
-        embeddings = {id(m.weight) for m in module.modules() if isinstance(m, torch.nn.Embedding)}
-        weights = (p for p in module.parameters() if p.ndim >= 2 and id(p) not in embeddings)
-        return sum(p.numel() * (chosen / experts if p.ndim > 2 and p.shape[0] == experts else 1.0) for p in weights)
 
-    whole = sum(work(module) for module in mixers_of(backbone).values() if runs_whole(module))
-    return whole / max(work(backbone), 1.0)
+def state_of(mixer: nn.Module) -> tuple[int, int]:
+    """Numbers of the state that a scan of a mixer hands on, and heads of it; (0, 0) where it has no scan.
+
+    No heads where a state is kept for every token, and not for chunks of them: Mamba 1.
+    """
+    found = mixer_class(type(mixer))
+    if found is None or not found.names & set(SCANS):
+        return 0, 0
+
+    def size(*names: str) -> int:
+        return next((int(getattr(mixer, name)) for name in names if isinstance(getattr(mixer, name, None), int)), 1)
+
+    if "selective_scan_fn" in found.names:
+        return size("intermediate_size") * size("ssm_state_size"), 0
+    heads = size("num_v_heads", "num_heads")
+    return heads * size("head_k_dim", "ssm_state_size", "head_dim") * size("head_v_dim", "head_dim"), heads
 
 
 def mixing_ways(backbone: nn.Module) -> list[str]:

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flexdpo.errors import FlexdpoError, UnsupportedModelError
 from flexdpo.hf.forward_layout import ATTN_IMPLEMENTATION
-from flexdpo.hf.mixer_kernels import mixers_of
+from flexdpo.hf.mixer_kernels import SCAN_CHUNK, mixers_of
 from flexdpo.hf.prepare import prepare_model
 from flexdpo.hf.randomness import disable_dropout
 from flexdpo.hf.row_dependence import length_limits
@@ -44,8 +44,6 @@ NOISE_FACTOR, ROUNDINGS = 6.0, 4.0
 _ACCEPTED_SHARE = 1e-4
 _HALF_QUANTILE = 0.9
 _SPECIAL_TOKENS = 8
-# tokens that transformers' delta rules and flash-linear-attention scan at once
-_SCAN_CHUNK = 64
 # how often the noise is drawn where layers carry a state, and how far draws may differ: a scan hands
 # a rounding on
 _SCAN_DRAWS, _SCAN_SPREAD = 4, 10.0
@@ -206,7 +204,7 @@ def _largest_window(base: Any) -> int:
     names = ("sliding_window", "attention_chunk_size", "floor_scale", "mamba_chunk_size", "chunk_size")
     sizes = (getattr(config, name, None) for name in names)
     # the delta rules' chunks are in no config
-    least = _SCAN_CHUNK if mixers_of(backbone_of(base)) else 0
+    least = SCAN_CHUNK if mixers_of(backbone_of(base)) else 0
     return max((size for size in sizes if isinstance(size, int)), default=least)
 
 

@@ -14,6 +14,8 @@ import torch
 
 from flexdpo.errors import FlexdpoError, first_line, found
 from flexdpo.hf.checkpointing import checkpointing_name
+from flexdpo.hf.mixer_kernels import SCAN_CHUNK, mixers_of, state_of, weights_passed
+from flexdpo.hf.unwrap import backbone_of, base_model
 from flexdpo.layout.row import TILE
 from flexdpo.objective.linear_logps import targets_per_chunk, tile_shape
 
@@ -53,6 +55,24 @@ class ModelSize:
     gated: bool = True  # feed-forward layers multiply a gate in (``SwiGLU``), or are two plain matrices
     layer_norm: bool = False  # norms are torch's fused ``LayerNorm``, or ``RMSNorm`` written out in Python
     head_norms: bool = False  # queries and keys are normalised head by head
+    # where some layers carry states: those with attention and those with a state; weights that a token passes in all
+    # layers; numbers of the state that a segment hands on, of a layer; heads of it
+    attention_layers: int | None = None
+    state_layers: int = 0
+    weights_passed: int = 0
+    state: int = 0
+    state_heads: int = 0
+
+    @property
+    def attending(self) -> int:
+        """Layers with attention."""
+        return self.layers if self.attention_layers is None else self.attention_layers
+
+    @property
+    def scan_products(self) -> float:
+        """Multiplications per token of all scans: into the state, out of it, and with the others of its chunk."""
+        width = self.state / max(self.state_heads, 1)
+        return float(self.state_layers * (3 * self.state + 2 * self.state_heads * SCAN_CHUNK * width**0.5))
 
     @property
     def gated_intermediate(self) -> int:
@@ -62,6 +82,8 @@ class ModelSize:
     @property
     def layer_parameters(self) -> int:
         """Weights of the linear layers of all decoder layers that a token passes, the head not included."""
+        if self.weights_passed:
+            return self.weights_passed
         attention = self.hidden * self.head_dim * 2 * (self.heads + self.key_heads)
         return self.layers * (attention + 3 * self.hidden * self.gated_intermediate)
 
@@ -82,11 +104,11 @@ class ModelSize:
         while not hasattr(inner, "config") and hasattr(inner, "module"):
             inner = inner.module
         config = inner.config.get_text_config()
-        if not getattr(config, "num_attention_heads", None):
+        heads, states = int(getattr(config, "num_attention_heads", None) or 0), _states(inner)
+        if not heads and not states:
             raise FlexdpoError(
                 f"{config.model_type} has no attention heads, so it is no model that can be trained here"
             )
-        heads = int(config.num_attention_heads)
         names = [name for name, _ in inner.named_modules()]
         return cls(
             name=str(getattr(config, "_name_or_path", "") or config.model_type),
@@ -96,12 +118,31 @@ class ModelSize:
             layers=int(config.num_hidden_layers),
             heads=heads,
             key_heads=int(getattr(config, "num_key_value_heads", None) or heads),
-            head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
+            head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)),
             vocabulary=int(config.vocab_size),
             gated=any(name.endswith(("gate_proj", "gate_up_proj", "experts")) for name in names),
             layer_norm=any(isinstance(module, torch.nn.LayerNorm) for module in inner.modules()),
             head_norms=any(name.endswith(("q_norm", "q_layernorm")) for name in names),
+            **states,
         )
+
+
+def _states(model: Any) -> dict[str, int]:
+    """What the layers that carry states add to a ``ModelSize``; nothing where there are none."""
+    backbone = backbone_of(base_model(model))
+    mixers = mixers_of(backbone)
+    if not mixers:
+        return {}
+    sizes = [state_of(mixer) for mixer in mixers.values()]
+    stateful = [size for size in sizes if size[0]]
+    attentions = [m for m in backbone.modules() if hasattr(m, "is_causal") and hasattr(m, "scaling")]
+    return {
+        "attention_layers": len(attentions),
+        "state_layers": len(stateful),
+        "weights_passed": round(weights_passed(backbone)),
+        "state": max((numbers for numbers, _ in stateful), default=0),
+        "state_heads": max((heads for _, heads in stateful), default=0),
+    }
 
 
 def without_memory(config: Any) -> torch.nn.Module:
@@ -250,8 +291,9 @@ def _row_bytes(size: ModelSize, setup: TrainingSetup, tokens: int, targets: int)
     """What is kept for the backward pass of a row, and what exists on top of it for a while."""
     stream = setup.weight_bytes * size.hidden
     layer = stream if setup.gradient_checkpointing else kept_bytes_per_layer(size, setup)
+    scans = 0 if setup.gradient_checkpointing else size.state_layers * _scan_bytes(size)
     final = _norm_bytes(size.hidden, size, setup) * tokens + 4 * size.hidden * targets
-    kept = size.layers * layer * tokens + final
+    kept = (size.layers * layer + scans) * tokens + final
     # six tables with a number for every pair of tiles, and layout vectors
     masks = 24 * (-(-tokens // TILE)) ** 2 + 64 * tokens
     passing = max(_passing_bytes(size, setup, tokens), _head_bytes(size, setup, targets))
@@ -260,9 +302,22 @@ def _row_bytes(size: ModelSize, setup: TrainingSetup, tokens: int, targets: int)
 
 def _passing_bytes(size: ModelSize, setup: TrainingSetup, tokens: int) -> int:
     """What exists while one layer is in its backward pass; with checkpoints its activations too."""
-    again = kept_bytes_per_layer(size, setup) if setup.gradient_checkpointing else 0
+    again = kept_bytes_per_layer(size, setup) + _scan_bytes(size) if setup.gradient_checkpointing else 0
     gradients = setup.compute_bytes * 4 * size.intermediate + (8 + 2 * setup.weight_bytes) * size.hidden
     return (again + gradients) * tokens
+
+
+def _scan_bytes(size: ModelSize) -> int:
+    """What autograd keeps of a layer's scan, in bytes per token: all of it in float32.
+
+    States at the end of every chunk and of every segment, of which a row has about as many; what goes into the state
+    and comes out of it, some eighteen times the heads' width; six matrices of a chunk's tokens for each head. Counted
+    in what transformers' delta rule and Mamba 2 keep.
+    """
+    if not size.state_heads:
+        return 4 * 4 * size.state  # Mamba 1 keeps the state at every token
+    width = int((size.state * size.state_heads) ** 0.5)
+    return 4 * (8 * size.state // SCAN_CHUNK + 18 * width + 6 * size.state_heads * SCAN_CHUNK)
 
 
 def kept_bytes_per_layer(size: ModelSize, setup: TrainingSetup) -> int:

@@ -20,7 +20,7 @@ from flexdpo.cli import main
 from flexdpo.commands import bench as command
 from flexdpo.estimate.costs import StepSeconds
 from flexdpo.estimate.flops import Work, padded_work, row_work
-from flexdpo.estimate.model_shapes import SHAPES, build_model, find_shape, shape_config
+from flexdpo.estimate.model_shapes import HYBRIDS, SHAPES, build_model, find_shape, shape_config
 from flexdpo.hf.checkpointing import enable_checkpointing
 from flexdpo.training.memory import ModelSize
 from tests.attention.test_varlen import replace_varlen_attn
@@ -72,6 +72,7 @@ def test_a_shape_counts_its_own_layers() -> None:
     linear = sum(m.weight.numel() for m in model.model.layers.modules() if isinstance(m, torch.nn.Linear))
     assert linear == SMALL.layer_parameters
     assert set(SHAPES) == {"tiny", "llama-160m", "llama-1b", "llama-8b", "qwen3-0.6b"}
+    assert set(HYBRIDS) == {"qwen3-next-tiny", "lfm2-tiny", "granite-h-tiny"}
     assert find_shape("llama-8b").layer_parameters + 2 * 4096 * 128256 == pytest.approx(8.03e9, rel=0.001)
 
 

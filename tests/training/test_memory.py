@@ -3,6 +3,7 @@
 import ctypes
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,31 @@ def test_activations_per_token_are_what_autograd_keeps(name, checkpointing, dtyp
     per_token = (predicted[1] - predicted[0]) / (long.num_tokens - short.num_tokens)
     # never below what is kept; with checkpoints little is kept, and layout vectors weigh more
     assert slope <= per_token <= slope * (1.1 if not checkpointing else 1.5)
+
+
+@pytest.mark.parametrize("name", list(model_shapes.HYBRIDS))
+def test_what_scans_keep_is_counted(name: str) -> None:
+    model = model_shapes.build_model(shape_config(name), torch.device("cpu"), torch.float32)
+    prepare_model(model)
+    # whole chunks, since a scan pads its last one
+    rows = row_of(64), row_of(192)
+    kept = [kept_by_autograd(model, row) for row in rows]
+    predicted = [
+        predict_memory(model, row.num_tokens, TrainingSetup(), targets=int(row.labels.numel())).activations
+        for row in rows
+    ]
+    assert predicted[1] - predicted[0] == pytest.approx(kept[1] - kept[0], rel=0.2)
+
+
+def test_states_leave_less_room_in_a_row() -> None:
+    size = ModelSize.of(shape_config("qwen3-next-tiny"))
+    without = replace(size, state=0, state_heads=0, state_layers=0)
+    setup = TrainingSetup()
+    assert size.scan_products > 0
+    with_scan, plain = (
+        auto_row_budget(each, setup, device="cpu", free=GIGABYTE, margin=0.1) for each in (size, without)
+    )
+    assert with_scan < 0.8 * plain
 
 
 def _status(name: str) -> int:

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from datasets import Dataset
-from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback, set_seed
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, TrainerCallback, set_seed
 
 from flexdpo import DPOConfig, DPOTrainer
 from flexdpo.example.model import small_llama
@@ -23,7 +24,7 @@ from flexdpo.objective.objective import Objective
 from flexdpo.training.batch import PackingCollator
 from tests.conftest import strengthen
 from tests.example.part import part_of_the_library
-from tests.hf.architectures import build_model
+from tests.hf.architectures import zoo
 from tests.training.unpacked import (
     Pair,
     Recipe,
@@ -47,8 +48,8 @@ SHORTEST, LONGEST = 163, 209
 # of a batch of seven pairs: all in one row, four or five beside the rest, each alone
 BUDGETS = {1: 7 * LONGEST, 2: 4 * LONGEST, 7: LONGEST + 1}
 KINDS = ("gpt2", "llama")
-# a short convolution beside attention
-STATEFUL = ("lfm2",)
+# beside attention a short convolution, and a delta rule with experts
+STATEFUL = {"lfm2": ["conv", "full_attention"], "qwen3_next": ["linear_attention", "full_attention"]}
 TOLERANCE = {"gpt2": 1e-8, "llama": 1e-4, **dict.fromkeys(STATEFUL, 1e-4)}
 DTYPE = {"gpt2": torch.float64, "llama": torch.float32, **dict.fromkeys(STATEFUL, torch.float32)}
 RECIPE = {"gpt2": Recipe(1e-3), "llama": Recipe(5e-4), **dict.fromkeys(STATEFUL, Recipe(5e-4))}
@@ -372,10 +373,15 @@ def test_thirty_steps_are_the_ordinary_ones_whatever_is_switched_on(case, exampl
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STATEFUL)
 def test_thirty_steps_of_a_model_with_states(name: str, example: Example, tmp_path: Path) -> None:
-    model = build_model(name, dtype=torch.float32, vocab_size=len(example.task.tokenizer), num_hidden_layers=2,
-                        layer_types=["conv", "full_attention"])  # fmt: skip
-    # so strong ones, which are the head too, would leave all probability to one token
-    model.get_input_embeddings().weight.data.mul_(0.1)
+    architecture = zoo()[name]
+    sizes = {"vocab_size": len(example.task.tokenizer), "num_hidden_layers": 2, "router_aux_loss_coef": 0.0,
+             "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}  # fmt: skip
+    config = getattr(transformers, architecture.config_class)(
+        **{**architecture.config, **sizes, "layer_types": STATEFUL[name]}
+    )
+    set_seed(SEED)
+    # weights as people have them: strong ones hand the roundings of a scan on, one step after another
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     example.models[name], example.references[name] = model, frozen_reference(model)
     want = train_unpacked(example, name, tmp_path / "unpacked")
     got = train_packed(example, name, tmp_path / "packed", max_tokens_per_row=BUDGETS[2]).lines
