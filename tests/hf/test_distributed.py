@@ -19,6 +19,8 @@ from tests.processes import free_port, spawn_processes
 
 pytestmark = pytest.mark.distributed
 WORLD = 2
+# a convolution, Mamba 2 beside attention, and a mixer that is run whole; scans compute in float32
+STATEFUL = {"lfm2": 1e-6, "falcon_h1": 1e-4, "zaya": 1e-6}
 
 
 def _row(rank: int) -> Any:
@@ -74,8 +76,9 @@ def _work(rank: int, name: str, wrap: Callable[[Any], Any], port: int, folder: s
 
 
 @pytest.mark.parametrize("wrap", [_ddp, _fsdp2, _fsdp2_checkpointed])
-@pytest.mark.parametrize("name", ["gpt2", "mistral", "gemma2"])
+@pytest.mark.parametrize("name", ["gpt2", "mistral", "gemma2", *STATEFUL])
 def test_gradients_of_two_processes(name: str, wrap: Callable[[Any], Any], tmp_path: Path) -> None:
+    tolerance = STATEFUL.get(name, 1e-6)
     spawn_processes(_work, name, wrap, free_port(), str(tmp_path), count=WORLD)
     model = build_model(name)
     singles = [unpacked_run(model, _row(rank)) for rank in range(WORLD)]
@@ -84,5 +87,5 @@ def test_gradients_of_two_processes(name: str, wrap: Callable[[Any], Any], tmp_p
         logits, gradients = torch.load(tmp_path / f"{rank}.pt")
         scale = max(float(each.abs().max()) for each in singles[rank].logits)
         for got, want in zip(logits, singles[rank].logits, strict=True):
-            torch.testing.assert_close(got, want, rtol=0, atol=1e-6 * scale)
-        assert gradient_error(Run(logits, gradients), Run([], mean)) < 1e-6
+            torch.testing.assert_close(got, want, rtol=0, atol=tolerance * scale)
+        assert gradient_error(Run(logits, gradients), Run([], mean)) < tolerance

@@ -17,7 +17,7 @@ from flexdpo.hf.mixer_kernels import mixer_class, mixers_of
 from flexdpo.hf.unwrap import backbone_of
 from flexdpo.layout.row import RowLayout, stack_inputs
 from flexdpo.mixing import kernels, tree_conv, tree_scan
-from tests.hf.architectures import build_or_skip, zoo
+from tests.hf.architectures import build_or_skip, draw_weights, zoo
 from tests.hf.equivalence import (
     Float64,
     Run,
@@ -181,15 +181,43 @@ def test_without_a_row_nothing_changes(name: str) -> None:
     assert torch.equal(model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False), said)
 
 
-def test_adapters_on_projections_and_on_the_convolution() -> None:
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("lfm2", r".*\.conv\.(in_proj|conv|out_proj)"),
+        ("qwen3_5_text", r".*\.linear_attn\.(in_proj_qkv|conv1d|out_proj)"),
+        # PEFT refuses the convolution and the output of Mamba
+        ("falcon_h1", r".*\.mamba\.in_proj"),
+        ("minimax", r".*\.self_attn\.(qkv_proj|out_proj)"),
+    ],
+)
+def test_adapters_on_projections_and_on_the_convolution(name: str, parts: str) -> None:
     peft = pytest.importorskip("peft")
-    parts = r".*\.conv\.(in_proj|conv|out_proj)"
-    config = peft.LoraConfig(target_modules=parts, r=64, lora_dropout=0.0, init_lora_weights=False)
-    model, row = peft.get_peft_model(built("lfm2"), config).double(), deep_row()
+    config = peft.LoraConfig(target_modules=parts, r=128, lora_dropout=0.0, init_lora_weights=False)
+    model, row = peft.get_peft_model(built(name), config).double(), deep_row()
     with Float64():
         want = unpacked_run(model, row)
         assert_same(packed_run(prepare_model(model), row), want)
-    assert any("lora" in name for name in want.gradients)
+    assert any("lora" in key for key in want.gradients)
+
+
+@pytest.mark.parametrize("name", ["lfm2", "qwen3_5_text"])
+def test_text_through_a_model_that_sees_images_too(name: str) -> None:
+    import transformers
+
+    text, sizes = zoo()[name].config, {"intermediate_size": 32, "hidden_size": 32, "patch_size": 4}
+    if name == "lfm2":
+        vision = {**sizes, "model_type": "siglip2_vision_model", "num_hidden_layers": 1, "num_attention_heads": 2}
+        whole = transformers.Lfm2VlConfig(text_config=text, vision_config=vision, image_token_id=127)
+        model = transformers.Lfm2VlForConditionalGeneration._from_config(whole, dtype=torch.float64)
+    else:
+        vision = {**sizes, "depth": 1, "num_heads": 2, "out_hidden_size": 64}
+        whole = transformers.Qwen3_5Config(text_config=text, vision_config=vision, image_token_id=127)
+        model = transformers.Qwen3_5ForConditionalGeneration._from_config(whole, dtype=torch.float64)
+    draw_weights(model)
+    with Float64():
+        want = unpacked_run(model, deep_row())
+        assert_same(packed_run(prepare_model(model), deep_row()), want)
 
 
 # --- seeded bugs -----------------------------------------------------------------------------------------------------

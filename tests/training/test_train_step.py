@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from flexdpo import FlexdpoError
 from flexdpo.training.train_step import make_train_step
 from tests.conftest import build_model, odd_groups
+from tests.hf.architectures import build_model as build_zoo_model
 from tests.test_equivalence import sequence_logp
 
 
@@ -56,6 +57,20 @@ def test_a_loop_of_ones_own_follows_the_plain_one(rng, max_tokens_per_row, with_
         assert {"rewards/chosen", "rewards/margins", "rewards/accuracies"} <= result.metrics.keys()
     for mine, other in zip(ours.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["lfm2", "falcon_h1"])
+def test_a_loop_on_a_model_with_states(name, rng) -> None:
+    plain = build_zoo_model(name)
+    reference, ours = copy.deepcopy(plain), copy.deepcopy(plain)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (plain, ours)]
+    step = make_train_step(ours, optimizers[1], beta=0.3)
+    for _ in range(2):
+        groups = odd_groups(rng)
+        want = plain_step(plain, reference, optimizers[0], groups)
+        # norms and scans compute in float32
+        assert step(groups).loss.item() == pytest.approx(want, rel=1e-4)
+    assert want != pytest.approx(0.6931471805599453, abs=1e-4)
 
 
 def test_a_loss_that_is_not_finite_leaves_the_weights(rng) -> None:
