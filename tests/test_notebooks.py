@@ -62,8 +62,9 @@ def is_public(module: str, name: str | None) -> bool:
     return name is None or (not name.startswith("_") and hasattr(importlib.import_module(module), name))
 
 
-def test_there_are_six_and_they_are_numbered() -> None:
-    assert NAMES == ["00_from_trl", "01_masks", "02_hf_attention", "03_training_step", "04_speed", "05_your_data"]
+def test_there_are_seven_and_they_are_numbered() -> None:
+    first = ["00_from_trl", "01_masks", "02_hf_attention", "03_training_step", "04_speed", "05_your_data"]
+    assert [*first, "06_hybrids"] == NAMES
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)

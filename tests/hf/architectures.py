@@ -121,8 +121,11 @@ def build_model(name: str, *, dtype: torch.dtype = torch.float64, seed: int = 0,
     # SDPA would leave a softcap out where transformers still chooses it for such a model
     attention = {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
     model = model_class._from_config(config, dtype=dtype, **experts, **attention)
-    # some models keep a router in float32
+    # some models keep a router in float32, and some must in half precision
     model.to(dtype)
+    kept = model._keep_in_fp32_modules_strict or () if dtype.itemsize < 4 else ()
+    for parameter in (p for key, p in model.named_parameters() if any(part in key for part in kept)):
+        parameter.data = parameter.data.float()
     draw_weights(model, seed)
     return model.eval()
 
