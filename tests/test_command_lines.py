@@ -288,6 +288,19 @@ def test_a_disk_that_is_full_anywhere(line: Any, saved_model: Any, size: int) ->
     assert "make room" in message
 
 
+def test_several_processes_are_started_as_trl_does(line: Any, home: Path, monkeypatch: Any) -> None:
+    started = []
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", started.append)
+    (home / "two.yaml").write_text("num_processes: 2")
+    assert line(*JOB, "--accelerate_config", "two.yaml", "--num_processes", "3", "--beta", "0.2") == (0, "")
+    assert line(*JOB, "--accelerate_config=fsdp2") == (0, "")
+    assert started[0].config_file == "two.yaml"
+    assert started[0].num_processes == 3
+    assert (started[0].training_script, *started[0].training_script_args) == ("flexdpo", *JOB, "--beta", "0.2")
+    assert Path(started[1].config_file).name == "fsdp2.yaml"
+    assert "none of TRL's configs" in line(*JOB, "--accelerate_config", "nowhere")[1]
+
+
 def test_completion_completes(tmp_path: Path, capsys: Any) -> None:
     assert main(["completion", "bash"]) == 0
     script = tmp_path / "flexdpo.bash"

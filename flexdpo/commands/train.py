@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flexdpo.commands.launch import OPTION, launch_train
 from flexdpo.commands.options import OptionParser
 from flexdpo.errors import FlexdpoError
 from flexdpo.runs.settings import Job, ModelSettings
@@ -44,8 +45,8 @@ def parser() -> OptionParser:
         description="Train a causal LM on preferences. Without a model and a dataset, run the built-in example: which "
         "body belongs to this function of the standard library?",
         epilog="--config FILE.yaml reads any of these options from a file, as 'option: value' lines; the command line "
-        "wins. A run leaves flexdpo_run.yaml behind, which repeats it. --traceback shows the traceback behind an "
-        "error.",
+        "wins. --accelerate_config FILE starts several processes as accelerate launch does. A run leaves "
+        "flexdpo_run.yaml behind, which repeats it. --traceback shows the traceback behind an error.",
     )
     for action in options._actions:
         if action.const is False:  # --no_x, which is --x false
@@ -92,6 +93,8 @@ def read(argv: list[str]) -> tuple[Job, DPOConfig, dict[str, Any]]:
 
 def run(argv: list[str]) -> int:
     """Run ``flexdpo train`` with the words after it; prints the final table."""
+    if any(word.split("=")[0] == OPTION for word in argv):
+        return launch_train(argv, parser().parse_known_args(argv)[1])
     named = {word.split("=")[0] for word in argv if word.startswith("--")}
     job, config, given = read(argv)
     if named <= _EXAMPLE_OPTIONS:

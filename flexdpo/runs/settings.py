@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from flexdpo.errors import FlexdpoError
+from flexdpo.hf.names import adapter_base
 
 if TYPE_CHECKING:
     from flexdpo.config import DPOConfig
@@ -73,7 +74,8 @@ class ModelSettings:
             raise FlexdpoError(f"--lora_task_type {self.lora_task_type} is not supported: leave it at CAUSAL_LM")
         if self.load_in_4bit and self.load_in_8bit:
             raise FlexdpoError("--load_in_4bit and --load_in_8bit exclude each other; leave one of them out")
-        if (self.load_in_4bit or self.load_in_8bit) and not self.use_peft:
+        adapted = self.use_peft or (self.model_name_or_path and adapter_base(self.model_name_or_path))
+        if (self.load_in_4bit or self.load_in_8bit) and not adapted:
             raise FlexdpoError("quantised weights cannot be trained; add --use_peft, or leave the quantisation out")
         for each in fields(ModelSettings):
             belongs = "use_peft" if each.name.startswith(("lora_", "use_rslora", "use_dora")) else ""

@@ -13,6 +13,7 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from flexdpo.cli import main
 from flexdpo.commands.train import default_output_dir, read
@@ -175,3 +176,33 @@ def test_a_trained_adapter_is_trained_on(job, capsys) -> None:
     assert "asks for another adapter" in complaint(capsys, *job, *lora, "--output_dir", "third")
     Path("first/adapter_config.json").write_text("{}")
     assert "adapter_config.json is damaged" in complaint(capsys, *job, "--output_dir", "third")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", ["--load_in_4bit", "--load_in_8bit"])
+def test_quantised_weights_are_trained_through_an_adapter(job, tokenizer, caplog, bits) -> None:
+    pytest.importorskip("bitsandbytes")
+    # weights are quantised in blocks of 64
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape)).save_pretrained("model")
+    tokenizer.save_pretrained("model")
+    job[job.index("--model_name_or_path") + 1] = "model"
+    job[job.index("--prove") + 1] = "true"
+    job += ["--max_steps", "2", "--lora_target_modules", "all-linear"]
+    assert main([*job, "--use_peft", bits, "--output_dir", "first"]) == 0
+    assert "the adapter's within" in caplog.text
+    job = [word for word in job if word not in ("--lora_target_modules", "all-linear")]
+    job[job.index("--model_name_or_path") + 1] = "first"
+    assert main([*job, bits, "--output_dir", "second"]) == 0
+    one, two = (load_file(f"{name}/adapter_model.safetensors") for name in ("first", "second"))
+    assert any(not torch.equal(one[name], two[name]) for name in one)
+
+
+def test_kto_learns_from_a_csv_file(job, capsys) -> None:
+    rows = ["prompt,completion,label", *(f"w5 w{n % 7} ,w{n % 9} w2,{n % 2 == 0}" for n in range(16))]
+    Path("labels.csv").write_text("\n".join(rows))
+    job[job.index("--dataset_name") + 1] = "labels.csv"
+    assert main([*job, "--loss_type", "kto", "--max_steps", "2", "--logging_steps", "1", "--output_dir", "out"]) == 0
+    assert "train: 16 of 16 rows used" in capsys.readouterr().out
+    first = Path("out/metrics.jsonl").read_text().splitlines()[0]
+    assert json.loads(first)["loss"] == pytest.approx(0.5)  # policy and reference begin as one

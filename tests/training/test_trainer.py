@@ -460,7 +460,7 @@ def test_bad_combinations(tmp_path, tokenizer, preferences, small_model) -> None
         )  # fmt: skip
     rows = [{"prompt_ids": [5, 6, 7], "response_ids": [[8, 9, 2]], "edges": [], "row": i} for i in range(8)]
     supervised = Dataset.from_list(rows).cast_column("edges", _edges_feature())
-    with pytest.raises(FlexdpoError, match="needs preferences, but the batch has no chosen and rejected"):
+    with pytest.raises(FlexdpoError, match="sigmoid compares responses, and the data have single completions; use"):
         train(given={"train_dataset": supervised})
 
 
