@@ -173,7 +173,11 @@ def _behind_padding(backbone: PreTrainedModel) -> str:
     inputs = {"input_ids": columns, "attention_mask": (columns > 1).long()}
     choices = {"columns": columns, "tokens": (columns - 2).clamp(min=0)}
     with_positions = {name: {**inputs, "position_ids": positions} for name, positions in choices.items()}
-    return _which(backbone, inputs, with_positions, first=2)
+    found = _which(backbone, inputs, with_positions, first=2)
+    # a state that padding advances depends on what stands there
+    others = {"input_ids": torch.where(columns > 1, columns, columns + 4)}
+    moved = found != "unknown" and _which(backbone, inputs, {"same": inputs, "moved": {**inputs, **others}}, first=2)
+    return "unknown" if moved == "same" else found
 
 
 def _sequences(backbone: PreTrainedModel) -> str:

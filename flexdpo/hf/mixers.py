@@ -135,12 +135,16 @@ def _run_whole(stock: Callable[..., Any], found: MixerClass, mixer: Any, args: A
     if layout is None:
         return stock(mixer, *args, **kwargs)
     forward, before = packed_forward(), _in_thread.mixing
+    # a state that a module keeps itself would be that of some path, with its graph
+    kept = [(part, dict(vars(part))) for part in mixer.modules()]
     _in_thread.mixing = None
     try:
         with along_paths(mixer):
             output = run_unfolded(functools.partial(stock, mixer), args, kwargs, layout)
     finally:
         _in_thread.mixing = before
+        for part, attributes in kept:
+            vars(part).update(attributes)
     if forward is not None:
         forward.mixed.add(id(mixer))
         forward.attention_ran |= any(row_mask_of(each) is not None for each in tensors_in((args, kwargs)))

@@ -1059,6 +1059,15 @@ def test_on_a_gpu() -> None:
     assert sharing.stats.batches_shared == len(batches)
 
 
+def test_a_state_that_padding_advances() -> None:
+    """RecurrentGemma multiplies nothing by its mask: what stands in the padding on the left moves its results."""
+    model, batch = build_or_skip("recurrent_gemma", dtype=torch.float32), padded_batch("left")
+    want = run(model, batch)
+    sharing = flexdpo.share_prefixes(model, **ALL)
+    assert_identical(run(model, batch), want)
+    assert sharing.stats.passed_through == {"left_padding": 1}
+
+
 # --- every architecture ----------------------------------------------------------------------------------------------
 
 EXACT = [name for name, architecture in zoo().items() if architecture.exact]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 from typing import Any
 
@@ -218,6 +219,13 @@ def test_text_through_a_model_that_sees_images_too(name: str) -> None:
     with Float64():
         want = unpacked_run(model, deep_row())
         assert_same(packed_run(prepare_model(model), deep_row()), want)
+
+
+def test_a_module_keeps_no_state_of_a_path() -> None:
+    """RecurrentGemma's blocks hold theirs as attributes; with its graph it could not even be copied."""
+    model = prepare_model(built("recurrent_gemma", dtype=torch.float32))
+    model(**deep_row().inputs())
+    copy.deepcopy(model)
 
 
 # --- seeded bugs -----------------------------------------------------------------------------------------------------
