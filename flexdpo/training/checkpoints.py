@@ -173,8 +173,8 @@ def plain_write_errors(what: str, output_dir: Path) -> Iterator[None]:
         raise FlexdpoError(f"{what} cannot be written ({first_line(error)}); {left}") from error
 
 
-def last_checkpoint(output_dir: Path) -> Path:
-    """Return the newest complete checkpoint of a run; what a crash left half-written is passed over.
+def last_checkpoint(output_dir: Path, *, but: Path | None = None) -> Path:
+    """Return the newest complete checkpoint of a run; what a crash left half-written is passed over, and ``but`` is.
 
     Raises:
         FlexdpoError: if there is none.
@@ -182,7 +182,7 @@ def last_checkpoint(output_dir: Path) -> Path:
     steps = {}
     for folder in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         number = folder.name.rsplit("-", 1)[1]
-        if number.isdigit() and (folder / RECORD_FILE).is_file():
+        if folder != but and number.isdigit() and (folder / RECORD_FILE).is_file():
             steps[int(number)] = folder
     if not steps:
         raise FlexdpoError(f"no complete checkpoint in {output_dir}; start the run without resume_from_checkpoint")
@@ -202,16 +202,15 @@ def require_same_run(folder: Path, record: dict[str, Any]) -> None:
         stored = json.loads(path.read_text(encoding="utf-8"))
         settings, data, model = stored["settings"], stored["data"], stored["model"]
         files = {str(name): (dict(before), before["bytes"]) for name, before in stored["files"].items()}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise FlexdpoError(f"{path} is damaged ({type(error).__name__}); continue from an older checkpoint") from error
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise FlexdpoError(f"{path} is damaged ({type(error).__name__}); {_another(folder)}") from error
     for name, (before, size) in files.items():
         file = folder / name
         if not file.is_file():
-            raise FlexdpoError(f"{folder} lacks {name}, which was saved with it; continue from an older checkpoint")
+            raise FlexdpoError(f"{folder} lacks {name}, which was saved with it; {_another(folder)}")
         if _vouched(file) != before:
             raise FlexdpoError(
-                f"{file} is not as it was saved ({file.stat().st_size} bytes, saved {size}); continue from an older "
-                "checkpoint"
+                f"{file} is not as it was saved ({file.stat().st_size} bytes, saved {size}); {_another(folder)}"
             )
     if stored.get("save_only_model"):
         raise FlexdpoError(
@@ -237,6 +236,14 @@ def require_same_run(folder: Path, record: dict[str, Any]) -> None:
                 f"{folder} belongs to a run with other {name}; give model, adapter and reference as it began with "
                 "them, or start a new run in another output_dir"
             )
+
+
+def _another(folder: Path) -> str:
+    """What to do instead of continuing from a damaged checkpoint."""
+    try:
+        return f"continue from {last_checkpoint(folder.parent, but=folder)}"
+    except FlexdpoError:
+        return "there is no other checkpoint beside it, so start the run again"
 
 
 def require_same_schedule(folder: Path, config: DPOConfig) -> int:
