@@ -56,13 +56,24 @@ FIRST = [
 ]
 
 
-# each in a process that holds torch and nothing of transformers; what fails names itself
+NO_TRL = """
+import sys
+sys.modules["trl"] = None
+import flexdpo
+assert "flexdpo.trl" not in sys.modules
+assert callable(flexdpo.share_prefixes)
+assert callable(flexdpo.trl.enable)
+"""
+
+
+# each in a process that holds nothing of transformers, but from the second on all that it imports: that takes longer
 EACH_IN_A_FORK = """
-import json, os, sys, traceback
+import importlib, json, os, sys, traceback
 import torch
-failed = []
+failed, loaded = [], None
 for code in json.loads(sys.argv[1]):
-    assert "transformers" not in sys.modules
+    assert not {"transformers", "flexdpo"} & sys.modules.keys()
+    reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         try:
@@ -70,19 +81,28 @@ for code in json.loads(sys.argv[1]):
         except BaseException:
             traceback.print_exc()
             os._exit(1)
+        ours = ("transformers", "flexdpo", "trl")
+        others = [name for name in sys.modules if name.partition(".")[0] not in ours]
+        with os.fdopen(writer, "w") as pipe:
+            json.dump(others, pipe)
         os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        others = pipe.read()
     if os.waitpid(child, 0)[1] != 0:
         failed.append(code)
+    elif loaded is None:
+        loaded = [importlib.import_module(name) for name in json.loads(others)]
 print("|", json.dumps(failed))
 """
 
 
-def test_the_attention_is_registered_whichever_is_imported_first() -> None:
-    codes = json.dumps([f"{first}\n{REGISTERED}" for first in FIRST])
+def test_any_module_may_be_the_first_that_imports_transformers() -> None:
+    """The attention is registered whichever it is, and none of them needs trl."""
+    alone = [
+        f"import sys, {name}\nassert 'transformers' in sys.modules"
+        for name in ("flexdpo.hf.unwrap", "flexdpo.objective.objective")
+    ]
+    codes = json.dumps([*(f"{first}\n{REGISTERED}" for first in FIRST), *alone, NO_TRL])
     done = subprocess.run([sys.executable, "-c", EACH_IN_A_FORK, codes], check=True, capture_output=True, text=True)
     assert json.loads(done.stdout.rpartition("|")[2]) == [], done.stderr
-
-
-@pytest.mark.parametrize("module", ["flexdpo.hf.unwrap", "flexdpo.objective.objective"])
-def test_a_module_may_be_the_first_that_imports_transformers(module: str) -> None:
-    assert "transformers" in imported_by(f"import {module}")

@@ -13,6 +13,18 @@ PACKAGES = ("asyncio", "email", "http", "importlib", "json", "logging", "multipr
 
 
 @cache
+def half_of_the_part() -> StandardLibrary:
+    """Every other module of the part: enough for twenty held-out pairs, tokenised in a second."""
+    part = part_of_the_library()
+    modules = list(part.texts)[::2]
+    return StandardLibrary(
+        {module: part.texts[module] for module in modules},
+        tuple(function for function in part.functions if function.module in modules),
+        (),
+    )
+
+
+@cache
 def part_of_the_library() -> StandardLibrary:
     texts: dict[str, str] = {}
     functions: list[SourceFunction] = []

@@ -18,7 +18,7 @@ from flexdpo.example.task import (
     longer_is_chosen,
     swap_prompts,
 )
-from tests.example.part import part_of_the_library
+from tests.example.part import half_of_the_part, part_of_the_library
 
 SAMPLE = '''\
 """A module."""
@@ -78,18 +78,6 @@ def task(library: StandardLibrary, extent: str) -> BodyTask:
     return build_task(library, seed=0, held_out_pairs=HELD_OUT_PAIRS if extent == "whole" else 80)
 
 
-@pytest.fixture(scope="module")
-def small_library() -> StandardLibrary:
-    """Every other module of the part: enough for twenty held-out pairs, tokenised in a second."""
-    library = part_of_the_library()
-    modules = list(library.texts)[::2]
-    return StandardLibrary(
-        {module: library.texts[module] for module in modules},
-        tuple(function for function in library.functions if function.module in modules),
-        (),
-    )
-
-
 @pytest.fixture
 def sample(tmp_path: Path) -> dict[str, SourceFunction]:
     (tmp_path / "shapes.py").write_text(SAMPLE)
@@ -140,9 +128,9 @@ def test_a_python_without_sources_is_a_clear_error(tmp_path: Path, folder: str) 
         read_standard_library(tmp_path / folder)
 
 
-def test_a_library_too_small_is_a_clear_error(small_library: StandardLibrary) -> None:
+def test_a_library_too_small_is_a_clear_error() -> None:
     with pytest.raises(FlexdpoError, match=r"too few to hold 600 out"):
-        build_task(small_library, seed=0)
+        build_task(half_of_the_part(), seed=0)
 
 
 def test_holds_out_whole_modules(task: BodyTask, extent: str) -> None:
@@ -220,8 +208,8 @@ def test_strangers_need_two_modules(task: BodyTask) -> None:
         swap_prompts(alone, seed=0)
 
 
-def test_the_seed_decides_everything(small_library: StandardLibrary) -> None:
-    first, again, other = (build_task(small_library, seed, held_out_pairs=20) for seed in (3, 3, 4))
+def test_the_seed_decides_everything() -> None:
+    first, again, other = (build_task(half_of_the_part(), seed, held_out_pairs=20) for seed in (3, 3, 4))
     assert first.tokenizer.get_vocab() == again.tokenizer.get_vocab()
     assert (first.train, first.held_out) == (again.train, again.held_out)
     assert {pair.module for pair in first.held_out} != {pair.module for pair in other.held_out}

@@ -22,7 +22,7 @@ def save_config(config: Any, folder: Path) -> str:
 
 
 def test_an_exact_model_on_one_screen(tmp_path: Path) -> None:
-    config = transformers.Gemma2Config(sliding_window=4096)
+    config = transformers.Gemma2Config(sliding_window=4096, hidden_size=256, head_dim=32)
     text, code = run_check(save_config(config, tmp_path))
     assert code == 0
     assert "Gemma2ForCausalLM (model_type gemma2)" in text
@@ -43,15 +43,26 @@ def test_a_refused_model_says_why_and_the_way_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "way", "code"),
+    ("name", "changes", "way", "code"),
     [
-        ("lfm2", "Lfm2ShortConv (2): shared", 0),
-        ("jamba", "JambaMambaMixer (2): scan unfolded to whole sequences, since selective_scan_fn takes no state", 0),
-        ("zaya", "ZayaCCAProjection (2): run whole along every path, since its state goes past any known kernel", 0),
+        ("lfm2", {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}, "Lfm2ShortConv (1): shared", 0),
+        (
+            "jamba",
+            # a scan in Python costs by the number of its states
+            {"num_hidden_layers": 2, "hidden_size": 32, "mamba_expand": 1, "mamba_d_state": 4},
+            "JambaMambaMixer (1): scan unfolded to whole sequences, since selective_scan_fn takes no state",
+            0,
+        ),
+        (
+            "zaya",
+            {},
+            "ZayaCCAProjection (2): run whole along every path, since its state goes past any known kernel",
+            0,
+        ),
     ],
 )
-def test_layers_that_carry_a_state(name: str, way: str, code: int, tmp_path: Path) -> None:
-    text, found = run_check(save_config(build_model(name).config, tmp_path))
+def test_layers_that_carry_a_state(name: str, changes: dict[str, Any], way: str, code: int, tmp_path: Path) -> None:
+    text, found = run_check(save_config(build_model(name, **changes).config, tmp_path))
     assert found == code
     assert way in " ".join(text.split())
 
