@@ -25,16 +25,21 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def run_unfolded(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], layout: RowLayout) -> Any:
+def run_unfolded(
+    run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], layout: RowLayout, *, added: bool = False
+) -> Any:
     """Call ``run`` for the paths of a layout in place of its rows, and return what has one entry per token.
 
     Arguments with one entry per token become those of the paths, masks of the row become masks of the paths, and what
     depends on the distance of two places alone stays. Of the result, what has no entry per token becomes ``None``.
+    Masks of attention are boolean, or where they are ``added`` to the scores, 0 and the least number there is.
 
     Raises ``UnsupportedModelError`` if an argument is none of these, or nothing in the result has one entry per token.
     """
     batches = path_batches(layout)
-    outputs = [run(*_along(args, batch, layout), **_along(kwargs, batch, layout)) for batch in batches]
+    floats = (each.dtype for each in tensors_in((args, kwargs)) if getattr(each, "is_floating_point", bool)())
+    dtype = next(floats, torch.float32) if added else torch.bool
+    outputs = [run(*_along(args, batch, layout, dtype), **_along(kwargs, batch, layout, dtype)) for batch in batches]
     folded = _folded(outputs, batches, layout)
     if next(tensors_in(folded), None) is None:
         raise UnsupportedModelError("a module that is run along every path gave nothing that has one entry per token")
@@ -50,13 +55,17 @@ def tensors_in(value: Any) -> Iterator[Any]:
             yield from tensors_in(each)
 
 
-def _along(value: Any, batch: PathBatch, layout: RowLayout) -> Any:
+def _along(value: Any, batch: PathBatch, layout: RowLayout, mask_dtype: torch.dtype) -> Any:
     if isinstance(value, dict):
-        return {key: _along(each, batch, layout) for key, each in value.items()}
+        return {key: _along(each, batch, layout, mask_dtype) for key, each in value.items()}
     if isinstance(value, tuple | list):
-        return type(value)(_along(each, batch, layout) for each in value)
+        return type(value)(_along(each, batch, layout, mask_dtype) for each in value)
     if (row_mask := row_mask_of(value)) is not None:
-        return _path_mask(row_mask, batch)
+        visible = _path_mask(row_mask, batch)
+        if mask_dtype == torch.bool:
+            return visible
+        hidden = torch.zeros(visible.shape, dtype=mask_dtype, device=visible.device)
+        return hidden.masked_fill_(~visible, torch.finfo(mask_dtype).min)
     if not isinstance(value, torch.Tensor):
         return value
     return batch.real.long() if layout_of_mask(value) is not None else _on_paths(value, batch, layout)

@@ -269,7 +269,7 @@ def lower_limit_on_padding(patch: pytest.MonkeyPatch) -> None:
 
 def row_in_place_of_the_paths(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
-        mixers, "run_unfolded", lambda run, args, kwargs, layout: run(*args, **{**kwargs, "attention_mask": None})
+        mixers, "run_unfolded", lambda run, args, kwargs, layout, **_: run(*args, **{**kwargs, "attention_mask": None})
     )  # fmt: skip
 
 
