@@ -54,6 +54,11 @@ def load_parts(
         if not name:
             raise FlexdpoError("the model was made in memory, so give its tokenizer as processing_class=")
         tokenizer = load_tokenizer(name, trust_remote_code=args.trust_remote_code)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise FlexdpoError(
+            f"processing_class must be a tokenizer, got {type(tokenizer).__name__}; of a processor for images, "
+            "give its tokenizer (processor.tokenizer)"
+        )
     require_special_tokens(tokenizer)
     require_vocabulary(base, tokenizer)
     return model, tokenizer

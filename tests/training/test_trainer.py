@@ -7,13 +7,14 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from transformers import BloomConfig, BloomForCausalLM, TrainerCallback
+from transformers import BloomConfig, BloomForCausalLM, TrainerCallback, TrainingArguments
 
 from flexdpo import DPOConfig, DPOTrainer, FlexdpoError, UnsupportedModelError
 from flexdpo.data.lengths import token_counts
@@ -449,6 +450,10 @@ def test_bad_combinations(tmp_path, tokenizer, preferences, small_model) -> None
         train(None, small_model(), loss_type="sft")
     with pytest.raises(FlexdpoError, match="give its tokenizer as processing_class="):
         train(given={"processing_class": None})
+    with pytest.raises(FlexdpoError, match="processing_class must be a tokenizer, got SimpleNamespace; of a processor"):
+        train(given={"processing_class": SimpleNamespace(tokenizer=tokenizer)})
+    with pytest.raises(FlexdpoError, match=r"args must be a flexdpo\.DPOConfig, got transformers.*TrainingArguments"):
+        DPOTrainer(small_model(), None, TrainingArguments(str(tmp_path)), train_dataset=preferences)
     with pytest.raises(FlexdpoError, match="compute_metrics needs full logits"):
         train(given={"compute_metrics": lambda x: {}})
     with pytest.raises(FlexdpoError, match=r"peft_config must be a peft\.PeftConfig such as LoraConfig, got dict"):
