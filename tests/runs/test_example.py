@@ -29,7 +29,7 @@ from flexdpo.training.batch import PackingCollator
 from flexdpo.training.step import run_batch
 from tests.example.part import part_of_the_library
 
-TINY = Recipe(warm_up_steps=8, dpo_steps=8, held_out_pairs=40, timing_rounds=2)
+TINY = Recipe(warm_up_steps=4, dpo_steps=4, held_out_pairs=40, timing_rounds=2)
 
 
 @pytest.fixture(scope="module")

@@ -137,7 +137,7 @@ def common(tmp_path_factory, tokenizer, small_model) -> dict[str, object]:
     folder = tmp_path_factory.mktemp("common")
     data, model = folder / "pairs.jsonl", folder / "model"
     data.write_text("".join(json.dumps(row) + "\n" for row in preference_rows(40)))
-    small_model("llama").save_pretrained(model)
+    small_model("llama", layers=2).save_pretrained(model)
     tokenizer.save_pretrained(model)
     return {"data": str(data), "model": str(model), "max_tokens_per_row": 60}
 

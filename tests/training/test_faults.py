@@ -37,7 +37,9 @@ def trainer(tmp_path, tokenizer, preferences, small_model) -> Any:
     def build(folder: Path | None = None, data: Any = None, **changes: Any) -> DPOTrainer:
         changes = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "prove": False, **changes}
         args = settings(folder or tmp_path / "run", **changes)
-        return DPOTrainer(small_model(), None, args, train_dataset=data or preferences, processing_class=tokenizer)
+        return DPOTrainer(
+            small_model(layers=2), None, args, train_dataset=data or preferences, processing_class=tokenizer
+        )
 
     return build
 

@@ -118,7 +118,7 @@ GRADIENT = r"step 1: the gradient of [\w.]+ is not finite though the loss is, at
 NORM = rf"step 1: the gradient's norm is not finite though the loss is, at row {BAD_ROW};"
 TOGETHER = "the gradient or the loss is not finite in the batch of"
 OVER = {"precompute_ref_log_probs": True}
-LAYER = "model.layers.1.self_attn.k_proj.weight"
+LAYER = "model.layers.0.self_attn.k_proj.weight"
 WAYS: dict[str, tuple[Provoke, str, dict[str, Any]]] = {
     "infinity in an embedding": (
         weight("model.embed_tokens.weight", INF, BAD_WORD), rf"{NAMED} policy is nan", {},
