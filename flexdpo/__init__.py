@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from flexdpo.data.mixture import load_mixture
     from flexdpo.data.regroup import regroup_by_prompt
     from flexdpo.data.tokenize import load_preference_dataset, tokenize_preferences
+    from flexdpo.data.turns import step_preferences
     from flexdpo.dropin.share import share_prefixes, sharing_stats, unshare
     from flexdpo.estimate.estimate import estimate_dataset
     from flexdpo.estimate.settings import EstimateSettings
@@ -71,6 +72,7 @@ __all__ = [
     "share_prefixes",
     "sharing_stats",
     "softcap_score_mod",
+    "step_preferences",
     "tokenize_preferences",
     "unshare",
 ]
@@ -82,6 +84,7 @@ _LAZY = {
     "flexdpo.data.regroup": ("regroup_by_prompt",),
     "flexdpo.data.mixture": ("load_mixture",),
     "flexdpo.data.tokenize": ("load_preference_dataset", "tokenize_preferences"),
+    "flexdpo.data.turns": ("step_preferences",),
     "flexdpo.dropin.share": ("share_prefixes", "sharing_stats", "unshare"),
     "flexdpo.estimate.estimate": ("estimate_dataset",),
     "flexdpo.estimate.settings": ("EstimateSettings",),
