@@ -7,15 +7,9 @@ from pathlib import Path
 import pytest
 
 from flexdpo import cli
-from flexdpo.bench import dropin
 from flexdpo.bench.dropin import bench_sharing
 from flexdpo.bench.results_page import load_result, render_page
 from flexdpo.bench.settings import BenchSettings
-
-
-@pytest.fixture(autouse=True)
-def few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dropin, "_ROUNDS", 2)
 
 
 def test_a_small_measurement() -> None:
