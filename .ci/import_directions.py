@@ -9,8 +9,8 @@ from pathlib import Path
 # a module may import from its own layer and from those before it
 # fmt: off
 LAYERS = [
-    "errors", "layout", "attention", "mixing", "hf", "dropin", "trl", "objective", "reference", "proof", "config",
-    "data", "example", "show", "training", "estimate", "bench", "runs", "commands", "cli", "__main__",
+    "errors", "layout", "attention", "mixing", "hf", "dropin", "trl", "objective", "reference", "proof", "effects",
+    "config", "data", "example", "show", "training", "estimate", "bench", "runs", "commands", "cli", "__main__",
 ]
 # fmt: on
 # what `import flexdpo` must not need

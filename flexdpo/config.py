@@ -13,6 +13,7 @@ from transformers import SchedulerType, TrainingArguments, get_scheduler
 
 from flexdpo.attention.row_mask import resolve_impl
 from flexdpo.attention.settings import KernelSettings
+from flexdpo.effects import AT_LEAST_ONE, BELONGS_TO, LOADING, WITHOUT_EFFECT, learning_rates, optimizer_of
 from flexdpo.errors import FlexdpoError, first_line, nearest
 from flexdpo.hf.checkpointing import checkpointing_name
 from flexdpo.layout.packing import SHARING
@@ -22,51 +23,6 @@ from flexdpo.objective.objective import Objective
 
 TRUNCATION_MODES = ("keep_start",)
 _COMPILE_SETTINGS = {"torch_compile": False, "torch_compile_backend": None, "torch_compile_mode": None}
-
-_NO_PREDICTIONS = "a packed batch has no predictions, only a loss and metrics"
-_CASTS = "it would cast the policy's weights for good and leave the reference; bf16=True evaluates in bf16, too"
-# what transformers would act on and this trainer does not, and why
-WITHOUT_EFFECT = {
-    "label_smoothing_factor": "it is for a language model's own loss; label_smoothing is that of preferences",
-    "include_num_input_tokens_seen": "it counts padded batches; the log has tokens/run and tokens/unshared",
-    "average_tokens_across_devices": "a mean over tokens is always one over those of all processes",
-    "label_names": "a packed batch has no labels beside its responses",
-    "include_for_metrics": _NO_PREDICTIONS,
-    "batch_eval_metrics": _NO_PREDICTIONS,
-    "eval_do_concat_batches": _NO_PREDICTIONS,
-    "eval_use_gather_object": _NO_PREDICTIONS,
-    "do_predict": _NO_PREDICTIONS,
-    "use_liger_kernel": "its loss never runs, since the full logits never exist, and its layers would be put in after "
-    "the reference was made; apply them to the model before it comes here",
-    "liger_kernel_config": "use_liger_kernel is not supported",
-    "fp16_full_eval": _CASTS,
-    "bf16_full_eval": _CASTS,
-}
-# settings that are read only where another one is on, or has one of some values
-_BELONGS_TO = {
-    **{each.name: "push_to_hub" for each in fields(TrainingArguments) if each.name.startswith("hub_")},
-    **{each.name: "report_to=trackio" for each in fields(TrainingArguments) if each.name.startswith("trackio_")},
-    "eval_steps": "eval_strategy=steps",
-    "eval_delay": "eval_strategy=steps|epoch",
-    "save_steps": "save_strategy=steps",
-    "save_total_limit": "save_strategy=steps|epoch|best",
-    "save_only_model": "save_strategy=steps|epoch|best",
-    "logging_steps": "logging_strategy=steps",
-    "dataloader_persistent_workers": "dataloader_num_workers",
-    "dataloader_multiprocessing_context": "dataloader_num_workers",
-    "ref_model_mixup_alpha": "sync_ref_model",
-    "ref_model_sync_steps": "sync_ref_model",
-    "precompute_ref_batch_size": "precompute_ref_log_probs",
-    "precompute_ref_cache_dir": "precompute_ref_log_probs",
-    "activation_checkpointing_kwargs": "activation_checkpointing",
-}
-# of which 0 would be none, and less than 0 means nothing anywhere
-_AT_LEAST_ONE = (
-    "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "dataset_num_proc",
-    "dataloader_prefetch_factor", "save_steps", "eval_accumulation_steps", "save_total_limit",
-)  # fmt: skip
-# each process collates and packs its own pairs, and the gradients of a step's rows are summed up once
-_LOADING = {"split_batches": False, "dispatch_batches": None, "even_batches": True}
 
 
 @dataclass
@@ -272,13 +228,13 @@ class DPOConfig(LossSettings, TrainingArguments):
         for name, reason in WITHOUT_EFFECT.items():
             if name in defaults and getattr(self, name) != defaults[name]:
                 raise FlexdpoError(f"{name}={getattr(self, name)!r} is not supported: {reason}. Leave it out")
-        for name, switch in _BELONGS_TO.items():
+        for name, switch in BELONGS_TO.items():
             if getattr(self, name) != defaults[name] and not self._is_on(switch):
                 raise FlexdpoError(
                     f"{name}={getattr(self, name)!r} has no effect without {switch.replace('|', ' or ')}; leave it "
                     "out, or set both"
                 )
-        for name, needed in _LOADING.items():
+        for name, needed in LOADING.items():
             if getattr(self.accelerator_config, name) != needed:
                 raise FlexdpoError(
                     f"accelerator_config sets {name}={getattr(self.accelerator_config, name)}, but each process takes "
@@ -298,7 +254,7 @@ class DPOConfig(LossSettings, TrainingArguments):
             value = getattr(self, each.name, None)
             if isinstance(value, bool) or not isinstance(value, int | float):
                 continue
-            least = 1 if each.name in _AT_LEAST_ONE else 0
+            least = 1 if each.name in AT_LEAST_ONE else 0
             # a default below 0 stands for none, or for the launcher's
             allowed = value == each.default or (math.isfinite(value) and value >= least)
             if each.name == "num_train_epochs":
@@ -329,12 +285,12 @@ class DPOConfig(LossSettings, TrainingArguments):
                 f"optim={optim!r} takes its step inside the backward pass, of which a step of several rows has "
                 "several, before its gradient could be looked at; choose another one"
             )
-        read = _optimizer(self)
+        read = optimizer_of(self)
         for name in ("optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon"):
             if read is not None and getattr(self, name) != defaults[name]:
                 without = copy.copy(self)
                 setattr(without, name, defaults[name])
-                if _optimizer(without) == read:
+                if optimizer_of(without) == read:
                     raise FlexdpoError(
                         f"{name}={getattr(self, name)!r} has no effect with optim={optim!r}; leave it out"
                     )
@@ -429,29 +385,3 @@ class DPOConfig(LossSettings, TrainingArguments):
         """Rows are padded to a multiple of this many tokens."""
         given = self.pad_to_multiple_of
         return given if isinstance(given, int) else tile_multiple(self.device)
-
-
-def learning_rates(
-    name: SchedulerType | str, warmup_steps: int, kwargs: dict[str, Any] | None, *, total: int = 10, steps: int = 10
-) -> list[float]:
-    """Those of some of the first steps, relative to the highest; one where they follow the results.
-
-    None for settings that the schedule cannot take.
-    """
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    try:
-        schedule = get_scheduler(name, optimizer, warmup_steps, total, kwargs or None)
-    except (TypeError, ValueError):
-        return []
-    factor = getattr(schedule, "lr_lambdas", None)
-    return [1.0] if factor is None else [factor[0](step) for step in range(0, steps, max(1, steps // 256))]
-
-
-def _optimizer(args: TrainingArguments) -> Any:
-    """The optimizer that transformers makes of settings, and its arguments; ``None`` where it needs more for it."""
-    from transformers import Trainer
-
-    try:
-        return Trainer.get_optimizer_cls_and_kwargs(args)
-    except Exception:  # a package that is not installed, a model that is needed: said when the run begins
-        return None

@@ -15,7 +15,7 @@ from transformers import SchedulerType, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from flexdpo import DPOConfig, DPOTrainer, FlexdpoError
-from flexdpo.config import _BELONGS_TO, WITHOUT_EFFECT
+from flexdpo.effects import BELONGS_TO, WITHOUT_EFFECT
 from flexdpo.objective.loss_types import LossSettings
 from flexdpo.training import distribution
 from tests.conftest import preference_rows
@@ -119,11 +119,11 @@ def test_every_setting_of_trl_is_here_under_its_name() -> None:
         assert ours[name].default == theirs[name].default, name
 
 
-@pytest.mark.parametrize("name", [*WITHOUT_EFFECT, *_BELONGS_TO])
+@pytest.mark.parametrize("name", [*WITHOUT_EFFECT, *BELONGS_TO])
 def test_a_setting_without_effect_is_refused(tmp_path: Path, name: str) -> None:
     if name not in {field.name for field in dataclasses.fields(DPOConfig)}:
         pytest.skip("this version of transformers does not have it")
-    switch, _, needs = _BELONGS_TO.get(name, "").partition("=")
+    switch, _, needs = BELONGS_TO.get(name, "").partition("=")
     reason = WITHOUT_EFFECT.get(name) or f"without {switch}"
     off = {switch: "no"} if needs.startswith("steps") else {}
     value = ANOTHER_VALUE.get(name, 7 if "steps" in name or "delay" in name or "limit" in name else True)

@@ -17,7 +17,7 @@ from transformers import SchedulerType
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from flexdpo.config import WITHOUT_EFFECT, learning_rates
+from flexdpo.effects import WITHOUT_EFFECT, learning_rates
 from flexdpo.errors import FlexdpoError, first_line
 from flexdpo.hf.unwrap import base_model
 from flexdpo.training.distribution import local
