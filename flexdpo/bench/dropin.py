@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 KIND = "completions timed"
 # how many times as long as the longest completion its prompt is, and tokens of that completion: where the padded run
 # takes most, it is made shorter
-_LENGTHS = ((1, 256), (4, 256), (16, 64))
+_LENGTHS = ((1, 256), (4, 256), (16, 128))
 
 
 class SharingTimes(NamedTuple):

@@ -28,7 +28,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     words = ["bench", "--drop_in", "true", "--device", "cpu", "--scale", "0.02", "--json", str(path)]
     assert cli.main(words) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert [line.split()[:2] for line in printed[1:7]] == [[k, p] for k in ("8", "16") for p in ("5", "20", "32")]
+    assert [line.split()[:2] for line in printed[1:7]] == [[k, p] for k in ("8", "16") for p in ("5", "20", "48")]
     page = render_page([load_result(path)])
     assert "The drop-in on completions of one prompt" in page
-    assert "| 16 | 32 | 2 | 544 |" in page
+    assert "| 16 | 48 | 3 | 816 |" in page
