@@ -107,6 +107,7 @@ def shrunk_config(config: Any) -> Any:
             rope["original_max_position_embeddings"] = 2 * _WINDOW
     for name in _EXPERTS:
         _cap(text, name, 8)
+    _cap(text, "num_experts_per_tok", 8)
     for name in ("n_group", "topk_group"):
         _cap(text, name, 1)
     for other in (getattr(cut, name, None) for name in getattr(cut, "sub_configs", {})):
@@ -144,7 +145,9 @@ def _cut_layers(config: Any) -> None:
     kept.sort()
     # whatever has one entry per layer loses the same entries
     for name, value in list(vars(config).items()):
-        if isinstance(value, list | tuple) and len(value) == count:
+        if name.endswith(("layer_ids", "layer_indices", "_idxs")) and isinstance(value, list | tuple):
+            setattr(config, name, [kept.index(i) for i in value if i in kept])
+        elif isinstance(value, list | tuple) and len(value) == count:
             setattr(config, name, [value[i] for i in kept])
     for name in _LAYER_COUNTS:
         if isinstance(getattr(config, name, None), int):
