@@ -165,6 +165,7 @@ def _completions(data: dict[str, Any]) -> tuple[str, str, str]:
     header = [
         "completions",
         "prompt",
+        "longest",
         "tokens padded",
         "shared",
         "fewer",

@@ -32,3 +32,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     page = render_page([load_result(path)])
     assert "The drop-in on completions of one prompt" in page
     assert "| 16 | 48 | 3 | 816 |" in page
+    header, line = (
+        next(each for each in page.splitlines() if each.startswith(f"| {of} |")) for of in ("completions", 8)
+    )
+    assert header.count("|") == line.count("|")
