@@ -142,10 +142,12 @@ INCOMPLETE = {
     "qwen4_exp_text", "roc_bert",
 }
 # fmt: on
+# its cut layers are all scans, token by token and in float32, whose noise is drawn again and again
+MINUTES = {"jamba"}
 
 
 @pytest.mark.zoo
-@pytest.mark.parametrize("name", sorted(n for n, a in zoo().items() if a.exact and n not in INCOMPLETE))
+@pytest.mark.parametrize("name", sorted(n for n, a in zoo().items() if a.exact and n not in {*INCOMPLETE, *MINUTES}))
 def test_full_sized_configs_are_cut_built_and_found_exact(name: str) -> None:
     from flexdpo import parity_probe
 
