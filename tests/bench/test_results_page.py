@@ -223,7 +223,10 @@ def test_the_heads_counted_work_has_a_table(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"kind": "else"}, "of the kind 'else'; known: flexdpo bench --json, compiled kernels, head counted"),
+        (
+            {"kind": "else"},
+            "of the kind 'else'; known: flexdpo bench --json, completions timed, compiled kernels, head counted",
+        ),
         (
             {**compiled(), "cards": {"H100": {"sliding": {"forward": kernel()}}}},
             "no complete result of the kind 'compiled kernels': 'backward' is missing",
