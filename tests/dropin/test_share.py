@@ -553,7 +553,8 @@ def _another_token(trie: BatchTrie) -> BatchTrie:
     "bug", [_leak, _subtrees_one_short, _row_indices_as_positions, _another_rows_place, _another_token]
 )
 def test_a_wrong_trie_does_not_pass(bug: Callable[[BatchTrie], BatchTrie], monkeypatch: pytest.MonkeyPatch) -> None:
-    model, batch = build_model("gpt2"), padded_batch()
+    # its positions are those of the trie; those of GPT-2 are told to it
+    model, batch = build_model("mistral"), padded_batch()
     want = run(model, batch)
     trie_of = hooks.trie_of
     monkeypatch.setattr(hooks, "trie_of", lambda *args: bug(trie_of(*args)))
