@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoModelForCausalLM, BloomConfig, MambaConfig
+from transformers import AutoModelForCausalLM, BloomConfig
 
 from flexdpo import DPOConfig, DPOTrainer, load_preference_dataset
 from flexdpo.cli import main
@@ -103,10 +103,6 @@ def test_mistakes_of_estimate_get_one_line(tmp_path, capsys, data_file, tokenize
     plain = tmp_path / "plain.jsonl"
     plain.write_text('{"prompt": "w5 ", "completion": "w6"}\n')
     assert "but no preferences" in complaint(capsys, "estimate", str(plain), *good[2:])
-    mamba = tmp_path / "mamba"
-    MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=97).save_pretrained(mamba)
-    message = complaint(capsys, "estimate", data, "--tokenizer", tokenizer, "--model", str(mamba))
-    assert "mamba has no attention heads" in message
 
 
 def test_an_unknown_name_is_looked_for_once(capsys, data_file, monkeypatch) -> None:

@@ -204,7 +204,7 @@ def _map(
     name: str,
 ) -> Dataset:
     from datasets import Features, Value
-    from pyarrow import ArrowInvalid  # type: ignore[import-untyped]
+    from pyarrow import ArrowInvalid
 
     kept = carried_columns(dataset.column_names, settings)
     features = Features(

@@ -49,8 +49,11 @@ def _mixing_reason(backbone: PreTrainedModel) -> str | None:
     types = list(getattr(config, "layer_types", None) or ())
     mixers = mixers_of(backbone)
     other = set(types) - _EXACT_LAYER_TYPES - _STATEFUL_LAYER_TYPES - _PLAIN_LAYER_TYPES
-    if other := sorted(other - _UNFOLDED_LAYER_TYPES if any(map(runs_whole, mixers.values())) else other):
-        return f"its layers of type {', '.join(other)} {_MIXING.get(other[0], 'may mix tokens in row order')}"
+    if any(map(runs_whole, mixers.values())):
+        other -= _UNFOLDED_LAYER_TYPES
+    if other:
+        named = sorted(other)
+        return f"its layers of type {', '.join(named)} {_MIXING.get(named[0], 'may mix tokens in row order')}"
     if (share := share_unfolded(backbone)) > MOST_UNFOLDED:
         whole = sorted({type(mixer).__name__ for mixer in mixers.values() if runs_whole(mixer)})
         return (

@@ -10,17 +10,16 @@ embedding, so that both the forward and the backward of every layer take part.
 from __future__ import annotations
 
 import contextlib
-import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from flexdpo.errors import FlexdpoError, UnsupportedModelError
+from flexdpo.hf.draws import being_asked
 from flexdpo.hf.forward_layout import ATTN_IMPLEMENTATION
 from flexdpo.hf.mixer_kernels import SCAN_CHUNK, mixers_of
 from flexdpo.hf.prepare import prepare_model
@@ -30,6 +29,7 @@ from flexdpo.hf.rules import refusal_reason
 from flexdpo.hf.unwrap import backbone_of, unwrap_model
 from flexdpo.layout.groups import Group
 from flexdpo.layout.row import Row, RowLayout
+from flexdpo.proof.rounding import CoarsestRounding, rounded_otherwise, token_error
 from flexdpo.proof.tiny_models import tiny_model
 
 if TYPE_CHECKING:
@@ -42,7 +42,6 @@ Verdict = Literal["exact", "wrong", "refused", "inconclusive"]
 NOISE_FACTOR, ROUNDINGS = 6.0, 4.0
 # of the error under a wrong mask: exact models stay below 1e-5, wrong ones above 0.2
 _ACCEPTED_SHARE = 1e-4
-_HALF_QUANTILE = 0.9
 _SPECIAL_TOKENS = 8
 # how often the noise is drawn where layers carry a state, and how far draws may differ: a scan hands
 # a rounding on
@@ -294,36 +293,14 @@ def stock_attention(base: Any) -> Iterator[None]:
             backbone.set_attn_implementation(before)
 
 
-class CoarsestRounding(TorchDispatchMode):
-    """Watches every operation for the coarsest dtype: autocast cannot be asked, and norms compute in one of their own.
-
-    Attributes:
-        eps: Of that dtype.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.eps = 0.0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        if isinstance(output, torch.Tensor) and output.is_floating_point():
-            self.eps = max(self.eps, torch.finfo(output.dtype).eps)
-        return output
-
-
-def rounded_otherwise(embedded: Tensor, rounding: float, seed: int = 0) -> Tensor:
-    """Move every number by about ``rounding``, relative to itself: another batch alone may happen to round alike."""
-    noise = torch.randn(embedded.shape, generator=torch.Generator().manual_seed(seed)).to(embedded)
-    return embedded + embedded * noise * rounding
-
-
 @contextlib.contextmanager
 def _embeddings_captured(base: Any, rounding: float = 0.0, draw: int = 0) -> Iterator[list[Tensor]]:
     """Collect what the embedding puts out, cut off from its weights: what arrives there passed through every layer."""
     captured: list[Tensor] = []
 
     def capture(module: nn.Module, args: Any, output: Tensor) -> Tensor:  # noqa: ARG001
+        if being_asked():
+            return output
         leaf = output.detach()
         leaf = (rounded_otherwise(leaf, rounding, draw) if rounding else leaf).requires_grad_()
         captured.append(leaf)
@@ -392,21 +369,3 @@ def _errors(got: _Outcome, want: _Outcome) -> tuple[float, float]:
     pairs = ((got.logits, want.logits), (got.gradients, want.gradients))
     values, gradients = (token_error([pair]) for pair in pairs)
     return values, gradients
-
-
-def token_error(pairs: Iterable[tuple[Tensor, Tensor]], rounding: float = 0.0) -> float:
-    """The largest difference at any token of ``[L, ...]``, relative to the largest value; NaN without any pair.
-
-    In half precision (of the tensors, or with a coarser ``rounding`` than float32's) a router may send single tokens to
-    other experts for a rounding, so that nine in ten tokens have to do.
-    """
-    differences, largest, half = [], 0.0, rounding > torch.finfo(torch.float32).eps
-    for got, want in pairs:
-        half |= torch.finfo(want.dtype).bits < 32
-        largest = max(largest, float(want.abs().max()))
-        differences.append((got.double() - want.double()).abs().reshape(len(want), -1).amax(dim=1))
-    if not differences:
-        return float("nan")
-    error = float(torch.cat(differences).quantile(_HALF_QUANTILE if half else 1.0)) / max(largest, 1e-30)
-    # NaN stands for what was not compared
-    return float("inf") if math.isnan(error) else error

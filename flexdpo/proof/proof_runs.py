@@ -16,7 +16,8 @@ from flexdpo.objective.linear_logps import logits_logps
 from flexdpo.objective.lm_head import head_logps, head_plan
 from flexdpo.objective.logps import member_values, require_finite, response_logps
 from flexdpo.proof.allowance import batches_of
-from flexdpo.proof.probe import CoarsestRounding, beside_another, path_of, rounded_otherwise, token_error
+from flexdpo.proof.probe import beside_another, path_of
+from flexdpo.proof.rounding import CoarsestRounding, rounded_otherwise, token_error
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

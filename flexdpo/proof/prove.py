@@ -28,8 +28,9 @@ from flexdpo.hf.unwrap import base_model, unwrapped
 from flexdpo.layout.packing import pack
 from flexdpo.objective.logps import response_logps
 from flexdpo.proof.allowance import UNLIMITED, Plan, batches_of, planned
-from flexdpo.proof.probe import NOISE_FACTOR, ROUNDINGS, path_of, stock_attention, summed_by_token, token_error
+from flexdpo.proof.probe import NOISE_FACTOR, ROUNDINGS, path_of, stock_attention, summed_by_token
 from flexdpo.proof.proof_runs import PackedRun, Run, Runs, listening
+from flexdpo.proof.rounding import token_error
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -27,9 +27,9 @@ from flexdpo import (
 from flexdpo.attention import row_mask
 from flexdpo.hf.randomness import disable_dropout
 from flexdpo.hf.row_dependence import LengthLimits
-from flexdpo.proof.probe import token_error
 from flexdpo.proof.proof_runs import Runs
 from flexdpo.proof.prove import measure
+from flexdpo.proof.rounding import token_error
 from flexdpo.training import start_proof
 from flexdpo.training.batch import REFERENCE_COLUMN
 from tests.conftest import odd_groups, preference_rows, random_ids

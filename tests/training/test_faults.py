@@ -241,7 +241,8 @@ def test_fewer_pairs_than_a_batch(tmp_path: Path, trainer: Any) -> None:
     three = Dataset.from_list(preference_rows(3))
     losses, tokens = [], []
     for size in (8, 3):
-        run = trainer(tmp_path / str(size), three, per_device_train_batch_size=size, save_strategy="no")
+        settings = {"per_device_train_batch_size": size, "save_strategy": "no", "save_steps": 500}
+        run = trainer(tmp_path / str(size), three, **settings)
         run.train()
         losses.append([line["loss"] for line in run.state.log_history if "loss" in line])
         tokens.append(run.tokens)
