@@ -29,7 +29,12 @@ WITHOUT_EFFECT = {
 }
 # settings that are read only where another one is on, or has one of some values
 BELONGS_TO = {
-    **{each.name: "push_to_hub" for each in fields(TrainingArguments) if each.name.startswith("hub_")},
+    # a token is a placeholder in settings that are read back
+    **{
+        each.name: "push_to_hub"
+        for each in fields(TrainingArguments)
+        if each.name.startswith("hub_") and not each.name.endswith("_token")
+    },
     **{each.name: "report_to=trackio" for each in fields(TrainingArguments) if each.name.startswith("trackio_")},
     "eval_steps": "eval_strategy=steps",
     "eval_delay": "eval_strategy=steps|epoch",

@@ -174,7 +174,7 @@ def test_what_is_not_known_passes_through(value: Any) -> None:
             model(**batch(), use_cache=False, **changes)
     assert seen == [3, 3, 3, 1]
     stats = flexdpo.sharing_stats(model)
-    assert stats.passed_through["use_cache" if isinstance(value, DynamicCache) else "other_inputs"] >= 1
+    assert stats.passed_through["generation" if isinstance(value, DynamicCache) else "other_inputs"] >= 1
     assert sum(stats.passed_through.values()) == 3
     prepared = build_model("llama", dtype=torch.float32)
     flexdpo.prepare_model(prepared)

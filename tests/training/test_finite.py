@@ -41,6 +41,8 @@ def trainer(tmp_path: Path, tokenizer: Any, small_model: Any, data: Dataset) -> 
         # what is damaged from the start is found by the proof, before the first step
         changes = {"prove": False} | changes
         defaults = {"per_device_train_batch_size": 3, "max_steps": 3, "save_strategy": "steps", "save_steps": 1}
+        if changes.get("save_strategy") == "no":
+            del defaults["save_steps"]
         args = settings(tmp_path / "run", train_sampling_strategy="sequential", **defaults | changes)
         return DPOTrainer(model or small_model(), ref_model, args, train_dataset=data, processing_class=tokenizer)
 

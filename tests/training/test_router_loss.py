@@ -106,9 +106,8 @@ def test_a_model_without_routers(tmp_path: Path, tokenizer: Any, preferences: An
     args = settings(tmp_path, router_aux_loss_coef=0.1)
     with pytest.raises(FlexdpoError, match=r"router_aux_loss_coef=0\.1: LlamaForCausalLM returns no router logits"):
         DPOTrainer(small_model(), None, args, train_dataset=preferences, processing_class=tokenizer)
-    args = settings(tmp_path, router_aux_loss_coef=-0.1)
-    with pytest.raises(FlexdpoError, match="router_aux_loss_coef must not be negative"):
-        DPOTrainer(mixtral(), None, args, train_dataset=preferences, processing_class=tokenizer)
+    with pytest.raises(FlexdpoError, match=r"router_aux_loss_coef=-0\.1 is no number that a run can have"):
+        settings(tmp_path, router_aux_loss_coef=-0.1)
 
 
 def test_the_head_is_measured_once(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
