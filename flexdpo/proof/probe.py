@@ -21,7 +21,7 @@ import torch
 from flexdpo.errors import FlexdpoError, UnsupportedModelError
 from flexdpo.hf.draws import being_asked
 from flexdpo.hf.forward_layout import ATTN_IMPLEMENTATION
-from flexdpo.hf.mixer_kernels import SCAN_CHUNK, mixers_of
+from flexdpo.hf.mixer_kernels import SCAN_CHUNK, mixer_class, mixers_of
 from flexdpo.hf.prepare import prepare_model
 from flexdpo.hf.randomness import disable_dropout
 from flexdpo.hf.row_dependence import length_limits
@@ -29,6 +29,7 @@ from flexdpo.hf.rules import refusal_reason
 from flexdpo.hf.unwrap import backbone_of, unwrap_model
 from flexdpo.layout.groups import Group
 from flexdpo.layout.row import Row, RowLayout
+from flexdpo.mixing.kernels import CONVOLUTION, FUSED, STEPS
 from flexdpo.proof.rounding import CoarsestRounding, rounded_otherwise, token_error
 from flexdpo.proof.tiny_models import tiny_model
 
@@ -202,8 +203,11 @@ def _largest_window(base: Any) -> int:
     # Llama 4 scales its queries from floor_scale on
     names = ("sliding_window", "attention_chunk_size", "floor_scale", "mamba_chunk_size", "chunk_size")
     sizes = (getattr(config, name, None) for name in names)
-    # the delta rules' chunks are in no config
-    least = SCAN_CHUNK if mixers_of(backbone_of(base)) else 0
+    # the delta rules' chunks are in no config, and the scan of Mamba 1 has none
+    kinds = (mixer_class(type(mixer)) for mixer in mixers_of(backbone_of(base)).values())
+    plain = {CONVOLUTION, "selective_scan_fn", *FUSED, *STEPS}
+    chunked = any(kind is None or not kind.understood or not kind.names <= plain for kind in kinds)
+    least = SCAN_CHUNK if chunked else 0
     return max((size for size in sizes if isinstance(size, int)), default=least)
 
 

@@ -152,6 +152,12 @@ def _cut_layers(config: Any) -> None:
     for name in _LAYER_COUNTS:
         if isinstance(getattr(config, name, None), int):
             setattr(config, name, len(kept))
+    # layers of a type that comes once in a while come once among these
+    for name, period in list(vars(config).items()):
+        if name.endswith("_layer_period") and isinstance(period, int) and period > len(kept):
+            setattr(config, name, len(kept))
+            offset = name.removesuffix("period") + "offset"
+            setattr(config, offset, getattr(config, offset, 0) % len(kept))
 
 
 def _layer_count(config: Any) -> int | None:
