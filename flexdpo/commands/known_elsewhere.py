@@ -23,6 +23,9 @@ REASONS = {
     "give that instead",
     "padding_free": "rows never have padding between sequences, so it is always on; leave it out",
     "pad_token": f"{_NO_PADDING}, or set pad_token in the tokenizer's folder",
+    "assistant_only_loss": "a response is learned whole, and the report names rows whose responses hold turns of the "
+    "user; give each turn of the assistant as a row of its own (flexdpo.step_preferences), or leave it out",
+    "completion_only_loss": "prompts are never learned, so it is always on; leave it out",
     "padding_value": _NO_PADDING,
     "label_pad_token_id": _NO_PADDING,
     "max_completion_length": _ONE_LENGTH,

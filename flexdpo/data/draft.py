@@ -18,7 +18,7 @@ IDENTICAL_CUT = "identical responses once cut to max_length"
 TIE = "no preference between the responses"
 SKIP_REASONS = (EMPTY_PROMPT, EMPTY_RESPONSE, IDENTICAL, PROMPT_FILLS, IDENTICAL_CUT, TIE)
 # raise it when the same row gives other tokens than before: `datasets` caches by settings, not by this file's code
-_REVISION = 4
+_REVISION = 5
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ class Draft:
     dialogue: bool = False
     endless: bool = False
     doubled: bool = False
+    prefilled: bool = False
     shortened: bool = False
     ties: int = 0
     unjudged: int = 0
@@ -100,6 +101,7 @@ NOTES = {
     "_promptless": "empty prompt, before which the tokenizer puts a token of its own,",
     "_retokenised": "prompt end re-tokenised, because it renders or merges otherwise before a response,",
     "_endless": "no EOS token in a response, since the chat template writes none,",
+    "_prefilled": "responses go on with the assistant's turn that the prompt ends with",
     "_doubled": "a second BOS token before a prompt whose text begins with one left out",
     "_shortened": "prompt cut on its left to max_prompt_length",
     "_ties": "preferences between identical responses left out",

@@ -205,13 +205,15 @@ def _tokenize_chats(drafts: Sequence[Draft], tokenizer: PreTrainedTokenizerBase,
     """Tokenise rows of messages with the chat template; rows that call it alike go together."""
     alike: dict[str, list[Draft]] = {}
     for draft in drafts:
-        alike.setdefault(repr(draft.template_kwargs), []).append(draft)
+        draft.prefilled = _is_prefilled(draft)
+        alike.setdefault(repr((draft.prefilled, draft.template_kwargs)), []).append(draft)
     _require_chat_template(tokenizer)
     for members in alike.values():
         kwargs = members[0].template_kwargs
         asked = [(draft.place, draft.prompt) for draft in members]
-        prompts = _render(tokenizer, asked, {"add_generation_prompt": True, **kwargs}, max_length)
-        answered = [(draft.place, draft.prompt + response) for draft in members for response in draft.responses]
+        ending = "continue_final_message" if members[0].prefilled else "add_generation_prompt"
+        prompts = _render(tokenizer, asked, {ending: True, **kwargs}, max_length)
+        answered = [(draft.place, _with_response(draft, response)) for draft in members for response in draft.responses]
         wholes = iter(_render(tokenizer, answered, kwargs, max_length))
         for prompt, draft in zip(prompts, members, strict=True):
             _hand_out(prompt, [next(wholes) for _ in draft.responses], draft)
@@ -219,6 +221,22 @@ def _tokenize_chats(drafts: Sequence[Draft], tokenizer: PreTrainedTokenizerBase,
                 room = (max_length or 2**63) - len(draft.prompt_ids)
                 ends = [ids for ids in draft.response_ids if len(ids) <= room]
                 draft.endless = any(tokenizer.eos_token_id not in ids for ids in ends)
+
+
+def _is_prefilled(draft: Draft) -> bool:
+    """Whether the prompt ends with a turn of the assistant that all responses go on with, and not with a call."""
+    turns = [draft.prompt[-1:], *(response[:1] for response in draft.responses)]
+    return all(
+        turn and turn[0].keys() == {"role", "content"} and turn[0]["role"] == "assistant" and turn[0]["content"]
+        for turn in turns
+    )
+
+
+def _with_response(draft: Draft, response: list[Any]) -> list[Any]:
+    if not draft.prefilled:
+        return cast("list[Any]", draft.prompt + response)
+    whole = {**response[0], "content": draft.prompt[-1]["content"] + response[0]["content"]}
+    return [*draft.prompt[:-1], whole, *response[1:]]
 
 
 def _renders_text(tokenizer: PreTrainedTokenizerBase) -> bool:

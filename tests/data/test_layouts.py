@@ -216,6 +216,21 @@ def test_turns_of_the_user_in_a_response_are_named(bytewise: Any) -> None:
     assert "responses hold turns of the user, which are learned too, in 1 rows, first at row 0" in notes
 
 
+@pytest.mark.parametrize("answers", [("Yes.", "No."), ([bot("Yes.")], [bot("No."), user(SECOND), bot(B)])])
+def test_responses_go_on_with_what_the_assistant_began(bytewise: Any, answers: Any) -> None:
+    begun = {"prompt": [user(), bot("Sure: ")], "chosen": answers[0], "rejected": answers[1]}
+    dataset = Dataset.from_list([begun])
+    note = "responses go on with the assistant's turn that the prompt ends with in 1 rows, first at row 0"
+    assert note in report_of(dataset, bytewise).notes
+    [(prompt, responses, *_)] = tokens_of(dataset, bytewise)
+    assert bytewise.decode(prompt).endswith("<|assistant|>Sure: ")
+    assert bytewise.decode(responses[0]) == "Yes.<eos>"
+    assert bytewise.decode(responses[1]).startswith("No.<eos>")
+    # a call of a tool is a turn of its own
+    begun["prompt"] = [user(), {"role": "assistant", "content": "", "tool_calls": [{"name": "look"}]}]
+    assert note not in report_of(Dataset.from_list([begun]), bytewise).notes
+
+
 def test_every_layout_of_the_registry_has_a_row() -> None:
     given = [row for row, _ in READ.values()]
     rows = [*given, {"messages": 1, "rejected_messages": 1}, {"messages": 1, "rejected_response": 1}]
