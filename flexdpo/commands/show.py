@@ -100,4 +100,8 @@ def _groups(settings: ShowSettings, data: DataSettings, tokens: TokenizerOptions
         )
     tokenizer, longest = tokens.load_tokenizer(), settings.max_length or None
     found = data.train_data()
-    return groups_of_dataset(found, tokenizer, max_length=longest, first=settings.first, groups=settings.groups)
+    groups, report = groups_of_dataset(
+        found, tokenizer, max_length=longest, first=settings.first, groups=settings.groups
+    )
+    print(report.summary())
+    return groups

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
+    from flexdpo.data.report import DataReport
+
 # more could not be told apart in a picture, and would take minutes to draw
 MOST_TOKENS = 200_000
 _FORM = (
@@ -84,8 +86,8 @@ def _run(value: Any, place: str, ids: Iterator[int]) -> list[int]:
 
 def groups_of_dataset(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None, first: int = 0, groups: int = 4
-) -> list[Group]:
-    """Tokenise a few rows of a dataset, from row ``first`` on, as training would.
+) -> tuple[list[Group], DataReport]:
+    """Tokenise a few rows of a dataset, from row ``first`` on, as training would, and report on them.
 
     Raises:
         FlexdpoError: if there is no such row, or none of them can be used.
@@ -95,8 +97,8 @@ def groups_of_dataset(
     if groups < 1:
         raise FlexdpoError(f"--groups must be at least 1, got {groups}")
     some = dataset.select(range(first, min(first + groups, len(dataset))))
-    data = tokenize_preferences(some, tokenizer, max_length=max_length, name="data").dataset
-    return [group_from_row(row) for row in data]
+    data = tokenize_preferences(some, tokenizer, max_length=max_length, name="data")
+    return [group_from_row(row) for row in data.dataset], data.report
 
 
 def example_groups(groups: int = 4, seed: int = 0) -> list[Group]:
