@@ -87,7 +87,8 @@ FORMS: dict[str, Any] = {
     "an additive mask of four dimensions": lambda m: four_dimensional(m, torch.float32),
     "the last logits": lambda m: m(**batch(), use_cache=False, logits_to_keep=5).logits,
     "the last logit": lambda m: m(**batch(), use_cache=False, logits_to_keep=1).logits,
-    "the last logits, padded": lambda m: m(**padded("left"), use_cache=False, logits_to_keep=5).logits,
+    # Whisper's decoder keeps all of them
+    "the last logits, padded": lambda m: m(**padded("left"), use_cache=False, logits_to_keep=5).logits[:, -5:],
     "some logits": lambda m: m(**batch(), use_cache=False, logits_to_keep=torch.tensor([3, 7])).logits,
     "embeddings": lambda m: (
         m(inputs_embeds=m.get_input_embeddings()(batch()["input_ids"]).detach(), use_cache=False).logits
