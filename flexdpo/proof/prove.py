@@ -56,8 +56,8 @@ class Proof:
 
     Gradients are NaN where they were not taken (sharded models, no time), their noise where rounding explains all
     without it, the reference's error where it need not agree, its noise where it agrees without. ``noise_alone`` is
-    that of rounding without another batch, 0 where nobody asked. In half precision the figures of log-probabilities
-    and gradients are those of nine in ten tokens.
+    that of rounding without another batch; it and ``adapter_noise`` are 0 where nobody asked. In half precision the
+    figures of log-probabilities and gradients are those of nine in ten tokens.
     """
 
     examples: int
@@ -69,6 +69,7 @@ class Proof:
     rounding: float
     drew_random_numbers: bool
     gradient_noise: float = math.nan
+    adapter_noise: float = 0.0
     reference_error: float = math.nan
     reference_noise: float = math.nan
     noise_alone: float = 0.0
@@ -98,6 +99,11 @@ class Proof:
         return max(roundings * self.rounding, self._factor * max(self.value_noise, noise))
 
     @property
+    def adapter_budget(self) -> float:
+        """What it may do to gradients of the adapter, which add up over all tokens and may cancel."""
+        return max(self.gradient_budget, self._factor * self.adapter_noise)
+
+    @property
     def reference_budget(self) -> float:
         """What it may do to the sums of the reference."""
         if math.isnan(self.reference_noise):
@@ -119,7 +125,7 @@ class Proof:
         for what, error, budget in (
             ("packed log-probabilities", self.value_error, self.value_budget),
             ("packed gradients at the embeddings", self.gradient_error, self.gradient_budget),
-            ("packed gradients of the adapter", self.adapter_error, self.gradient_budget),
+            ("packed gradients of the adapter", self.adapter_error, self.adapter_budget),
             ("the reference's log-probabilities, which are the policy's before the first step,",
              self.reference_error, self.reference_budget),
         ):  # fmt: skip
@@ -243,7 +249,7 @@ def measure(
         with stock_attention(base), torch.compiler.set_stance("force_eager"):
             unpacked = [runs.unpacked(row, responses) for row, responses in zip(rows, plan.responses, strict=True)]
             adapter_unpacked = listener.take_adapter_gradients()
-            compared = _Compared(rows, plan, packed, unpacked, runs)
+            compared = _Compared(rows, plan, packed, unpacked, runs, adapter_unpacked)
             proof = Proof(
                 examples=sum(len(row.groups) for row in rows),
                 sequences=sum(map(len, unpacked)),
@@ -274,6 +280,7 @@ class _Compared:
     packed: list[PackedRun]
     unpacked: list[dict[int, Run]]
     runs: Runs
+    adapter: Tensor  # gradients of its weights, unpacked
 
     def value_error(self) -> float:
         return self.runs.error(
@@ -313,12 +320,15 @@ class _Compared:
                     rounded = again if len(batch) > 1 else self.runs.again(row, [batch], beside=False, seed=seed)
                     plain = {r: self.runs.unpacked(row, [r])[r] for r in batch} if len(batch) > 1 else once
                     alone += [(rounded[response].logps, plain[response].logps) for response in batch]
+        again_adapter = self.runs.listener.take_adapter_gradients()
+        adapter = self.runs.error([(again_adapter, self.adapter)]) if again_adapter.any() else 0.0
         # NaN stands for what was not compared, and max() keeps a first one
         noise = max(self.runs.error(gradients), -1.0 if math.isnan(proof.gradient_noise) else proof.gradient_noise)
         return replace(
             proof,
             value_noise=max(proof.value_noise, self.runs.error(values)),
             gradient_noise=noise,
+            adapter_noise=max(proof.adapter_noise, adapter),
             noise_alone=max(proof.noise_alone, self.runs.error(alone)),
         )
 
