@@ -135,12 +135,16 @@ def draws_by_module(model: nn.Module, *, training: bool | None = True) -> Counte
         if first.draws:
             return Counter() if harmless(model) else first.draws
         second = ask(model)
-    scale = float(first.result.abs().max())
-    rounding = _SAME_HALF if first.result.element_size() < 4 else _SAME
-    if float((first.result - second.result).abs().max()) > rounding * scale or second.draws:
+    allowed = rounding_of(first.result) * float(first.result.abs().max())
+    if float((first.result - second.result).abs().max()) > allowed or second.draws:
         # what it draws from is none of the generators that can be looked at
         return second.draws or Counter([""])
     return first.draws
+
+
+def rounding_of(result: Tensor) -> float:
+    """What rounding may do to a result, as a share of its largest value."""
+    return _SAME_HALF if result.element_size() < 4 else _SAME
 
 
 def harmless(model: nn.Module, inputs: dict[str, Any] | None = None) -> bool:

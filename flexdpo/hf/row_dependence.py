@@ -20,7 +20,7 @@ import torch
 from einops import rearrange
 
 from flexdpo.errors import FlexdpoError, UnsupportedModelError
-from flexdpo.hf.draws import ask, left_as_it_is
+from flexdpo.hf.draws import ask, left_as_it_is, rounding_of
 from flexdpo.hf.unwrap import backbone_of, unwrap_model
 
 if TYPE_CHECKING:
@@ -34,9 +34,6 @@ if TYPE_CHECKING:
 _LONGEST = 1 << 24
 # two rows that begin with the same token, which must not see the next one
 _BEGUN_ALIKE = ((11, 12), (11, 13))
-# what rounding may do to a result, as a share of it
-_SAME = 1e-4
-_SAME_HALF = 1e-2
 
 
 @dataclass(frozen=True)
@@ -235,11 +232,10 @@ def refuse_statistics(module: Any, before: dict[str, tuple[int, int]], after: di
     words: Tensor = backbone.get_input_embeddings().weight
     with left_as_it_is(backbone, None):
         one, other = (
-            ask(backbone, {"input_ids": torch.tensor([ids], device=words.device) % len(words)}).result[0, 0].double()
+            ask(backbone, {"input_ids": torch.tensor([ids], device=words.device) % len(words)}).result[0, 0]
             for ids in _BEGUN_ALIKE
         )
-    rounding = _SAME_HALF if words.element_size() < 4 else _SAME
-    if not float((one - other).abs().max()) <= rounding * float(one.abs().max()):
+    if not float((one - other).abs().max()) <= rounding_of(one) * float(one.abs().max()):
         changed = [name for name, version in after.items() if before.get(name) != version]
         raise UnsupportedModelError(
             f"{type(module).__name__} changes {', '.join(changed[:3])}{' and more' * (len(changed) > 3)} while it "
