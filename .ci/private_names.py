@@ -43,6 +43,7 @@ PRIVATE: dict[str, tuple[str, str]] = {
     "torch.utils._python_dispatch.TorchDispatchMode": ("sees every operator", f"{_RANDOM}::test_any_source_is_found_and_set_to_zero"),
     "torch.nn.modules.dropout._DropoutNd": ("every dropout module there is", f"{_RANDOM}::test_any_source_is_found_and_set_to_zero"),
     "_buffers": ("buffers that a forward replaces are put back", f"{_RANDOM}::test_asking_leaves_everything_as_it_was"),
+    "_modules": ("buffers of large models are looked through", "tests/hf/test_row_dependence.py::test_statistics_of_the_batch_are_refused"),
     "_version": ("buffers that a forward writes to are put back", f"{_RANDOM}::test_asking_leaves_everything_as_it_was"),
     "_forward_hooks": ("a model with other hooks is asked again", "tests/hf/test_randomness.py::test_the_drop_in_asks_again_when_something_changes"),
     "_forward_pre_hooks": ("as _forward_hooks", "tests/hf/test_randomness.py::test_the_drop_in_asks_again_when_something_changes"),

@@ -20,6 +20,7 @@ from flexdpo.errors import FlexdpoError, UnsupportedModelError
 from flexdpo.hf.draws import RandomState, in_thread
 from flexdpo.hf.randomness import refuse_draws
 from flexdpo.hf.row_dependence import (
+    BufferVersions,
     LengthLimits,
     evaluated_by_side,
     length_limits,
@@ -62,7 +63,7 @@ class PackedForward:
     brings_token_types: bool = False  # whether the call says which tokens are images
     # of the random number generators when it began; ``None`` where Dynamo traces the hooks
     states: RandomState | None = None
-    buffers: dict[str, tuple[int, int]] = field(default_factory=dict)  # which they were when it began
+    buffers: BufferVersions = field(default_factory=dict)  # which they were when it began
     inputs: dict[str, Any] = field(default_factory=dict)  # its token ids or embeddings
     mixed: set[int] = field(default_factory=set)  # ids of the modules that carried their state along the trie
     along_paths: bool = False  # whether ``module`` is a part that runs along the path to each leaf, without a layout
@@ -238,9 +239,21 @@ def _release_layout(module: nn.Module, args: Any, kwargs: Any, output: Any) -> N
             refuse_statistics(forward.module, forward.buffers, after)
 
 
-def _buffer_versions(module: nn.Module) -> dict[str, tuple[int, int]]:
+def _buffer_versions(module: nn.Module) -> BufferVersions:
     """Which tensor each buffer is, and how often it was written to."""
-    return {name: (id(each), -1 if each.is_inference() else each._version) for name, each in module.named_buffers()}
+    found: BufferVersions = {}
+    # twice for every forward of models with thousands of modules: named_buffers() takes five times as long
+    parts: list[Any] = [module]
+    seen = {None, module}
+    for part in parts:
+        for name, each in part._buffers.items() if part._buffers else ():
+            if each is not None:
+                found[part, name] = (id(each), -1 if each.is_inference() else each._version)
+        for child in part._modules.values() if part._modules else ():
+            if child not in seen:
+                seen.add(child)
+                parts.append(child)
+    return found
 
 
 def _require_mixed(module: Any, forward: PackedForward) -> None:

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 _LONGEST = 1 << 24
 # two rows that begin with the same token, which must not see the next one
 _BEGUN_ALIKE = ((11, 12), (11, 13))
+# of each module and name of its buffers, the id of the tensor and how often it was written to
+BufferVersions = dict[tuple[Any, str], tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -220,7 +222,7 @@ def scaled_by_position(module: Any, query: Tensor, layout: RowLayout) -> Tensor:
 # --- statistics of the batch -----------------------------------------------------------------------------------------
 
 
-def refuse_statistics(module: Any, before: dict[str, tuple[int, int]], after: dict[str, tuple[int, int]]) -> None:
+def refuse_statistics(module: Any, before: BufferVersions, after: BufferVersions) -> None:
     """Stop after a packed forward that changed buffers, if a token's result depends on what comes after it too.
 
     A buffer that only counts, or holds frequencies, does no harm: asked once for each mode.
@@ -236,7 +238,8 @@ def refuse_statistics(module: Any, before: dict[str, tuple[int, int]], after: di
             for ids in _BEGUN_ALIKE
         )
     if not float((one - other).abs().max()) <= rounding_of(one) * float(one.abs().max()):
-        changed = [name for name, version in after.items() if before.get(name) != version]
+        names = {part: f"{prefix}." if prefix else "" for prefix, part in module.named_modules()}
+        changed = [names[part] + name for (part, name), version in after.items() if before.get((part, name)) != version]
         raise UnsupportedModelError(
             f"{type(module).__name__} changes {', '.join(changed[:3])}{' and more' * (len(changed) > 3)} while it "
             "runs, and a token's result depends on tokens that it must not see: statistics of the batch, which a "

@@ -230,6 +230,17 @@ def test_statistics_of_the_batch_are_refused(shared: bool) -> None:
         model(**inputs)
 
 
+def test_statistics_of_a_module_put_in_later_are_refused() -> None:
+    """Which buffers there are is looked up anew for every row."""
+    model, row = build_model("llama").train(), Row.from_groups(example_groups())
+    prepare_model(model)(**row.inputs())
+    model.model.norm = OnTop(model.model.norm, torch.nn.BatchNorm1d(model.config.hidden_size).double())
+    with pytest.raises(
+        UnsupportedModelError, match=r"changes model\.norm\.after\.running_mean.*statistics of the batch"
+    ):
+        model(**row.inputs())
+
+
 @pytest.mark.parametrize("after", [torch.nn.BatchNorm1d, Counting])
 def test_buffers_that_change_no_result_are_accepted(after: type[torch.nn.Module]) -> None:
     model, row = with_norm_before(after)
