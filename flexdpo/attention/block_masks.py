@@ -1,7 +1,8 @@
 """BlockMasks straight from the layout vectors, without looking at any pair of tokens.
 
-``create_block_mask`` evaluates the mask at all ``S * S`` pairs. Here a tile is classified from four numbers: the
-largest and smallest ``subtree_end`` of its keys, and the ranges of logical positions of its keys and queries.
+``create_block_mask`` evaluates the mask at all ``S * S`` pairs. Here a tile is classified from few numbers: the
+largest and smallest ``subtree_end`` of its keys, the ranges of logical positions of its keys and queries, and where
+images see themselves both ways, how far those of its queries reach.
 """
 
 from __future__ import annotations
@@ -102,7 +103,14 @@ def classify_tiles(layout: RowLayout, kind: MaskKind, block_size: int | tuple[in
     # a tile on the diagonal holds tokens that see themselves, and above the diagonal it is empty
     on_diagonal = (first_query < first_key + keys) & (first_key < first_query + queries)
     non_empty = (below_diagonal & (first_query < ends.high[:, None, :])) | on_diagonal
-    full = below_diagonal & (first_query + queries - 1 < ends.low[:, None, :])
+    seen_from_behind = first_query + queries - 1 < ends.low[:, None, :]
+    full = below_diagonal & seen_from_behind
+    if kind.blocks:
+        # unless images see themselves both ways, past a tile on the diagonal too
+        blocks, above = _ranges(layout.block_end(), queries), first_key >= first_query + queries
+        non_empty = non_empty | (above & (first_key < blocks.high[:, :, None]))
+        seen_from_before = first_key + keys - 1 < blocks.low[:, :, None]
+        full = seen_from_before & (seen_from_behind | above)
     # the last queries of a ragged row do not exist, so their tiles need the mask
     full = full & (first_query + queries <= length)
     if kind.name == "causal":

@@ -101,7 +101,7 @@ def kernel_key_of(call: AttentionCall, row_mask: RowMask, device_type: str, *, g
     """Which compiled kernel a call belongs to."""
     settings = row_mask.settings
     return KernelKey(
-        row_mask.kind.name,
+        row_mask.kind.label,
         grad,
         0 if row_mask.impl == "varlen" or settings.dynamic(device_type) else row_mask.layout.length,
         call.scaling,

@@ -34,6 +34,14 @@ class MaskKind:
     # stands this many logical positions or more before it.
     size: int = 0
     function: MaskMod | None = None  # the model's own mask function for ``"other"``, evaluated at logical positions
+    # whether the tokens of an image, one run of image tokens, also see those that come after them there (Gemma 3 and
+    # 4), as far as a window lets them
+    blocks: bool = False
+
+    @property
+    def label(self) -> str:
+        """What tells this kind from others whose mask is computed in another way."""
+        return f"{self.name}_blocks" if self.blocks else self.name
 
 
 CAUSAL = MaskKind("causal")
@@ -49,16 +57,29 @@ def tree_mask_mod(subtree_end: Tensor) -> MaskMod:
     return mask_mod
 
 
-def sliding_window_mask_mod(subtree_end: Tensor, position_ids: Tensor, window: Tensor) -> MaskMod:
-    """Let a token see the nearest ``window`` tokens of its own branch, itself included.
+def block_mask_mod(subtree_end: Tensor, block_end: Tensor) -> MaskMod:
+    """Let a token see itself, its ancestors, and what follows it in its image: also ``q < kv < block_end[q]``.
 
-    ``window`` is a 0-d int64 tensor: as a Python int every new value would compile a new kernel.
+    ``block_end`` is the row index just past the image that a token belongs to, and of text itself.
     """
     tree = tree_mask_mod(subtree_end)
 
     def mask_mod(batch: Any, head: Any, q_idx: Any, kv_idx: Any) -> Tensor:
+        ahead: Tensor = (kv_idx > q_idx) & (kv_idx < block_end[batch, q_idx])
+        return tree(batch, head, q_idx, kv_idx) | ahead
+
+    return mask_mod
+
+
+def sliding_window_mask_mod(visible: MaskMod, position_ids: Tensor, window: Tensor) -> MaskMod:
+    """Of what is ``visible`` let a token see the nearest ``window`` tokens, itself included, and those ahead of it.
+
+    ``window`` is a 0-d int64 tensor: as a Python int every new value would compile a new kernel.
+    """
+
+    def mask_mod(batch: Any, head: Any, q_idx: Any, kv_idx: Any) -> Tensor:
         near = position_ids[batch, q_idx] - position_ids[batch, kv_idx] < window
-        return tree(batch, head, q_idx, kv_idx) & near
+        return visible(batch, head, q_idx, kv_idx) & near
 
     return mask_mod
 
@@ -87,13 +108,19 @@ def composed_mask_mod(subtree_end: Tensor, position_ids: Tensor, function: MaskM
 
 def mask_mod_for(layout: RowLayout, kind: MaskKind) -> MaskMod:
     """Return the ``mask_mod`` of one mask kind on one layout."""
+    visible = tree_mask_mod(layout.subtree_end)
+    if kind.blocks:
+        if kind.name not in ("causal", "sliding"):
+            raise ValueError(f"images that see themselves both ways are known under a window only, not {kind.name!r}")
+        visible = block_mask_mod(layout.subtree_end, layout.block_end())
     if kind.name == "causal":
-        return tree_mask_mod(layout.subtree_end)
+        return visible
     if kind.name == "other":
         if kind.function is None:
             raise ValueError("a mask kind named 'other' needs its function")
         return composed_mask_mod(layout.subtree_end, layout.position_ids, kind.function)
     # written by the device itself: a tensor made of a Python number is copied to it, and waits for all work before
     size = torch.full((), kind.size, dtype=torch.int64, device=layout.device)
-    factory = sliding_window_mask_mod if kind.name == "sliding" else chunked_mask_mod
-    return factory(layout.subtree_end, layout.position_ids, size)
+    if kind.name == "sliding":
+        return sliding_window_mask_mod(visible, layout.position_ids, size)
+    return chunked_mask_mod(layout.subtree_end, layout.position_ids, size)

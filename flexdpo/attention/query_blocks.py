@@ -33,7 +33,10 @@ _GRID, _CLOSEST = 64, 16
 
 
 class QueryBlock(NamedTuple):
-    """Queries ``[start, stop)`` of one row and the runs of keys some of them see; the last run ends at ``stop``."""
+    """Queries ``[start, stop)`` of one row and the runs of keys some of them see.
+
+    The last run ends at ``stop``, or where the images end that the queries stand in, if these see themselves both ways.
+    """
 
     row: int
     start: int
@@ -63,6 +66,7 @@ def plan_query_blocks(
     bounded length.
     """
     ends, positions = layout.subtree_end.cpu().numpy(), layout.position_ids.cpu().numpy()
+    ahead = layout.block_end().cpu().numpy() if kind.blocks else None
     blocks = []
     for row in range(len(ends)):
         cuts = _cuts(ends[row], layout.num_tokens[row], max_queries)
@@ -70,7 +74,8 @@ def plan_query_blocks(
         document = _document_starts(ends[row])
         for start, stop in pairwise(chosen):
             keys = _earlier_keys(ends[row], positions[row], document[start], start, stop, kind)
-            blocks.append(QueryBlock(row, start, stop, _runs(keys, start, stop)))
+            last = stop if ahead is None else int(ahead[row, start:stop].max())
+            blocks.append(QueryBlock(row, start, stop, _runs(keys, start, last)))
     return blocks
 
 
@@ -148,7 +153,7 @@ def _earlier_keys(ends: Ints, positions: Ints, document: int, start: int, stop: 
 
 
 def _runs(earlier: Ints, start: int, stop: int) -> tuple[tuple[int, int], ...]:
-    """Neighbouring keys as ``(first, past the last)``, with the block's own tokens at the end."""
+    """Neighbouring keys as ``(first, past the last)``, with those of ``[start, stop)`` at the end."""
     if not earlier.size:
         return ((start, stop),)
     breaks = np.flatnonzero(np.diff(earlier) > 1) + 1

@@ -102,8 +102,9 @@ def _obstacle(inputs: AttentionInputs, row_mask: RowMask) -> str | None:
         return "its attention has sinks"
     if row_mask.score_mod is not None:
         return "it changes its attention scores (score_mod)"
-    if kind.name not in ("causal", "sliding"):
+    if kind.blocks or kind.name not in ("causal", "sliding"):
         mask = f"in chunks of {kind.size} positions" if kind.name == "chunked" else "a function of its own"
+        mask = "the tokens of an image see each other both ways" if kind.blocks else mask
         return f"its mask is not causal or a sliding window ({mask})"
     head_dim, value_dim = inputs.query.shape[-1], inputs.value.shape[-1]
     if head_dim != value_dim:

@@ -33,6 +33,7 @@ from flexdpo.layout.row import RowLayout
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from contextlib import AbstractContextManager
 
     from torch import Tensor, nn
 
@@ -67,6 +68,7 @@ class PackedForward:
     inputs: dict[str, Any] = field(default_factory=dict)  # its token ids or embeddings
     mixed: set[int] = field(default_factory=set)  # ids of the modules that carried their state along the trie
     along_paths: bool = False  # whether ``module`` is a part that runs along the path to each leaf, without a layout
+    images_encoded: bool = False  # whether the model's features of the row's images were handed out
 
     def tested(self, grad: bool) -> bool:
         """Whether the model's kernels went through their self-test, in an uncompiled run in this gradient mode."""
@@ -96,10 +98,15 @@ def packed_forward() -> PackedForward | None:
     return None if forward is None or forward.layout is None else forward
 
 
-@contextlib.contextmanager
-def along_paths(module: nn.Module) -> Iterator[None]:
+def along_paths(module: nn.Module) -> AbstractContextManager[None]:
     """Hold no layout while a part of a model runs along the path to each leaf, as ever."""
-    forward = PackedForward(module, None, "auto", along_paths=True)
+    return without_layout(module, along_paths=True)
+
+
+@contextlib.contextmanager
+def without_layout(module: nn.Module, *, along_paths: bool = False) -> Iterator[None]:
+    """Hold no layout while a part of a model runs that knows no rows."""
+    forward = PackedForward(module, None, "auto", along_paths=along_paths)
     _forwards.stack.append(forward)
     try:
         yield
@@ -173,7 +180,7 @@ def _take_layout(
         return None if (whole := _with_all_positions(module, kwargs)) is kwargs else (args, whole)
     _require_single_owner(module)
     _require_match(layout, args, kwargs)
-    _require_known_inputs(kwargs)
+    _require_known_inputs(module, layout, kwargs)
     limits: LengthLimits = module._flexdpo_limits  # type: ignore[assignment]
     require_own_lengths(limits, layout, type(module).__name__)
     kwargs = _with_all_positions(module, kwargs)
@@ -257,7 +264,12 @@ def _buffer_versions(module: nn.Module) -> BufferVersions:
 
 
 def _require_mixed(module: Any, forward: PackedForward) -> None:
-    """Stop where something mixed the tokens of a packed row that does not know the row."""
+    """Stop where something mixed the tokens of a packed row that does not know the row, or left its images out."""
+    if forward.layout is not None and forward.layout.images is not None and not forward.images_encoded:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} did not encode the images of a packed row by get_image_features, so flexdpo "
+            "cannot tell what stands at its image tokens; train this model without flexdpo"
+        )
     mixing: MixingLayers = module._flexdpo_mixing
     if mixing.attends and not forward.attention_ran:
         raise UnsupportedModelError(
@@ -303,7 +315,12 @@ def _require_match(layout: RowLayout, args: tuple[Any, ...], kwargs: dict[str, A
         )
 
 
-def _require_known_inputs(kwargs: dict[str, Any]) -> None:
+def _require_known_inputs(module: nn.Module, layout: RowLayout, kwargs: dict[str, Any]) -> None:
+    if layout.images is not None and not hasattr(module, "_flexdpo_takes_images"):
+        raise UnsupportedModelError(
+            f"a packed row has images, and {type(module).__name__} has no get_image_features to encode them; choose a "
+            "model of text and images, or leave the images out"
+        )
     if kwargs.get("labels") is not None:
         raise FlexdpoError(
             "labels= would be compared with the token before each in the row, which may belong to another response; "
@@ -316,10 +333,10 @@ def _require_known_inputs(kwargs: dict[str, Any]) -> None:
                 "leave it out"
             )
         plain = value is None or isinstance(value, bool | int | float | str | RowLayout)
-        if not plain and name not in _TEXT_INPUTS:
+        if not plain and name not in _TEXT_INPUTS and name not in layout.image_inputs:
             raise FlexdpoError(
                 f"a packed row came with {name}=, which flexdpo does not know how to share between responses; "
-                "packed rows hold text only, so leave it out or train without flexdpo"
+                "packed rows hold text and the images of Group.images, so leave it out or train without flexdpo"
             )
 
 

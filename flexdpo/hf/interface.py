@@ -8,6 +8,7 @@ transformers does, so that ``generate()`` and evaluation just work.
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from types import CellType, FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -92,6 +93,11 @@ def flexdpo_mask(
     if mask_function is bidirectional_mask_function:
         raise UnsupportedModelError(_LOOKS_AHEAD)
     if torch.compiler.is_compiling() and mask_function is not causal_mask_function:
+        if layout.images is not None:
+            raise UnsupportedModelError(
+                "a model compiled whole cannot run rows with images whose tokens see each other both ways; compile its "
+                "layers one by one"
+            )
         # Dynamo cannot look into closures; the function itself is traced, and local_size bounds how far it reaches
         kind = MaskKind("other", kwargs.get("local_size") or 0, mask_function)
     else:
@@ -113,15 +119,14 @@ def mask_kind_of(mask_function: Callable[..., Any]) -> MaskKind:
         return CAUSAL
     parts = _closure(mask_function, "or_masks").get("mask_functions", ())
     if len(parts) == 2 and "block_sequence_ids" in (blocks := _closure(parts[1], "blockwise_overlay")):
-        forward = packed_forward()
-        # where nothing but text came in, the model made these ids itself; a look at them would wait for the device
-        if forward is None or forward.brings_token_types:
-            _require_text_only(blocks["block_sequence_ids"])
-        return mask_kind_of(parts[0])
+        return replace(mask_kind_of(parts[0]), blocks=_has_blocks(blocks["block_sequence_ids"]))
     parts = _closure(mask_function, "and_masks").get("mask_functions", ())
+    if len(parts) == 2 and isinstance(window := _window_of(parts[1]), int):
+        inner = mask_kind_of(parts[0])
+        if inner.name == "causal":
+            return replace(inner, name="sliding", size=window)
     if len(parts) == 2 and parts[1] is causal_mask_function:
-        window = _closure(parts[0], "sliding_window_overlay").get("sliding_window")
-        if isinstance(window, int):
+        if isinstance(window := _window_of(parts[0]), int):
             return MaskKind("sliding", window)
         chunk_size = _closure(parts[0], "chunked_overlay").get("chunk_size")
         if isinstance(chunk_size, int):
@@ -131,12 +136,23 @@ def mask_kind_of(mask_function: Callable[..., Any]) -> MaskKind:
     return MaskKind("other", function=mask_function)
 
 
-def _require_text_only(block_sequence_ids: Tensor) -> None:
-    """Gemma 4 lets the tokens of one image see each other both ways; text has the block id -1."""
-    if bool((block_sequence_ids != -1).any()):
+def _window_of(mask_function: Callable[..., Any]) -> Any:
+    return _closure(mask_function, "sliding_window_overlay").get("sliding_window")
+
+
+def _has_blocks(block_sequence_ids: Tensor) -> bool:
+    """Whether images of the row being run see themselves both ways (Gemma 3 and 4); text has the block id -1."""
+    forward = packed_forward()
+    if forward is not None and forward.layout is not None and forward.layout.images is not None:
+        return True
+    # where nothing but text came in, the model made these ids itself; a look at them would wait for the device
+    looked_at = forward is None or forward.brings_token_types
+    if looked_at and bool((block_sequence_ids != -1).any()):
         raise UnsupportedModelError(
-            "a packed row holds image or audio tokens, which attend to each other both ways; flexdpo packs text only"
+            "a packed row holds image or audio tokens, which attend to each other both ways, without their images; "
+            "rows with images come from Group.images"
         )
+    return False
 
 
 def _require_positions_only(mask_function: Callable[..., Any]) -> None:

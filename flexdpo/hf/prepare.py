@@ -11,6 +11,7 @@ from flexdpo.attention.row_mask import Impl, resolve_impl
 from flexdpo.errors import UnsupportedModelError
 from flexdpo.hf.adapters import refuse_adapters
 from flexdpo.hf.forward_layout import ATTN_IMPLEMENTATION, MixingLayers, find_limits, install_layout_hooks
+from flexdpo.hf.images import install_image_hooks
 from flexdpo.hf.interface import flexdpo_attention, flexdpo_mask
 from flexdpo.hf.mixers import install_mixers
 from flexdpo.hf.rules import attends, require_exact
@@ -55,6 +56,7 @@ def prepare_model(model: nn.Module, *, impl: Impl = "auto") -> nn.Module:
     for part in {base, backbone}:
         install_layout_hooks(part, impl)
         part._flexdpo_mixing = mixing
+    install_image_hooks(base)
     find_limits(base)
     return model
 

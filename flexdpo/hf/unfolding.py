@@ -87,7 +87,16 @@ def _on_paths(value: Tensor, batch: PathBatch, layout: RowLayout) -> Tensor:
 
 
 def _path_mask(row_mask: RowMask, batch: PathBatch) -> Tensor:
-    """Which place of a path may attend to which, ``[M, 1, L, L]``; padding sees itself."""
+    """Which place of a path may attend to which, ``[M, 1, L, L]``; padding sees itself.
+
+    Raises ``UnsupportedModelError`` if the tokens of an image see each other both ways: a token's first path is
+    then not all that it depends on.
+    """
+    if row_mask.kind.blocks:
+        raise UnsupportedModelError(
+            "a module that is run along every path cannot have images whose tokens see each other both ways; train "
+            "this model without flexdpo"
+        )
     paths, length = batch.tokens.shape
     index = torch.arange(length, device=batch.tokens.device)
     ends = torch.where(batch.real, batch.real.sum(1, keepdim=True), index + 1)

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from flexdpo.layout.images import PromptImage
+
 
 @dataclass(frozen=True)
 class Group:
@@ -28,6 +30,8 @@ class Group:
     # preferences ``(chosen, rejected)`` as indices into ``response_ids``; empty for plain supervision
     edges: tuple[tuple[int, int], ...] = ()
     name: str = "group"  # how error messages call this example, for instance ``"row 17"``
+    images: tuple[PromptImage, ...] = ()  # of the prompt, in the order in which their tokens stand there
+    image_token_id: int = -1  # the id that all image tokens of the prompt have
 
     def __post_init__(self) -> None:
         if self.prompt_ids.size == 0:

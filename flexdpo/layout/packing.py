@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flexdpo.errors import FlexdpoError, nearest
+from flexdpo.layout.images import ImageKeys
 from flexdpo.layout.row import TILE, Row
 from flexdpo.layout.trie import Trie
 
@@ -99,8 +100,9 @@ class _Cluster:
     trie: Trie
 
     @classmethod
-    def of(cls, members: list[int], groups: Sequence[Group], limits: Sequence[int]) -> _Cluster:
-        return cls(members, Trie.from_sequences([ids for i in members for ids in groups[i].sequences], limits=limits))
+    def of(cls, members: list[int], groups: Sequence[Group], limits: Sequence[int], keys: ImageKeys) -> _Cluster:
+        sequences = [keys.sequences(groups[i]) if groups[i].images else groups[i].sequences for i in members]
+        return cls(members, Trie.from_sequences([ids for each in sequences for ids in each], limits=limits))
 
 
 def _planned(
@@ -110,10 +112,12 @@ def _planned(
     if sharing not in SHARING:
         raise FlexdpoError(f"sharing must be one of {SHARING}, got {sharing!r}{nearest(sharing, SHARING)}")
     relatives: dict[object, list[int]] = {}
+    keys = ImageKeys()
     for i, group in enumerate(groups):
         may_share = sharing == "step" and group.prompt_ids.size >= MIN_SHARED
-        relatives.setdefault(group.prompt_ids[:MIN_SHARED].tobytes() if may_share else i, []).append(i)
-    clusters = [_Cluster.of(members, groups, limits) for members in relatives.values()]
+        prompt = keys.of_prompt(group) if may_share and group.images else group.prompt_ids
+        relatives.setdefault(prompt[:MIN_SHARED].tobytes() if may_share else i, []).append(i)
+    clusters = [_Cluster.of(members, groups, limits, keys) for members in relatives.values()]
     if max_tokens_per_row is None:
         return [clusters] if clusters else []
     budget = max_tokens_per_row // multiple * multiple
@@ -123,7 +127,7 @@ def _planned(
             fitting.append(cluster)
         else:
             parts = _split(cluster, groups, budget, max_tokens_per_row)
-            fitting += [_Cluster.of(part, groups, limits) for part in parts]
+            fitting += [_Cluster.of(part, groups, limits, keys) for part in parts]
     bins = best_fit_decreasing([len(cluster.trie) for cluster in fitting], budget)
     return [[fitting[i] for i in members] for members in bins]
 

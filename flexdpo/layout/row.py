@@ -12,6 +12,7 @@ import torch
 
 from flexdpo.errors import FlexdpoError
 from flexdpo.layout.groups import Group
+from flexdpo.layout.images import ImageKeys, row_images
 from flexdpo.layout.row_layout import RowLayout
 from flexdpo.layout.sequences import numbered_sequences, token_ids_of
 from flexdpo.layout.trie import Trie
@@ -66,9 +67,11 @@ class Row:
 
         Padding sees only itself; ``limits`` are those of :func:`flexdpo.pack`.
         """
+        keys = ImageKeys()
+        sequences = [keys.sequences(group) if group.images else group.sequences for group in groups]
         return cls.from_tries(
             groups,
-            [Trie.from_sequences(group.sequences, limits=limits) for group in groups],
+            [Trie.from_sequences(each, limits=limits) for each in sequences],
             pad_to_multiple_of=pad_to_multiple_of,
         )
 
@@ -115,11 +118,16 @@ class Row:
         paths = tuple(path[size:] for path, size in zip(sequences, sizes, strict=True))
         # the distinct response tokens, and which of them each place of a response is
         targets, members = np.unique(np.concatenate(paths), return_inverse=True)
+        images = None
+        if pictured := [group for group in groups if group.images]:
+            images = row_images(groups, sequences, length)
+            # a trie knows image tokens by their keys
+            token_ids[token_ids < 0] = pictured[0].image_token_id
         vectors = (position_ids, subtree_end, multiplicity, shortest, longest)
-        depths, ends, *counts = (torch.from_numpy(vector)[None] for vector in vectors)
+        depths, ends, counts, least, most = (torch.from_numpy(vector)[None] for vector in vectors)
         return cls(
             input_ids=torch.from_numpy(token_ids)[None],
-            layout=RowLayout(depths, ends, (stops[-1],), *counts),
+            layout=RowLayout(depths, ends, (stops[-1],), counts, least, most, images),
             # the prompt's last token predicts the first token of every response
             predictors=torch.from_numpy(parents[targets]),
             labels=torch.from_numpy(token_ids[targets]),
@@ -226,6 +234,7 @@ class Row:
             "position_ids": self.layout.position_ids,
             "attention_mask": self.layout,
             "use_cache": False,
+            **self.layout.image_inputs,
         }
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Row:
@@ -270,6 +279,7 @@ def stack_inputs(rows: Sequence[Row]) -> dict[str, Any]:
         "position_ids": layout.position_ids,
         "attention_mask": layout,
         "use_cache": False,
+        **layout.image_inputs,
     }
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flexdpo.errors import FlexdpoError
+from flexdpo.layout.images import RowImages
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -46,6 +47,7 @@ class RowLayout:
         multiplicity: Tensor | None = None,
         shortest: Tensor | None = None,
         longest: Tensor | None = None,
+        images: RowImages | None = None,
     ) -> None:
         self.position_ids = position_ids  # depth in the trie
         self.subtree_end = subtree_end  # row index just past the last descendant of each token
@@ -55,6 +57,7 @@ class RowLayout:
         self.multiplicity = multiplicity
         # tokens of the shortest and the longest sequence that contains each token, which some rotary embeddings go by
         self.shortest, self.longest = shortest, longest
+        self.images = images  # of the prompts, where they have any
         # masks built for this layout, shared by all layers and by every model that runs it
         self.memo: dict[Any, Any] = {}
         self._host: RowLayout | None = None
@@ -112,6 +115,28 @@ class RowLayout:
         return int(self.position_ids.shape[1])
 
     @property
+    def image_inputs(self) -> dict[str, Tensor]:
+        """What a model is given of the images, by the names of its arguments."""
+        return {} if self.images is None else self.images.inputs
+
+    def block_end(self) -> Tensor:
+        """Row index just past the run of image tokens that each token stands in, and of text itself, ``[B, S]`` int64.
+
+        In a run each token is the only child of the one before it; a run does not go on in another branch.
+        """
+        if "block_end" not in self.memo:
+            # what is made in inference mode could not be used in training
+            with torch.inference_mode(False):
+                index = torch.arange(self.length, device=self.device).expand_as(self.position_ids)
+                image = torch.zeros_like(index) if self.images is None else self.images.features + 1
+                # the next token continues this one unless it is another root or branch
+                goes_on = (image > 0) & (image.roll(-1, dims=1) > 0) & (self.subtree_end > index + 1)
+                ends = torch.where(goes_on, self.length, index + 1)
+                self.memo["block_end"] = ends.flip(1).cummin(dim=1).values.flip(1).contiguous()
+        found: Tensor = self.memo["block_end"]
+        return found
+
+    @property
     def device(self) -> torch.device:
         """Where the layout lives."""
         return self.position_ids.device
@@ -145,7 +170,8 @@ class RowLayout:
     def _map_tensors(self, change: Callable[[Tensor], Tensor]) -> RowLayout:
         vectors = {name: getattr(self, name) for name in _VECTORS}
         changed: dict[str, Any] = {name: None if each is None else change(each) for name, each in vectors.items()}
-        return RowLayout(num_tokens=self.num_tokens, **changed)
+        images = None if self.images is None else self.images.map(change)
+        return RowLayout(num_tokens=self.num_tokens, images=images, **changed)
 
     @classmethod
     def stack(cls, layouts: Sequence[RowLayout]) -> RowLayout:
@@ -162,7 +188,8 @@ class RowLayout:
         known: dict[str, Any] = {
             name: None if any(part is None for part in parts) else torch.cat(parts) for name, parts in vectors.items()
         }
-        return cls(num_tokens=tuple(count for each in padded for count in each.num_tokens), **known)
+        images = RowImages.stack([each.images for each in padded], [each.position_ids for each in padded])
+        return cls(num_tokens=tuple(count for each in padded for count in each.num_tokens), images=images, **known)
 
     def _padded_to(self, length: int) -> RowLayout:
         missing = length - self.length
@@ -177,6 +204,7 @@ class RowLayout:
             torch.cat([self.subtree_end, ends], dim=1),
             self.num_tokens,
             None if multiplicity is None else torch.nn.functional.pad(multiplicity, padding),
+            images=None if self.images is None else self.images.padded(missing),
         )
 
     def __getattr__(self, name: str) -> Any:

@@ -112,6 +112,8 @@ def with_unrelated_responses(groups: Sequence[Group]) -> list[LabelledGroup]:
                 (*group.response_ids, *added),
                 group.edges,
                 group.name,
+                group.images,
+                group.image_token_id,
                 (*labels, *[None] * len(added)) if labels else (),
                 (*unrelated, *range(count, count + len(added))),
             )

@@ -1,0 +1,67 @@
+"""Groups with images, run one sequence at a time by the stock model and packed on shared rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from flexdpo import Group, Row
+from flexdpo.layout.images import PromptImage, joined_inputs
+from tests.hf.equivalence import Run, _run, sequence_paths
+from tests.images.models import IMAGE, Kind, words
+
+
+def example_groups(kind: Kind) -> list[Group]:
+    """Prompts that differ in the image alone, one of another size, one image in several prompts, several in one.
+
+    Two of the three responses begin alike, so that tries are of depth two.
+    """
+    (a, in_a), (b, in_b), (c, in_c) = kind.picture(1), kind.picture(2), kind.picture(3, 1)
+    before, after = words(9, 5), words(8, 4)
+    prompts = [
+        (before + in_a + after, [a]),
+        (before + in_b + after, [b]),
+        (before + in_c + words(7, 4) + in_a + after, [c, a]),
+        # both begin with the same image, which must not be one token for both
+        (before + in_a + in_b + after, [a, b]),
+        (before + after, []),
+    ]
+    return [group_of(prompt, images, 10 * number) for number, (prompt, images) in enumerate(prompts)]
+
+
+def group_of(prompt: list[int], images: list[PromptImage], seed: int) -> Group:
+    beginning = words(seed, 2)
+    responses = (beginning + words(seed + 1, 5), beginning + words(seed + 2, 4), words(seed + 3, 3))
+    return Group(np.asarray(prompt), tuple(map(np.asarray, responses)), ((0, 1),), f"row {seed}", tuple(images), IMAGE)
+
+
+def cast(inputs: dict[str, Any], model: Any) -> dict[str, Any]:
+    """Pixels in the model's dtype."""
+    floats = {n: v for n, v in inputs.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
+    return {**inputs, **{name: value.to(model.dtype) for name, value in floats.items()}}
+
+
+def stock_run(model: Any, kind: Kind, groups: list[Group]) -> Run:
+    """Run one sequence at a time, as the processor's outputs would be run."""
+    logits = []
+    for group in groups:
+        for sequence in group.sequences:
+            ids = torch.from_numpy(sequence)[None]
+            inputs = joined_inputs([image.inputs for image in group.images])
+            if kind.types is not None:
+                inputs[kind.types] = (ids == IMAGE).long()
+            logits.append(model(input_ids=ids, use_cache=False, **cast(inputs, model)).logits[0])
+    return _run(model, logits)
+
+
+def packed_run(model: Any, rows: list[Row], count: int, **kwargs: Any) -> Run:
+    """Run rows that hold ``count`` groups, whose responses come out in the groups' order."""
+    found: dict[int, list[torch.Tensor]] = {}
+    for row in rows:
+        logits = model(**cast({**row.inputs(), **kwargs}, model)).logits[0]
+        paths = iter(sequence_paths(row))
+        for number, group in zip(row.numbers or range(count), row.groups, strict=True):
+            found[number] = [logits[next(paths)] for _ in group.response_ids]
+    return _run(model, [each for number in range(count) for each in found[number]])
