@@ -50,7 +50,7 @@ def blockwise_attention(inputs: AttentionInputs, row_mask: RowMask) -> Tensor:
     fused = fused and row_mask.score_mod is None
     plan = _Plan(heads * head_dim, MAX_QUERIES if fused else _narrower(row_mask, heads))
     memo, kind = row_mask.layout.memo, row_mask.kind
-    memo_key = ("query blocks", kind.label, kind.size, plan)
+    memo_key = ("query blocks", kind.name, kind.size, kind.blocks, plan)
     if memo_key not in memo:
         blocks = plan_query_blocks(row_mask.layout, kind, width=plan.width, max_queries=plan.max_queries)
         memo[memo_key] = blocks, sum(block.num_scores for block in blocks) <= KEPT_SCORES

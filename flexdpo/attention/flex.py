@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 class KernelKey(NamedTuple):
     """What a compiled kernel is for; whatever else differs (dtype, heads) compiles it again, up to torch's limit."""
 
-    mask: str  # name of the mask kind
+    mask: str  # name of the mask kind, and whether images see themselves both ways
     grad: bool  # whether a backward follows
     length: int  # tokens of the row; 0 for every length
     scaling: float | None  # factor on the scores
@@ -101,7 +101,7 @@ def kernel_key_of(call: AttentionCall, row_mask: RowMask, device_type: str, *, g
     """Which compiled kernel a call belongs to."""
     settings = row_mask.settings
     return KernelKey(
-        row_mask.kind.label,
+        row_mask.kind.name + "_blocks" * row_mask.kind.blocks,
         grad,
         0 if row_mask.impl == "varlen" or settings.dynamic(device_type) else row_mask.layout.length,
         call.scaling,

@@ -38,11 +38,6 @@ class MaskKind:
     # 4), as far as a window lets them
     blocks: bool = False
 
-    @property
-    def label(self) -> str:
-        """What tells this kind from others whose mask is computed in another way."""
-        return f"{self.name}_blocks" if self.blocks else self.name
-
 
 CAUSAL = MaskKind("causal")
 

@@ -326,6 +326,7 @@ def _require_known_inputs(module: nn.Module, layout: RowLayout, kwargs: dict[str
             "labels= would be compared with the token before each in the row, which may belong to another response; "
             "leave them out and use flexdpo.response_logps(model, row)"
         )
+    pictured = layout.images.inputs if layout.images is not None else {}
     for name, value in kwargs.items():
         if isinstance(value, Cache):
             raise FlexdpoError(
@@ -333,7 +334,7 @@ def _require_known_inputs(module: nn.Module, layout: RowLayout, kwargs: dict[str
                 "leave it out"
             )
         plain = value is None or isinstance(value, bool | int | float | str | RowLayout)
-        if not plain and name not in _TEXT_INPUTS and name not in layout.image_inputs:
+        if not plain and name not in _TEXT_INPUTS and name not in pictured:
             raise FlexdpoError(
                 f"a packed row came with {name}=, which flexdpo does not know how to share between responses; "
                 "packed rows hold text and the images of Group.images, so leave it out or train without flexdpo"

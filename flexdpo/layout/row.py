@@ -234,7 +234,7 @@ class Row:
             "position_ids": self.layout.position_ids,
             "attention_mask": self.layout,
             "use_cache": False,
-            **self.layout.image_inputs,
+            **(self.layout.images.inputs if self.layout.images is not None else {}),
         }
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Row:
@@ -279,7 +279,7 @@ def stack_inputs(rows: Sequence[Row]) -> dict[str, Any]:
         "position_ids": layout.position_ids,
         "attention_mask": layout,
         "use_cache": False,
-        **layout.image_inputs,
+        **(layout.images.inputs if layout.images is not None else {}),
     }
 
 

@@ -114,11 +114,6 @@ class RowLayout:
         """Tokens per row, padding included, ``S``."""
         return int(self.position_ids.shape[1])
 
-    @property
-    def image_inputs(self) -> dict[str, Tensor]:
-        """What a model is given of the images, by the names of its arguments."""
-        return {} if self.images is None else self.images.inputs
-
     def block_end(self) -> Tensor:
         """Row index just past the run of image tokens that each token stands in, and of text itself, ``[B, S]`` int64.
 
