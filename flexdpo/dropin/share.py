@@ -17,7 +17,8 @@ from flexdpo.dropin.hooks import Sharing, SharingStats, install_sharing_hooks, r
 from flexdpo.dropin.native_attention import implementation_over
 from flexdpo.dropin.rules import Positions
 from flexdpo.errors import FlexdpoError
-from flexdpo.hf.forward_layout import find_limits, install_layout_hooks, remove_layout_hooks
+from flexdpo.hf.forward_layout import install_layout_hooks, remove_layout_hooks
+from flexdpo.hf.limits import find_limits
 from flexdpo.hf.prepare import prepare_model
 from flexdpo.hf.unwrap import backbone_of, unwrap_model, unwrapped
 

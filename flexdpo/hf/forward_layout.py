@@ -130,28 +130,6 @@ def install_layout_hooks(module: nn.Module, impl: Impl) -> None:
         )
 
 
-def find_limits(module: Any) -> None:
-    """Ask a backbone's rotary embeddings at which lengths they change, and let them go by each token's sequence.
-
-    ``module`` is a causal LM or its backbone. Safe to call again.
-    """
-    backbone = backbone_of(module)
-    if "_flexdpo_limits" not in vars(backbone):
-        backbone._flexdpo_limits = limits = length_limits(backbone)
-        if limits.limits:
-            backbone._flexdpo_hooks += tuple(
-                rotary.register_forward_hook(_go_by_sequences, with_kwargs=True) for rotary in rotary_modules(backbone)
-            )
-    module._flexdpo_limits = backbone._flexdpo_limits
-
-
-def _go_by_sequences(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:  # noqa: ARG001
-    forward = packed_forward()
-    if forward is None or forward.layout is None or forward.layout.longest is None:
-        return None  # without lengths all sequences were found to be short
-    return evaluated_by_side(module, forward.module._flexdpo_limits, forward.layout.longest, args, kwargs)
-
-
 def remove_layout_hooks(module: nn.Module) -> None:
     """Undo :func:`install_layout_hooks`. Safe to call again."""
     for handle in module.__dict__.pop("_flexdpo_hooks", ()):

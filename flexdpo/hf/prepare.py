@@ -10,9 +10,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from flexdpo.attention.row_mask import Impl, resolve_impl
 from flexdpo.errors import UnsupportedModelError
 from flexdpo.hf.adapters import refuse_adapters
-from flexdpo.hf.forward_layout import ATTN_IMPLEMENTATION, MixingLayers, find_limits, install_layout_hooks
+from flexdpo.hf.forward_layout import ATTN_IMPLEMENTATION, MixingLayers, install_layout_hooks
 from flexdpo.hf.images import install_image_hooks
 from flexdpo.hf.interface import flexdpo_attention, flexdpo_mask
+from flexdpo.hf.limits import find_limits
 from flexdpo.hf.mixers import install_mixers
 from flexdpo.hf.rules import attends, require_exact
 from flexdpo.hf.unwrap import backbone_of, unwrap_model
