@@ -22,13 +22,9 @@ from flexdpo.hf.randomness import refuse_draws
 from flexdpo.hf.row_dependence import (
     BufferVersions,
     LengthLimits,
-    evaluated_by_side,
-    length_limits,
     refuse_statistics,
     require_own_lengths,
-    rotary_modules,
 )
-from flexdpo.hf.unwrap import backbone_of
 from flexdpo.layout.row import RowLayout
 
 if TYPE_CHECKING:
