@@ -16,7 +16,7 @@ import torch
 from flexdpo.attention.settings import KernelSettings, kernel_settings_as
 from flexdpo.bench.kernels import kernel_times
 from flexdpo.bench.profiles import find_profiles
-from flexdpo.bench.timing import Times, measure, paired_ratio
+from flexdpo.bench.timing import Times, measure, of_process, paired_ratio
 from flexdpo.bench.trl import Trl
 from flexdpo.bench.variants import Packed, Padded, PaddedLabels, Variant
 from flexdpo.bench.varlen import Varlen
@@ -212,5 +212,6 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if cuda else processor,
         "cuda": torch.version.cuda if cuda else None,
         "threads": torch.get_num_threads(),
+        "seconds_of": "the process" if of_process(device) else "the clock",
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }

@@ -128,7 +128,8 @@ def _timed(data: dict[str, Any]) -> tuple[str, str, str]:
     if settings["device"] == "cpu":
         where += f", {threads} thread" + ("s" if threads != 1 else "")
     lengths = "" if settings["scale"] == 1 else f", all lengths times {settings['scale']:g}"
-    about = f"{settings['pairs']} pairs per step{lengths}; {_versions(environment)}; {environment['date'][:10]}"
+    clock = "; seconds of the process alone" if environment.get("seconds_of") == "the process" else ""
+    about = f"{settings['pairs']} pairs per step{lengths}{clock}; {_versions(environment)}; {environment['date'][:10]}"
     return f"{where}: model `{settings['model']}`, {data['dtype']}", markdown(header, lines), about
 
 

@@ -111,14 +111,23 @@ def run_step(variant: Variant, model: nn.Module, batch: int, device: torch.devic
 
 
 def timed(run: Callable[[], Result], device: torch.device) -> tuple[Result, float]:
-    """What a call returns, and its seconds, what it left running on a GPU included."""
+    """What a call returns, and its seconds, what it left running on a GPU included.
+
+    On one thread of a CPU those of this process alone, whatever else the machine does.
+    """
+    clock = time.process_time if of_process(device) else time.perf_counter
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    start = time.perf_counter()
+    start = clock()
     result = run()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return result, time.perf_counter() - start
+    return result, clock() - start
+
+
+def of_process(device: torch.device) -> bool:
+    """Whether times are seconds of this process and not of the clock."""
+    return device.type == "cpu" and torch.get_num_threads() == 1
 
 
 def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:

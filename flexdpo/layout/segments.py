@@ -10,21 +10,16 @@ Shapes: ``B`` rows of ``S`` tokens, numbered through as ``b * S + s``; ``N`` seg
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from flexdpo.errors import FlexdpoError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from numpy.typing import NDArray
 
     from flexdpo.layout.row_layout import RowLayout
-
-# padded batches for the segments of one level: each costs a kernel call, and one for all would be mostly padding
-_MOST_BUCKETS = 4
 
 
 @dataclass(frozen=True)
@@ -108,86 +103,8 @@ class Segments:
             found.append(beyond[found[-1]])
         return np.stack(found[:count]) if count else np.empty((0, self.places), dtype=np.int64)
 
-    def scan_plan(self) -> list[list[Bucket]]:
-        """What a scan along the trie runs: for each level, its segments in padded batches of similar lengths."""
-        has_children = np.zeros(len(self), dtype=bool)
-        has_children[self.parents[self.parents >= 0]] = True
-        plan = []
-        for level in range(int(self.levels.max(initial=-1)) + 1):
-            here = np.flatnonzero(self.levels == level)
-            plan.append(
-                [
-                    Bucket.of(
-                        members,
-                        [np.arange(self.starts[m], self.stops[m]) for m in members.tolist()],
-                        bool(has_children[members].any()),
-                    )
-                    for members in _by_length(here, self.lengths[here])
-                ]
-            )
-        return plan
-
-    def path_plan(self) -> list[Bucket]:
-        """What a scan runs that takes no state: the whole path to each leaf, in padded batches of similar lengths.
-
-        A token that several paths hold counts in the first of them; the others hold it as what came before.
-        """
-        has_children = np.zeros(len(self), dtype=bool)
-        has_children[self.parents[self.parents >= 0]] = True
-        leaves = np.flatnonzero(~has_children)
-        paths: list[NDArray[np.int64]] = []
-        for leaf in leaves.tolist():
-            chain, segment = [], leaf
-            while segment >= 0:
-                chain.append(segment)
-                segment = int(self.parents[segment])
-            order = np.asarray(chain[::-1])
-            paths.append(_ranges(self.starts[order], self.lengths[order]))
-        lengths = np.asarray([path.size for path in paths], dtype=np.int64)
-        return [
-            Bucket.of(members, [paths[m] for m in members.tolist()], False)
-            for members in _by_length(np.arange(len(paths)), lengths)
-        ]
-
-
-class Bucket(NamedTuple):
-    """Runs of tokens that are scanned as one padded batch of ``M`` rows of ``L`` places."""
-
-    members: NDArray[np.int64]  # which segments or paths these are, ``[M]``
-    tokens: NDArray[np.int64]  # number of the token at each place, -1 at padding, ``[M, L]``
-    needs_final_state: bool  # whether a later level begins where one of them ends
-
-    @classmethod
-    def of(cls, members: NDArray[np.int64], runs: Sequence[NDArray[np.int64]], needs_final_state: bool) -> Bucket:
-        """Put runs of tokens below each other, padded on the right to the longest."""
-        tokens = np.full((len(runs), max(run.size for run in runs)), -1, dtype=np.int64)
-        for line, run in zip(tokens, runs, strict=True):
-            line[: run.size] = run
-        return cls(members, tokens, needs_final_state)
-
 
 def _ranges(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
     """``start, start + 1, ...``, ``length`` numbers for each start, one after the other."""
     before = np.cumsum(lengths) - lengths
     return np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()))
-
-
-def _by_length(members: NDArray[np.int64], lengths: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-    """Split ``members`` into at most four batches with as little padding as so many can have."""
-    order = np.argsort(lengths, kind="stable")
-    members, lengths = members[order], lengths[order]
-    # batches end where the length changes; places[i, j]: of a batch of what stands between two such cuts
-    cuts = np.concatenate([[0], np.flatnonzero(np.diff(lengths)) + 1, [len(members)]])
-    longest = np.concatenate([[0], lengths[cuts[1:] - 1]])
-    places = np.where(cuts < cuts[:, None], np.inf, (cuts - cuts[:, None]) * longest)
-    fewest, ways = places[0], []
-    for _ in range(_MOST_BUCKETS - 1):
-        # with one batch more, or an empty one
-        offers = fewest[:, None] + places
-        ways.append(offers.argmin(axis=0))
-        fewest = offers.min(axis=0)
-    found, last = [], len(cuts) - 1
-    for way in reversed(ways):
-        last = int(way[last])
-        found.append(int(cuts[last]))
-    return [batch for batch in np.split(members, found[::-1]) if batch.size]

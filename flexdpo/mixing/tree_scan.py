@@ -1,15 +1,15 @@
-"""A scan along the trie: each segment begins with the final state of the segment that it continues.
+"""A scan along the trie: each run of tokens begins with the final state of the run that it continues.
 
-The segments of one level of the trie run together, in a few padded batches of similar lengths, and the next level
-begins where they end: no token is run twice. A kernel that takes no state to begin with runs the path to each leaf
-instead, and a token that several paths hold is read from the first.
+The runs of one level of the trie are scanned together, in a few padded batches of similar lengths, and the next level
+begins where they end. A kernel that takes no state to begin with runs the path to each leaf instead, and a token that
+several runs hold is read from the first.
 
 Shapes: ``B`` rows of ``S`` tokens; ``M`` runs of tokens in a padded batch, ``L`` places each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,57 +17,50 @@ import numpy as np
 import torch
 
 from flexdpo.layout.row import on_device
+from flexdpo.layout.scan_plan import ScanCost, path_plan, scan_plan
 from flexdpo.layout.segments import Segments
+from flexdpo.mixing.gather import Moves, moved
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from flexdpo.layout.row_layout import RowLayout
-    from flexdpo.layout.segments import Bucket
+    from flexdpo.layout.scan_plan import ScanPlan
 
 # of inputs ``[M, L, ...]``, states to begin with (``None``: zeros) and whether final ones are wanted
 Scan = Callable[[dict[str, "Tensor"], "Tensor | None", bool], "tuple[Tensor, Tensor | None]"]
 
 
-def tree_scan(scan: Scan, inputs: dict[str, Tensor], layout: RowLayout) -> Tensor:
+def tree_scan(scan: Scan, inputs: dict[str, Tensor], plan: TreePlan) -> Tensor:
     """Run ``scan`` level by level.
 
     Args:
         scan: Runs a padded batch; where all its inputs are 0, it must leave the state as it is.
         inputs: What has one entry per token, ``[B, S, ...]`` each.
-        layout: Of the rows.
+        plan: Of the rows.
 
     Returns:
         ``[B, S, ...]``, 0 at padding.
     """
-    plan = _plan(layout, "levels")
-    known = {name: _with_zeros(values) for name, values in inputs.items()}
+    batches = plan.batches_of(inputs)
     pieces: list[Tensor] = []
     above: Tensor | None = None
     for level in plan.levels:
         finals = []
         for batch in level:
-            begin = None if above is None else above[batch.parents]
-            out, final = scan({n: v[batch.tokens] for n, v in known.items()}, begin, batch.needs_final_state)
+            begin = None if above is None else above.index_select(0, batch.parents)
+            out, final = scan(next(batches), begin, batch.needs_final_state)
             pieces.append(out.flatten(0, 1))
             if batch.needs_final_state:
                 assert final is not None
                 finals.append(final)
         above = torch.cat(finals) if finals else None
-    return _in_row_order(pieces, plan, layout)
+    return plan.in_row_order(pieces)
 
 
-def path_scan(scan: Scan, inputs: dict[str, Tensor], layout: RowLayout) -> Tensor:
+def path_scan(scan: Scan, inputs: dict[str, Tensor], plan: TreePlan) -> Tensor:
     """:func:`tree_scan` for a kernel that takes no state: the path to each leaf as a whole."""
-    plan = _plan(layout, "paths")
-    known = {name: _with_zeros(values) for name, values in inputs.items()}
-    pieces = []
-    for batch in plan.levels[0]:
-        # the gradients of copies are added up in float32
-        copies = {n: v.to(torch.promote_types(v.dtype, torch.float32))[batch.tokens].to(v) for n, v in known.items()}
-        out, _ = scan(copies, None, False)
-        pieces.append(out.flatten(0, 1))
-    return _in_row_order(pieces, plan, layout)
+    return plan.in_row_order([scan(batch, None, False)[0].flatten(0, 1) for batch in plan.batches_of(inputs)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +73,7 @@ class PathBatch:
 
 def path_batches(layout: RowLayout) -> list[PathBatch]:
     """The paths to all leaves in padded batches, for what is run whole."""
-    batches = [batch.tokens for batch in _plan(layout, "paths").levels[0]]
+    batches = [batch.tokens for batch in plan_of_paths(layout).levels[0]]
     reals = [tokens < layout.position_ids.numel() for tokens in batches]
     # of padding a module makes whatever it makes of a token, and no NaN, as of zeros it might
     return [
@@ -90,24 +83,12 @@ def path_batches(layout: RowLayout) -> list[PathBatch]:
 
 def in_row_order(pieces: list[Tensor], layout: RowLayout) -> Tensor:
     """Results of :func:`path_batches`, ``[M * L, ...]`` each, as ``[B, S, ...]``; 0 at padding."""
-    return _in_row_order(pieces, _plan(layout, "paths"), layout)
-
-
-def _with_zeros(values: Tensor) -> Tensor:
-    """All tokens ``[B * S + 1, ...]``, with one more that padding is made of."""
-    tokens = values.flatten(0, 1)
-    return torch.cat([tokens, tokens.new_zeros(1, *tokens.shape[1:])])
-
-
-def _in_row_order(pieces: list[Tensor], plan: _Plan, layout: RowLayout) -> Tensor:
-    found = torch.cat([*pieces, pieces[0].new_zeros(1, *pieces[0].shape[1:])])
-    ordered: Tensor = found[plan.places].unflatten(0, (layout.batch_size, layout.length))
-    return ordered
+    return plan_of_paths(layout).in_row_order(pieces)
 
 
 @dataclass(frozen=True, eq=False)
 class _Batch:
-    """A bucket on the device; its padding is token ``B * S``."""
+    """A batch of runs on the device; its padding is token ``B * S``."""
 
     tokens: Tensor  # ``[M, L]``
     parents: Tensor  # where the final states of the level above hold each one's, ``[M]``
@@ -115,45 +96,69 @@ class _Batch:
 
 
 @dataclass(frozen=True, eq=False)
-class _Plan:
+class TreePlan:
     """What is scanned after what, and where each token's result is in the end."""
 
     levels: list[list[_Batch]]
-    places: Tensor  # place of each token among all batches, one after the other; the last one more at padding
+    chunk: int  # tokens that the kernel is to compute at once
+    rows: tuple[int, int]  # ``(B, S)``
+    tokens: Moves  # from the tokens to all places, batch by batch
+    places: Moves  # from there to the tokens; of several places of a token, from the first
+
+    def batches_of(self, inputs: dict[str, Tensor]) -> Any:
+        """The inputs of each batch, ``[M, L, ...]``, 0 at padding."""
+        shapes = [batch.tokens.shape for level in self.levels for batch in level]
+        sizes = [shape.numel() for shape in shapes]
+        # all at once: a piece would get its gradient as a row full of zeros
+        parts = {name: moved(values.flatten(0, 1), self.tokens).split(sizes) for name, values in inputs.items()}
+        for number, shape in enumerate(shapes):
+            yield {name: pieces[number].unflatten(0, shape) for name, pieces in parts.items()}
+
+    def in_row_order(self, pieces: list[Tensor]) -> Tensor:
+        """Results of all batches, ``[M * L, ...]`` each, as ``[B, S, ...]``; 0 at padding."""
+        ordered: Tensor = moved(torch.cat(pieces), self.places).unflatten(0, self.rows)
+        return ordered
 
 
-def _plan(layout: RowLayout, kind: str) -> _Plan:
-    memo = ("scan", kind)
+def plan_of_levels(layout: RowLayout, costs: Sequence[ScanCost]) -> TreePlan:
+    """The plan for a kernel that takes a state, of what it costs with chunks of each length."""
+    return _memoised(layout, ("levels", *costs), lambda segments: scan_plan(segments, costs))
+
+
+def plan_of_paths(layout: RowLayout, cost: ScanCost = ScanCost()) -> TreePlan:  # noqa: B008
+    """The plan for what takes no state."""
+    return _memoised(layout, ("paths", cost), lambda segments: path_plan(segments, cost))
+
+
+def _memoised(layout: RowLayout, key: Any, plan: Callable[[Segments], ScanPlan]) -> TreePlan:
+    memo = ("scan", key)
     if memo not in layout.memo:
         segments = Segments.of(layout)
-        levels = segments.scan_plan() if kind == "levels" else [segments.path_plan()]
         # what is made in inference mode could not be used in training
         with torch.inference_mode(False):
-            layout.memo[memo] = _made(levels, segments, layout.device)
-    found: _Plan = layout.memo[memo]
+            layout.memo[memo] = _made(plan(segments), layout)
+    found: TreePlan = layout.memo[memo]
     return found
 
 
-def _made(levels: list[list[Bucket]], segments: Segments, device: torch.device) -> _Plan:
-    def moved(values: Any) -> Tensor:
-        return on_device(values, torch.int64, device)
+def _made(plan: ScanPlan, layout: RowLayout) -> TreePlan:
+    def on(values: Any) -> Tensor:
+        return on_device(values, torch.int64, layout.device)
 
-    above = np.zeros(len(segments), dtype=np.int64)
-    made: list[list[_Batch]] = []
-    for level in levels:
+    places = layout.position_ids.numel()
+    above = np.zeros_like(plan.parents)
+    levels: list[list[_Batch]] = []
+    for level in plan.levels:
         batches = []
         for bucket in level:
-            parents = above[segments.parents[bucket.members]] if made else np.zeros_like(bucket.members)
-            tokens = np.where(bucket.tokens < 0, segments.places, bucket.tokens)
-            batches.append(_Batch(moved(tokens), moved(parents), bucket.needs_final_state))
+            parents = above[plan.parents[bucket.members]] if levels else np.zeros_like(bucket.members)
+            tokens = np.where(bucket.tokens < 0, places, bucket.tokens)
+            batches.append(_Batch(on(tokens), on(parents), bucket.needs_final_state))
         ending = [bucket.members for bucket in level if bucket.needs_final_state]
         if ending:
             members = np.concatenate(ending)
             above[members] = np.arange(members.size)
-        made.append(batches)
-    order = np.concatenate([bucket.tokens.reshape(-1) for level in levels for bucket in level])
-    places = np.full(segments.places, order.size, dtype=np.int64)
-    # backwards, so that the first of several places stays
-    real = np.flatnonzero(order >= 0)[::-1]
-    places[order[real]] = real
-    return _Plan(made, moved(places))
+        levels.append(batches)
+    tokens = np.concatenate([bucket.tokens.reshape(-1) for level in plan.levels for bucket in level])
+    there, back = Moves.both_ways(tokens, places, on)
+    return TreePlan(levels, plan.chunk, (layout.batch_size, layout.length), there, back)

@@ -207,8 +207,7 @@ def _largest_window(base: Any) -> int:
     kinds = (mixer_class(type(mixer)) for mixer in mixers_of(backbone_of(base)).values())
     plain = {CONVOLUTION, "selective_scan_fn", *FUSED, *STEPS}
     chunked = any(kind is None or not kind.understood or not kind.names <= plain for kind in kinds)
-    least = SCAN_CHUNK if chunked else 0
-    return max((size for size in sizes if isinstance(size, int)), default=least)
+    return max(size for size in (*sizes, SCAN_CHUNK if chunked else 0) if isinstance(size, int))
 
 
 def _document_length(base: Any, threshold: int, max_tokens: int) -> int:
@@ -220,7 +219,8 @@ def _document_length(base: Any, threshold: int, max_tokens: int) -> int:
 def _probe_row(base: Any, length: int, seed: int, limits: Sequence[int], *, stateful: bool = False) -> Row:
     """Three documents and some padding: a pair, a trie of depth three, and segments of one token each.
 
-    Where layers carry a state, more prompts of many lengths: a scan then pads some, which must not touch the state.
+    Where layers carry a state, more prompts of many lengths, some just too long for a chunk with their responses: a
+    scan then pads some, which must not touch the state.
     """
     generator = np.random.default_rng(seed)
     vocabulary = int(base.get_input_embeddings().weight.shape[0])
@@ -247,7 +247,9 @@ def _probe_row(base: Any, length: int, seed: int, limits: Sequence[int], *, stat
         Group.from_lists([one], [[one, one, other], [one, other], [other]], [(0, 1)]),
     ]
     if stateful:
-        groups += [Group.from_lists(tokens(n), [[one, other], [other]], [(0, 1)]) for n in (4, 8)]
+        nearly = () if length <= SCAN_CHUNK else (SCAN_CHUNK - 1, SCAN_CHUNK - 2)
+        responses = [[one, *tokens(3)], [other, *tokens(2)]]
+        groups += [Group.from_lists(tokens(n), responses, [(0, 1)]) for n in (4, 8, *nearly)]
     return Row.from_groups(groups, pad_to_multiple_of=16, limits=limits)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,9 @@ from flexdpo.hf.checkpointing import enable_checkpointing
 from flexdpo.hf.mixer_kernels import mixer_class, mixers_of
 from flexdpo.hf.unwrap import backbone_of
 from flexdpo.layout.row import RowLayout, stack_inputs
-from flexdpo.mixing import kernels, tree_conv, tree_scan
+from flexdpo.layout.scan_plan import ScanCost, scan_plan
+from flexdpo.layout.segments import Segments
+from flexdpo.mixing import gather, kernels, tree_conv, tree_scan
 from tests.hf.architectures import build_or_skip, draw_weights, zoo
 from tests.hf.equivalence import (
     Float64,
@@ -36,6 +39,8 @@ SPREAD = ["lfm2", "qwen3_5_text", "falcon_h1", "jamba"]
 WHOLE = ["minimax", "recurrent_gemma"]
 # whose scans, if any, have no chunks, or so short ones that every row is longer than four
 SHORT = {"lfm2", "lfm2_moe", "lfm3", "zaya", "recurrent_gemma", "minimax", "mamba", "falcon_mamba", "jamba"}
+# of a prompt: states are handed on, and some runs padded; with shorter ones a scan runs what comes after them at once
+LONG = 126
 _CAUSES = ("hybrid: linear/SSM/conv token mixing", "recurrent/SSM token mixing")
 EVERY = sorted(name for name, each in zoo().items() if each.exact and each.cause in _CAUSES)
 
@@ -47,7 +52,7 @@ def every(*default: str) -> list[Any]:
 def deep_row(prompt: int = 20, seed: int = 5) -> Row:
     """Tries of three levels, one-token segments, a sequence that ends inside others, and padding.
 
-    Prompts of more lengths than a scan has batches for, so that some are padded.
+    Prompts of many lengths, some of which a scan puts in one batch.
     """
     generator = np.random.default_rng(seed)
 
@@ -62,7 +67,10 @@ def deep_row(prompt: int = 20, seed: int = 5) -> Row:
             [(0, 1)],
         ),
         Group.from_lists([11], [[12, 12, 13], [12, 14], [15]], [(0, 1)]),
-        *(Group.from_lists(tokens(length), [[16, 17], [18]], [(0, 1)]) for length in (2, 4, 7, 8, 10)),
+        *(
+            Group.from_lists(tokens(length), [[16, 17, 19, 20, 21], [18, 19, 20, 21]], [(0, 1)])
+            for length in (*(part * prompt // 20 for part in (2, 4, 7, 8, 10)), prompt // 2 - 2)
+        ),
     ]
     return Row.from_groups(groups, pad_to_multiple_of=16)
 
@@ -86,7 +94,7 @@ def runs(name: str, row: Row, **kwargs: Any) -> tuple[Run, Run]:
 def unpacked_once(name: str, **kwargs: Any) -> Run:
     """The unpacked run, which no seeded bug changes."""
     with Float64():
-        return unpacked_run(built(name, **kwargs), deep_row())
+        return unpacked_run(built(name, **kwargs), deep_row(LONG))
 
 
 def assert_same(got: Run, want: Run, tolerance: float = TOLERANCE) -> None:
@@ -150,24 +158,40 @@ def test_several_rows_in_a_batch(name: str) -> None:
 
 @pytest.mark.parametrize("name", SPREAD)
 def test_every_distinct_token_runs_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counted in projections and scans; a scan that takes no state runs the path to each leaf."""
+    """Counted in projections and in scans with chunks of one token; with longer ones, so many as the plan says.
+
+    A scan that takes no state runs the path to each leaf.
+    """
     row, model = deep_row(), prepare_model(built(name))
-    places, scan = [], tree_scan.tree_scan
-    monkeypatch.setattr(
-        kernels, "tree_scan", lambda run, inputs, layout: scan(
-            lambda batch, *rest: (places.append(batch), run(batch, *rest))[1], inputs, layout)
-    )  # fmt: skip
+    places: list[int] = []
+    scan = tree_scan.tree_scan
+
+    def counting(run: Any, inputs: Any, plan: tree_scan.TreePlan) -> Any:
+        def counted(batch: Any, *rest: Any) -> Any:
+            places.append(int(next(iter(batch.values())).abs().flatten(2).sum(-1).ne(0).sum()))
+            return run(batch, *rest)
+
+        return scan(counted, inputs, plan)
+
+    monkeypatch.setattr(kernels, "tree_scan", counting)
     projected = []
     for mixer in mixers_of(backbone_of(model)).values():
         projection = next(m for m in mixer.modules() if isinstance(m, torch.nn.Linear))
         projection.register_forward_hook(lambda module, args, output: projected.append(args[0].shape[:2].numel()))
     model(**row.inputs())
     assert set(projected) == {row.layout.length}
-    ways = {kernels.SCANS[each].way for each in mixer_class(type(mixer)).names & set(kernels.SCANS)}  # type: ignore[union-attr]
-    if ways == {"shared"}:
-        first = [next(iter(batch.values())) for batch in places]
-        real = sum(int(each.abs().flatten(2).sum(-1).ne(0).sum()) for each in first)
-        assert real == len(projected) * row.num_tokens
+    shared = [kernels.SCANS[each] for each in mixer_class(type(mixer)).names & set(kernels.SCANS)]  # type: ignore[union-attr]
+    if {each.way for each in shared} == {"shared"}:
+        plan = scan_plan(Segments.of(row.layout), shared[0].costs)
+        assert sum(places) == len(projected) * plan.tokens
+        # less than a chunk for each segment more, and no more chunks than one by one
+        assert row.num_tokens <= plan.tokens < row.num_tokens + plan.chunk * len(Segments.of(row.layout))
+        layers = len(projected)
+        places.clear()
+        monkeypatch.setattr(kernels, "SCANS", {
+            key: replace(each, costs=(ScanCost(1),)) for key, each in kernels.SCANS.items()})  # fmt: skip
+        model(**deep_row().inputs())
+        assert sum(places) == layers * row.num_tokens
 
 
 @pytest.mark.parametrize("name", ["lfm2", "mamba2"])
@@ -258,7 +282,12 @@ def convolution_in_row_order(patch: pytest.MonkeyPatch) -> None:
 
 def padding_advances_the_state(patch: pytest.MonkeyPatch) -> None:
     """The last token stands for padding."""
-    patch.setattr(tree_scan, "_with_zeros", lambda values: torch.cat([values.flatten(0, 1), values.flatten(0, 1)[5:6]]))
+    taken = gather._taken
+
+    def advancing(values: torch.Tensor, take: Any) -> torch.Tensor:
+        return taken(values, take).index_copy(0, take.empty, values[5:6].expand(len(take.empty), *values.shape[1:]))
+
+    patch.setattr(gather, "_taken", advancing)
 
 
 def lower_limit_on_padding(patch: pytest.MonkeyPatch) -> None:
@@ -300,7 +329,7 @@ def test_a_seeded_bug_shows(name: str, bug: Any, monkeypatch: pytest.MonkeyPatch
     limits: Any = {"time_step_limit": (0.5, 4.0)} if bug is lower_limit_on_padding else {}
     want = unpacked_once(name, **limits)
     with Float64():
-        got = packed_run(prepare_model(built(name, **limits)), deep_row())
+        got = packed_run(prepare_model(built(name, **limits)), deep_row(LONG))
     assert logit_error(got, want) > 1e-6
     assert gradient_error(got, want) > 1e-6
     assert parity_probe(built(name, dtype=torch.float32, **limits)).verdict == "wrong"

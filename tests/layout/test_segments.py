@@ -62,40 +62,6 @@ def test_ancestors(layout: RowLayout) -> None:
     assert Segments.of(layout).ancestors(0).shape == (0, len(parents))
 
 
-@pytest.mark.parametrize("layout", random_layouts())
-def test_the_plan_of_a_scan_holds_every_segment_once_and_after_its_parent(layout: RowLayout) -> None:
-    segments = Segments.of(layout)
-    seen: list[int] = []
-    for level in segments.scan_plan():
-        assert len(level) <= 4
-        before = set(seen)
-        for bucket in level:
-            for member, line in zip(bucket.members.tolist(), bucket.tokens, strict=True):
-                assert segments.parents[member] == -1 or int(segments.parents[member]) in before
-                run = np.arange(segments.starts[member], segments.stops[member])
-                assert line[: run.size].tolist() == run.tolist()
-                assert (line[run.size :] == -1).all()
-                assert bucket.needs_final_state or member not in segments.parents
-                seen.append(member)
-    assert sorted(seen) == list(range(len(segments)))
-
-
-@pytest.mark.parametrize("layout", random_layouts())
-def test_the_plan_of_paths_holds_every_leaf_with_all_its_ancestors(layout: RowLayout) -> None:
-    parents = parents_by_definition(layout)
-    lines = [line[line >= 0].tolist() for bucket in Segments.of(layout).path_plan() for line in bucket.tokens]
-    assert sorted(line[-1] for line in lines) == [t for t in Segments.of(layout).tokens().tolist() if t not in parents]
-    for line in lines:
-        assert [parents[token] for token in line] == [-1, *line[:-1]]
-
-
-def test_four_batches_are_as_tight_as_four_can_be() -> None:
-    lengths = [3, 3, 50, 51, 52, 7, 200, 8, 199]
-    row = Row.from_lengths(lengths)
-    (level,) = Segments.of(row.layout).scan_plan()
-    assert sorted(bucket.tokens.shape for bucket in level) == [(2, 3), (2, 8), (2, 200), (3, 52)]
-
-
 def test_a_row_that_sees_everything_is_one_segment() -> None:
     """The wrong layout by which the probe knows how large an error is."""
     row = random_row(np.random.default_rng(0), 16)

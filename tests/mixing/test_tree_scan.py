@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 
 from flexdpo import Row, UnsupportedModelError
 from flexdpo.layout.row import RowLayout
+from flexdpo.layout.scan_plan import ScanCost
 from flexdpo.mixing.kernels import SCANS, scan_along_trie
-from flexdpo.mixing.tree_scan import path_scan, tree_scan
+from flexdpo.mixing.tree_scan import Scan, path_scan, plan_of_levels, plan_of_paths, tree_scan
 from tests.layout.test_segments import parents_by_definition, random_layouts
 
 Inputs = dict[str, torch.Tensor]
@@ -43,8 +45,18 @@ def scan_by_definition(inputs: Inputs, layout: RowLayout) -> torch.Tensor:
     return torch.stack(outputs).unflatten(0, inputs["k"].shape[:2])
 
 
+def along_levels(run: Scan, inputs: Inputs, layout: RowLayout, chunk: int = 1) -> torch.Tensor:
+    return tree_scan(run, inputs, plan_of_levels(layout, [ScanCost(chunk)]))
+
+
+def along_paths(run: Scan, inputs: Inputs, layout: RowLayout) -> torch.Tensor:
+    return path_scan(run, inputs, plan_of_paths(layout))
+
+
 @pytest.mark.parametrize("layout", random_layouts()[::4])
-@pytest.mark.parametrize("along", [tree_scan, path_scan])
+@pytest.mark.parametrize(
+    "along", [along_levels, partial(along_levels, chunk=2), partial(along_levels, chunk=3), along_paths]
+)
 def test_values_and_gradients_are_those_of_the_definition(layout: RowLayout, along: Any) -> None:
     generator = torch.Generator().manual_seed(0)
     shape = (layout.batch_size, layout.length, 2)
@@ -68,9 +80,9 @@ def test_every_token_is_scanned_once() -> None:
         return scan(inputs, begin, final)
 
     ones = torch.ones(1, 16, 1)
-    tree_scan(counting, {"k": ones, "v": ones}, row.layout)
+    along_levels(counting, {"k": ones, "v": ones}, row.layout)
     assert scanned == row.num_tokens == 7
-    path_scan(counting, {"k": ones, "v": ones}, row.layout)
+    along_paths(counting, {"k": ones, "v": ones}, row.layout)
     assert scanned == 7 + 5 + 5 + 3
 
 
