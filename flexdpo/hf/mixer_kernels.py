@@ -184,6 +184,8 @@ def _way(found: MixerClass | None, share: float) -> str:
     if "unfolded" in scans.values():
         takes_none = ", ".join(name for name, way in scans.items() if way == "unfolded")
         return f"scan unfolded to whole sequences, since {takes_none} takes no state; the rest shared"
+    if scans:
+        return "shared; where that fills chunks of the scan, it runs less than one again for each branch"
     return "shared"
 
 

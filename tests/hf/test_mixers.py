@@ -343,9 +343,16 @@ def test_a_checkpoint_that_loses_the_row(reentrant: bool, monkeypatch: pytest.Mo
     embedded = model.get_input_embeddings()(deep_row().input_ids).detach().requires_grad_()
     inputs = {**deep_row().inputs(), "input_ids": None, "inputs_embeds": embedded}
     loss = model(**inputs).logits.sum()
-    monkeypatch.setattr(mixers, "layout_of_mask", lambda mask: None)
+    found = mixers.layout_of_mask
+    monkeypatch.setattr(
+        mixers, "layout_of_mask", lambda mask: found(mask) if torch._C._current_graph_task_id() == -1 else None
+    )
     with pytest.raises(UnsupportedModelError, match="runs again for a checkpoint with a copy of a packed row's mask"):
         loss.backward()
+    if not reentrant:  # which cannot give the gradients that the probe asks for
+        report = parity_probe(model)
+        assert report.verdict == "refused"
+        assert "a copy of a packed row's mask" in report.reason
 
 
 def test_multiplicities_are_not_the_mask_of_a_mixer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,6 +366,9 @@ def test_multiplicities_are_not_the_mask_of_a_mixer(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(mixers, "mask_of_row", lambda layout: layout.multiplicity)
     with pytest.raises(UnsupportedModelError, match="was not given the mask of the packed row"):
         model(**row.inputs(), output_router_logits=True)
+    report = parity_probe(model)
+    assert report.verdict == "refused"
+    assert "was not given the mask of the packed row" in report.reason
 
 
 def test_a_fused_kernel_in_place_of_a_mixer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -374,6 +384,9 @@ def test_a_fused_kernel_in_place_of_a_mixer(monkeypatch: pytest.MonkeyPatch) -> 
     layer.forward = lambda hidden_states, *args, **kwargs: hidden_states
     with pytest.raises(UnsupportedModelError, match=r"1 of the 2 layers .* that carry a state ran along the trie"):
         model(**deep_row().inputs())
+    report = parity_probe(model)
+    assert report.verdict == "refused"
+    assert "that carry a state ran along the trie" in report.reason
 
 
 def test_an_interrupted_mixer_leaves_nothing_behind() -> None:

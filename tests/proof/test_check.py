@@ -47,6 +47,12 @@ def test_a_refused_model_says_why_and_the_way_out(tmp_path: Path) -> None:
     [
         ("lfm2", {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}, "Lfm2ShortConv (1): shared", 0),
         (
+            "qwen3_5_text",
+            {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]},
+            "Qwen3_5GatedDeltaNet (1): shared; where that fills chunks of the scan, it runs less than one again",
+            0,
+        ),
+        (
             "jamba",
             # a scan in Python costs by the number of its states
             {"num_hidden_layers": 2, "hidden_size": 32, "mamba_expand": 1, "mamba_d_state": 4},
