@@ -13,7 +13,7 @@ import torch
 
 from flexdpo.bench.bench import describe_environment
 from flexdpo.bench.timing import timed
-from flexdpo.dropin.hooks import PlanKey, plan_batch
+from flexdpo.dropin.plan import PlanKey, plan_batch
 from flexdpo.dropin.rules import Positions
 from flexdpo.dropin.share import share_prefixes, sharing_stats
 from flexdpo.estimate.model_shapes import build_model, shape_config

@@ -13,12 +13,18 @@ import torch
 from einops import rearrange
 
 from flexdpo.errors import UnsupportedModelError
+from flexdpo.hf.images import encoded_features
 from flexdpo.layout.row import RowLayout
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from flexdpo.dropin.batch_trie import BatchTrie
+    from flexdpo.dropin.images import BatchImages
+
+
+# what models return of the images that they encoded
+_OF_IMAGES = {"image_outputs", "image_hidden_states"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +34,9 @@ class SharedBatch:
     input_ids: Tensor  # ``[1, S]`` int64
     layout: RowLayout  # positions and subtree ends, ``[1, S]`` each
     nodes: Tensor  # for each place of the batch the index of its token in the row, -1 at padding, ``[N, T]`` int64
-    position_ids: Tensor | None = None  # that the model is given, ``[1, S]``, where they are not those of the layout
+    # that the model is given, ``[1, S]`` or in several dimensions ``[C, 1, S]``, where they are not those of the layout
+    position_ids: Tensor | None = None
+    images: BatchImages | None = None  # of the batch
 
     @classmethod
     def of(
@@ -39,6 +47,7 @@ class SharedBatch:
         position_ids: Tensor | None = None,
         reach: int | None = None,
         pad_to_multiple_of: int = 1,
+        images: BatchImages | None = None,
     ) -> SharedBatch:
         """Lay the trie of ``input_ids`` out as a row, padded to a multiple of ``pad_to_multiple_of`` tokens.
 
@@ -58,7 +67,10 @@ class SharedBatch:
         lengths = padded(torch.full_like(trie.depths, input_ids.shape[1] if reach is None else reach))
         layout = RowLayout(padded(trie.depths), ends, (tokens,), padded(trie.multiplicity), lengths, lengths)
         places = None if position_ids is None else padded(position_ids.reshape(-1)[trie.sources])
-        return cls(padded(input_ids.reshape(-1)[trie.sources]), layout, trie.nodes, places)
+        if images is not None:
+            layout.images = images.of_row(trie, tokens + missing)
+            places = images.positions_of_row(trie, tokens + missing) if places is None else places
+        return cls(padded(input_ids.reshape(-1)[trie.sources]), layout, trie.nodes, places, images)
 
     def at_padded_places(self, output: Any) -> Any:
         """Put what a model returned for the row where it would have stood for the padded batch.
@@ -69,7 +81,11 @@ class SharedBatch:
         Returns the same nesting with tensors ``[N, T, ...]`` or ``[N * T, ...]``, 0 at padding. Mappings are changed in
         place. Raises ``UnsupportedModelError`` if a tensor has not one entry per token.
         """
-        return self._placed(output, {})
+        placed: dict[int, Any] = {}
+        if self.images is not None and isinstance(output, Mapping):
+            for name in _OF_IMAGES & output.keys():
+                placed[id(output[name])] = _of_batch(output[name], self.images)
+        return self._placed(output, placed)
 
     def _placed(self, output: Any, done: dict[int, Any]) -> Any:
         # hidden_states ends with last_hidden_state itself, which is gathered once
@@ -97,6 +113,21 @@ class SharedBatch:
             )
         placed: Tensor = _Gather.apply(values[0] if one_row else values, self.nodes)
         return placed if one_row else rearrange(placed, "n t ... -> (n t) ...")
+
+
+def _of_batch(output: Any, images: BatchImages) -> Any:
+    """What a model returned of the images that it encoded for a row, as for the batch.
+
+    Only their features are known for each image; what else the encoder gave is left out.
+    """
+    encoded = encoded_features(output)
+    if encoded is None:
+        return None
+    name, features, one = encoded
+    parts = features.split(images.counts)
+    of_each = iter([parts[member] for member in images.members])
+    groups = [torch.cat([features[:0], *(next(of_each) for _ in range(count))]) for count in images.together]
+    return type(output)(**{name: torch.stack(groups) if one else groups})
 
 
 class _Gather(torch.autograd.Function):

@@ -17,17 +17,26 @@ import torch
 
 from flexdpo.attention.row_mask import Impl, resolve_impl
 from flexdpo.attention.settings import KernelSettings, exchange_kernel_settings, kernel_settings
-from flexdpo.dropin.batch_trie import row_spans, sequence_places, sort_batch, trie_of
-from flexdpo.dropin.gather import SharedBatch
+from flexdpo.dropin.images import (
+    BatchImages,
+    ImageKnowledge,
+    find_images,
+    image_count,
+    without_image_inputs,
+)
+from flexdpo.dropin.plan import PlanKey, plan_batch
 from flexdpo.dropin.rules import REASONS, Positions, may_hold_sequences, reason_by_arguments
 from flexdpo.hf.draws import being_asked
 from flexdpo.hf.forward_layout import packed_forward
+from flexdpo.hf.images import image_part
 from flexdpo.hf.randomness import DrawsWatch
 from flexdpo.layout.row import TILE, RowLayout
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.utils.hooks import RemovableHandle
+
+    from flexdpo.dropin.gather import SharedBatch
 
 
 @dataclass
@@ -41,6 +50,8 @@ class SharingStats:
     tokens_in: int = 0  # places of all padded batches that the backbone was given, ``N * T`` each, padding included
     tokens_run: int = 0  # tokens that it ran instead; for a batch that passed through, all its places
     batches_shared: int = 0  # batches that ran as one packed row
+    images_in: int = 0  # images of all batches
+    images_encoded: int = 0  # images that the model encoded instead; of a batch that passed through, all
     # batches that ran as if flexdpo were not there, by reason; the reasons are explained in
     # :data:`flexdpo.dropin.rules.REASONS`
     passed_through: Counter[str] = field(default_factory=Counter)
@@ -55,6 +66,8 @@ class SharingStats:
             f"{self.tokens_run:,} of {self.tokens_in:,} tokens run ({self.saved:.0%} saved), "
             f"{self.batches_shared:,} batches shared"
         ]
+        if self.images_in:
+            lines += [f"{self.images_encoded:,} of {self.images_in:,} images encoded"]
         lines += [f"{count:,} passed through: {REASONS[reason]}" for reason, count in self.passed_through.most_common()]
         return "\n".join(lines)
 
@@ -82,6 +95,7 @@ class Sharing:
     warned: bool = False  # whether it was said why batches are not shared
     in_a_row: int = 0  # batches that passed through since one was shared last
     watch: DrawsWatch = field(default_factory=DrawsWatch)  # knows whether the backbone draws random numbers
+    images: ImageKnowledge = field(default_factory=ImageKnowledge)  # what was asked about its images
 
     def stats_so_far(self) -> SharingStats:
         """A copy of what was done, which threads that go on do not change."""
@@ -89,8 +103,6 @@ class Sharing:
             return copy.deepcopy(self.stats)
 
 
-# every sequence is compared with every other; more are mostly padding, each token of which is a sequence
-_MOST_SEQUENCES = 1024
 # so many batches that pass through one after the other are no accident
 _TOLD_AFTER = 5
 # what a model counts, it counts for all threads that run it
@@ -162,10 +174,11 @@ def _share_batch(
     may_hold = may_hold_sequences(backbone, named, sharing.stock)
     sharing.positions = sharing.positions.asked(backbone, of_sequences=may_hold)
     packed = may_hold and sharing.positions.sequences != "mixed"
+    plain = named if image_part(backbone) is None else without_image_inputs(backbone, named)
     planned: SharedBatch | str | None = reason_by_arguments(
-        backbone, named, packed=packed, scores_only=sharing.scores_only
+        backbone, plain, packed=packed, scores_only=sharing.scores_only
     )
-    planned = planned or ("random" if random else None) or _planned(sharing, named, packed)
+    planned = planned or ("random" if random else None) or _planned(backbone, named, plain, packed)
     _count(sharing, named, planned)
     if isinstance(planned, str):
         _tell(backbone, planned)
@@ -173,10 +186,12 @@ def _share_batch(
     settings = exchange_kernel_settings(_for_any_length(sharing, planned))
     _in_thread.running.append(_Running(backbone, planned, settings))
     # where they are left out, positions come with the layout
-    named.pop("position_ids", None)
+    plain.pop("position_ids", None)
     if planned.position_ids is not None:
-        named["position_ids"] = planned.position_ids
-    return (), {**named, "input_ids": planned.input_ids, "attention_mask": planned.layout, "use_cache": False}
+        plain["position_ids"] = planned.position_ids
+    if planned.images is not None:
+        plain = {**plain, **planned.images.inputs, **planned.images.omitted}
+    return (), {**plain, "input_ids": planned.input_ids, "attention_mask": planned.layout, "use_cache": False}
 
 
 @torch.compiler.disable
@@ -229,6 +244,7 @@ def _count(sharing: Sharing, named: dict[str, Any], planned: SharedBatch | str) 
     tokens = next((each for each in (named.get("input_ids"), named.get("inputs_embeds")) if each is not None), None)
     places = tokens.shape[:2].numel() if isinstance(tokens, torch.Tensor) else 0
     stats = sharing.stats
+    images = image_count(named)
     with _counting:
         if planned == "generation":
             stats.passed_through[planned] += 1
@@ -236,10 +252,15 @@ def _count(sharing: Sharing, named: dict[str, Any], planned: SharedBatch | str) 
         stats.tokens_in += places
         if isinstance(planned, str):
             stats.tokens_run += places
+            stats.images_in += images
+            stats.images_encoded += images
             stats.passed_through[planned] += 1
             sharing.in_a_row += 1
         else:
             stats.tokens_run += planned.layout.length
+            if planned.images is not None:
+                stats.images_in += len(planned.images.members)
+                stats.images_encoded += len(planned.images.counts)
             stats.batches_shared += 1
             sharing.in_a_row = 0
 
@@ -253,17 +274,6 @@ def _for_any_length(sharing: Sharing, batch: SharedBatch) -> KernelSettings:
 
 
 # --- the plan --------------------------------------------------------------------------------------------------------
-
-
-class PlanKey(NamedTuple):
-    """What a plan follows from, besides the batch."""
-
-    min_gain: float
-    min_prefix: int
-    positions: Positions
-    multiple: int
-    packed: bool = False  # whether rows may hold sequences one behind the other, which their positions tell apart
-    lone_rows: bool = False  # whether it does so in a batch of one row only
 
 
 class _Batch(NamedTuple):
@@ -294,13 +304,19 @@ def _same(kept: Tensor | None, given: Tensor | None) -> bool:
     return kept.device == given.device and kept.dtype == given.dtype and torch.equal(kept, given)
 
 
-def _planned(sharing: Sharing, named: dict[str, Any], packed: bool) -> SharedBatch | str:
-    """The packed row for a batch, or the reason why it is not shared."""
+def _planned(backbone: Any, named: dict[str, Any], plain: dict[str, Any], packed: bool) -> SharedBatch | str:
+    """The packed row for a batch, or the reason why it is not shared; ``plain`` arguments are not about images."""
+    sharing: Sharing = backbone._flexdpo_sharing
+    images = None if plain is named else find_images(backbone, named, sharing.images)
+    if isinstance(images, str):
+        return images
     batch = _Batch(named["input_ids"], named.get("attention_mask"), named.get("position_ids"))
     multiple = TILE if resolve_impl(sharing.impl, batch.input_ids.device) == "flex" else 1
     plan_key = PlanKey(
         sharing.min_gain, sharing.min_prefix, sharing.positions, multiple, packed, "flash" in sharing.stock
     )
+    if images is not None:
+        return _with_images(batch, plan_key, images)
     if torch.is_inference_mode_enabled():
         return plan_batch(*batch, plan_key)  # nothing that is made here may be used in training
     kept = _in_thread.recent
@@ -313,55 +329,8 @@ def _planned(sharing: Sharing, named: dict[str, Any], packed: bool) -> SharedBat
     return planned
 
 
-def plan_batch(
-    input_ids: Tensor, mask: Tensor | None, position_ids: Tensor | None, plan_key: PlanKey
-) -> SharedBatch | str:
-    """Find the trie of a batch and lay it out as one row.
-
-    ``mask``, ``[N, T]``, is nonzero at real tokens; without it all are real. ``position_ids``, ``[N, T]`` or
-    ``[1, T]``, are those of the caller, who need not give any.
-
-    Returns the row, or the reason why the batch is not shared, one of :data:`flexdpo.dropin.rules.REASONS`.
-    """
-    rows, columns = input_ids.shape
-    if position_ids is not None:
-        position_ids = position_ids.expand(rows, columns).contiguous()
-    elif plan_key.positions.behind_padding == "columns":
-        position_ids = torch.arange(columns, device=input_ids.device).expand(rows, columns).contiguous()
-    places = sequence_places(position_ids) if plan_key.packed and position_ids is not None else None
-    if places is not None and len(places) > rows:
-        # FlashAttention keeps those of a lone row apart
-        told = plan_key.positions.sequences == "apart" and (rows == 1 or not plan_key.lone_rows)
-        if not told or len(places) > _MOST_SEQUENCES:
-            return "position_ids"
-    keys = input_ids if position_ids is None else input_ids.long() | position_ids.long() << 32
-    if places is not None:
-        keys, mask = keys.reshape(-1)[places.clamp(min=0)], places >= 0
-    spans = row_spans(torch.ones_like(input_ids) if mask is None else mask)
-    batch = sort_batch(keys, spans, min_prefix=plan_key.min_prefix)
-    last = input_ids.new_tensor(columns - 1) if position_ids is None else position_ids.max()
-    facts = torch.stack([batch.num_tokens, spans.starts.max(), spans.gaps.long(), last])
-    # the one time that the device is waited for
-    tokens, latest_start, gaps, last_position = facts.tolist()
-    reason = _reason_by_facts(plan_key, (rows * columns, tokens, latest_start, gaps, last_position + 1))
-    if reason is not None:
-        return reason
-    trie = trie_of(batch, tokens)
-    if places is not None:
-        trie = trie.elsewhere(places, (rows, columns))
-    return SharedBatch.of(
-        input_ids, trie, position_ids=position_ids, reach=last_position + 1, pad_to_multiple_of=plan_key.multiple
-    )
-
-
-def _reason_by_facts(plan_key: PlanKey, facts: tuple[int, int, int, int, int]) -> str | None:
-    places, tokens, latest_start, gaps, reach = facts
-    positions = plan_key.positions
-    if gaps:
-        return "gaps"
-    if latest_start and not positions.relative and positions.behind_padding == "unknown":
-        return "left_padding"
-    if positions.limits.open_end is not None and reach > positions.limits.open_end:
-        return "rope_scaling"
-    length = -(-tokens // plan_key.multiple) * plan_key.multiple
-    return "little_gain" if tokens == 0 or places < plan_key.min_gain * length else None
+def _with_images(batch: _Batch, plan_key: PlanKey, images: BatchImages) -> SharedBatch | str:
+    # positions in several dimensions are the model's own, and know where padding stands
+    if images.position_ids is not None:
+        plan_key = plan_key._replace(positions=replace(plan_key.positions, relative=True))
+    return plan_batch(*batch, plan_key, images)

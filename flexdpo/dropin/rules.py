@@ -38,10 +38,17 @@ REASONS = {
     "left_padding": "padding on the left moves the model's positions in a way that it does not tell",
     "rope_scaling": "the batch is longer than the limit beyond which every length has rotary frequencies of its own",
     "random": "the model draws random numbers (dropout, noise); a shared token cannot have others for each row",
+    "other_media": "the call brings video or audio, which flexdpo does not share",
+    "image_inputs": "the images' inputs are not tensors with one entry for each image, or the model has no image token",
+    "image_tokens": "it cannot be told which image tokens belong to which image, or the tokens of an image are cut",
+    "token_types": "the call says of other tokens than the image tokens that they are images, or says nothing of them "
+    "where the model needs it",
     "other_inputs": "the call has inputs that flexdpo does not know how to share",
 }
 # switches and counts that change nothing about how tokens are shared
 _HARMLESS_TENSORS = frozenset({"input_ids", "attention_mask", "position_ids", "num_items_in_batch", "logits_to_keep"})
+# what arguments about video and audio begin with
+_OTHER_MEDIA = ("pixel_values_videos", "image_sizes_videos", "video_", "num_frames", "input_features", "audio_")
 # architectures whose positions were measured to be relative: equal results wherever a row begins. Others are taken for
 # absolute, since rotary embeddings alone prove nothing: a norm behind them, or a scale by position, undoes it
 # fmt: off
@@ -121,6 +128,8 @@ def _obstacles(backbone: PreTrainedModel, kwargs: dict[str, Any], packed: bool, 
         yield "output_attentions"
     if input_ids.ndim != 2 or (mask is not None and getattr(mask, "shape", None) != input_ids.shape):
         yield "attention_mask"
+    if any(name.startswith(_OTHER_MEDIA) and value is not None for name, value in kwargs.items()):
+        yield "other_media"
     if any(not _is_harmless(backbone, name, value) for name, value in kwargs.items()):
         yield "other_inputs"
     if input_ids.shape[0] == 1 and not packed:

@@ -18,6 +18,7 @@ from flexdpo.dropin.native_attention import implementation_over
 from flexdpo.dropin.rules import Positions
 from flexdpo.errors import FlexdpoError
 from flexdpo.hf.forward_layout import install_layout_hooks, remove_layout_hooks
+from flexdpo.hf.images import image_part, install_image_hooks, remove_image_hooks
 from flexdpo.hf.limits import find_limits
 from flexdpo.hf.prepare import prepare_model
 from flexdpo.hf.unwrap import backbone_of, unwrap_model, unwrapped
@@ -118,6 +119,8 @@ def share_backbone(
     prepare_model(model, impl=impl)
     backbone.set_attn_implementation(name)
     install_layout_hooks(input_module, impl)
+    if image_part(input_module) is input_module:
+        install_image_hooks(input_module)
     input_module._flexdpo_mixing = backbone._flexdpo_mixing
     find_limits(input_module)
     parameters = tuple(inspect.signature(type(input_module).forward).parameters)[1:]
@@ -141,6 +144,7 @@ def unshare(model: nn.Module) -> None:
     for part in parts:
         if sharing.impl_before is None:
             remove_layout_hooks(part)
+            remove_image_hooks(part)
         else:
             part._flexdpo_impl = sharing.impl_before
 

@@ -26,7 +26,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flexdpo.errors import UnsupportedModelError
+from flexdpo.hf.draws import RandomState, can_run, left_as_it_is
 from flexdpo.hf.forward_layout import packed_forward, without_layout
+from flexdpo.hf.randomness import WAY_OUT, called_random, mark_of
 from flexdpo.layout.row import RowLayout
 from flexdpo.layout.segments import Segments
 
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
     from flexdpo.layout.images import RowImages
 
 # arguments that say which tokens are images, 1 at these
-_TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
+TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
 # what models put into the embeddings, and what they add behind their first layers, one for each of these
 _FEATURES, _DEEPER_FEATURES = "pooler_output", "deepstack_features"
 
@@ -74,7 +76,7 @@ def _add_what_images_need(
     if not isinstance(layout, RowLayout) or layout.images is None:
         return None
     part, added = image_part(module), dict(kwargs)
-    for name in _TOKEN_TYPES:
+    for name in TOKEN_TYPES:
         if name in inspect.signature(type(part).forward).parameters:
             added.setdefault(name, (layout.images.features >= 0).long())
     positions = kwargs.get("position_ids")
@@ -99,8 +101,14 @@ class _HandedOut:
         images = None if forward is None or forward.layout is None else forward.layout.images
         if forward is None or images is None:
             return encode(self.part, *args, **kwargs)
+        before = RandomState.now() if self.part.training and not torch.compiler.is_compiling() else None
         with without_layout(self.part):
             output = encode(self.part, *args, **kwargs)
+        if before is not None and RandomState.now().differs(before) and _draws(self.part, args, kwargs):
+            raise UnsupportedModelError(
+                f"{type(self.part).__name__} draws random numbers while it encodes images, and an image that several "
+                f"responses share would be drawn once where an ordinary run draws for each; {WAY_OUT}"
+            )
         forward.images_encoded = True
         return handed_out(output, images, type(self.part).__name__)
 
@@ -120,11 +128,62 @@ def handed_out(output: Any, images: RowImages, model: str) -> Any:
             "tokens of a packed row; train this model without flexdpo"
         )
     index = images.features[images.features >= 0]
+    output._flexdpo_encoded = output[_FEATURES]
     output[_FEATURES] = _for_each_token(output[_FEATURES], index, images, model)
     deeper = getattr(output, _DEEPER_FEATURES, None)
     if deeper is not None:
         output[_DEEPER_FEATURES] = [_for_each_token(each, index, images, model) for each in deeper]
     return output
+
+
+def encoded_features(output: Any) -> tuple[str, Tensor, bool] | None:
+    """The features of the distinct images in what a model returns of its encoder.
+
+    Returns the name they have there, the features ``[F, H]``, and whether the model has one tensor for all images.
+    """
+    encoded = getattr(output, "_flexdpo_encoded", None)
+    if encoded is None:
+        return None
+    one = isinstance(encoded, torch.Tensor)
+    return _FEATURES, torch.cat([each.reshape(-1, each.shape[-1]) for each in ([encoded] if one else encoded)]), one
+
+
+def tokens_of_images(part: Any, inputs: dict[str, Tensor]) -> int:
+    """Ask a model how many tokens stand for some images; the caller puts back what it changes."""
+    with torch.no_grad():
+        features = type(part).get_image_features(part, **_taken(part, inputs))[_FEATURES]
+    parts = [features] if isinstance(features, torch.Tensor) else features
+    return sum(each.shape[:-1].numel() for each in parts)
+
+
+def encoder_draws(part: Any, inputs: dict[str, Tensor], known: dict[int, bool]) -> bool:
+    """Whether encoding images draws random numbers, in the mode and with the settings that a model has now.
+
+    What was asked is remembered in ``known``. One that cannot run now is judged by what its settings are called.
+    """
+    if not any(module.training for module in part.modules()):
+        return False
+    mark = mark_of(part)
+    if mark not in known:
+        known[mark] = bool(called_random(part)) if not can_run(part) else _draws(part, (), _taken(part, inputs))
+    return known[mark]
+
+
+def _draws(part: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    # others may draw meanwhile: it must be this model again and again
+    with left_as_it_is(part, None), torch.no_grad(), without_layout(part):
+        for _ in range(3):
+            before = RandomState.now()
+            type(part).get_image_features(part, *args, **kwargs)
+            if not RandomState.now().differs(before):
+                return False
+    return True
+
+
+def _taken(part: Any, inputs: dict[str, Tensor]) -> dict[str, Any]:
+    """What of the images' inputs the encoder itself is given."""
+    names = inspect.signature(inspect.unwrap(type(part).get_image_features)).parameters
+    return {"return_dict": True, **{name: value for name, value in inputs.items() if name in names}}
 
 
 def _for_each_token(features: Any, index: Tensor, images: RowImages, model: str) -> Any:
@@ -167,25 +226,32 @@ def rope_positions(part: Any, input_ids: Tensor, layout: RowLayout) -> Tensor:
 def _rope_positions(part: Any, input_ids: Tensor, layout: RowLayout) -> Tensor:
     images = layout.on_host().images
     assert images is not None
-    takes = inspect.signature(type(part).get_rope_index).parameters
     # what has one entry for each image
-    inputs = {n: v.cpu() for n, v in images.inputs.items() if n in takes and len(v) == len(images.counts)}
+    inputs = {n: v.cpu() for n, v in images.inputs.items() if len(v) == len(images.counts)}
     begins, image = (each.flatten() for each in images.first_tokens())
     positions: Tensor | None = None
     for bucket in Segments.of(layout).path_plan():
         tokens = torch.from_numpy(bucket.tokens)
         real, at = tokens >= 0, tokens.clamp(min=0)
         order = image[at][begins[at] & real]
-        call = {
-            "attention_mask": real.long(),
-            **dict.fromkeys(_TOKEN_TYPES, (images.features.flatten()[at] >= 0).long() * real),
-            **{name: value[order] for name, value in inputs.items()},
-        }
-        known = {name: value for name, value in call.items() if name in takes}
-        found = part.get_rope_index(input_ids.flatten()[at], **known)[0]
+        is_image = (images.features.flatten()[at] >= 0) & real
+        found = rope_index(part, input_ids.flatten()[at], real, is_image, {n: v[order] for n, v in inputs.items()})
         if positions is None:
             positions = found.new_zeros(len(found), layout.batch_size * layout.length)
         positions[:, tokens[real]] = found[:, real]
     assert positions is not None
     unfolded: Tensor = positions.unflatten(1, (layout.batch_size, layout.length))
     return unfolded
+
+
+def rope_index(part: Any, input_ids: Tensor, real: Tensor, is_image: Tensor, inputs: dict[str, Any]) -> Tensor:
+    """Positions that a model gives to the sequences of a padded batch.
+
+    ``real`` and ``is_image``, ``[N, T]`` bool, tell tokens from padding and images from text; ``inputs`` those of the
+    images, in the order of their tokens. Returns ``[C, N, T]``.
+    """
+    call = {"attention_mask": real.long(), **dict.fromkeys(TOKEN_TYPES, is_image.long()), **inputs}
+    takes = inspect.signature(type(part).get_rope_index).parameters
+    with torch.no_grad():
+        found: Tensor = part.get_rope_index(input_ids, **{n: v for n, v in call.items() if n in takes})[0]
+    return found

@@ -51,7 +51,7 @@ def disable_dropout(model: nn.Module) -> Callable[[], None]:
 
     draws = draws_by_module(base)
     if draws is None:
-        undoes += [rate.zero() for rate in _called_random(base)]
+        undoes += [rate.zero() for rate in called_random(base)]
     elif draws:
         draws, more = _search(base, draws)
         undoes += more
@@ -102,7 +102,7 @@ def _search(base: nn.Module, draws: Counter[str]) -> tuple[Counter[str], list[Ca
     """Set to 0, by trial, what makes modules draw; return what still draws, and what undoes the changes."""
     modules = dict(base.named_modules())
     want = _evaluated(base)
-    undoes = [rate.zero() for rate in _called_random(base)]
+    undoes = [rate.zero() for rate in called_random(base)]
     # mostly the names are right, which one question shows
     if (found := _still_drawn(base, want)) is not None and not found:
         return found, undoes
@@ -184,7 +184,7 @@ def _inside(value: Any) -> Any:
 _RANDOM_NAMES = ("drop", "jitter", "noise")
 
 
-def _called_random(model: nn.Module) -> list[_Rate]:
+def called_random(model: nn.Module) -> list[_Rate]:
     """Settings above 0 by whose name they are for something random."""
     containers = {id(vars(module)): vars(module) for module in model.modules()}
     configs = (getattr(module, "config", None) for module in model.modules())
@@ -204,7 +204,7 @@ def _named(model: nn.Module, draws: Counter[str], when: str) -> str:
     shown = ", ".join(f"{type(modules[name]).__name__} ({name or 'the model itself'})" for name in names[:3])
     more = f" and {len(names) - 3} more modules" if len(names) > 3 else ""
     s = "s" if len(names) == 1 else ""
-    rates = sorted({rate.name + "=" + repr(rate.places[0][0][rate.places[0][1]]) for rate in _called_random(model)})
+    rates = sorted({rate.name + "=" + repr(rate.places[0][0][rate.places[0][1]]) for rate in called_random(model)})
     rates += [f"p={p}" for p in sorted({m.p for m in model.modules() if isinstance(m, _DropoutNd) and m.p > 0})]
     settings = f" (above 0: {', '.join(rates[:6])})" if rates else ""
     return f"{shown}{more} draw{s} random numbers {when}{settings}"
@@ -222,7 +222,7 @@ def refuse_draws(module: PreTrainedModel, before: RandomState, now: RandomState,
     """
     length = next(iter(inputs.values())).shape[1]
     known: dict[int, int] = vars(module).setdefault("_flexdpo_harmless", {})
-    mark = _mark(module)
+    mark = mark_of(module)
     if length <= known.get(mark, 0):
         return
     backbone = backbone_of(module)
@@ -249,14 +249,14 @@ class DrawsWatch:
 
     def draws(self, model: nn.Module) -> bool:
         """Whether the next forward would draw, in the mode that every module has now."""
-        mark = _mark(model)
+        mark = mark_of(model)
         if mark not in self.known:
             found = draws_by_module(model, training=None)
-            self.known[mark] = bool(_called_random(model)) if found is None else bool(found)
+            self.known[mark] = bool(called_random(model)) if found is None else bool(found)
         return self.known[mark]
 
 
-def _mark(model: nn.Module) -> int:
+def mark_of(model: nn.Module) -> int:
     """A number that changes with modes, settings, hooks and active adapters."""
     found: list[Any] = []
     for module in model.modules():

@@ -132,7 +132,7 @@ class ImageKeys:
     A table for each trie, or for all tries of a call; keys of two tables have nothing in common.
     """
 
-    # how far below 0 the keys of each run begin; a run is the images in it, each with its first place and tokens
+    # where the numbers of each run begin
     known: dict[tuple[tuple[str, int, int], ...], int] = field(default_factory=dict)
     used: int = 0  # keys given out
 
@@ -151,11 +151,18 @@ class ImageKeys:
             # where another image begins within the run
             parts = np.split(run, np.flatnonzero(np.diff(image[run])) + 1)
             of = tuple((images[image[part[0]]].digest, int(place[part[0]]), part.size) for part in parts if part.size)
-            if of not in self.known:
-                self.known[of] = self.used
-                self.used += run.size
-            keys[run] = -1 - self.known[of] - np.arange(run.size)
+            keys[run] = -1 - self.first(of) - np.arange(run.size)
         return keys
+
+    def first(self, run: tuple[tuple[str, int, int], ...]) -> int:
+        """The number, from 0, of the first token of a run; those of the others follow it.
+
+        ``run`` holds each image in it: its digest, its first place there, and its tokens.
+        """
+        if run not in self.known:
+            self.known[run] = self.used
+            self.used += sum(tokens for *_, tokens in run)
+        return self.known[run]
 
 
 def image_places(

@@ -16,7 +16,7 @@ import transformers
 from torch.utils.checkpoint import checkpoint
 
 import flexdpo
-from flexdpo.dropin import gather, hooks
+from flexdpo.dropin import gather, hooks, plan
 from flexdpo.dropin.batch_trie import BatchTrie
 from flexdpo.dropin.rules import REASONS, Positions
 from flexdpo.errors import FlexdpoError, UnsupportedModelError
@@ -228,7 +228,7 @@ def test_positions_that_no_model_keeps_sequences_apart_by() -> None:
 @pytest.mark.parametrize("name", ["lfm2", "llama"])
 def test_packed_rows_that_pass_through(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Convolutions run over the ends of sequences; and to compare thousands of them would take longer than it saves."""
-    monkeypatch.setattr(hooks, "_MOST_SEQUENCES", 3)
+    monkeypatch.setattr(plan, "_MOST_SEQUENCES", 3)
     model, inputs = build_model(name), packed_rows(1)
     want = run_packed(model, inputs)
     sharing = flexdpo.share_prefixes(model, **ALL)

@@ -54,7 +54,7 @@ class Kind:
     image: Callable[[int, int], tuple[dict[str, torch.Tensor], list[int]]]
     types: str | None = None  # the argument that says which tokens are images
     left: bool = True  # whether its stock run is right with padding on the left
-    float64: bool = True  # whether it runs in float64 throughout
+    nested: bool = False  # whether a batch holds the images of each row side by side
 
     def picture(self, seed: int, size: int = 0) -> tuple[PromptImage, list[int]]:
         """An image, and the tokens that stand for it in a prompt."""
@@ -315,8 +315,8 @@ KINDS = {
     "qwen3_vl": Kind(qwen3_vl, grid, "mm_token_type_ids"),
     "gemma3": Kind(gemma3, square(4), "token_type_ids"),
     "gemma4": Kind(gemma4, patched, "mm_token_type_ids"),
-    "idefics3": Kind(idefics3, split_tiles),
-    "smolvlm": Kind(smolvlm, split_tiles),
+    "idefics3": Kind(idefics3, split_tiles, nested=True),
+    "smolvlm": Kind(smolvlm, split_tiles, nested=True),
     "internvl": Kind(internvl, tiles(4)),
     "mistral3": Kind(mistral3, lines),
 }

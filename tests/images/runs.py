@@ -65,3 +65,40 @@ def packed_run(model: Any, rows: list[Row], count: int, **kwargs: Any) -> Run:
         for number, group in zip(row.numbers or range(count), row.groups, strict=True):
             found[number] = [logits[next(paths)] for _ in group.response_ids]
     return _run(model, [each for number in range(count) for each in found[number]])
+
+
+def padded_batch(model: Any, kind: Kind, groups: list[Group], side: str = "right") -> dict[str, Any]:
+    """All sequences as one padded batch, with the images of each, as a collator makes it."""
+    sequences = [sequence for group in groups for sequence in group.sequences]
+    longest = max(len(sequence) for sequence in sequences)
+    ids, mask = torch.zeros(2, len(sequences), longest, dtype=torch.long)
+    for row, sequence in enumerate(sequences):
+        places = slice(0, len(sequence)) if side == "right" else slice(longest - len(sequence), longest)
+        ids[row, places], mask[row, places] = torch.from_numpy(sequence), 1
+    of_rows = [group.images for group in groups for _ in group.response_ids]
+    inputs = joined_inputs([image.inputs for images in of_rows for image in images])
+    if kind.nested:
+        inputs = _nested(of_rows)
+    if kind.types is not None:
+        inputs[kind.types] = (ids == IMAGE).long()
+    return {"input_ids": ids, "attention_mask": mask, **cast(inputs, model)}
+
+
+def _nested(of_rows: list[tuple[PromptImage, ...]]) -> dict[str, torch.Tensor]:
+    """The tiles of each row side by side, filled up with zeros to the most that a row has."""
+    names = next(image.inputs for images in of_rows for image in images)
+    found = {}
+    for name in names:
+        rows = [torch.cat([image.inputs[name][0] for image in images]) for images in of_rows if images]
+        empty = rows[0][:0]
+        filled = iter(rows)
+        found[name] = torch.nn.utils.rnn.pad_sequence(
+            [next(filled) if images else empty for images in of_rows], batch_first=True
+        )
+    return found
+
+
+def batch_run(model: Any, batch: dict[str, Any]) -> Run:
+    """Run a padded batch; logits at its tokens."""
+    logits = model(**batch, use_cache=False).logits
+    return _run(model, [line[real.bool()] for line, real in zip(logits, batch["attention_mask"], strict=True)])
