@@ -320,7 +320,7 @@ def _sums(tensor: Tensor) -> tuple[float, float]:
     return float(values.sum()), float(values.abs().sum())
 
 
-def _put_in(container: dict[str, Any], kept: dict[str, Any]) -> None:
+def _put_in(container: dict[Any, Any], kept: dict[Any, Any]) -> None:
     """Bring a dict back to what it was, and never empty it: another thread may be running the module."""
     for key in [key for key in container if key not in kept]:
         del container[key]
@@ -335,6 +335,8 @@ def left_as_it_is(model: nn.Module, training: bool | None) -> Iterator[None]:
     modules = list(model.modules())
     attributes = [dict(vars(module)) for module in modules]
     buffers = [dict(module._buffers) for module in modules]
+    # a model's first forward may register hooks, and remember that it did in an attribute
+    hooks = [(each, dict(each)) for module in modules for each in (module._forward_hooks, module._forward_pre_hooks)]
     contents = [(each, each._version, each.detach().clone()) for each in model.buffers() if not each.is_inference()]
     own = [(generator, _state_of(generator)) for generator in _own_generators(model)]
     states = RandomState.now()
@@ -350,6 +352,8 @@ def left_as_it_is(model: nn.Module, training: bool | None) -> Iterator[None]:
         for module, kept, tensors in zip(modules, attributes, buffers, strict=True):
             _put_in(vars(module), kept)
             _put_in(module._buffers, tensors)
+        for registered, before in hooks:
+            _put_in(registered, before)
         with torch.no_grad():
             for buffer, version, content in contents:
                 if buffer._version != version:
