@@ -8,6 +8,8 @@ from typing import Any
 TOKENISED_COLUMNS = ("prompt_ids", "response_ids", "edges", "row")
 # beside the other columns, only for responses that are labelled one by one
 LABELS_COLUMN = "labels"
+# beside the other columns, only of data with images: those of each prompt, in the order of their tokens
+IMAGES_COLUMN = "prompt_images"
 # read beside text or messages of any layout
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 EMPTY_PROMPT = "empty prompt"
@@ -16,7 +18,8 @@ IDENTICAL = "identical responses"
 PROMPT_FILLS = "prompt alone fills max_length"
 IDENTICAL_CUT = "identical responses once cut to max_length"
 TIE = "no preference between the responses"
-SKIP_REASONS = (EMPTY_PROMPT, EMPTY_RESPONSE, IDENTICAL, PROMPT_FILLS, IDENTICAL_CUT, TIE)
+IMAGE_CUT = "an image cut to max_length or max_prompt_length"
+SKIP_REASONS = (EMPTY_PROMPT, EMPTY_RESPONSE, IDENTICAL, PROMPT_FILLS, IDENTICAL_CUT, TIE, IMAGE_CUT)
 # raise it when the same row gives other tokens than before: `datasets` caches by settings, not by this file's code
 _REVISION = 5
 
@@ -31,6 +34,7 @@ class Settings:
         prompt: The column that holds the prompt and those that go on with it; empty where the responses begin with it.
         system: The column of a system prompt; where there is one, text becomes messages.
         turns: The column of earlier turns, as pairs of a question and its answer.
+        images: Columns that hold the images of the prompt; ``None`` where no processor reads them.
         media: Columns that must be empty.
         unread: Columns that are not read.
         prompt_like: Those of them that must hold no text of their own.
@@ -43,6 +47,7 @@ class Settings:
     prompt: tuple[str, ...] = ()
     system: str | None = None
     turns: str | None = None
+    images: tuple[str, ...] | None = None
     media: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
     prompt_like: tuple[str, ...] = ()
@@ -57,6 +62,7 @@ class Draft:
     Attributes:
         place: How errors call the row.
         columns: Where each response stands.
+        pictures: The images of the prompt as the data hold them, and then as ``IMAGES_COLUMN`` does.
     """
 
     row: int
@@ -66,6 +72,7 @@ class Draft:
     responses: list[Any] = field(default_factory=list)
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     is_chat: bool = False
+    pictures: list[Any] = field(default_factory=list)
     prompt_ids: list[int] = field(default_factory=list)
     response_ids: list[list[int]] = field(default_factory=list)
     edges: list[list[int]] = field(default_factory=list)

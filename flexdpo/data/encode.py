@@ -10,6 +10,8 @@ from flexdpo.data.draft import (
     EMPTY_RESPONSE,
     IDENTICAL,
     IDENTICAL_CUT,
+    IMAGE_CUT,
+    IMAGES_COLUMN,
     LABELS_COLUMN,
     NOTES,
     PROMPT_FILLS,
@@ -17,32 +19,44 @@ from flexdpo.data.draft import (
     Draft,
     Settings,
 )
+from flexdpo.data.encode_images import tokenize_with_images
 from flexdpo.data.formats import read_row
+from flexdpo.data.images import reader_of, tokenizer_of
 from flexdpo.data.layouts import LAYOUTS
+from flexdpo.data.pictures import with_undecoded
 from flexdpo.errors import FlexdpoError, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 
 def tokenize_batch(
     batch: dict[str, list[Any]],
     indices: list[int],
     *,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
     settings: Settings,
 ) -> dict[str, list[Any]]:
     """Tokenise a batch of rows; a row that cannot be used comes out empty, with the reason's number."""
+    if settings.images:
+        batch = with_undecoded(batch, settings.images)
     rows = zip(indices, zip(*batch.values(), strict=True), strict=True)
     drafts = [read_row(index, dict(zip(batch, values, strict=True)), settings) for index, values in rows]
     layout = LAYOUTS[settings.layout]
     # a prompt that is to keep its end is tokenised to it
     bound = None if settings.max_prompt_length else settings.max_length
     if not layout.ids:
-        texts = [draft for draft in drafts if not draft.skip and not draft.is_chat]
-        chats = [draft for draft in drafts if not draft.skip and draft.is_chat]
+        used = [draft for draft in drafts if not draft.skip]
+        # a processor's template takes messages in parts, with and without images
+        seen = [draft for draft in used if settings.images or (settings.images is not None and draft.is_chat)]
+        texts = [draft for draft in used if draft not in seen and not draft.is_chat]
+        chats = [draft for draft in used if draft not in seen and draft.is_chat]
+        for draft in seen:
+            tokenize_with_images(draft, reader_of(tokenizer))
+        if settings.images is not None:
+            tokenizer = tokenizer_of(tokenizer)
         if texts:
             _tokenize_text(texts, tokenizer, bound)
         if chats:
@@ -55,6 +69,7 @@ def tokenize_batch(
         "edges": [[] if draft.skip else draft.edges for draft in drafts],
         "row": [draft.row for draft in drafts],
         **({LABELS_COLUMN: [draft.labels for draft in drafts]} if layout.labelled else {}),
+        **({IMAGES_COLUMN: [draft.pictures for draft in drafts]} if settings.images is not None else {}),
         "_skip": [SKIP_REASONS.index(draft.skip) + 1 if draft.skip else 0 for draft in drafts],
         "_responses": [len(draft.response_ids) for draft in drafts],
         "_cut": [draft.cut for draft in drafts],
@@ -67,6 +82,9 @@ def tokenize_batch(
 def _settle(draft: Draft, max_length: int | None, max_prompt_length: int | None) -> None:
     """Cut the prompt to its end and the responses to ``max_length``, and say why a row cannot be used, if so."""
     if draft.skip:
+        return
+    if draft.pictures and _cuts_an_image(draft, max_length, max_prompt_length):
+        draft.skip = IMAGE_CUT
         return
     if max_prompt_length is not None and len(draft.prompt_ids) > max_prompt_length:
         # one cut for all responses, so that they go on sharing the prompt
@@ -88,6 +106,13 @@ def _settle(draft: Draft, max_length: int | None, max_prompt_length: int | None)
         if _drop_ties(draft) and compared and not draft.edges:
             draft.skip = IDENTICAL_CUT
     draft.longest = len(draft.prompt_ids) + max(map(len, draft.response_ids), default=0)
+
+
+def _cuts_an_image(draft: Draft, max_length: int | None, max_prompt_length: int | None) -> bool:
+    """Whether fewer image tokens are left than the images have."""
+    kept = draft.prompt_ids[-max_prompt_length:] if max_prompt_length is not None else draft.prompt_ids
+    tokens = sum(picture["tokens"] for picture in draft.pictures)
+    return kept[:max_length].count(draft.pictures[0]["token_id"]) < tokens
 
 
 def _drop_ties(draft: Draft) -> int:
@@ -241,7 +266,7 @@ def _with_response(draft: Draft, response: list[Any]) -> list[Any]:
 
 def _renders_text(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a template makes text of messages; a renderer of its own, such as Mistral's, gives token ids."""
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
     return type(tokenizer).apply_chat_template is PreTrainedTokenizerBase.apply_chat_template
 

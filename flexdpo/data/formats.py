@@ -28,10 +28,11 @@ def read_row(row: int, values: Mapping[str, Any], settings: Settings) -> Draft:
         return draft
     for column in settings.media:
         if values[column]:
-            raise FlexdpoError(
-                f"{draft.place}, column {column!r}: images, sound and video are not supported; drop the column to "
-                "train on text"
-            )
+            raise _not_read(f"{draft.place}, column {column!r}", column[:5])
+    for column in settings.images or ():
+        held = values[column]
+        draft.pictures += held if isinstance(held, list) else [held]
+    draft.pictures = [picture for picture in draft.pictures if picture is not None]
     if settings.prompt_like:
         require_nothing_lost(draft.place, values, settings)
     layout.read(draft, values)
@@ -43,11 +44,31 @@ def read_row(row: int, values: Mapping[str, Any], settings: Settings) -> Draft:
         draft.decoded, draft.responses = True, responses
     draft.prompt = as_messages(draft.prompt, draft.place, (settings.prompt or ("prompt",))[0])
     draft.responses = [as_messages(r, draft.place, c) for r, c in zip(draft.responses, draft.columns, strict=True)]
+    columns = [(settings.prompt or ("prompt",))[0], *draft.columns]
+    for column, chat in zip(columns, (draft.prompt, *draft.responses), strict=True):
+        # only messages with images are in parts
+        if settings.images is None and isinstance(chat, list) and any(isinstance(m["content"], list) for m in chat):
+            raise _not_read(f"{draft.place}, column {column!r}", "image")
     _leave_out(draft, [says_nothing(response) for response in draft.responses])
     if draft.skip:
         return draft
     _settle(draft, values, settings)
+    for column, response in zip(draft.columns, draft.responses, strict=True):
+        if isinstance(response, list) and any(isinstance(message["content"], list) for message in response):
+            raise FlexdpoError(
+                f"{draft.place}, column {column!r}: an image in a response; models here write text only, so put it "
+                "into the prompt or leave the row out"
+            )
     return draft
+
+
+def _not_read(place: str, kind: str) -> FlexdpoError:
+    if kind == "image":
+        return FlexdpoError(
+            f"{place}: images are read by a processor, and here is a tokenizer alone; give processing_class="
+            "AutoProcessor.from_pretrained(...) and a model that sees, or drop the images to train on text"
+        )
+    return FlexdpoError(f"{place}: sound and video are not supported; drop the column to train on text")
 
 
 def _prompt(draft: Draft, values: Mapping[str, Any], settings: Settings) -> tuple[Any, Mapping[str, Any]]:

@@ -294,11 +294,14 @@ PROMPTS: dict[tuple[str, ...], str] = {
     ("history",): "",
 }
 _SYSTEM = ("system", "system_prompt", "system_message")
-_MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+_IMAGES = ("images", "image")
+_MEDIA = ("videos", "video", "audios", "audio")
 
 
-def settings_for(columns: Sequence[str], largest_id: int | None, max_length: int | None, name: str) -> Settings:
-    """Find how rows with these columns are read.
+def settings_for(
+    columns: Sequence[str], largest_id: int | None, max_length: int | None, name: str, *, images: bool = False
+) -> Settings:
+    """Find how rows with these columns are read; ``images`` says whether a processor is there for those of prompts.
 
     Raises:
         FlexdpoError: if no known set of columns is among them, or nothing says which is the prompt.
@@ -319,11 +322,21 @@ def settings_for(columns: Sequence[str], largest_id: int | None, max_length: int
     free = [column for column in columns if column not in (*own, *prompt)]
     system = next((column for column in _SYSTEM if column in free), None)
     turns = "history" if "history" in free and prompt[:1] == ("instruction",) else None
-    unread = tuple(column for column in free if column not in (system, turns, *TEMPLATE_COLUMNS))
+    pictures = tuple(column for column in _IMAGES if column in free)
+    read = (system, turns, *TEMPLATE_COLUMNS, *(pictures if images else ()))
+    unread = tuple(column for column in free if column not in read)
     like = prompt_like(unread, has_prompt=prompt[:1] == ("prompt",))
-    media = tuple(column for column in _MEDIA if column in columns)
+    media = tuple(column for column in (*(() if images else _IMAGES), *_MEDIA) if column in columns)
     return Settings(
-        key, max_length, prompt=prompt, system=system, turns=turns, media=media, unread=unread, prompt_like=like
+        key,
+        max_length,
+        prompt=prompt,
+        system=system,
+        turns=turns,
+        images=pictures if images else None,
+        media=media,
+        unread=unread,
+        prompt_like=like,
     )
 
 

@@ -19,6 +19,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal, cast, overload
 from flexdpo.data.cache import cache_folder
 from flexdpo.data.columns import renamed
 from flexdpo.data.layouts import LAYOUTS
+from flexdpo.data.pictures import is_picture, with_paths_from
 from flexdpo.errors import FlexdpoError, first_line, found, is_the_disks, nearest, quoted
 from flexdpo.hf.names import local_path, why_unreachable
 
@@ -123,7 +124,8 @@ def load_preference_dataset(
         dataset = _load_from_hub(name_or_path, split, config_name, streaming)
     if not streaming and len(cast("Dataset", dataset)) == 0:
         raise FlexdpoError(f"{name_or_path}: there are no rows; give a dataset with at least one")
-    return renamed(dataset, columns, name_or_path) if columns else dataset
+    dataset = renamed(dataset, columns, name_or_path) if columns else dataset
+    return with_paths_from(dataset, path if path.is_dir() else path.parent) if path.exists() else dataset
 
 
 def _neighbour(path: Path) -> str:
@@ -233,6 +235,8 @@ def _load_folder(path: Path, split: str, config_name: str | None, streaming: boo
                 f"{path}: the folder has neither a saved dataset nor files ending in {', '.join(_READER_OF_SUFFIX)}"
             )
         only_csv = {_split_suffixes(file)[0] for file in files} == {".csv"}
+        # pictures beside the rows would have the library look for nothing else
+        pictured = any(is_picture(file) for file in path.rglob("*"))
         # resolved, because a bare folder name such as "json" would mean one of the library's own readers
         return _load(
             str(path),
@@ -242,6 +246,7 @@ def _load_folder(path: Path, split: str, config_name: str | None, streaming: boo
             split=split,
             streaming=streaming,
             **(_csv_options(files) if only_csv else {}),
+            **({"data_files": [str(file.resolve()) for file in files]} if pictured else {}),
         )
     try:
         saved = load_from_disk(str(path))

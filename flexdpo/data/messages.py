@@ -49,19 +49,41 @@ def _message(message: Any, place: str) -> dict[str, Any]:
 
 
 def _content(value: Any, place: str) -> Any:
-    """Text, and parts of text as one: a template made for text would print a list of parts."""
+    """Text, and parts of text as one: a template made for text would print a list of parts.
+
+    Where images stand between them, a list of parts: ``{"type": "text", "text": ...}`` and ``{"type": "image"}``, the
+    latter with its picture under ``"image"`` if the part brings one.
+    """
     if value is None or isinstance(value, str):
         return value
     if not isinstance(value, list):
         raise FlexdpoError(f"{place}: expected {{'role': 'user', 'content': 'text'}}, its 'content' is {found(value)}")
     texts = [part if isinstance(part, str) else _text_of_part(part) for part in value]
-    for text, part in zip(texts, value, strict=True):
-        if text is None:
+    images = [_image_part(part) for part in value]
+    for text, image, part in zip(texts, images, value, strict=True):
+        if text is None and image is None:
             raise FlexdpoError(
-                f"{place}: expected text, or parts such as {{'type': 'text', 'text': 'why?'}}, found "
-                f"{found(part)}; images, sound and video are not supported"
+                f"{place}: expected text, or parts such as {{'type': 'text', 'text': 'why?'}} and {{'type': 'image'}}, "
+                f"found {found(part)}; sound and video are not supported"
             )
+    if any(images):
+        return [image or {"type": "text", "text": text} for text, image in zip(texts, images, strict=True)]
     return "".join(text for text in texts if text is not None)
+
+
+def _image_part(part: Any) -> dict[str, Any] | None:
+    if not isinstance(part, dict) or part.get("type") != "image":
+        return None
+    picture = next((part[key] for key in ("image", "path", "url") if part.get(key) is not None), None)
+    return {"type": "image"} if picture is None else {"type": "image", "image": picture}
+
+
+def image_parts(messages: Any) -> list[dict[str, Any]]:
+    """The parts of messages that are images, in their order; none of text."""
+    if not isinstance(messages, list):
+        return []
+    contents = [message["content"] for message in messages if isinstance(message["content"], list)]
+    return [part for content in contents for part in content if part["type"] == "image"]
 
 
 def _text_of_part(part: Any) -> str | None:

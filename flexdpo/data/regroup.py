@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flexdpo.data.cache import map_settings
-from flexdpo.data.draft import LABELS_COLUMN
+from flexdpo.data.draft import IMAGES_COLUMN, LABELS_COLUMN
 from flexdpo.errors import FlexdpoError
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ class _Gathered:
     """What rows with one prompt add up to."""
 
     prompt_ids: list[int]
+    images: list[dict[str, Any]] | None = None
     number_of: dict[tuple[int, ...], int] = field(default_factory=dict)
     edges: list[tuple[int, int]] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
@@ -42,6 +43,7 @@ class _Gathered:
 
     def as_row(self) -> dict[str, Any]:
         return {
+            **({} if self.images is None else {IMAGES_COLUMN: self.images}),
             "prompt_ids": self.prompt_ids,
             "response_ids": [list(response) for response in self.number_of],
             "edges": [list(edge) for edge in self.edges],
@@ -83,6 +85,7 @@ def regroup_by_prompt(dataset: Dataset, *, max_responses: int | None = None) -> 
         "edges": [[ids]],
         "row": number,
         SOURCE_ROWS: [number],
+        **{column: dataset.features[column] for column in (IMAGES_COLUMN,) if column in dataset.column_names},
     }
     return Dataset.from_dict({_MEMBERS: _members(dataset, max_responses)}).map(
         _merge,
@@ -115,9 +118,16 @@ def _members(dataset: Dataset, max_responses: int | None) -> list[list[int]]:
 def _digests(dataset: Dataset, *, with_responses: bool) -> Iterator[tuple[bytes, set[bytes]]]:
     """Stand-ins for each row's prompt and, where asked for, its distinct responses."""
     columns = ["prompt_ids", "response_ids"] if with_responses else ["prompt_ids"]
+    columns += [IMAGES_COLUMN] if IMAGES_COLUMN in dataset.column_names else []
+    nothing: list[Any] = [()] * 1024
     for batch in dataset.select_columns(columns).iter(batch_size=1024):
-        for prompt, own in zip(batch["prompt_ids"], batch.get("response_ids", [()] * 1024), strict=False):
-            yield _digest(prompt), {_digest(response) for response in own}
+        rows = zip(
+            batch["prompt_ids"], batch.get("response_ids", nothing), batch.get(IMAGES_COLUMN, nothing), strict=False
+        )
+        for prompt, own, images in rows:
+            # equal tokens with another image are another prompt
+            pictured = "".join(image["digest"] for image in images).encode()
+            yield _digest(prompt) + pictured, {_digest(response) for response in own}
 
 
 def _digest(ids: list[int]) -> bytes:
@@ -127,6 +137,7 @@ def _digest(ids: list[int]) -> bytes:
 def _merge(batch: dict[str, list[list[int]]], *, dataset: Dataset) -> dict[str, list[Any]]:
     """Read the rows of some groups and make one row of each group."""
     columns = ["prompt_ids", "response_ids", "edges", "row"]
+    columns += [IMAGES_COLUMN] if IMAGES_COLUMN in dataset.column_names else []
     values = dataset.select_columns(columns)[[index for members in batch[_MEMBERS] for index in members]]
     examples = (dict(zip(columns, row, strict=True)) for row in zip(*(values[c] for c in columns), strict=True))
     merged: dict[str, list[Any]] = {column: [] for column in (*columns, SOURCE_ROWS)}
@@ -134,7 +145,7 @@ def _merge(batch: dict[str, list[list[int]]], *, dataset: Dataset) -> dict[str, 
         group: _Gathered | None = None
         for _ in members:
             example = next(examples)
-            group = group or _Gathered(example["prompt_ids"])
+            group = group or _Gathered(example["prompt_ids"], example.get(IMAGES_COLUMN))
             group.add(example)
         assert group is not None
         for column, value in group.as_row().items():

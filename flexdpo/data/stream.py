@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from flexdpo.data.draft import LABELS_COLUMN, TOKENISED_COLUMNS, Settings
+from flexdpo.data.draft import IMAGES_COLUMN, LABELS_COLUMN, TOKENISED_COLUMNS, Settings
 from flexdpo.data.encode import tokenize_batch
+from flexdpo.data.images import is_processor
 from flexdpo.data.layouts import LAYOUTS, settings_for
 from flexdpo.data.load import silent_json_reader
 from flexdpo.data.mixture import Mixture, alternating
 from flexdpo.data.report import Counts, DataReport, merged, none_usable, require_prompts
-from flexdpo.data.tokenize import carried_columns, require_settings
+from flexdpo.data.pictures import undecoded_stream
+from flexdpo.data.tokenize import carried_columns, largest_id, require_settings
 from flexdpo.errors import FlexdpoError, first_line
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
     from datasets import Dataset
     from datasets import IterableDataset as Stream
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
     from flexdpo.config import DPOConfig
 
@@ -63,7 +65,7 @@ class StreamedPreferences(IterableDataset[dict[str, Any]]):
     """
 
     source: Any
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin
     _: KW_ONLY
     max_length: int | None
     truncation_mode: str = "keep_start"
@@ -104,9 +106,10 @@ class StreamedPreferences(IterableDataset[dict[str, Any]]):
             return
         self._parts, self._shares = [self], [None]
         _require_whole(self.source, self.name)
-        self.source = self.source.with_format(None)
+        self.source = undecoded_stream(self.source.with_format(None))
         self.columns = self._find_columns()
-        settings = settings_for(self.columns, max(self.tokenizer.get_vocab().values()), self.max_length, self.name)
+        images = is_processor(self.tokenizer)
+        settings = settings_for(self.columns, largest_id(self.tokenizer), self.max_length, self.name, images=images)
         self.settings = replace(settings, max_prompt_length=self.max_prompt_length)
         self._counts = Counts(self.settings)
 
@@ -114,7 +117,7 @@ class StreamedPreferences(IterableDataset[dict[str, Any]]):
     def for_run(
         cls,
         source: Stream | Mixture,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
         config: DPOConfig,
         *,
         name: str,
@@ -235,7 +238,8 @@ class StreamedPreferences(IterableDataset[dict[str, Any]]):
         counts.clear()
         self.source.set_epoch(epoch)
         kept = carried_columns(self.columns, self.settings)
-        labels = [LABELS_COLUMN] if LAYOUTS[self.settings.layout].labelled else []
+        more = [LABELS_COLUMN] if LAYOUTS[self.settings.layout].labelled else []
+        more += [] if self.settings.images is None else [IMAGES_COLUMN]
         start = 0
         for batch in self._read():
             rows = len(next(iter(batch.values())))
@@ -251,7 +255,7 @@ class StreamedPreferences(IterableDataset[dict[str, Any]]):
             if not counts.of("used") and start + _ROWS_AT_ONCE > _PATIENCE:
                 report = counts.as_report(f"{self.name}, the beginning of the stream")
                 raise none_usable(report.name, report.rows, report.skipped, report.first_skipped)
-            columns = {column: tokenised[column] for column in (*TOKENISED_COLUMNS, *labels)}
+            columns = {column: tokenised[column] for column in (*TOKENISED_COLUMNS, *more)}
             columns |= {column: batch[column] for column in kept}
             for number, skip in enumerate(tokenised["_skip"]):
                 if not skip:

@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from transformers.utils import logging
 
-from flexdpo.data.cache import map_settings, tokenizer_digest
-from flexdpo.data.draft import LABELS_COLUMN, SKIP_REASONS, STATUS_COLUMNS, TOKENISED_COLUMNS, Settings
+from flexdpo.data.cache import map_settings
+from flexdpo.data.draft import IMAGES_COLUMN, LABELS_COLUMN, SKIP_REASONS, STATUS_COLUMNS, TOKENISED_COLUMNS, Settings
 from flexdpo.data.encode import tokenize_batch, tokenizer_name
 from flexdpo.data.ids import longest_if_usable
+from flexdpo.data.images import images_of_row, is_processor, processing_digest, reader_of, tokenizer_of
 from flexdpo.data.layouts import LAYOUTS, OWN_LAYOUT, described, settings_for
 from flexdpo.data.load import load_preference_dataset
 from flexdpo.data.mixture import Mixture
+from flexdpo.data.pictures import paths_of
 from flexdpo.data.report import Counts, DataReport, merged, none_usable, require_prompts
 from flexdpo.errors import FlexdpoError, first_line, is_the_disks, nearest, quoted
 from flexdpo.layout.groups import Group
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 
 logger = logging.get_logger(__name__)
@@ -65,9 +67,17 @@ def group_from_row(row: Mapping[str, Any]) -> Group:
         [(chosen, rejected) for chosen, rejected in row["edges"]],
         name=f"row {row['row']}",
     )
+    if row.get(IMAGES_COLUMN):
+        images, image_token_id = images_of_row(row)
+        group = replace(group, images=images, image_token_id=image_token_id)
     if not row.get(LABELS_COLUMN):
         return group
-    return LabelledGroup(group.prompt_ids, group.response_ids, group.edges, group.name, tuple(row[LABELS_COLUMN]))
+    return LabelledGroup(**vars(group), labels=tuple(row[LABELS_COLUMN]))
+
+
+def largest_id(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> int:
+    """Of the vocabulary."""
+    return max(tokenizer_of(processing_class).get_vocab().values())
 
 
 def require_special_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -90,7 +100,7 @@ def require_special_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
 
 def tokenize_preferences(
     dataset: Dataset | Mixture,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
     *,
     max_length: int | None,
     truncation_mode: str = "keep_start",
@@ -107,7 +117,8 @@ def tokenize_preferences(
 
     Args:
         dataset: The rows, a ``datasets.Dataset`` or a mixture of some.
-        tokenizer: Tokenizes them; with BOS or whatever else it adds by default.
+        tokenizer: Tokenizes them; with BOS or whatever else it adds by default. A processor reads the images of a
+            column ``images`` or ``image`` too, as TRL does: paths, bytes and PIL images.
         max_length: Most tokens of prompt + response, the response is cut on the right; ``None`` for no limit.
         truncation_mode: ``"keep_start"``, the only one.
         max_prompt_length: Most tokens of a prompt, which is cut on the left, once for all its responses.
@@ -123,6 +134,9 @@ def tokenize_preferences(
     """
     from datasets import Dataset
 
+    if is_processor(tokenizer):
+        # rows of a cache ask for it
+        reader_of(tokenizer)
     if isinstance(dataset, Mixture):
         each = [
             tokenize_preferences(
@@ -142,7 +156,9 @@ def tokenize_preferences(
     require_settings(max_length, truncation_mode, num_proc, max_prompt_length)
     if len(dataset) == 0:
         raise FlexdpoError(f"{name}: the dataset has no rows; give a dataset with at least one")
-    settings = settings_for(dataset.column_names, max(tokenizer.get_vocab().values()), max_length, name)
+    settings = settings_for(
+        dataset.column_names, largest_id(tokenizer), max_length, name, images=is_processor(tokenizer)
+    )
     settings = replace(settings, max_prompt_length=max_prompt_length)
     if settings.layout == OWN_LAYOUT and settings.largest_id is not None and max_prompt_length is None:
         longest = longest_if_usable(dataset.with_format(None), max_length, settings.largest_id)
@@ -167,7 +183,14 @@ def _as_one(each: Sequence[TokenizedPreferences], name: str) -> TokenizedPrefere
         raise FlexdpoError(f"{name}: some datasets hold labelled responses and others preferences; no loss takes both")
     # what was precomputed for some of them only
     columns = [*TOKENISED_COLUMNS, *([LABELS_COLUMN] if labelled == {True} else [])]
-    rows = concatenate_datasets([tokenised.dataset.select_columns(columns) for tokenised in each])
+    rows = concatenate_datasets(
+        [
+            tokenised.dataset.select_columns(
+                [*columns, *(c for c in (IMAGES_COLUMN,) if c in tokenised.dataset.column_names)]
+            )
+            for tokenised in each
+        ]
+    )
     return TokenizedPreferences(rows, merged(name, [tokenised.report for tokenised in each]))
 
 
@@ -198,7 +221,7 @@ def require_settings(
 
 def _map(
     dataset: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
     settings: Settings,
     num_proc: int | None,
     name: str,
@@ -207,6 +230,9 @@ def _map(
     from pyarrow import ArrowInvalid
 
     kept = carried_columns(dataset.column_names, settings)
+    text, number = Value("string"), Value("int32")
+    images = {"path": text, "bytes": Value("binary"), "digest": text, "tokens": number, "token_id": number}
+    images["processor"] = text
     features = Features(
         {
             "prompt_ids": [Value("int32")],
@@ -214,11 +240,14 @@ def _map(
             "edges": [[Value("int32")]],
             "row": Value("int64"),
             **({LABELS_COLUMN: [Value("bool")]} if LAYOUTS[settings.layout].labelled else {}),
+            **({IMAGES_COLUMN: [images]} if settings.images is not None else {}),
             **{column: dataset.features[column] for column in kept},
             **{column: Value("int64") for column in STATUS_COLUMNS},
         }
     )
-    place = map_settings(dataset, (tokenizer_digest(tokenizer), astuple(settings), kept), "tokenized")
+    files = list(paths_of(dataset, settings.images)) if settings.images else []
+    about = (processing_digest(tokenizer), astuple(settings), kept, *([files] if files else []))
+    place = map_settings(dataset, about, "tokenized")
     tokenise = partial(
         dataset.map,
         tokenize_batch,
@@ -264,7 +293,8 @@ def _account(mapped: Dataset, settings: Settings, name: str) -> TokenizedPrefere
     if not report.used:
         raise none_usable(name, report.rows, report.skipped, report.first_skipped)
     dataset = mapped.remove_columns(list(STATUS_COLUMNS))
-    stale = [column for column in dataset.column_names if column not in (*TOKENISED_COLUMNS, LABELS_COLUMN)]
+    own = (*TOKENISED_COLUMNS, LABELS_COLUMN, IMAGES_COLUMN)
+    stale = [column for column in dataset.column_names if column not in own]
     if report.truncated and stale:
         dataset = dataset.remove_columns(stale)
         dropped = f"dropped {quoted(stale)}, which belonged to the responses before they were cut"

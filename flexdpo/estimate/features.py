@@ -211,7 +211,7 @@ def features_of(
     padded_batches = _Sample(work, [padded_load(batch) for batch in batches], head_passes=3)
     padded = cost.feature("padded", padded_batches, layouts.padded_tokens, None)
     rows = cost.of_rows(
-        [[Group(group.prompt_ids, (ids,), ()) for group in batch for ids in group.response_ids] for batch in batches]
+        [[replace(group, response_ids=(ids,), edges=()) for group in batch for ids in group.response_ids] for batch in batches]
     )
     packing = cost.feature("packing", _with_all_logits(rows), unshared, padded)
     targets = cost.feature("targets", rows, unshared, packing)
@@ -258,4 +258,4 @@ def _equal_prompts(
 def _merged(groups: Sequence[Group]) -> Group:
     """One group of all distinct responses to a prompt."""
     responses = {ids.tobytes(): ids for group in groups for ids in group.response_ids}
-    return Group(groups[0].prompt_ids, tuple(responses.values()), (), groups[0].name)
+    return replace(groups[0], response_ids=tuple(responses.values()), edges=())

@@ -74,6 +74,11 @@ class Group:
         return [np.concatenate((self.prompt_ids, response)) for response in self.response_ids]
 
     @property
+    def prompt_key(self) -> bytes:
+        """What stands for the prompt: its tokens, and its images, which equal tokens do not tell apart."""
+        return self.prompt_ids.tobytes() + "".join(image.digest for image in self.images).encode()
+
+    @property
     def unshared_tokens(self) -> int:
         """Tokens an ordinary trainer runs for this group, padding not counted."""
         return sum(self.prompt_ids.size + response.size for response in self.response_ids)

@@ -89,7 +89,7 @@ def with_unrelated_responses(groups: Sequence[Group]) -> list[LabelledGroup]:
     Raises ``FlexdpoError`` if the batch holds one prompt only, whose own responses say nothing about others.
     """
     labelled = [[k for k, _ in labels_of(group)] for group in groups]
-    prompts = [group.prompt_ids.tobytes() for group in groups]
+    prompts = [group.prompt_key for group in groups]
     responses = [
         (prompts[number], groups[number].response_ids[k]) for number, members in enumerate(labelled) for k in members
     ]
@@ -112,10 +112,10 @@ def with_unrelated_responses(groups: Sequence[Group]) -> list[LabelledGroup]:
                 (*group.response_ids, *added),
                 group.edges,
                 group.name,
-                group.images,
-                group.image_token_id,
-                (*labels, *[None] * len(added)) if labels else (),
-                (*unrelated, *range(count, count + len(added))),
+                labels=(*labels, *[None] * len(added)) if labels else (),
+                unrelated=(*unrelated, *range(count, count + len(added))),
+                images=group.images,
+                image_token_id=group.image_token_id,
             )
         )
         first += len(members)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from flexdpo.hf.unwrap import base_model
+from flexdpo.layout.images import joined_inputs
 from flexdpo.objective.linear_logps import logits_logps
 from flexdpo.objective.lm_head import head_logps, head_plan
 from flexdpo.objective.logps import member_values, require_finite, response_logps
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from flexdpo.hf.row_dependence import LengthLimits
+    from flexdpo.layout.groups import Group
     from flexdpo.layout.row import Row
 
 # adapters whose gradients are compared weight by weight: two copies of so many numbers
@@ -101,10 +104,17 @@ class Runs:
         """Run sequences as an ordinary trainer would; ``beside`` another one that is not looked at."""
         sequences = [row.input_ids[0, path_of(row, response)] for response in responses]
         inputs = {"input_ids": pad_sequence(sequences, True)}
-        if beside:
+        groups = [group for group, _ in row.numbered_groups() for _ in group.response_ids]
+        pictured = [groups[response] for response in responses if groups[response].images]
+        if beside and pictured:
+            # a whole one, since a part of it might end within an image
+            inputs, pictured = {"input_ids": inputs["input_ids"].repeat(2, 1)}, pictured * 2
+        elif beside:
             inputs = beside_another(inputs["input_ids"])
         elif len(sequences) > 1:
             inputs["attention_mask"] = pad_sequence([torch.ones_like(ids) for ids in sequences], True)
+        if pictured:
+            inputs |= _image_inputs(base_model(self.model), inputs["input_ids"], pictured)
         length = inputs["input_ids"].shape[1]
         sizes = [len(row.response_paths[response]) for response in responses]
         predictors = torch.cat(
@@ -137,6 +147,15 @@ class Runs:
             for response, values in logps.items()
         ]
         return self.listener.gradient(torch.stack(scores).sum()) if scores else None
+
+
+def _image_inputs(base: Any, input_ids: Tensor, groups: Sequence[Group]) -> dict[str, Tensor]:
+    """What an ordinary run of sequences ``[B, L]`` is given of their images, in their order."""
+    joined = joined_inputs([image.inputs for group in groups for image in group.images])
+    found = {name: value.to(input_ids.device) for name, value in joined.items()}
+    takes = inspect.signature(type(base.base_model).forward).parameters
+    types = (input_ids == groups[0].image_token_id).long()
+    return {**found, **{name: types for name in ("mm_token_type_ids", "token_type_ids") if name in takes}}
 
 
 @dataclass

@@ -73,6 +73,7 @@ class Proof:
     reference_error: float = math.nan
     reference_noise: float = math.nan
     noise_alone: float = 0.0
+    images: int = 0
     seconds: float = 0.0
 
     @property
@@ -149,7 +150,11 @@ class Proof:
         compared = ", ".join(f"{name} within {error:.0e}" for name, error in figures if not math.isnan(error))
         noise = max(figure for figure in (self.value_noise, self.gradient_noise) if not math.isnan(figure))
         many = "s" if self.examples > 1 else ""
-        return f"proved on {self.examples} example{many}: {compared}, noise floor {noise:.0e} ({self.seconds:.1f} s)"
+        proved = f"proved on {self.examples} example{many}: {compared}, noise floor {noise:.0e} ({self.seconds:.1f} s)"
+        if not self.images:
+            return proved
+        seen = f"{self.images} image{'s' * (self.images > 1)}"
+        return f"{proved}; {seen} among them, gradients of the parts that see them were not compared"
 
 
 def prove(
@@ -252,6 +257,7 @@ def measure(
             compared = _Compared(rows, plan, packed, unpacked, runs, adapter_unpacked)
             proof = Proof(
                 examples=sum(len(row.groups) for row in rows),
+                images=sum(len(row.layout.images.counts) for row in rows if row.layout.images is not None),
                 sequences=sum(map(len, unpacked)),
                 value_error=compared.value_error(),
                 value_noise=compared.value_noise_of_one(),

@@ -22,9 +22,12 @@ from safetensors.numpy import save_file
 from flexdpo.errors import FlexdpoError, first_line
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     from flexdpo.layout.groups import Group
+    from flexdpo.layout.images import PromptImage
 
 _FORMAT = 2
 _IDENTITY = "identity.json"
@@ -58,11 +61,14 @@ class ReferenceIdentity:
 # --- the cache -------------------------------------------------------------------------------------------------------
 
 
-def response_key(prompt_ids: NDArray[np.int64], response_ids: NDArray[np.int64]) -> Key:
-    """The name of a value in the cache: a 128-bit hash of prompt and response tokens."""
+def response_key(
+    prompt_ids: NDArray[np.int64], response_ids: NDArray[np.int64], images: Sequence[PromptImage] = ()
+) -> Key:
+    """The name of a value in the cache: a 128-bit hash of prompt and response tokens, and of the prompt's images."""
     digest = hashlib.blake2b(np.int64(prompt_ids.size).tobytes(), digest_size=16)
     digest.update(np.ascontiguousarray(prompt_ids, dtype="<i8").tobytes())
     digest.update(np.ascontiguousarray(response_ids, dtype="<i8").tobytes())
+    digest.update("".join(image.digest for image in images).encode())
     first, second = np.frombuffer(digest.digest(), dtype="<i8").tolist()
     return first, second
 
@@ -137,7 +143,7 @@ class ReferenceCache:
 
     def _value(self, group: Group, response: NDArray[np.int64]) -> float:
         try:
-            return self._values[response_key(group.prompt_ids, response)]
+            return self._values[response_key(group.prompt_ids, response, group.images)]
         except KeyError:
             raise FlexdpoError(
                 f"{group.name}: the cache {self.folder} has no reference log-probability for a response of "

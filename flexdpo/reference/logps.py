@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from flexdpo.layout.images import PromptImage
     from flexdpo.objective.logps import ResponseLogps
 
 _PLAN = "plan.safetensors"
@@ -50,10 +51,22 @@ class _Item:
     tail: int
     beginnings: tuple[tuple[int, Key], ...]
     name: str
+    images: tuple[PromptImage, ...] = ()
+    image_token_id: int = -1
 
     @property
     def keys(self) -> list[Key]:
         return [self.key, *(key for _, key in self.beginnings)]
+
+    @property
+    def pictured(self) -> tuple[str, ...]:
+        """What its images are; sequences with others share nothing, since equal tokens are not the same there."""
+        return tuple(image.digest for image in self.images)
+
+    @property
+    def fewest(self) -> int:
+        """Tokens that it must share with a relative: all its images."""
+        return int(np.flatnonzero(self.sequence == self.image_token_id)[-1]) + 1 if self.images else 0
 
 
 _PlannedRow = list[list[_Item]]
@@ -65,15 +78,16 @@ def _wanted(groups: Iterable[Group], with_beginnings: bool) -> dict[Key, _Item]:
     beginnings: dict[Key, dict[int, Key]] = {}
     items: dict[Key, _Item] = {}
     for group in groups:
-        keys = [response_key(group.prompt_ids, response) for response in group.response_ids]
+        pictured = (group.images, group.image_token_id)
+        keys = [response_key(group.prompt_ids, response, group.images) for response in group.response_ids]
         for key, response in zip(keys, group.response_ids, strict=True):
             sequence = np.concatenate([group.prompt_ids, response]).astype(np.uint32)
-            items.setdefault(key, _Item(key, sequence, response.size, (), group.name))
+            items.setdefault(key, _Item(key, sequence, response.size, (), group.name, *pictured))
         for edge in group.edges if with_beginnings else ():
             shared = min(group.response_ids[end].size for end in edge)
             for end in edge:
                 if group.response_ids[end].size > shared:
-                    part = response_key(group.prompt_ids, group.response_ids[end][:shared])
+                    part = response_key(group.prompt_ids, group.response_ids[end][:shared], group.images)
                     beginnings.setdefault(keys[end], {})[shared] = part
     return {
         key: dataclasses.replace(item, beginnings=tuple(sorted(beginnings.get(key, {}).items())))
@@ -100,7 +114,9 @@ def _clusters(items: Sequence[_Item], settings: PrecomputeSettings) -> list[tupl
 
     clusters: list[tuple[int, list[_Item]]] = []
     # big-endian bytes sort like the tokens themselves
-    for item in sorted(items, key=lambda item: (side(item), item.sequence.astype(">u4").tobytes(), item.tail)):
+    for item in sorted(
+        items, key=lambda item: (side(item), item.pictured, item.sequence.astype(">u4").tobytes(), item.tail)
+    ):
         length = item.sequence.size
         if budget is not None and length > budget:
             raise FlexdpoError(
@@ -113,6 +129,7 @@ def _clusters(items: Sequence[_Item], settings: PrecomputeSettings) -> list[tupl
             shared = _common(previous.sequence, item.sequence)
             same_prompt = shared >= length - item.tail and previous.sequence.size - previous.tail == length - item.tail
             related = (same_prompt or shared >= settings.min_shared) and side(previous) == side(item)
+            related = related and previous.pictured == item.pictured and shared >= item.fewest
             # in sorted order a sequence adds to the trie what its predecessor does not begin with
             size += length - shared
             if related and (budget is None or size <= budget):
@@ -291,7 +308,13 @@ def _as_group(cluster: Sequence[_Item]) -> Group:
     for a, b in pairwise(cluster):
         shared = min(shared, _common(a.sequence, b.sequence))
     sequences = [item.sequence.astype(np.int64) for item in cluster]
-    return Group(sequences[0][:shared], tuple(s[shared:] for s in sequences), name=cluster[0].name)
+    return Group(
+        sequences[0][:shared],
+        tuple(s[shared:] for s in sequences),
+        name=cluster[0].name,
+        images=cluster[0].images,
+        image_token_id=cluster[0].image_token_id,
+    )
 
 
 def _values(items: Sequence[_Item], row: Row, logps: ResponseLogps) -> dict[Key, float]:

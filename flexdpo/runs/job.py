@@ -158,4 +158,9 @@ def figures_of(trainer: DPOTrainer, before: dict[str, float], after: dict[str, f
         "tokens run in training": f"{tokens['run']:,}",
         "tokens the ordinary way": f"{tokens['unshared']:,}",
         "times fewer": f"{tokens['unshared'] / max(tokens['run'], 1):.2f}",
+        **(
+            {"images encoded, and the ordinary way": f"{tokens['images']:,}  {tokens['images_unshared']:,}"}
+            if "images" in tokens
+            else {}
+        ),
     }

@@ -102,6 +102,6 @@ def _log_probabilities(name: str, settings: ScoreSettings, data: Any) -> tuple[l
     rows = []
     for row in trainer.train_dataset:
         group = group_from_row(row)
-        keys = [response_key(group.prompt_ids, response) for response in group.response_ids]
+        keys = [response_key(group.prompt_ids, response, group.images) for response in group.response_ids]
         rows.append({"row": row["row"], "keys": keys, "logps": row[REFERENCE_COLUMN], "edges": group.edges})
     return rows, trainer.reference_identity

@@ -17,6 +17,7 @@ from flexdpo.objective.unpaired import with_unrelated_responses
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from flexdpo.data.images import ImageReader
     from flexdpo.layout.groups import Group
     from flexdpo.layout.packing import Buckets
     from flexdpo.layout.row import Row
@@ -45,6 +46,16 @@ class PackedBatch:
     def tokens_unshared(self) -> int:
         """Tokens that an ordinary trainer would run for the same responses, padding not counted."""
         return sum(row.unshared_tokens for row in self.rows)
+
+    @property
+    def images_run(self) -> int:
+        """Distinct images of each row, which are encoded once."""
+        return sum(len(row.layout.images.counts) for row in self.rows if row.layout.images is not None)
+
+    @property
+    def images_unshared(self) -> int:
+        """Images that an ordinary trainer would encode: each prompt's for each of its responses."""
+        return sum(len(group.images) * len(group.response_ids) for row in self.rows for group in row.groups)
 
     def only(self, numbers: Sequence[int]) -> tuple[Any, ...]:
         """Some of the examples, as :meth:`PackingCollator.packed` takes them."""
@@ -80,6 +91,7 @@ class PackingCollator:
         sharing: ``"group"`` or ``"step"``, see :func:`flexdpo.pack`.
         with_idle_row: For processes that must run equal numbers of forward passes.
         limits: As in :func:`flexdpo.pack`.
+        images: Reads the pictures of rows that have some, in the loader's workers too.
     """
 
     max_tokens_per_row: int | None = None
@@ -89,6 +101,7 @@ class PackingCollator:
     sharing: str = "group"
     with_idle_row: bool = False
     limits: tuple[int, ...] = ()
+    images: ImageReader | None = None
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return ``{"example_rows": [B] int64, "batch": PackedBatch}``; the first names the dataset rows."""

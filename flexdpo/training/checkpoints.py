@@ -17,6 +17,7 @@ from transformers import SchedulerType
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from flexdpo.data.draft import IMAGES_COLUMN
 from flexdpo.effects import WITHOUT_EFFECT, learning_rates
 from flexdpo.errors import FlexdpoError, first_line
 from flexdpo.hf.unwrap import base_model
@@ -274,7 +275,7 @@ def require_same_schedule(folder: Path, config: DPOConfig) -> int:
 
 
 def data_digest(dataset: Dataset, columns: tuple[str, ...]) -> str:
-    """A digest of the tokens of a dataset, independent of files, caches and Arrow chunks."""
+    """A digest of the tokens and images of a dataset, independent of files, caches and Arrow chunks."""
     digest = hashlib.sha256()
     for table in dataset.with_format("arrow").iter(batch_size=4096):
         for name in columns:
@@ -283,4 +284,7 @@ def data_digest(dataset: Dataset, columns: tuple[str, ...]) -> str:
                 digest.update(values.value_lengths().to_numpy(zero_copy_only=False).astype("int64").tobytes())
                 values = values.flatten()
             digest.update(values.to_numpy(zero_copy_only=False).astype("int64").tobytes())
+        if IMAGES_COLUMN in table.column_names:
+            images = table.column(IMAGES_COLUMN).to_pylist()
+            digest.update(repr([[image["digest"] for image in row] for row in images]).encode())
     return digest.hexdigest()

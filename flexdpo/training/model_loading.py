@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import copy
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging
 
+from flexdpo.data.images import is_processor, tokenizer_of
 from flexdpo.data.tokenize import require_special_tokens
 from flexdpo.errors import FlexdpoError, first_line, quoted
 from flexdpo.hf.forward_layout import ATTN_IMPLEMENTATION
@@ -27,13 +38,14 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
+_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 _POSITION_TABLES = frozenset({"wpe", "embed_positions", "position_embeddings", "positions_embed"})
 
 
-def load_parts(
-    model: Any, tokenizer: PreTrainedTokenizerBase | None, args: DPOConfig
-) -> tuple[Any, PreTrainedTokenizerBase]:
-    """The policy and its tokenizer: loaded where they are names, and checked against each other.
+def load_parts(model: Any, processing_class: Any, args: DPOConfig, *, images: bool = False) -> tuple[Any, Any]:
+    """The policy and its tokenizer or processor: loaded where they are names, and checked against each other.
+
+    ``images`` says whether the data hold some: then a model that sees is loaded whole, and its processor with it.
 
     Raises:
         FlexdpoError: if one cannot be loaded, or they do not belong together.
@@ -41,38 +53,54 @@ def load_parts(
     if isinstance(model, str):
         init_kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
         revision = {name: init_kwargs[name] for name in ("revision",) if name in init_kwargs}
-        tokenizer = tokenizer or load_tokenizer(model, trust_remote_code=args.trust_remote_code, **revision)
-        model = load_model(model, trust_remote_code=args.trust_remote_code, **init_kwargs)
+        trusted = {"trust_remote_code": args.trust_remote_code}
+        images = images and sees(load_config(model, **trusted, **revision))
+        load = load_processor if images else load_tokenizer
+        processing_class = processing_class or load(model, **trusted, **revision)
+        model = load_model(model, images=images, **trusted, **init_kwargs)
     elif args.model_init_kwargs:
         raise FlexdpoError(
             f"model_init_kwargs={args.model_init_kwargs} has no effect on a model that is loaded already; give the "
             "model's name, or load it with them"
         )
     base = unwrap_model(model)
-    if tokenizer is None:
+    if processing_class is None:
         name = base.config._name_or_path
         if not name:
-            raise FlexdpoError("the model was made in memory, so give its tokenizer as processing_class=")
-        tokenizer = load_tokenizer(name, trust_remote_code=args.trust_remote_code)
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise FlexdpoError(
+                "the model was made in memory, so give its tokenizer, or its processor, as processing_class="
+            )
+        load = load_processor if images and sees(base.config) else load_tokenizer
+        processing_class = load(name, trust_remote_code=args.trust_remote_code)
+    if not isinstance(processing_class, PreTrainedTokenizerBase) and not is_processor(processing_class):
         raise FlexdpoError(
-            f"processing_class must be a tokenizer, got {type(tokenizer).__name__}; of a processor for images, "
-            "give its tokenizer (processor.tokenizer)"
+            f"processing_class must be a tokenizer, or a processor with an image processor, got "
+            f"{type(processing_class).__name__}"
         )
-    require_special_tokens(tokenizer)
-    require_vocabulary(base, tokenizer)
-    return model, tokenizer
+    require_special_tokens(tokenizer_of(processing_class))
+    require_vocabulary(base, tokenizer_of(processing_class))
+    return model, processing_class
 
 
-def load_model(name_or_path: str, *, trust_remote_code: bool = False, **init_kwargs: Any) -> PreTrainedModel:
+def sees(config: Any) -> bool:
+    """Whether transformers has a model of images and text with such a config."""
+    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+
+def load_model(
+    name_or_path: str, *, trust_remote_code: bool = False, images: bool = False, **init_kwargs: Any
+) -> PreTrainedModel:
     """Load a causal LM from a local folder or the hub; ``prepare_model`` decides later whether it can be exact.
+
+    With ``images``, with the parts that see.
 
     In float32 unless ``dtype`` says otherwise, as in TRL: at a learning rate of 1e-6, most updates of a bfloat16 weight
     round to nothing. A folder with an adapter is loaded on the model that it names, ready to be trained on.
     """
     if (base := adapter_base(name_or_path)) is not None:
         init_kwargs.pop("revision", None)  # the adapter's
-        return _with_adapter(load_model(base, trust_remote_code=trust_remote_code, **init_kwargs), name_or_path)
+        whole = load_model(base, trust_remote_code=trust_remote_code, images=images, **init_kwargs)
+        return _with_adapter(whole, name_or_path)
     init_kwargs.setdefault("dtype", torch.float32)
     requested = init_kwargs.pop("attn_implementation", ATTN_IMPLEMENTATION)
     if requested != ATTN_IMPLEMENTATION:
@@ -83,7 +111,7 @@ def load_model(name_or_path: str, *, trust_remote_code: bool = False, **init_kwa
     require_saved(name_or_path, "config.json")
     try:
         model: PreTrainedModel
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, found = (AutoModelForImageTextToText if images else AutoModelForCausalLM).from_pretrained(
             name_or_path, trust_remote_code=trust_remote_code, output_loading_info=True, **init_kwargs
         )
     except torch.OutOfMemoryError:
@@ -129,6 +157,29 @@ def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False, **kwar
     )
     require_special_tokens(tokenizer)
     return tokenizer
+
+
+def load_processor(name_or_path: str, *, trust_remote_code: bool = False, **kwargs: Any) -> Any:
+    """Load the processor of a model that sees, from a folder, with a model or alone, or the hub."""
+    base = adapter_base(name_or_path)
+    if base is not None and not any((Path(name_or_path) / name).is_file() for name in _PROCESSOR_FILES):
+        name_or_path = base
+    require_saved(name_or_path, "config.json", *_PROCESSOR_FILES)
+    try:
+        processor = _from_name(
+            AutoProcessor, "a processor", name_or_path, trust_remote_code=trust_remote_code, **kwargs
+        )
+    except FlexdpoError as error:
+        missing = [package for package in ("PIL", "torchvision") if find_spec(package) is None]
+        hint = f"; here is no {quoted(missing)}, which processors of pictures or video may need" if missing else ""
+        raise FlexdpoError(f"{error}{hint}") from error
+    if not is_processor(processor):
+        raise FlexdpoError(
+            f"the data hold images, and {name_or_path} has no processor that reads them; save its AutoProcessor there, "
+            "or give it as processing_class"
+        )
+    require_special_tokens(tokenizer_of(processor))
+    return processor
 
 
 def load_config(name_or_path: str, **kwargs: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.utils import logging
 
+from flexdpo.data.images import is_processor, reader_of
 from flexdpo.data.lengths import require_company, require_room, tokens_needed
 from flexdpo.data.regroup import regroup_by_prompt
 from flexdpo.data.stream import StreamedPreferences, is_stream
@@ -20,9 +21,10 @@ if TYPE_CHECKING:
 
     from datasets import Dataset
     from torch import nn
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
     from flexdpo.config import DPOConfig
+    from flexdpo.data.images import ImageReader
     from flexdpo.objective.objective import Objective
 
 logger = logging.get_logger(__name__)
@@ -36,11 +38,15 @@ class RunData:
     """Makes the datasets of a run out of what its user gave, and remembers what became of their rows."""
 
     args: DPOConfig
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin
     max_positions: int | None  # of the model's learned position table, if it has one
     unrelated_responses: bool  # the loss runs other examples' responses behind every prompt
     limits: tuple[int, ...] = ()  # as in :func:`flexdpo.pack`
     reports: dict[str, DataReport] = field(default_factory=dict)  # of each dataset that was tokenised as a whole
+    images: ImageReader | None = field(init=False)  # reads the pictures of a row; ``None`` with a tokenizer alone
+
+    def __post_init__(self) -> None:
+        self.images = reader_of(self.tokenizer) if is_processor(self.tokenizer) else None
 
     def tokenised(self, dataset: Any, name: str) -> Dataset | StreamedPreferences | None:
         """Tokenise one dataset or open one stream.

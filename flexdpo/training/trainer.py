@@ -15,8 +15,10 @@ from transformers.utils import logging
 from flexdpo.attention.settings import kernel_settings_as
 from flexdpo.config import DPOConfig
 from flexdpo.data.balance import balance
-from flexdpo.data.cache import tokenizer_digest
+from flexdpo.data.draft import IMAGES_COLUMN
+from flexdpo.data.images import processing_digest, tokenizer_of
 from flexdpo.data.lengths import has_one_pair_each, predicted_costs, token_counts
+from flexdpo.data.pictures import holds_images
 from flexdpo.data.stream import StreamedPreferences
 from flexdpo.data.tokenize import LABELS_COLUMN, TOKENISED_COLUMNS
 from flexdpo.data.workers import plain_worker_errors
@@ -47,13 +49,20 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from torch import Tensor, nn
     from torch.utils.data import DataLoader
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
     from transformers.trainer_utils import EvalLoopOutput
 
     from flexdpo.layout.row import Row
     from flexdpo.objective.logps import ResponseLogps
 
 logger = logging.get_logger(__name__)
+# how the log calls what is counted
+_LOGGED = {
+    "run": "tokens/run",
+    "unshared": "tokens/unshared",
+    "images": "images/run",
+    "images_unshared": "images/unshared",
+}
 
 
 class DPOTrainer(ResumableTrainer):
@@ -67,7 +76,8 @@ class DPOTrainer(ResumableTrainer):
         args: Settings.
         train_dataset: Preferences as text or messages, tokenised ones, or a stream (``StreamedPreferences``) of them.
         eval_dataset: The same, or a dict of them.
-        processing_class: The tokenizer; by default loaded from the model's name.
+        processing_class: The tokenizer, or the processor of a model that sees images; by default loaded from the
+            model's name.
         peft_config: Wrap the model in this adapter.
         callbacks, optimizers: As in ``Trainer``.
         compute_metrics: Not supported, since the full logits never exist.
@@ -87,7 +97,7 @@ class DPOTrainer(ResumableTrainer):
         *,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         peft_config: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
@@ -106,8 +116,10 @@ class DPOTrainer(ResumableTrainer):
         self.objective = args.objective()
         # adapters draw their first weights from this seed
         set_seed(args.seed)
-        model, processing_class = model_loading.load_parts(model, processing_class, args)
-        model, reference = self._prepare_models(model, ref_model, peft_config, processing_class, args)
+        images = holds_images(train_dataset) or holds_images(eval_dataset)
+        model, processing_class = model_loading.load_parts(model, processing_class, args, images=images)
+        tokenizer = tokenizer_of(processing_class)
+        model, reference = self._prepare_models(model, ref_model, peft_config, tokenizer, args)
 
         limit = model_loading.position_limit(unwrap_model(model))
         data = RunData(args, processing_class, limit, self.objective.needs_unrelated_responses, limits_of(model).limits)
@@ -124,6 +136,7 @@ class DPOTrainer(ResumableTrainer):
                 data_collator=PackingCollator(
                     unrelated_responses=self.objective.needs_unrelated_responses,
                     limits=limits_of(model).limits,
+                    images=data.images,
                     **self.row_plan.collation,
                 ),
                 train_dataset=train_data,
@@ -197,6 +210,8 @@ class DPOTrainer(ResumableTrainer):
         self.add_callback(self._guard)
         self._flops_per_token = 6 * int(unwrap_model(self.model).num_parameters(exclude_embeddings=True))
         self.tokens = {"run": 0, "unshared": 0}
+        if self._data.images is not None:
+            self.tokens |= {"images": 0, "images_unshared": 0}
         self._metrics = {"train": MeanMetrics(), "eval": MeanMetrics()}
         # sum of the losses of the examples that were evaluated, and their number
         self._eval_loss = torch.zeros(2, dtype=torch.float64)
@@ -211,7 +226,7 @@ class DPOTrainer(ResumableTrainer):
 
         # values of another precision are other values; lengths need not be named, for tokens name themselves
         precision = (("mixed_precision", str(self.accelerator.mixed_precision)),)
-        digest = tokenizer_digest(self.processing_class)
+        digest = processing_digest(self.processing_class)
         self.reference_identity = identity = ReferenceIdentity(self._reference_fingerprint, digest, precision)
         limits = limits_of(self.model).limits
         work = Precompute(self.args, self.accelerator, run, identity, self.row_plan.max_tokens_per_row, limits)
@@ -241,7 +256,8 @@ class DPOTrainer(ResumableTrainer):
             return response_logps(self.model, row)
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = [*TOKENISED_COLUMNS, LABELS_COLUMN, REFERENCE_COLUMN, REFERENCE_PAIR_COLUMN]
+        more = (IMAGES_COLUMN, LABELS_COLUMN, REFERENCE_COLUMN, REFERENCE_PAIR_COLUMN)
+        self._signature_columns = [*TOKENISED_COLUMNS, *more]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Sample as ``Trainer`` does; an example's length is that of its responses behind a prompt each."""
@@ -306,6 +322,9 @@ class DPOTrainer(ResumableTrainer):
                 clear_device_cache()
             self.tokens["run"] += batch.tokens_run
             self.tokens["unshared"] += batch.tokens_unshared
+            if self._data.images is not None:
+                self.tokens["images"] += batch.images_run
+                self.tokens["images_unshared"] += batch.images_unshared
             self._metrics["train"].add(result.metrics)
             step_loss: Tensor = (result.loss * scale).to(torch.float32)
             return step_loss
@@ -368,7 +387,7 @@ class DPOTrainer(ResumableTrainer):
         """Log, with the training metrics added to the lines that carry a training loss."""
         if "loss" in logs:
             logs.update(self._metrics["train"].collect(self.accelerator))
-            logs.update({f"tokens/{name}": count for name, count in self.total_tokens().items()})
+            logs.update({_LOGGED[name]: count for name, count in self.total_tokens().items()})
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:

@@ -850,7 +850,7 @@ def test_formatted_dataset_is_read_as_plain(tokenizer: PreTrainedTokenizerFast) 
         (["prompt", "choosen"], r"found 'prompt', 'choosen'; wanted .*; 'choosen': did you mean 'chosen'\?"),
         (["text"], r"found 'text'; wanted 'prompt' .*, 'chosen', 'rejected'; or 'prompt', 'completion', 'label'; or"),
         (["prompt_ids", "response_ids"], r"found 'prompt_ids', 'response_ids'; wanted .*columns="),
-        (["prompt", "chosen", "rejected", "images"], r"row 0 .*column 'images': images, sound and video are not"),
+        (["prompt", "chosen", "rejected", "images"], r"row 0 .*column 'images': images are read by a processor"),
         (["answers", "winner"], r"ranked|no column is known to hold their prompt among 'answers', 'winner'; say which"),
     ],
 )

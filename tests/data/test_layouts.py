@@ -153,10 +153,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
                            r"written by Python's str\(\), which is no JSON"),
     "unknown speakers": ({"conversations": [{"from": "function_call", "value": "{}"}], "chosen": gpt(A), "rejected": gpt(B)},
                          "'from' is 'function_call'; known are 'human'"),
-    "images": ({**TEXT, "images": ["a.png"]}, "images, sound and video are not supported"),
+    "images": ({**TEXT, "images": ["a.png"]}, "images are read by a processor"),
     "parts with an image": (
         {**CHAT, "prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": Q}]}]},
-        "found dict .*images, sound and video are not supported"),
+        "column 'prompt': images are read by a processor"),
     "two system prompts": ({"system": "Be loud.", **WITH_SYSTEM}, "system message differs from the system column"),
     "a system prompt beside transcripts": (
         {"system": SYSTEM, "chosen": f"{Q} {A}", "rejected": f"{Q} {B}"}, "text without a prompt beside a system prompt"),
