@@ -111,7 +111,7 @@ def _settle(draft: Draft, max_length: int | None, max_prompt_length: int | None)
 def _cuts_an_image(draft: Draft, max_length: int | None, max_prompt_length: int | None) -> bool:
     """Whether fewer image tokens are left than the images have."""
     kept = draft.prompt_ids[-max_prompt_length:] if max_prompt_length is not None else draft.prompt_ids
-    tokens = sum(picture["tokens"] for picture in draft.pictures)
+    tokens: int = sum(picture["tokens"] for picture in draft.pictures)
     return kept[:max_length].count(draft.pictures[0]["token_id"]) < tokens
 
 
@@ -266,7 +266,7 @@ def _with_response(draft: Draft, response: list[Any]) -> list[Any]:
 
 def _renders_text(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a template makes text of messages; a renderer of its own, such as Mistral's, gives token ids."""
-    from transformers import PreTrainedTokenizerBase, ProcessorMixin
+    from transformers import PreTrainedTokenizerBase
 
     return type(tokenizer).apply_chat_template is PreTrainedTokenizerBase.apply_chat_template
 

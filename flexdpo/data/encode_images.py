@@ -6,7 +6,7 @@ the text that all have in common, and only the prompt goes through the processor
 
 from __future__ import annotations
 
-from os.path import commonprefix
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from flexdpo.data.images import tokenizer_of
@@ -47,8 +47,8 @@ def tokenize_with_images(draft: Draft, reader: ImageReader) -> None:
     for column, ids in zip(draft.columns, draft.response_ids, strict=True):
         if forbidden in ids:
             raise FlexdpoError(
-                f"{draft.place}, column {column!r}: an image in a response, as {reader.placeholder!r}; models here write "
-                "text only, so put it into the prompt or leave the row out"
+                f"{draft.place}, column {column!r}: an image in a response, as {reader.placeholder!r}; models here "
+                "write text only, so put it into the prompt or leave the row out"
             )
     draft.pictures = [
         {**each, "digest": image.digest, "tokens": image.tokens, "token_id": read.token_id, "processor": reader.digest}
@@ -93,7 +93,8 @@ def _rendered(draft: Draft, reader: ImageReader) -> tuple[str, list[str], list[A
     alone = _render(draft, reader, prompt, ending)
     draft.prefilled = goes_on
     # some templates write the prompt's end otherwise before a response
-    text = commonprefix([alone, *wholes])
+    same = takewhile(lambda letters: len(set(letters)) == 1, zip(alone, *wholes, strict=False))
+    text = "".join(letters[0] for letters in same)
     draft.retokenised = len(text) < len(alone)
     return text, [whole[len(text) :] for whole in wholes], pictures
 

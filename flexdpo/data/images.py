@@ -218,7 +218,7 @@ class StoredImage(PromptImage):
             object.__setattr__(self, field, value)
 
     @property
-    def inputs(self) -> dict[str, Tensor]:  # type: ignore[override]
+    def inputs(self) -> dict[str, Tensor]:
         """What the model is given.
 
         Raises:
@@ -234,8 +234,8 @@ class StoredImage(PromptImage):
         inputs = reader.inputs(column, name)
         if _digest(inputs) != self.digest:
             raise FlexdpoError(
-                f"{name}: {column['path'] or 'an image'} is not what it was when the data were tokenised; tokenise them "
-                "again (FLEXDPO_CACHE=/another/folder, or datasets.disable_caching())"
+                f"{name}: {column['path'] or 'an image'} is not what it was when the data were tokenised; tokenise "
+                "them again (FLEXDPO_CACHE=/another/folder, or datasets.disable_caching())"
             )
         return inputs
 

@@ -235,8 +235,10 @@ def _load_folder(path: Path, split: str, config_name: str | None, streaming: boo
                 f"{path}: the folder has neither a saved dataset nor files ending in {', '.join(_READER_OF_SUFFIX)}"
             )
         only_csv = {_split_suffixes(file)[0] for file in files} == {".csv"}
-        # pictures beside the rows would have the library look for nothing else
-        pictured = any(is_picture(file) for file in path.rglob("*"))
+        options: dict[str, Any] = _csv_options(files) if only_csv else {}
+        if any(is_picture(file) for file in path.rglob("*")):
+            # the library would look at nothing else
+            options["data_files"] = [str(file.resolve()) for file in files]
         # resolved, because a bare folder name such as "json" would mean one of the library's own readers
         return _load(
             str(path),
@@ -245,8 +247,7 @@ def _load_folder(path: Path, split: str, config_name: str | None, streaming: boo
             name=config_name,
             split=split,
             streaming=streaming,
-            **(_csv_options(files) if only_csv else {}),
-            **({"data_files": [str(file.resolve()) for file in files]} if pictured else {}),
+            **options,
         )
     try:
         saved = load_from_disk(str(path))
@@ -257,15 +258,11 @@ def _load_folder(path: Path, split: str, config_name: str | None, streaming: boo
     if isinstance(saved, DatasetDict):
         if split not in saved:
             raise FlexdpoError(f"{path}: no split {split!r}; found {quoted(saved)}")
-        return _as_stream(saved[split]) if streaming else saved[split]
+        return saved[split].to_iterable_dataset() if streaming else saved[split]
     known = dict.fromkeys(["train", *([str(saved.split)] if saved.split else [])])
     if split not in known:
         raise FlexdpoError(f"{path}: no split {split!r}; the folder holds a single one, {quoted(known)}")
-    return _as_stream(saved) if streaming else saved
-
-
-def _as_stream(saved: Dataset) -> IterableDataset:
-    return saved.to_iterable_dataset()
+    return saved.to_iterable_dataset() if streaming else saved
 
 
 def _load_from_hub(name: str, split: str, config_name: str | None, streaming: bool) -> Dataset | IterableDataset:

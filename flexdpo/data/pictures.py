@@ -71,9 +71,9 @@ def opened(stored: Mapping[str, Any], place: str) -> Image:
         # pictures that are large enough to be an attack are an error too
         picture = Image.open(io.BytesIO(stored["bytes"]) if path is None else path)
         picture.load()
-        picture = ImageOps.exif_transpose(picture)
+        upright: Image.Image = ImageOps.exif_transpose(picture)
         # as transformers does with what it opens itself; other pictures are left to the processor
-        return picture if path is None else picture.convert("RGB")
+        return upright if path is None else upright.convert("RGB")
     except FileNotFoundError as error:
         raise FlexdpoError(
             f"{place}: there is no file {path}; relative paths begin at the data file's folder, or where the command "
@@ -89,7 +89,7 @@ def opened(stored: Mapping[str, Any], place: str) -> Image:
 
 
 def with_undecoded(batch: Any, columns: Sequence[str]) -> dict[str, list[Any]]:
-    """A batch with pictures as Arrow holds them, where it comes from there: paths and bytes, which ``datasets`` decodes."""
+    """A batch with the paths and bytes of pictures that Arrow holds and ``datasets`` would decode."""
     table = getattr(batch, "pa_table", None)
     return {
         name: batch[name] if table is None or name not in columns else table.column(name).to_pylist() for name in batch
@@ -103,8 +103,8 @@ def paths_of(dataset: Any, columns: Sequence[str]) -> Iterator[tuple[str, int, i
             for held in batch.column(0).to_pylist():
                 for picture in held if isinstance(held, list) else [held]:
                     path = picture.get("path") if isinstance(picture, dict) else picture
-                    bare = isinstance(path, str) and not (isinstance(picture, dict) and picture.get("bytes"))
-                    if bare and os.path.isfile(path):
+                    bare = not (isinstance(picture, dict) and picture.get("bytes"))
+                    if bare and isinstance(path, str) and os.path.isfile(path):
                         about = os.stat(path)
                         yield path, about.st_size, about.st_mtime_ns
 
@@ -120,7 +120,7 @@ def is_picture(file: Path) -> bool:
 
 
 def with_paths_from(dataset: Any, folder: Path) -> Any:
-    """Rows whose relative paths of pictures begin at ``folder``, where there are such files; others stay as they are."""
+    """Rows whose relative paths of pictures begin at ``folder``; those of files that are not there stay as they are."""
     columns = [column for column in _COLUMNS if column in (dataset.column_names or ())]
     columns = [column for column in columns if _holds_text(dataset.features[column])]
     if not columns:
@@ -151,16 +151,16 @@ def _moved(held: Any, folder: Path) -> Any:
 
 
 def holds_images(data: Any) -> bool:
-    """Whether a dataset, a stream or a mixture has a column for the images of its prompts."""
+    """Whether a dataset, a stream, a mixture or any of several has a column for the images of its prompts."""
     if data is None:
         return False
+    if isinstance(data, dict | list):
+        return any(map(holds_images, data.values() if isinstance(data, dict) else data))
     parts = getattr(data, "parts", None)
     if parts is not None:
         return any(holds_images(part.data) for part in parts)
-    if isinstance(data, dict):
-        return any(map(holds_images, data.values()))
     # a stream that nobody looked into
-    columns = getattr(data, "column_names", None) or next(iter(data), {})
+    columns: Any = getattr(data, "column_names", None) or next(iter(data), {})
     return any(column in columns for column in ("images", "image", IMAGES_COLUMN))
 
 

@@ -15,8 +15,8 @@ from flexdpo.data.images import is_processor
 from flexdpo.data.layouts import LAYOUTS, settings_for
 from flexdpo.data.load import silent_json_reader
 from flexdpo.data.mixture import Mixture, alternating
-from flexdpo.data.report import Counts, DataReport, merged, none_usable, require_prompts
 from flexdpo.data.pictures import undecoded_stream
+from flexdpo.data.report import Counts, DataReport, merged, none_usable, require_prompts
 from flexdpo.data.tokenize import carried_columns, largest_id, require_settings
 from flexdpo.errors import FlexdpoError, first_line
 

@@ -77,7 +77,7 @@ def group_from_row(row: Mapping[str, Any]) -> Group:
 
 def largest_id(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> int:
     """Of the vocabulary."""
-    return max(tokenizer_of(processing_class).get_vocab().values())
+    return int(max(tokenizer_of(processing_class).get_vocab().values()))
 
 
 def require_special_tokens(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -210,9 +210,7 @@ def features_of(
     work = sum((padded_work(batch) for batch in batches), Work(0, 0, 0))
     padded_batches = _Sample(work, [padded_load(batch) for batch in batches], head_passes=3)
     padded = cost.feature("padded", padded_batches, layouts.padded_tokens, None)
-    rows = cost.of_rows(
-        [[replace(group, response_ids=(ids,), edges=()) for group in batch for ids in group.response_ids] for batch in batches]
-    )
+    rows = cost.of_rows([[_with(group, (ids,)) for group in batch for ids in group.response_ids] for batch in batches])
     packing = cost.feature("packing", _with_all_logits(rows), unshared, padded)
     targets = cost.feature("targets", rows, unshared, packing)
     rows = cost.of_rows(batches)
@@ -258,4 +256,10 @@ def _equal_prompts(
 def _merged(groups: Sequence[Group]) -> Group:
     """One group of all distinct responses to a prompt."""
     responses = {ids.tobytes(): ids for group in groups for ids in group.response_ids}
-    return replace(groups[0], response_ids=tuple(responses.values()), edges=())
+    return _with(groups[0], tuple(responses.values()))
+
+
+def _with(group: Group, responses: tuple[NDArray[np.int64], ...]) -> Group:
+    """The prompt of a group with other responses, of which none is preferred."""
+    images, token_id = group.images, group.image_token_id
+    return Group(group.prompt_ids, responses, (), group.name, images=images, image_token_id=token_id)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from flexdpo.data.draft import IMAGES_COLUMN, LABELS_COLUMN, TOKENISED_COLUMNS
 from flexdpo.data.tokenize import group_from_row
 from flexdpo.errors import FlexdpoError
 from flexdpo.layout.packing import pack
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 REFERENCE_COLUMN = "ref_response_logps"
 REFERENCE_PAIR_COLUMN = "ref_pair_logps"
+# what of a dataset is collated
+COLUMNS = (*TOKENISED_COLUMNS, IMAGES_COLUMN, LABELS_COLUMN, REFERENCE_COLUMN, REFERENCE_PAIR_COLUMN)
 
 
 @dataclass(eq=False)

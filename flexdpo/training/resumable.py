@@ -44,6 +44,13 @@ if TYPE_CHECKING:
     from flexdpo.training.finite import StepGuard
 
 logger = logging.get_logger(__name__)
+# how the log calls what is counted
+LOGGED = {
+    "run": "tokens/run",
+    "unshared": "tokens/unshared",
+    "images": "images/run",
+    "images_unshared": "images/unshared",
+}
 
 
 class ResumableTrainer(Trainer):

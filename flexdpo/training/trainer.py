@@ -15,12 +15,10 @@ from transformers.utils import logging
 from flexdpo.attention.settings import kernel_settings_as
 from flexdpo.config import DPOConfig
 from flexdpo.data.balance import balance
-from flexdpo.data.draft import IMAGES_COLUMN
 from flexdpo.data.images import processing_digest, tokenizer_of
 from flexdpo.data.lengths import has_one_pair_each, predicted_costs, token_counts
 from flexdpo.data.pictures import holds_images
 from flexdpo.data.stream import StreamedPreferences
-from flexdpo.data.tokenize import LABELS_COLUMN, TOKENISED_COLUMNS
 from flexdpo.data.workers import plain_worker_errors
 from flexdpo.errors import FlexdpoError
 from flexdpo.hf.compilation import compile_decoder_layers, decoder_layers
@@ -33,11 +31,11 @@ from flexdpo.objective.router import RouterLoss
 from flexdpo.reference.cache import ReferenceIdentity
 from flexdpo.reference.fingerprints import model_fingerprint
 from flexdpo.training import adapters, distribution, model_loading
-from flexdpo.training.batch import REFERENCE_COLUMN, REFERENCE_PAIR_COLUMN, PackedBatch, PackingCollator
+from flexdpo.training.batch import COLUMNS, PackedBatch, PackingCollator
 from flexdpo.training.finite import Ran, StepGuard
 from flexdpo.training.metrics import MeanMetrics, distinct_examples
 from flexdpo.training.precompute import Precompute
-from flexdpo.training.resumable import ResumableTrainer
+from flexdpo.training.resumable import LOGGED, ResumableTrainer
 from flexdpo.training.run_data import RunData
 from flexdpo.training.run_reference import SyncReference, fingerprints, reference_model
 from flexdpo.training.start_proof import ProofAtStart
@@ -56,13 +54,6 @@ if TYPE_CHECKING:
     from flexdpo.objective.logps import ResponseLogps
 
 logger = logging.get_logger(__name__)
-# how the log calls what is counted
-_LOGGED = {
-    "run": "tokens/run",
-    "unshared": "tokens/unshared",
-    "images": "images/run",
-    "images_unshared": "images/unshared",
-}
 
 
 class DPOTrainer(ResumableTrainer):
@@ -76,8 +67,7 @@ class DPOTrainer(ResumableTrainer):
         args: Settings.
         train_dataset: Preferences as text or messages, tokenised ones, or a stream (``StreamedPreferences``) of them.
         eval_dataset: The same, or a dict of them.
-        processing_class: The tokenizer, or the processor of a model that sees images; by default loaded from the
-            model's name.
+        processing_class: The tokenizer, or the processor for data with images; by default from the model's name.
         peft_config: Wrap the model in this adapter.
         callbacks, optimizers: As in ``Trainer``.
         compute_metrics: Not supported, since the full logits never exist.
@@ -116,10 +106,9 @@ class DPOTrainer(ResumableTrainer):
         self.objective = args.objective()
         # adapters draw their first weights from this seed
         set_seed(args.seed)
-        images = holds_images(train_dataset) or holds_images(eval_dataset)
+        images = holds_images([train_dataset, eval_dataset])
         model, processing_class = model_loading.load_parts(model, processing_class, args, images=images)
-        tokenizer = tokenizer_of(processing_class)
-        model, reference = self._prepare_models(model, ref_model, peft_config, tokenizer, args)
+        model, reference = self._prepare_models(model, ref_model, peft_config, tokenizer_of(processing_class), args)
 
         limit = model_loading.position_limit(unwrap_model(model))
         data = RunData(args, processing_class, limit, self.objective.needs_unrelated_responses, limits_of(model).limits)
@@ -209,9 +198,7 @@ class DPOTrainer(ResumableTrainer):
         self._guard = StepGuard(self.accelerator.unwrap_model(self.model), self.accelerator)
         self.add_callback(self._guard)
         self._flops_per_token = 6 * int(unwrap_model(self.model).num_parameters(exclude_embeddings=True))
-        self.tokens = {"run": 0, "unshared": 0}
-        if self._data.images is not None:
-            self.tokens |= {"images": 0, "images_unshared": 0}
+        self.tokens = dict.fromkeys(["run", "unshared"] if self._data.images is None else LOGGED, 0)
         self._metrics = {"train": MeanMetrics(), "eval": MeanMetrics()}
         # sum of the losses of the examples that were evaluated, and their number
         self._eval_loss = torch.zeros(2, dtype=torch.float64)
@@ -256,8 +243,7 @@ class DPOTrainer(ResumableTrainer):
             return response_logps(self.model, row)
 
     def _set_signature_columns_if_needed(self) -> None:
-        more = (IMAGES_COLUMN, LABELS_COLUMN, REFERENCE_COLUMN, REFERENCE_PAIR_COLUMN)
-        self._signature_columns = [*TOKENISED_COLUMNS, *more]
+        self._signature_columns = list(COLUMNS)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Sample as ``Trainer`` does; an example's length is that of its responses behind a prompt each."""
@@ -320,11 +306,8 @@ class DPOTrainer(ResumableTrainer):
             every = self.args.torch_empty_cache_steps
             if every is not None and self.state.global_step % every == 0:
                 clear_device_cache()
-            self.tokens["run"] += batch.tokens_run
-            self.tokens["unshared"] += batch.tokens_unshared
-            if self._data.images is not None:
-                self.tokens["images"] += batch.images_run
-                self.tokens["images_unshared"] += batch.images_unshared
+            for name in self.tokens:
+                self.tokens[name] += getattr(batch, LOGGED[name].replace("/", "_"))
             self._metrics["train"].add(result.metrics)
             step_loss: Tensor = (result.loss * scale).to(torch.float32)
             return step_loss
@@ -387,7 +370,7 @@ class DPOTrainer(ResumableTrainer):
         """Log, with the training metrics added to the lines that carry a training loss."""
         if "loss" in logs:
             logs.update(self._metrics["train"].collect(self.accelerator))
-            logs.update({_LOGGED[name]: count for name, count in self.total_tokens().items()})
+            logs.update({LOGGED[name]: count for name, count in self.total_tokens().items()})
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:

@@ -83,8 +83,9 @@ def test_every_way_to_hold_an_image_is_the_same_image(tmp_path: Path) -> None:
 def test_images_stand_where_the_messages_have_them() -> None:
     parts = [{"type": "text", "text": "w5"}, {"type": "image"}, {"type": "text", "text": "w6"}, {"type": "image"}]
     turns = [*user("w5"), {"role": "assistant", "content": "w7"}, *user("w8")]
-    in_parts, in_turns = tokenised([row(user(parts), images=[picture(1), picture(2)])]), tokenised(
-        [row(turns, images=[picture(1), picture(2)])]
+    in_parts, in_turns = (
+        tokenised([row(user(parts), images=[picture(1), picture(2)])]),
+        tokenised([row(turns, images=[picture(1), picture(2)])]),
     )
     image = [IMAGE] * 4
     assert in_parts.dataset[0]["prompt_ids"] == [3, 5, *image, 6, *image, 4, 3]
@@ -118,7 +119,10 @@ def test_rows_without_images_among_others() -> None:
     text = tokenize_preferences(Dataset.from_list([row()]), PROCESSOR, max_length=None)
     assert text.dataset[0]["prompt_ids"] == [3, 5, 6, 4, 3]
     both = Mixture((Part("a", Dataset.from_list([row(images=[picture(1)])])), Part("b", Dataset.from_list([row()]))))
-    assert [len(r[IMAGES_COLUMN] or ()) for r in tokenize_preferences(both, PROCESSOR, max_length=None).dataset] == [1, 0]
+    assert [len(r[IMAGES_COLUMN] or ()) for r in tokenize_preferences(both, PROCESSOR, max_length=None).dataset] == [
+        1,
+        0,
+    ]
 
 
 def test_an_image_that_would_be_cut_is_counted_and_its_row_left_out() -> None:
@@ -181,41 +185,40 @@ def test_an_image_lies_as_its_file_says(tmp_path: Path) -> None:
 
 
 _PART = [{"type": "image"}, {"type": "text", "text": "w5"}]
-_BAD: dict[str, tuple[Any, str]] = {
-    "no such file": (lambda: row(images=["nowhere/a.png"]), r"row 0 .*there is no file .*nowhere/a.png; relative paths"),
-    "damaged": (lambda: row(images=[as_bytes(1)[:60]]), "row 0 .*its bytes cannot be read as a picture"),
-    "no picture": (lambda: row(images=[b"text"]), "row 0 .*its bytes cannot be read as a picture"),
-    "a URL": (lambda: row(images=["https://example.org/a.png"]), "is a URL, and nothing is downloaded"),
-    "data in a URL": (lambda: row(images=["data:image/png;base64,AAAA"]), "is a URL"),
-    "a number": (lambda: row(images=[7]), "expected a path, bytes, a PIL image .* found int"),
-    "more images than places": (lambda: row(user(_PART), images=[picture(1)] * 2), "2 images and 1 part {'type': 'image'}"),
-    "more places than images": (lambda: row(user(_PART), images=[]), "0 images and 1 part {'type': 'image'}"),
-    "a place in the text": (lambda: row(user("<image> w5"), images=[picture(1)]), "1 image and 2 placeholders '<image>'"),
+_SAYS_SO = [{"role": "assistant", "content": "w6 <image>"}]
+_SOUND = user([{"type": "audio"}, {"type": "text", "text": "w5"}])
+_BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "no such file": (row(images=["nowhere/a.png"]), r"row 0 .*there is no file .*nowhere/a\.png; relative paths"),
+    "damaged": (row(images=[as_bytes(1)[:60]]), "row 0 .*its bytes cannot be read as a picture"),
+    "no picture": (row(images=[b"text"]), "row 0 .*its bytes cannot be read as a picture"),
+    "a URL": (row(images=["https://example.org/a.png"]), "is a URL, and nothing is downloaded"),
+    "data in a URL": (row(images=["data:image/png;base64,AAAA"]), "is a URL"),
+    "a number": (row(images=[7]), "expected a path, bytes, a PIL image .* found int"),
+    "more images than places": (row(user(_PART), images=[picture(1)] * 2), "2 images and 1 part {'type': 'image'}"),
+    "more places than images": (row(user(_PART), images=[]), "0 images and 1 part {'type': 'image'}"),
+    "a place in the text": (row(user("<image> w5"), images=[picture(1)]), "1 image and 2 placeholders '<image>'"),
     "text without a place": (
-        lambda: {"prompt": "w5", "chosen": "w6", "rejected": "w7", "images": [picture(1)]},
+        {"prompt": "w5", "chosen": "w6", "rejected": "w7", "images": [picture(1)]},
         "1 image and 0 placeholders '<image>'",
     ),
     "in a response": (
-        lambda: row(images=[], chosen=[{"role": "assistant", "content": _PART}]),
+        row(images=[], chosen=[{"role": "assistant", "content": _PART}]),
         "row 0 .*column 'chosen': an image in a response",
     ),
     "a response that says so": (
-        lambda: row(images=[picture(1)], rejected=[{"role": "assistant", "content": "w6 <image>"}]),
-        "column 'rejected': an image in a response",
+        row(images=[picture(1)], rejected=_SAYS_SO),
+        "column 'rejected': an image in a response, as '<image>'",
     ),
-    "video": (lambda: row(images=[picture(1)], videos=["a.mp4"]), "column 'videos': sound and video are not supported"),
-    "audio": (
-        lambda: row(user([{"type": "audio"}, {"type": "text", "text": "w5"}]), images=[]),
-        "found dict .*sound and video are not supported",
-    ),
-}  # fmt: skip
+    "video": (row(images=[picture(1)], videos=["a.mp4"]), "column 'videos': sound and video are not supported"),
+    "audio": (row(_SOUND, images=[]), "found dict .*sound and video are not supported"),
+}
 
 
 @pytest.mark.parametrize("case", _BAD)
 def test_what_cannot_be_read_is_one_error(case: str) -> None:
-    make, message = _BAD[case]
+    held, message = _BAD[case]
     with pytest.raises(FlexdpoError, match=message):
-        streamed([make()])
+        streamed([held])
 
 
 def test_a_processor_that_needs_the_whole_prompt_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

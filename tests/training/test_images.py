@@ -1,4 +1,4 @@
-"""Training on prompts with images is the ordinary run: TRL's own batches, each pair by itself, through the stock model."""
+"""Training on images is the ordinary run: TRL's own batches, each pair by itself, through the stock model."""
 
 from __future__ import annotations
 
