@@ -133,7 +133,7 @@ def test_rotations_that_change_with_length_are_probed_beyond_their_limit(
     report = parity_probe(model, max_tokens=64)
     assert report.exact, report
     assert report.threshold == limit
-    monkeypatch.setattr("flexdpo.hf.forward_layout.evaluated_by_side", lambda *_: None)
+    monkeypatch.setattr("flexdpo.hf.limits.evaluated_by_side", lambda *_: None)
     assert parity_probe(model, max_tokens=64).verdict == "wrong"
 
 
