@@ -30,6 +30,7 @@ from flexdpo.hf.draws import RandomState, can_run, left_as_it_is
 from flexdpo.hf.forward_layout import packed_forward, without_layout
 from flexdpo.hf.randomness import WAY_OUT, called_random, mark_of
 from flexdpo.layout.row import RowLayout
+from flexdpo.layout.scan_plan import ScanCost, path_plan
 from flexdpo.layout.segments import Segments
 
 if TYPE_CHECKING:
@@ -230,7 +231,7 @@ def _rope_positions(part: Any, input_ids: Tensor, layout: RowLayout) -> Tensor:
     inputs = {n: v.cpu() for n, v in images.inputs.items() if len(v) == len(images.counts)}
     begins, image = (each.flatten() for each in images.first_tokens())
     positions: Tensor | None = None
-    for bucket in Segments.of(layout).path_plan():
+    for bucket in path_plan(Segments.of(layout), ScanCost()).levels[0]:
         tokens = torch.from_numpy(bucket.tokens)
         real, at = tokens >= 0, tokens.clamp(min=0)
         order = image[at][begins[at] & real]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from flexdpo.layout.row import Row
 
 # what a cell of the mask is: hidden, or the kind of the key token; response k is FIRST_RESPONSE + k
-HIDDEN, PADDING, PROMPT, SHARED, FIRST_RESPONSE = range(5)
+HIDDEN, PADDING, PROMPT, IMAGE, SHARED, FIRST_RESPONSE = range(6)
 # what a tile of the BlockMask is
 EMPTY, PARTIAL, FULL = range(3)
 
@@ -28,21 +28,27 @@ SQUARES_PER_SIDE = 1024
 TILES_MARKED_SINGLY = 40
 LEGEND_RESPONSES = 8
 
-_KIND_COLOURS = {PADDING: "#9ca3af", PROMPT: "#3f6fa8", SHARED: "#7a4fa3"}
-_KIND_NAMES = {PADDING: "padding (sees only itself)", PROMPT: "prompt", SHARED: "shared by responses"}
+_KIND_COLOURS = {PADDING: "#9ca3af", PROMPT: "#3f6fa8", IMAGE: "#b3423a", SHARED: "#7a4fa3"}
+_KIND_NAMES = {
+    PADDING: "padding (sees only itself)",
+    PROMPT: "prompt",
+    IMAGE: "image",
+    SHARED: "shared by responses",
+}
 _RESPONSE_COLOURS = ("#2e9e6b", "#e07b39", "#d4b02a", "#c2477f", "#47b5c4", "#8a6d3b")
 
 
 class TokenKinds(NamedTuple):
     """What every token of a row is."""
 
-    kinds: NDArray[np.int64]  # PADDING, PROMPT, SHARED (in several responses) or FIRST_RESPONSE + k, [S]
+    # PADDING, PROMPT, IMAGE (of a prompt), SHARED (in several responses) or FIRST_RESPONSE + k, [S]
+    kinds: NDArray[np.int64]
     documents: NDArray[np.int64]  # number of the document each token belongs to, [S]; -1 at padding
     num_responses: int  # the largest number of responses in one document
 
 
 def token_kinds(row: Row) -> TokenKinds:
-    """Tell prompt, response and padding tokens of a row apart.
+    """Tell prompt, image, response and padding tokens of a row apart.
 
     A token that lies in no response is a prompt token; one that lies in several belongs to the beginning that
     these responses share. Responses count from 0 within their document.
@@ -53,6 +59,8 @@ def token_kinds(row: Row) -> TokenKinds:
         documents[start:end] = number
     kinds = np.full(length, PADDING, dtype=np.int64)
     kinds[: row.num_tokens] = PROMPT
+    if row.layout.images is not None:
+        kinds[row.layout.images.features[0].numpy() >= 0] = IMAGE
     listed = np.zeros(length, dtype=np.int64)
     responses_seen = [0] * len(row.documents)
     for path in row.response_paths:

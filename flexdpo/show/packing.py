@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from flexdpo.layout.packing import best_fit_decreasing, pack
-from flexdpo.show.mask_image import FIRST_RESPONSE, PADDING, PROMPT, TokenKinds, token_colours, token_kinds
+from flexdpo.show.mask_image import FIRST_RESPONSE, IMAGE, PADDING, PROMPT, TokenKinds, token_colours, token_kinds
 from flexdpo.show.plots import INK, style_axes
 
 if TYPE_CHECKING:
@@ -67,6 +67,8 @@ def batch_layouts(
     for number, group in enumerate(groups):
         for k, ids in enumerate(group.response_ids):
             kinds = np.repeat([PROMPT, FIRST_RESPONSE + k], [group.prompt_ids.size, ids.size])
+            if group.images:
+                kinds[: group.prompt_ids.size][group.prompt_ids == group.image_token_id] = IMAGE
             sequences.append(TokenKinds(kinds, np.full(kinds.size, number), most))
     lengths = [lane.kinds.size for lane in sequences]
     longest = max(lengths)

@@ -13,6 +13,7 @@ from flexdpo.show.mask_image import (
     HIDDEN,
     PADDING,
     PARTIAL,
+    IMAGE,
     PROMPT,
     SHARED,
     kind_name,
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
     from flexdpo.layout.row import Row
     from flexdpo.show.packing import BatchLayout
 
-_MARKS = {HIDDEN: " ", PADDING: "·", PROMPT: "█", SHARED: "▚"}
-_LEGEND = "█ prompt  0 1 ... response  ▚ shared by responses  · padding"
+_MARKS = {HIDDEN: " ", PADDING: "·", PROMPT: "█", IMAGE: "▓", SHARED: "▚"}
+_LEGEND = "█ prompt  ▓ image  0 1 ... response  ▚ shared by responses  · padding"
 _TILES = {EMPTY: "·", PARTIAL: "▒", FULL: "█"}
 
 

@@ -239,9 +239,7 @@ def test_a_row_that_mixes_the_rotations_of_short_and_long_sequences_is_stopped(
     ]
     assert prove(model, groups).value_error < (1e-6 if dtype == torch.float32 else 0.05)
     # as transformers rotates: the longest position of the row decides for all
-    monkeypatch.setattr(
-        "flexdpo.hf.limits.evaluated_by_side", lambda module, limits, longest, args, kwargs: None
-    )
+    monkeypatch.setattr("flexdpo.hf.limits.evaluated_by_side", lambda module, limits, longest, args, kwargs: None)
     message = "packed log-probabilities are off by"
     if not known:
         monkeypatch.setattr("flexdpo.proof.prove.limits_of", lambda model: LengthLimits())
