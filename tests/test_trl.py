@@ -358,16 +358,16 @@ def test_a_reference_that_the_trainer_loads_itself(tmp_path: Path, tokenizer: An
 
 def test_the_comparison_can_fail(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """With responses that see each other, losses are others from the first step on."""
-    from flexdpo.dropin import hooks as sharing_hooks
+    from flexdpo.dropin import plan
     from flexdpo.dropin.batch_trie import BatchTrie
 
-    trie_of = sharing_hooks.trie_of
+    trie_of = plan.trie_of
 
     def leaking(*args: Any) -> BatchTrie:
         trie = trie_of(*args)
         return BatchTrie(**{**vars(trie), "subtree_end": torch.full_like(trie.subtree_end, len(trie))})
 
-    monkeypatch.setattr(sharing_hooks, "trie_of", leaking)
+    monkeypatch.setattr(plan, "trie_of", leaking)
     plain, shared = (train(tmp_path, tokenizer, "llama", share).state.log_history for share in (False, True))
     with pytest.raises(AssertionError):
         assert_same_history(shared, plain)

@@ -239,9 +239,9 @@ def test_packed_rows_that_pass_through(name: str, monkeypatch: pytest.MonkeyPatc
 def test_merging_tokens_at_different_positions_does_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = build_model("gpt2"), padded_batch("left")
     want = run(model, batch)
-    sort_batch = hooks.sort_batch
+    sort_batch = plan.sort_batch
     tokens_only = lambda keys, *args, **more: sort_batch(keys & 0xFFFFFFFF, *args, **more)  # noqa: E731
-    monkeypatch.setattr(hooks, "sort_batch", tokens_only)
+    monkeypatch.setattr(plan, "sort_batch", tokens_only)
     with flexdpo.share_prefixes(model, **ALL) as sharing:
         assert logit_error(run(model, batch), want) > 1e-2
         assert sharing.stats.batches_shared == 1
@@ -476,9 +476,9 @@ def test_a_plan_of_inference_is_not_used_in_training() -> None:
 
 def test_policy_and_reference_share_one_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     planned = []
-    plan = hooks.plan_batch
+    plan_batch = hooks.plan_batch
     hooks._in_thread.recent.clear()
-    monkeypatch.setattr(hooks, "plan_batch", lambda *args: planned.append(args) or plan(*args))
+    monkeypatch.setattr(hooks, "plan_batch", lambda *args: planned.append(args) or plan_batch(*args))
     policy, reference, batch = build_model("mistral"), build_model("mistral", seed=3), padded_batch()
     with Float64():
         wants = [run(policy, batch), run(reference, batch)]
@@ -556,8 +556,8 @@ def test_a_wrong_trie_does_not_pass(bug: Callable[[BatchTrie], BatchTrie], monke
     # its positions are those of the trie; those of GPT-2 are told to it
     model, batch = build_model("mistral"), padded_batch()
     want = run(model, batch)
-    trie_of = hooks.trie_of
-    monkeypatch.setattr(hooks, "trie_of", lambda *args: bug(trie_of(*args)))
+    trie_of = plan.trie_of
+    monkeypatch.setattr(plan, "trie_of", lambda *args: bug(trie_of(*args)))
     flexdpo.share_prefixes(model, **ALL)
     got = run(model, batch)
     assert gradient_error(got, want) > 1e-3
