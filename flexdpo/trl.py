@@ -29,8 +29,9 @@ class SharingCallback(TrainerCallback):
 
     With every training log, for the batches since the last one, of all models together and of this process alone:
     ``sharing/tokens_in``, ``sharing/tokens_run``, ``sharing/saved`` (0 to 1) and ``sharing/passed_through`` (in
-    batches), all without generation, and ``sharing/generation`` (in calls of a model); with the last log of a training
-    run, for all of it. Progress bars and trackers show them; the log history
+    batches), all without generation, and ``sharing/generation`` (in calls of a model); where there are images also
+    ``sharing/images_in`` and ``sharing/images_encoded``; with the last log of a training run, for all of it. Progress
+    bars and trackers show them; the log history
     that checkpoints keep is left as it is.
     """
 
@@ -67,6 +68,9 @@ class SharingCallback(TrainerCallback):
         generation = since.passed_through["generation"]
         logs["sharing/passed_through"] = sum(since.passed_through.values()) - generation
         logs["sharing/generation"] = generation
+        if since.images_in:
+            logs["sharing/images_in"] = since.images_in
+            logs["sharing/images_encoded"] = since.images_encoded
         self._logged = now
 
 
