@@ -69,7 +69,7 @@ def _steps_outside(arguments: dict[str, Any]) -> dict[str, Any]:
 _DELTA_RULE_COSTS = (ScanCost(16, 34, 300, 2000), ScanCost(32, 38, 300, 2000), ScanCost(64, 49, 300, 2000))
 _KDA_COSTS = (ScanCost(8, 190, 300, 5000), ScanCost(16, 170, 300, 9000), ScanCost(32, 350, 300, 12000))
 _MAMBA2_COSTS = (ScanCost(32, 62, 0, 2400), ScanCost(64, 57, 0, 2400))
-_MAMBA1_COSTS = (ScanCost(1, 20, 200, 2000),)
+_MAMBA1_COSTS = (ScanCost(1, 650, 270, 2000),)
 _CHUNK = "chunk_size"
 # tokens that flash-linear-attention scans at once
 GPU_CHUNK = 64

@@ -49,7 +49,7 @@ def every(*default: str) -> list[Any]:
     return [pytest.param(name, marks=() if name in default else pytest.mark.zoo) for name in EVERY]
 
 
-def deep_row(prompt: int = 20, seed: int = 5) -> Row:
+def deep_row(prompt: int = 20, seed: int = 5, others: int = 20) -> Row:
     """Tries of three levels, one-token segments, a sequence that ends inside others, and padding.
 
     Prompts of many lengths, some of which a scan puts in one batch.
@@ -69,7 +69,7 @@ def deep_row(prompt: int = 20, seed: int = 5) -> Row:
         Group.from_lists([11], [[12, 12, 13], [12, 14], [15]], [(0, 1)]),
         *(
             Group.from_lists(tokens(length), [[16, 17, 19, 20, 21], [18, 19, 20, 21]], [(0, 1)])
-            for length in (*(part * prompt // 20 for part in (2, 4, 7, 8, 10)), prompt // 2 - 2)
+            for length in (*(part * others // 20 for part in (2, 4, 7, 8, 10)), others // 2 - 2)
         ),
     ]
     return Row.from_groups(groups, pad_to_multiple_of=16)
@@ -94,7 +94,7 @@ def runs(name: str, row: Row, **kwargs: Any) -> tuple[Run, Run]:
 def unpacked_once(name: str, **kwargs: Any) -> Run:
     """The unpacked run, which no seeded bug changes."""
     with Float64():
-        return unpacked_run(built(name, **kwargs), deep_row(LONG))
+        return unpacked_run(built(name, **kwargs), deep_row(LONG, others=LONG))
 
 
 def assert_same(got: Run, want: Run, tolerance: float = TOLERANCE) -> None:
@@ -329,7 +329,7 @@ def test_a_seeded_bug_shows(name: str, bug: Any, monkeypatch: pytest.MonkeyPatch
     limits: Any = {"time_step_limit": (0.5, 4.0)} if bug is lower_limit_on_padding else {}
     want = unpacked_once(name, **limits)
     with Float64():
-        got = packed_run(prepare_model(built(name, **limits)), deep_row(LONG))
+        got = packed_run(prepare_model(built(name, **limits)), deep_row(LONG, others=LONG))
     assert logit_error(got, want) > 1e-6
     assert gradient_error(got, want) > 1e-6
     assert parity_probe(built(name, dtype=torch.float32, **limits)).verdict == "wrong"
