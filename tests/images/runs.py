@@ -9,7 +9,7 @@ import torch
 
 from flexdpo import Group, Row
 from flexdpo.layout.images import PromptImage, joined_inputs
-from tests.hf.equivalence import Run, _run, sequence_paths
+from tests.hf.equivalence import Run, _run
 from tests.images.models import IMAGE, Kind, words
 
 
@@ -56,12 +56,23 @@ def stock_run(model: Any, kind: Kind, groups: list[Group]) -> Run:
     return _run(model, logits)
 
 
+def whole_paths(row: Row) -> list[torch.Tensor]:
+    """Row indices of every token of every sequence, prompt included, also where groups share a trie."""
+    ends = row.subtree_end[0].numpy()
+    index = np.arange(ends.size)
+    paths = ((index < path[0]) & (ends > path[0]) for path in row.response_paths)
+    return [
+        torch.from_numpy(np.concatenate([np.flatnonzero(before), path]))
+        for before, path in zip(paths, row.response_paths, strict=True)
+    ]
+
+
 def packed_run(model: Any, rows: list[Row], count: int, **kwargs: Any) -> Run:
     """Run rows that hold ``count`` groups, whose responses come out in the groups' order."""
     found: dict[int, list[torch.Tensor]] = {}
     for row in rows:
         logits = model(**cast({**row.inputs(), **kwargs}, model)).logits[0]
-        paths = iter(sequence_paths(row))
+        paths = iter(whole_paths(row))
         for number, group in zip(row.numbers or range(count), row.groups, strict=True):
             found[number] = [logits[next(paths)] for _ in group.response_ids]
     return _run(model, [each for number in range(count) for each in found[number]])
