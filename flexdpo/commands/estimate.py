@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, field
 
 from flexdpo.commands.options import OptionParser, TokenizerOptions, one_name, settings_of, writable
+from flexdpo.data.pictures import holds_images
 from flexdpo.errors import FlexdpoError
 from flexdpo.estimate.settings import EstimateSettings
 from flexdpo.runs.settings import DataSettings
@@ -59,8 +60,9 @@ def run(argv: list[str]) -> int:
 
     from flexdpo.estimate.estimate import estimate_dataset
 
-    config, tokenizer = tokens.load_config(), tokens.load_tokenizer()
-    estimate = estimate_dataset(data.train_data(), tokenizer, settings, model=config)
+    config, rows = tokens.load_config(), data.train_data()
+    tokenizer = tokens.load_tokenizer(images=holds_images(rows))
+    estimate = estimate_dataset(rows, tokenizer, settings, model=config)
     if target is not None:
         target.write_text(json.dumps(estimate.as_json(), indent=1) + "\n", encoding="utf-8")
     print(estimate.table())

@@ -132,14 +132,17 @@ class TokenizerOptions:
             return None
         return load_config(self.model_name_or_path, trust_remote_code=self.trust_remote_code, **self._revision)
 
-    def load_tokenizer(self) -> Any:
-        """The tokenizer that was named, or the model's."""
-        from flexdpo.training.model_loading import load_tokenizer
+    def load_tokenizer(self, *, images: bool = False) -> Any:
+        """The tokenizer that was named, or the model's; for data with images the processor of a model that sees."""
+        from flexdpo.hf.auto import sees
+        from flexdpo.training.model_loading import load_processor, load_tokenizer
 
         name, revision = str(self.model_name_or_path), self._revision
         if self.tokenizer is not None:
             name, revision = self.tokenizer, {}
-        return load_tokenizer(name, trust_remote_code=self.trust_remote_code, **revision)
+        config = self.load_config() if images else None
+        load = load_processor if images and (config is None or sees(config)) else load_tokenizer
+        return load(name, trust_remote_code=self.trust_remote_code, **revision)
 
     @property
     def _revision(self) -> dict[str, str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from flexdpo.commands.options import OptionParser, TokenizerOptions, one_name, settings_of
+from flexdpo.data.pictures import holds_images
 from flexdpo.errors import FlexdpoError, nearest
 from flexdpo.layout.packing import pack
 from flexdpo.runs.settings import DataSettings
@@ -98,8 +99,8 @@ def _groups(settings: ShowSettings, data: DataSettings, tokens: TokenizerOptions
         raise FlexdpoError(
             "a dataset needs --tokenizer NAME, since its tokens depend on it; give that, or --model_name_or_path NAME"
         )
-    tokenizer, longest = tokens.load_tokenizer(), settings.max_length or None
     found = data.train_data()
+    tokenizer, longest = tokens.load_tokenizer(images=holds_images(found)), settings.max_length or None
     groups, report = groups_of_dataset(
         found, tokenizer, max_length=longest, first=settings.first, groups=settings.groups
     )

@@ -245,3 +245,13 @@ def images_of_row(row: Mapping[str, Any]) -> tuple[tuple[PromptImage, ...], int]
     columns = row.get(IMAGES_COLUMN) or ()
     images = tuple(StoredImage(each, f"row {row['row']}") for each in columns)
     return images, columns[0]["token_id"] if columns else -1
+
+
+def told_of_images(table: Any) -> list[list[dict[str, Any]]]:
+    """Digest, tokens and their id of each row's images, from an Arrow table; what they look like stays where it is."""
+    held = table.column(IMAGES_COLUMN).combine_chunks()
+    names = ("digest", "tokens", "token_id")
+    fields = [held.flatten().field(name).to_pylist() for name in names]
+    each = [dict(zip(names, values, strict=True)) for values in zip(*fields, strict=True)]
+    stops = held.value_lengths().fill_null(0).to_numpy(zero_copy_only=False).cumsum().tolist()
+    return [each[start:stop] for start, stop in zip([0, *stops], stops, strict=False)]

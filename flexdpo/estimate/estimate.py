@@ -18,6 +18,7 @@ from flexdpo.errors import FlexdpoError
 from flexdpo.estimate.advice import advise, gains_over
 from flexdpo.estimate.counts import EpochTokens, Lengths, RepeatedPrompts
 from flexdpo.estimate.features import Layouts, features_of
+from flexdpo.estimate.images import count_images
 from flexdpo.estimate.lengths import count_rows, regrouped_tokens, shared_prefixes
 from flexdpo.estimate.model_shapes import find_shape
 from flexdpo.estimate.report import Estimate
@@ -130,6 +131,7 @@ def estimate_tokenised(
             targets=int(counted.targets.sum()),
         ),
         repeated=RepeatedPrompts.of(counted),
+        images=count_images(data, size),
         prefixes=shared_prefixes(data, counted),
         features=features,
         speedup=gains_over(by_name, by_name["across" if settings.sharing == "step" else "sharing"]),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -13,6 +13,7 @@ from flexdpo.estimate.costs import Load, find_machine, padded_load, row_load, st
 from flexdpo.estimate.flops import Work, padded_work, row_work
 from flexdpo.estimate.lengths import classes_of
 from flexdpo.layout.groups import Group
+from flexdpo.layout.images import PromptImage
 from flexdpo.layout.packing import MIN_SHARED, best_fit_decreasing, pack
 
 if TYPE_CHECKING:
@@ -140,7 +141,10 @@ def _groups_at(dataset: Dataset, indices: NDArray[np.int64]) -> list[Group]:
     ranked = np.argsort(indices, kind="stable")
     found: list[Any] = [None] * len(indices)
     for place, row in zip(ranked.tolist(), dataset.select(indices[ranked].tolist()), strict=True):
-        found[place] = group_from_row(row)
+        group = group_from_row(row)
+        # what they look like changes no count, and reading them takes long
+        unread = tuple(PromptImage(image.digest, image.tokens, {}) for image in group.images)
+        found[place] = replace(group, images=unread) if unread else group
     return found
 
 

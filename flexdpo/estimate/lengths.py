@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from flexdpo.data.draft import IMAGES_COLUMN
+from flexdpo.data.images import told_of_images
 from flexdpo.data.lengths import copies_of_prompts
 from flexdpo.layout.packing import MIN_SHARED
 
@@ -90,19 +92,31 @@ class TokenBatch:
 
 def batches(dataset: Dataset, rows_per_batch: int = ROWS_PER_BATCH) -> Iterator[TokenBatch]:
     """The rows of a tokenised dataset, some at a time."""
-    columns = dataset.select_columns(["prompt_ids", "response_ids", "edges"]).with_format("arrow")
+    pictured = [IMAGES_COLUMN] if IMAGES_COLUMN in dataset.column_names else []
+    columns = dataset.select_columns(["prompt_ids", "response_ids", "edges", *pictured]).with_format("arrow")
     for table in columns.iter(batch_size=rows_per_batch):
         prompts = table.column("prompt_ids").combine_chunks()
         rows = table.column("response_ids").combine_chunks()
         responses = rows.flatten()
         yield TokenBatch(
-            _values(prompts),
+            _told_apart(_values(prompts), _lengths(prompts), table) if pictured else _values(prompts),
             _lengths(prompts),
             _values(responses),
             _lengths(responses),
             _lengths(rows),
             _lengths(table.column("edges").combine_chunks()),
         )
+
+
+def _told_apart(ids: NDArray[np.int32], lengths: Ints, table: Any) -> NDArray[np.int32]:
+    """Prompts with what stands for its image in place of each image token."""
+    ids, start = ids.copy(), 0
+    for length, images in zip(lengths.tolist(), told_of_images(table), strict=True):
+        for image in images:
+            at = start + np.flatnonzero(ids[start : start + length] == image["token_id"])[: image["tokens"]]
+            ids[at] = -1 - int(image["digest"][:7], 16)
+        start += length
+    return ids
 
 
 def _values(array: Any) -> NDArray[np.int32]:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from flexdpo.data.tokenize import DataReport
     from flexdpo.estimate.counts import EpochTokens, Lengths, RepeatedPrompts
     from flexdpo.estimate.features import Feature
+    from flexdpo.estimate.images import ImageCounts
     from flexdpo.estimate.lengths import SharedPrefixes
     from flexdpo.estimate.settings import EstimateSettings
     from flexdpo.estimate.stragglers import Straggler
@@ -40,6 +41,7 @@ class Estimate:
     model: ModelSize
     suggestion: Suggestion
     settings: EstimateSettings
+    images: ImageCounts | None = None
     stragglers: tuple[Straggler, ...] = ()  # for each number of processes that was asked for
     worth_it: bool = False  # whether sharing is predicted to gain at least a tenth over packed or padded training
     advice: tuple[str, ...] = ()  # plain sentences, the verdict first
@@ -85,6 +87,8 @@ def _data(estimate: Estimate) -> str:
             f";\n    {prefixes.rows:,} rows begin like another for 128 tokens or more, in {prefixes.classes:,} ways; "
             f"most often {prefixes.largest_rows:,} rows for {prefixes.largest_tokens:,} tokens"
         )
+    if estimate.images is not None:
+        lines.append(f"  {estimate.images.line()}")
     return "\n".join([*lines, f"  equal prompts: {equal}", f"  common beginnings: {beginnings}"])
 
 

@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from flexdpo.data.images import tokenizer_of
+from flexdpo.data.pictures import holds_images
 from flexdpo.data.regroup import regroup_by_prompt
 from flexdpo.data.tokenize import TokenizedPreferences, tokenize_preferences
 from flexdpo.errors import FlexdpoError, first_line
 from flexdpo.estimate.estimate import estimate_tokenised
 from flexdpo.estimate.report import Estimate
 from flexdpo.estimate.settings import EstimateSettings
+from flexdpo.hf.auto import auto_class, sees
 from flexdpo.hf.names import adapter_base
 from flexdpo.hf.prepare import prepare_model
 from flexdpo.runs.ready import require_ready, require_room_on_disk
@@ -67,11 +70,11 @@ def dry_run(job: Job, config: DPOConfig) -> DryRun:
     require_ready(job, config)
     data = job.train_data()
     revision = {key: value for key, value in job.load_kwargs(config).items() if key == "revision"}
-    tokenizer = model_loading.load_tokenizer(
-        str(job.model_name_or_path), trust_remote_code=config.trust_remote_code, **revision
-    )
-    model = _without_weights(job, config)
-    model_loading.require_vocabulary(model, tokenizer)
+    name, trusted = str(job.model_name_or_path), {"trust_remote_code": config.trust_remote_code, **revision}
+    images = holds_images(data) and sees(model_loading.load_config(name, **trusted))
+    tokenizer = (model_loading.load_processor if images else model_loading.load_tokenizer)(name, **trusted)
+    model = _without_weights(job, config, images=images)
+    model_loading.require_vocabulary(model, tokenizer_of(tokenizer))
     how = {name: getattr(config, name) for name in ("max_length", "truncation_mode", "max_prompt_length")}
     tokenised = tokenize_preferences(data, tokenizer, num_proc=config.dataset_num_proc, **how)
     model_loading.require_positions(model_loading.position_limit(model), tokenised.report.longest)
@@ -85,9 +88,7 @@ def dry_run(job: Job, config: DPOConfig) -> DryRun:
     return _predict(tokenised, model, job, config)
 
 
-def _without_weights(job: Job, config: DPOConfig) -> nn.Module:
-    from transformers import AutoModelForCausalLM
-
+def _without_weights(job: Job, config: DPOConfig, *, images: bool) -> nn.Module:
     kwargs, given = job.load_kwargs(config), str(job.model_name_or_path)
     name = adapter_base(given) or given
     revision = {key: kwargs[key] for key in ("revision",) if key in kwargs}
@@ -95,7 +96,7 @@ def _without_weights(job: Job, config: DPOConfig) -> nn.Module:
     dtype = getattr(read, "dtype", None) if kwargs.get("dtype") == "auto" else kwargs.get("dtype")
     try:
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(
+            model: nn.Module = auto_class(read, images=images).from_config(
                 read, trust_remote_code=config.trust_remote_code, dtype=_as_dtype(dtype)
             )
     except (ValueError, TypeError, KeyError) as error:

@@ -18,6 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from flexdpo.data.draft import IMAGES_COLUMN
+from flexdpo.data.images import told_of_images
 from flexdpo.effects import WITHOUT_EFFECT, learning_rates
 from flexdpo.errors import FlexdpoError, first_line
 from flexdpo.hf.unwrap import base_model
@@ -285,6 +286,5 @@ def data_digest(dataset: Dataset, columns: tuple[str, ...]) -> str:
                 values = values.flatten()
             digest.update(values.to_numpy(zero_copy_only=False).astype("int64").tobytes())
         if IMAGES_COLUMN in table.column_names:
-            images = table.column(IMAGES_COLUMN).to_pylist()
-            digest.update(repr([[image["digest"] for image in row] for row in images]).encode())
+            digest.update(repr([[image["digest"] for image in row] for row in told_of_images(table)]).encode())
     return digest.hexdigest()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flexdpo.errors import FlexdpoError, first_line, found
+from flexdpo.hf.auto import auto_class
 from flexdpo.hf.checkpointing import checkpointing_name
 from flexdpo.hf.mixer_kernels import SCAN_CHUNK, mixers_of, state_of, weights_passed
 from flexdpo.hf.unwrap import backbone_of, base_model
@@ -62,6 +63,9 @@ class ModelSize:
     weights_passed: int = 0
     state: int = 0
     state_heads: int = 0
+    # of a model that sees: weights that images pass and text does not, and the numbers of a patch of an image
+    tower: int = 0
+    patch: int = 0
 
     @property
     def attending(self) -> int:
@@ -123,8 +127,24 @@ class ModelSize:
             gated=any(name.endswith(("gate_proj", "gate_up_proj", "experts")) for name in names),
             layer_norm=any(isinstance(module, torch.nn.LayerNorm) for module in inner.modules()),
             head_norms=any(name.endswith(("q_norm", "q_layernorm")) for name in names),
+            **_tower(inner),
             **states,
         )
+
+
+def _tower(model: Any) -> dict[str, int]:
+    """What only images pass, and the numbers of one patch of an image."""
+    base = base_model(model)
+    vision = getattr(base.config, "vision_config", None)
+    if vision is None or not getattr(vision, "patch_size", None):
+        return {}
+    head = base.get_output_embeddings()
+    of_text = {id(weight) for part in (backbone_of(base), head) if part is not None for weight in part.parameters()}
+    side = vision.patch_size[0] if isinstance(vision.patch_size, list | tuple) else vision.patch_size
+    return {
+        "tower": sum(weight.numel() for weight in base.parameters() if id(weight) not in of_text),
+        "patch": 3 * side**2 * int(getattr(vision, "temporal_patch_size", None) or 1),
+    }
 
 
 def _states(model: Any) -> dict[str, int]:
@@ -151,13 +171,13 @@ def without_memory(config: Any) -> torch.nn.Module:
     Raises:
         FlexdpoError: if it is no config, or none can be made of it.
     """
-    from transformers import AutoModelForCausalLM, PreTrainedConfig
+    from transformers import PreTrainedConfig
 
     if not isinstance(config, PreTrainedConfig):
         raise FlexdpoError(f"expected a model, a transformers config or a ModelSize, got {found(config)}")
     try:
         with torch.device("meta"):
-            model: torch.nn.Module = AutoModelForCausalLM.from_config(config)
+            model: torch.nn.Module = auto_class(config).from_config(config)
     except (ValueError, TypeError, KeyError) as error:
         raise FlexdpoError(f"no causal LM can be made of a {type(config).__name__}: {first_line(error)}") from error
     return model

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 from transformers import (
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -25,6 +24,7 @@ from transformers.utils import logging
 from flexdpo.data.images import is_processor, tokenizer_of
 from flexdpo.data.tokenize import require_special_tokens
 from flexdpo.errors import FlexdpoError, first_line, quoted
+from flexdpo.hf.auto import sees
 from flexdpo.hf.forward_layout import ATTN_IMPLEMENTATION
 from flexdpo.hf.names import adapter_base, require_saved, why_unreachable
 from flexdpo.hf.unwrap import unwrap_model
@@ -80,11 +80,6 @@ def load_parts(model: Any, processing_class: Any, args: DPOConfig, *, images: bo
     require_special_tokens(tokenizer_of(processing_class))
     require_vocabulary(base, tokenizer_of(processing_class))
     return model, processing_class
-
-
-def sees(config: Any) -> bool:
-    """Whether transformers has a model of images and text with such a config."""
-    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 
 def load_model(
