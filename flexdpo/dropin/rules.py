@@ -57,7 +57,8 @@ _RELATIVE = frozenset(
         "afmoe", "apertus", "arcee", "aria_text", "axk1", "bamba", "bitnet", "cohere", "cohere2", "cohere2_moe",
         "cohere_compass_text", "cwm", "dbrx", "deepseek_v2", "deepseek_v3", "diffllama", "dots1", "emu3_text_model",
         "ernie4_5", "ernie4_5_moe", "exaone4", "exaone_moe", "falcon_h1", "flex_olmo", "flint", "gemma", "gemma2",
-        "gemma3_text", "glm", "glm4", "glm4_moe", "glm4_moe_lite", "gpt_neox", "gpt_oss", "granite", "granite_swa",
+        "gemma3_text", "gemma4_text", "glm", "glm4", "glm4_moe", "glm4_moe_lite", "gpt_neox", "gpt_oss", "granite",
+        "granite_swa",
         "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared", "helium", "hrm_text", "hy_v3",
         "hyperclovax", "internlm3", "iquestcoder", "jais2", "jamba", "jetmoe", "kolibri1", "laguna", "lfm2", "lfm2_moe",
         "llama", "longcat_flash", "mellum", "mimo_v2_flash", "minicpm3", "minimax_m2", "ministral", "mistral",
@@ -70,7 +71,7 @@ _RELATIVE = frozenset(
 # fmt: on
 # transformers renamed the argument in 5.24, and takes the older names still
 _CACHES = ("cache", "past_key_values", "cache_params")
-_RELATIVE_ROPE = frozenset({"default", "linear", "llama3", "yarn"})
+_RELATIVE_ROPE = frozenset({"default", "linear", "llama3", "proportional", "yarn"})
 # settings by which a model of rotary positions makes use of the absolute ones too
 _ABSOLUTE_SETTINGS = ("attn_temperature_tuning", "llama_4_scaling_beta")
 

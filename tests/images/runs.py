@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -48,12 +49,16 @@ def stock_run(model: Any, kind: Kind, groups: list[Group]) -> Run:
     logits = []
     for group in groups:
         for sequence in group.sequences:
-            ids = torch.from_numpy(sequence)[None]
-            inputs = joined_inputs([image.inputs for image in group.images])
-            if kind.types is not None:
-                inputs[kind.types] = (ids == IMAGE).long()
-            logits.append(model(input_ids=ids, use_cache=False, **cast(inputs, model)).logits[0])
+            logits.append(model(**call_of(model, kind, torch.from_numpy(sequence), group.images)).logits[0])
     return _run(model, logits)
+
+
+def call_of(model: Any, kind: Kind, sequence: torch.Tensor, images: Sequence[PromptImage]) -> dict[str, Any]:
+    """One sequence with its images, as its processor would hand it over."""
+    inputs = joined_inputs([image.inputs for image in images])
+    if kind.types is not None:
+        inputs[kind.types] = (sequence[None] == IMAGE).long()
+    return {"input_ids": sequence[None], "use_cache": False, **cast(inputs, model)}
 
 
 def whole_paths(row: Row) -> list[torch.Tensor]:
