@@ -118,7 +118,8 @@ class DPOConfig(LossSettings, TrainingArguments):
     max_tokens_per_row: int | str | None = setting(
         None,
         "Longest packed row in tokens, or 'auto' for the longest that fits into the free memory. The pairs of a batch "
-        "are split into as many rows as this needs; what is learned stays the same. By default a batch is one row.",
+        "are split into as many rows as this needs, and a longer example into pieces; what is learned stays the same. "
+        "By default a batch is one row.",
     )
     sharing: str = setting(
         "group",

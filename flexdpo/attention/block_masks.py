@@ -64,7 +64,6 @@ def build_block_mask(
 
     Returns a BlockMask with ``[B, 1, M, N]`` indices and the kind's ``mask_mod``, in time and memory ``O(B (S + M N))``
     """
-    length = layout.position_ids.shape[1]
     non_empty, full = classify_tiles(layout, kind, block_size)
     partial = non_empty & ~full
     (kv_count, kv_indices), (full_kv_count, full_kv_indices) = _ordered(partial), _ordered(full)
@@ -76,7 +75,7 @@ def build_block_mask(
         full_kv_indices=full_kv_indices,
         BLOCK_SIZE=block_size,
         mask_mod=mask_mod_for(layout, kind),
-        seq_lengths=(length, length),
+        seq_lengths=(layout.position_ids.shape[1], (layout.keys or layout).position_ids.shape[1]),
         compute_q_blocks=False,
     )
     block_mask.q_num_blocks, block_mask.q_indices = _ordered(rearrange(partial, "b m n -> b n m"))
@@ -92,12 +91,14 @@ class Tiles(NamedTuple):
 
 
 def classify_tiles(layout: RowLayout, kind: MaskKind, block_size: int | tuple[int, int]) -> Tiles:
-    """Classify every tile of the mask; rows of tiles are queries, columns are keys."""
+    """Classify every tile of the mask; rows of tiles are queries, columns are keys, those of a path first."""
     queries, keys = (block_size, block_size) if isinstance(block_size, int) else block_size
-    ends = _ranges(layout.subtree_end, keys)
-    length, device = layout.position_ids.shape[1], layout.position_ids.device
+    seen, device = layout.keys or layout, layout.position_ids.device
+    ends, length = _ranges(seen.subtree_end, keys), seen.position_ids.shape[1]
     first_key = torch.arange(ends.low.shape[-1], device=device) * keys
-    first_query = torch.arange(-(-length // queries), device=device)[:, None] * queries
+    own = layout.position_ids.shape[1]
+    # counted through the path's keys, at whose end a tile need not begin
+    first_query = length - own + torch.arange(-(-own // queries), device=device)[:, None] * queries
     below_diagonal = first_query >= first_key + keys
 
     # a tile on the diagonal holds tokens that see themselves, and above the diagonal it is empty
@@ -115,7 +116,7 @@ def classify_tiles(layout: RowLayout, kind: MaskKind, block_size: int | tuple[in
     full = full & (first_query + queries <= length)
     if kind.name == "causal":
         return Tiles(non_empty, full)
-    near, all_near = _reach(_ranges(layout.position_ids, queries), _ranges(layout.position_ids, keys), kind)
+    near, all_near = _reach(_ranges(layout.position_ids, queries), _ranges(seen.position_ids, keys), kind)
     if kind.name == "other":
         return Tiles(non_empty & near if kind.size else non_empty, torch.zeros_like(full))
     return Tiles(non_empty & near, full & all_near)

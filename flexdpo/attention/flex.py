@@ -100,10 +100,13 @@ def _code_of(score_mod: ScoreMod | None) -> object:
 def kernel_key_of(call: AttentionCall, row_mask: RowMask, device_type: str, *, grad: bool) -> KernelKey:
     """Which compiled kernel a call belongs to."""
     settings = row_mask.settings
+    # pieces of rows come in as many lengths as their paths do
+    in_piece = row_mask.layout.keys is not None
+    one_for_all = in_piece or row_mask.impl == "varlen" or settings.dynamic(device_type)
     return KernelKey(
         row_mask.kind.name + "_blocks" * row_mask.kind.blocks,
         grad,
-        0 if row_mask.impl == "varlen" or settings.dynamic(device_type) else row_mask.layout.length,
+        0 if one_for_all else row_mask.layout.length,
         call.scaling,
         call.softcap,
         call.sinks,

@@ -65,6 +65,11 @@ def packed_attention(
         else:
             _compare(inputs, row_mask)
         return run_flex(inputs, row_mask)
+    if row_mask.impl == "varlen" and row_mask.layout.keys is not None:
+        raise FlexdpoError(
+            "attn_impl='varlen' plans whole rows, and this one runs in pieces since it is longer than "
+            "max_tokens_per_row; use attn_impl='flex' (or 'auto'), or raise max_tokens_per_row"
+        )
     if row_mask.impl == "varlen":
         # its plan is made on the host, so a compiled layer pauses for it
         found: Tensor = _tested_varlen(inputs, row_mask)
@@ -121,6 +126,8 @@ def _require_shapes(query: Tensor, key: Tensor, value: Tensor, row_mask: RowMask
     """Stop at what kernels would read as something else: they look keys up by the row's indices, whatever is there."""
     rows, length = row_mask.layout.position_ids.shape
     for tensor in (query, key, value):
+        if tensor is not query and row_mask.layout.keys is not None:
+            length = row_mask.layout.keys.length
         if (tensor.shape[0], tensor.shape[2]) != (rows, length):
             raise FlexdpoError(
                 f"the layout is for {rows} rows of {length} tokens, but attention received {tensor.shape[0]} rows of "

@@ -101,8 +101,17 @@ def composed_mask_mod(subtree_end: Tensor, position_ids: Tensor, function: MaskM
     return mask_mod
 
 
+def shifted_mask_mod(mask_mod: MaskMod, offset: int, device: torch.device) -> MaskMod:
+    """Let queries count from ``offset`` on, behind the keys of passes of their own."""
+    # a tensor, since every Python number would compile a kernel of its own
+    behind = torch.full((), offset, dtype=torch.int64, device=device)
+    return lambda batch, head, q_idx, kv_idx: mask_mod(batch, head, q_idx + behind, kv_idx)
+
+
 def mask_mod_for(layout: RowLayout, kind: MaskKind) -> MaskMod:
-    """Return the ``mask_mod`` of one mask kind on one layout."""
+    """Return the ``mask_mod`` of one mask kind on one layout; keys are those of its path too, where it has one."""
+    if layout.keys is not None:
+        return shifted_mask_mod(mask_mod_for(layout.keys, kind), layout.keys.length - layout.length, layout.device)
     visible = tree_mask_mod(layout.subtree_end)
     if kind.blocks:
         if kind.name not in ("causal", "sliding"):

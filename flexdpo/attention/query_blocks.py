@@ -36,12 +36,14 @@ class QueryBlock(NamedTuple):
     """Queries ``[start, stop)`` of one row and the runs of keys some of them see.
 
     The last run ends at ``stop``, or where the images end that the queries stand in, if these see themselves both ways.
+    Keys of the path to a piece stand before the row's own, and all are counted through.
     """
 
     row: int
-    start: int
-    stop: int
+    start: int  # the first query, among all keys
+    stop: int  # just past the last query
     key_runs: tuple[tuple[int, int], ...]
+    before: int = 0  # keys before the row's own
 
     @property
     def num_keys(self) -> int:
@@ -65,26 +67,31 @@ def plan_query_blocks(
     Returns blocks that cover every query once, in order. Time is linear in the tokens of the batch for documents of
     bounded length.
     """
-    ends, positions = layout.subtree_end.cpu().numpy(), layout.position_ids.cpu().numpy()
+    seen = layout.keys or layout
+    ends, positions = seen.subtree_end.cpu().numpy(), seen.position_ids.cpu().numpy()
+    before = seen.position_ids.shape[1] - layout.position_ids.shape[1]
     ahead = layout.block_end().cpu().numpy() if kind.blocks else None
     blocks = []
     for row in range(len(ends)):
-        cuts = _cuts(ends[row], layout.num_tokens[row], max_queries)
+        cuts = _cuts(ends[row], seen.num_tokens[row], max_queries, before)
         chosen = _cheapest(cuts, _live_counts(ends[row], cuts, kind), START_COST // width, max_queries)
         document = _document_starts(ends[row])
         for start, stop in pairwise(chosen):
             keys = _earlier_keys(ends[row], positions[row], document[start], start, stop, kind)
             last = stop if ahead is None else int(ahead[row, start:stop].max())
-            blocks.append(QueryBlock(row, start, stop, _runs(keys, start, last)))
+            blocks.append(QueryBlock(row, start, stop, _runs(keys, start, last), before))
     return blocks
 
 
-def _cuts(ends: Ints, num_tokens: int, max_queries: int) -> list[int]:
-    """Where the row may be cut, both ends included: where branches and documents begin, and on a grid between."""
+def _cuts(ends: Ints, num_tokens: int, max_queries: int, before: int) -> list[int]:
+    """Where the row may be cut, both ends included: where branches and documents begin, and on a grid between.
+
+    Its tokens stand behind ``before`` others, which are not queries.
+    """
     closest = max(1, min(_CLOSEST, max_queries // 2))
     grid = min(_GRID, max_queries - closest + 1)
-    branches = np.flatnonzero(np.diff(ends[:num_tokens])) + 1
-    cuts, length = [0], ends.size
+    branches = np.flatnonzero(np.diff(ends[before:num_tokens])) + before + 1
+    cuts, length = [before], ends.size
     for place in (*branches.tolist(), num_tokens, length):
         cuts.extend(range(cuts[-1] + grid, place - closest + 1, grid))
         if place - cuts[-1] >= closest:

@@ -78,14 +78,14 @@ def _random_inputs(call: AttentionCall, layout: RowLayout, queries: Tensor) -> t
     def draw(*size: int) -> Tensor:
         return torch.randn(*size, generator=generator, device=layout.device, dtype=shape.dtype)
 
-    def heads(count: int, dim: int) -> Tensor:
+    def heads(length: int, count: int, dim: int) -> Tensor:
         # token by token in memory, as a model's projections leave them: other strides would compile another kernel
-        return rearrange(draw(layout.batch_size, layout.length, count, dim), "b s h d -> b h s d")
+        return rearrange(draw(layout.batch_size, length, count, dim), "b s h d -> b h s d")
 
-    direction = torch.zeros_like(drawn := heads(shape.query_heads, shape.value_dim))
+    direction = torch.zeros_like(drawn := heads(layout.length, shape.query_heads, shape.value_dim))
     direction[:, :, queries] = drawn[:, :, queries]
-    query = heads(shape.query_heads, shape.head_dim)
-    key, value = heads(shape.key_heads, shape.head_dim), heads(shape.key_heads, shape.value_dim)
+    query, keys = heads(layout.length, shape.query_heads, shape.head_dim), (layout.keys or layout).length
+    key, value = heads(keys, shape.key_heads, shape.head_dim), heads(keys, shape.key_heads, shape.value_dim)
     sinks = draw(shape.query_heads) if call.sinks else None
     return AttentionInputs(query, key, value, call.scaling, call.softcap, sinks), direction
 
@@ -123,7 +123,7 @@ def _dense(
 ) -> dict[str, Tensor]:
     """Output at ``queries`` and gradients by the formula, some queries at a time."""
     query, key, value, *_ = inputs
-    batch, heads, length, _ = query.shape
+    (batch, heads), length = query.shape[:2], key.shape[2]
     found = {"output": query.new_empty(batch, heads, len(queries), value.shape[3])}
     if grad:
         found |= dict(zip(_GRADIENTS, map(torch.zeros_like, _tensors(inputs)), strict=False))

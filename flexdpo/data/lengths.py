@@ -8,6 +8,7 @@ import numpy as np
 
 from flexdpo.data.tokenize import LABELS_COLUMN, group_from_row
 from flexdpo.errors import FlexdpoError
+from flexdpo.layout.packing import pack
 from flexdpo.layout.trie import Trie
 
 if TYPE_CHECKING:
@@ -105,6 +106,16 @@ def _longest_responses(dataset: Dataset) -> NDArray[np.int64]:
     return np.concatenate(found)
 
 
+def longest_sequence(dataset: Dataset, *, unrelated_responses: bool = False) -> int:
+    """Tokens of the longest prompt with a response: its own, or one of other examples as the kto loss may put there."""
+    if not len(dataset):
+        return 0
+    tables = dataset.with_format("arrow").iter(batch_size=8192)
+    prompts = np.concatenate([_lengths(table.column("prompt_ids")) for table in tables])
+    responses = _longest_responses(dataset)
+    return int(prompts.max() + responses.max() if unrelated_responses else (prompts + responses).max())
+
+
 def predicted_costs(dataset: Dataset, hidden_size: int, limits: Sequence[int] = ()) -> NDArray[np.float64]:
     """What each example costs to run, see :func:`costs_of`, ``[N]`` float64."""
     return costs_of(token_counts(dataset, shared=True, limits=limits), hidden_size)
@@ -137,6 +148,7 @@ def require_room(
     *,
     unrelated_responses: bool = False,
     limits: Sequence[int] = (),
+    in_pieces: bool = False,
 ) -> None:
     """Refuse a dataset with an example that fits no row, before anything is trained on it.
 
@@ -146,6 +158,7 @@ def require_room(
         pad_to_multiple_of: Of which a row's length is a multiple.
         unrelated_responses: Leave room for other examples' responses, see :func:`tokens_needed`.
         limits: As in :func:`flexdpo.pack`.
+        in_pieces: Longer examples run in pieces, so that there must be room for their longest sequence only.
 
     Raises:
         FlexdpoError: naming the first such example, its size and the room.
@@ -156,6 +169,16 @@ def require_room(
     # responses may share their beginnings, so only the tries of the suspects are counted
     for index in np.flatnonzero(needed > room):
         group = group_from_row(dataset[int(index)])
+        if in_pieces:
+            pack([group], max_tokens_per_row, pad_to_multiple_of=pad_to_multiple_of, limits=limits)
+            added = int(_longest_responses(dataset).max()) if unrelated_responses else 0
+            if group.prompt_ids.size + added > room:
+                raise FlexdpoError(
+                    f"{group.name} has a prompt of {group.prompt_ids.size} tokens and may get a response of {added} "
+                    f"behind it for the kto loss, but max_tokens_per_row={max_tokens_per_row} leaves room for {room}; "
+                    "raise max_tokens_per_row or lower max_length"
+                )
+            continue
         own, added = len(Trie.from_sequences(group.sequences, limits=limits)), int(needed[index] - alone[index])
         if own + added > room:
             others = f", and may get {added} of other examples' responses for the kto loss," if added else ""

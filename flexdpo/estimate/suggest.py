@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -63,7 +64,7 @@ def suggest(
 ) -> Suggestion:
     """Choose settings by the predicted gains and the memory that is there."""
     longest = int(counted.distinct.max())
-    setup, budget = _first_that_fits(size, settings, longest, free)
+    setup, budget = _first_that_fits(size, settings, longest, int(counted.longest.max()), free)
     batch = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
     bound: int | None = None
     if budget is not None:
@@ -90,16 +91,22 @@ def suggest(
 
 
 def _first_that_fits(
-    size: ModelSize, settings: EstimateSettings, longest: int, free: int
+    size: ModelSize, settings: EstimateSettings, longest: int, longest_sequence: int, free: int
 ) -> tuple[TrainingSetup, int | None]:
     """What has to be given up, in the order of what it costs, so that the longest example fits; and its row budget."""
     asked = settings.training_setup
     rerun = replace(asked, gradient_checkpointing=True)
-    for setup in (asked, rerun, replace(asked, reference=False), replace(rerun, reference=False)):
-        try:
-            return setup, auto_row_budget(
-                size, setup, device=settings.device, free=free, multiple=settings.row_multiple, longest=longest
-            )
-        except FlexdpoError:
-            continue
+    # in pieces last of all: what is run is then more than this command counts
+    for pieces in (None, longest_sequence) if not size.state_layers else (None,):
+        for setup in (asked, rerun, replace(asked, reference=False), replace(rerun, reference=False)):
+            with contextlib.suppress(FlexdpoError):
+                return setup, auto_row_budget(
+                    size,
+                    setup,
+                    device=settings.device,
+                    free=free,
+                    multiple=settings.row_multiple,
+                    longest=longest,
+                    longest_sequence=pieces,
+                )
     return asked, None

@@ -275,6 +275,8 @@ def flexdpo_attention(
         forward.attention_ran = True
     _refuse_unknown(module, dropout, kwargs)
     query = scaled_by_position(module, query, row_mask.layout)
+    if row_mask.layout.kept is not None:
+        key, value = row_mask.layout.kept.behind_path(module, key, value, row_mask.layout.path)
     output = packed_attention(query, key, value, row_mask, scaling=scaling, softcap=softcap, sinks=s_aux)
     if forward is not None and not torch.compiler.is_compiling() and is_compared(row_mask, query.device):
         forward.mark_tested(torch.is_grad_enabled())

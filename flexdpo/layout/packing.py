@@ -10,6 +10,7 @@ import numpy as np
 
 from flexdpo.errors import FlexdpoError, nearest
 from flexdpo.layout.images import ImageKeys
+from flexdpo.layout.pieces import cut_in_pieces
 from flexdpo.layout.row import TILE, Row
 from flexdpo.layout.trie import Trie
 
@@ -35,6 +36,7 @@ def pack(
     buckets: Buckets | None = None,
     sharing: str = "group",
     limits: Sequence[int] = (),
+    in_pieces: bool = True,
 ) -> list[Row]:
     """Lay groups out in as few rows as the budget allows.
 
@@ -49,24 +51,29 @@ def pack(
             have at least their first 128 tokens in common (a long system prompt, few-shot examples).
         limits: Increasing lengths at which the model's rotary frequencies change, as
             :func:`flexdpo.hf.row_dependence.length_limits` finds them; sequences on either side share no tokens.
+        in_pieces: Give a group that is longer than the budget a row of its own with ``row.pieces``, which
+            :func:`flexdpo.response_logps` runs one after another, instead of an error.
 
     Returns:
         The rows; inside a row the groups keep the order in which they came, relatives side by side, and
         ``row.numbers`` tells which of ``groups`` each of them is.
 
     Raises:
-        FlexdpoError: if a single group is longer than the budget, or ``sharing`` is unknown.
+        FlexdpoError: if a single group, or with ``in_pieces`` a single sequence, is longer than the budget, or
+            ``sharing`` is unknown.
     """
     multiple = pad_to_multiple_of if buckets is None else buckets.multiple
     rows = []
-    for clusters in _planned(groups, max_tokens_per_row, multiple, sharing, limits):
-        target = multiple
-        if buckets is not None:
-            target = buckets.length_for(sum(len(cluster.trie) for cluster in clusters), most=max_tokens_per_row)
+    for clusters in _planned(groups, max_tokens_per_row, multiple, sharing, limits, in_pieces):
+        tokens = sum(len(cluster.trie) for cluster in clusters)
+        whole = max_tokens_per_row is None or tokens <= max_tokens_per_row // multiple * multiple
+        target = multiple if buckets is None or not whole else buckets.length_for(tokens, most=max_tokens_per_row)
         numbers = tuple(i for cluster in clusters for i in cluster.members)
         tries = [cluster.trie for cluster in clusters]
         row = Row.from_tries([groups[i] for i in numbers], tries, pad_to_multiple_of=target)
         row.numbers = numbers
+        if max_tokens_per_row is not None and not whole:
+            row.pieces = cut_in_pieces(row, max_tokens_per_row, multiple, name=row.groups[0].name)
         rows.append(row)
     return rows
 
@@ -80,12 +87,14 @@ def row_lengths(
 ) -> list[int]:
     """Lengths of the rows that :func:`pack` makes of some batches, padding not counted; the rows are not made.
 
+    One that would run in pieces counts whole.
+
     A few hundred batches are enough for :func:`choose_buckets`.
     """
     return [
         sum(len(cluster.trie) for cluster in clusters)
         for groups in batches
-        for clusters in _planned(groups, max_tokens_per_row, 1, sharing, limits)
+        for clusters in _planned(groups, max_tokens_per_row, 1, sharing, limits, True)
     ]
 
 
@@ -106,9 +115,14 @@ class _Cluster:
 
 
 def _planned(
-    groups: Sequence[Group], max_tokens_per_row: int | None, multiple: int, sharing: str, limits: Sequence[int]
+    groups: Sequence[Group],
+    max_tokens_per_row: int | None,
+    multiple: int,
+    sharing: str,
+    limits: Sequence[int],
+    in_pieces: bool,
 ) -> list[list[_Cluster]]:
-    """The clusters of each row."""
+    """The clusters of each row; one that fits none has a row of its own."""
     if sharing not in SHARING:
         raise FlexdpoError(f"sharing must be one of {SHARING}, got {sharing!r}{nearest(sharing, SHARING)}")
     relatives: dict[object, list[int]] = {}
@@ -126,23 +140,27 @@ def _planned(
         if len(cluster.trie) <= budget:
             fitting.append(cluster)
         else:
-            parts = _split(cluster, groups, budget, max_tokens_per_row)
+            parts = _split(cluster, groups, budget, None if in_pieces else max_tokens_per_row)
             fitting += [_Cluster.of(part, groups, limits, keys) for part in parts]
-    bins = best_fit_decreasing([len(cluster.trie) for cluster in fitting], budget)
+    # what runs in pieces leaves no room in its row
+    bins = best_fit_decreasing([min(len(cluster.trie), budget) for cluster in fitting], budget)
     return [[fitting[i] for i in members] for members in bins]
 
 
-def _split(cluster: _Cluster, groups: Sequence[Group], budget: int, max_tokens_per_row: int) -> list[list[int]]:
-    """Break a cluster that fits no row into as many as needed, nearest relatives together."""
+def _split(cluster: _Cluster, groups: Sequence[Group], budget: int, refused: int | None) -> list[list[int]]:
+    """Break a cluster that fits no row into as many as needed, nearest relatives together.
+
+    A group that fits none is a part of its own, or with ``refused``, the budget before rounding, an error.
+    """
     paths = iter(cluster.trie.paths)
     nodes = {i: np.unique(np.concatenate([next(paths) for _ in groups[i].response_ids])) for i in cluster.members}
     parts: list[list[int]] = []
     covered = np.zeros(len(cluster.trie), dtype=bool)
     # depth-first order puts those side by side that part last
     for i in sorted(cluster.members, key=lambda i: nodes[i].tolist()):
-        if nodes[i].size > budget:
+        if nodes[i].size > budget and refused is not None:
             raise FlexdpoError(
-                f"{groups[i].name} has {nodes[i].size} distinct tokens but max_tokens_per_row={max_tokens_per_row} "
+                f"{groups[i].name} has {nodes[i].size} distinct tokens but max_tokens_per_row={refused} "
                 f"leaves room for {budget}; raise max_tokens_per_row or lower max_length"
             )
         together = covered.copy()

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from flexdpo.layout.pieces import Piece
+
 __all__ = ["TILE", "Row", "RowLayout", "idle_row", "on_device", "stack_inputs", "tile_multiple"]
 
 # tokens to a side of a tile of FlexAttention
@@ -60,6 +62,7 @@ class Row:
     # for each response, the row index of each of its tokens, the prompt not included
     response_paths: tuple[NDArray[np.int64], ...]
     numbers: tuple[int, ...] = ()  # which of the groups that :func:`flexdpo.pack` was given each group is
+    pieces: tuple[Piece, ...] = ()  # of a row longer than memory, which runs piece by piece
 
     @classmethod
     def from_groups(cls, groups: Sequence[Group], *, pad_to_multiple_of: int = 1, limits: Sequence[int] = ()) -> Row:
@@ -247,7 +250,8 @@ class Row:
 
     def _map(self, change: Any) -> Row:
         parts = {name: part for name, part in vars(self).items() if isinstance(part, torch.Tensor | RowLayout)}
-        return dataclasses.replace(self, **{name: change(part) for name, part in parts.items()})
+        pieces: Any = tuple(piece._map(change) for piece in self.pieces)
+        return dataclasses.replace(self, pieces=pieces, **{name: change(part) for name, part in parts.items()})
 
 
 def on_device(values: Sequence[Any] | NDArray[np.int64], dtype: torch.dtype, device: torch.device) -> Tensor:

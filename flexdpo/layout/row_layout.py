@@ -61,6 +61,11 @@ class RowLayout:
         # masks built for this layout, shared by all layers and by every model that runs it
         self.memo: dict[Any, Any] = {}
         self._host: RowLayout | None = None
+        # of a piece of a longer row: all keys that its tokens see, those on its path and then its own
+        self.keys: RowLayout | None = None
+        # what the attention of the pieces on its path kept, the first one first, and where its own is kept
+        self.path: tuple[Any, ...] = ()
+        self.kept: Any = None
         self._check()
 
     def __repr__(self) -> str:
@@ -166,7 +171,9 @@ class RowLayout:
         vectors = {name: getattr(self, name) for name in _VECTORS}
         changed: dict[str, Any] = {name: None if each is None else change(each) for name, each in vectors.items()}
         images = None if self.images is None else self.images.map(change)
-        return RowLayout(num_tokens=self.num_tokens, images=images, **changed)
+        layout = RowLayout(num_tokens=self.num_tokens, images=images, **changed)
+        layout.keys = self.keys and self.keys._map_tensors(change)
+        return layout
 
     @classmethod
     def stack(cls, layouts: Sequence[RowLayout]) -> RowLayout:

@@ -7,6 +7,7 @@ response. A target that several responses share is computed once and counted for
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from flexdpo.errors import FlexdpoError
 from flexdpo.hf.unwrap import base_model
 from flexdpo.objective.linear_logps import TargetLogps, logits_logps
 from flexdpo.objective.lm_head import head_logps, head_plan
+from flexdpo.objective.piecewise import piecewise_logps, require_attention_only
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -50,7 +52,7 @@ def response_logps(model: nn.Module, row: Row, *, with_log_sum_squares: bool = F
 
     Args:
         model: A prepared causal LM, wrapped or not (PEFT, DDP, FSDP): the call goes through its own forward.
-        row: A packed row on the model's device.
+        row: A packed row on the model's device. One with ``pieces`` runs piece by piece.
         with_log_sum_squares: Also compute ``log(sum p^2)`` per target, which WPO's weights need.
 
     Returns:
@@ -62,6 +64,11 @@ def response_logps(model: nn.Module, row: Row, *, with_log_sum_squares: bool = F
     Source:
         Rafailov et al. 2023, arXiv:2305.18290, Eq. 7.
     """
+    if row.pieces:
+        require_attention_only(model)
+        run = partial(response_logps, model, with_log_sum_squares=with_log_sum_squares)
+        values = piecewise_logps(run, row)
+        return sum_targets(values.logps, row, values.log_sum_squares)
     inputs = row.inputs()
     plan = head_plan(model, row.input_ids.device)
     if plan.obstacle is None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from flexdpo.hf.forward_layout import packed_forward
 from flexdpo.hf.unwrap import base_model
 from flexdpo.layout.images import joined_inputs
 from flexdpo.objective.linear_logps import logits_logps
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
 
     from flexdpo.hf.row_dependence import LengthLimits
     from flexdpo.layout.groups import Group
+    from flexdpo.layout.pieces import Piece
     from flexdpo.layout.row import Row
+    from flexdpo.layout.row_layout import RowLayout
 
 # adapters whose gradients are compared weight by weight: two copies of so many numbers
 _MOST_ADAPTER_WEIGHTS = 1 << 24
@@ -76,7 +79,7 @@ class Runs:
             found = response_logps(self.model, row)
         require_finite(found.sums, row, where="before the first step")
         logps = member_values(found.targets, row).split([len(path) for path in row.response_paths])
-        gradient = self._gradient({response: logps[response] for response in responses})
+        gradient = self._gradient({response: logps[response] for response in responses}, row.pieces)
         gradient = None if gradient is None else gradient[0, : row.num_tokens]
         return PackedRun(tuple(each.detach() for each in logps), gradient)
 
@@ -139,14 +142,14 @@ class Runs:
             for n, response in enumerate(responses)
         }
 
-    def _gradient(self, logps: dict[int, Tensor]) -> Tensor | None:
-        """At what the last forward pass embedded, of the log-probabilities of some responses."""
+    def _gradient(self, logps: dict[int, Tensor], pieces: Sequence[Piece] = ()) -> Tensor | None:
+        """At what the last pass, or those of a row's pieces, embedded, of log-probabilities of some responses."""
         # one random weight for every token of a response: the gradient then says on what each one depends
         scores = [
             (values * torch.randn(len(values), generator=torch.Generator().manual_seed(response)).to(values)).sum()
             for response, values in logps.items()
         ]
-        return self.listener.gradient(torch.stack(scores).sum()) if scores else None
+        return self.listener.gradient(torch.stack(scores).sum(), pieces) if scores else None
 
 
 def _image_inputs(base: Any, input_ids: Tensor, groups: Sequence[Group]) -> dict[str, Tensor]:
@@ -167,6 +170,7 @@ class Listener:
 
     adapter: list[Tensor] = field(default_factory=list)
     embedded: list[Tensor] = field(default_factory=list)
+    layouts: list[RowLayout | None] = field(default_factory=list)  # of the packed rows that these belong to
     rounding: float = 0.0
     seed: int = 0
 
@@ -180,17 +184,33 @@ class Listener:
         leaf = output if output.requires_grad else output.detach().requires_grad_()
         leaf.retain_grad()
         self.embedded.append(leaf)
+        forward = packed_forward()
+        self.layouts.append(None if forward is None else forward.layout)
         # some models scale what they get in place, which a leaf does not allow
         return leaf.clone()
 
-    def gradient(self, score: Tensor) -> Tensor | None:
-        """That of a score at what the last forward embedded, ``[B, L, H]``; ``None`` where there is not one such."""
+    def gradient(self, score: Tensor, pieces: Sequence[Piece] = ()) -> Tensor | None:
+        """That of a score at what was embedded, ``[B, L, H]``; ``None`` where that is not one forward pass.
+
+        The pieces of a row are one for each, some of which run in the backward pass; their gradients come in row order.
+        """
         if not score.requires_grad:
             return None
         # not autograd.grad, which reentrant checkpoints do not know
         score.backward()
-        found, self.embedded = self.embedded, []
-        return found[0].grad if len(found) == 1 else None
+        found, layouts = self.embedded, self.layouts
+        self.embedded, self.layouts = [], []
+        if len(found) != max(1, len(pieces)):
+            return None
+        if not pieces:
+            return found[0].grad
+        by_layout = {id(layout): leaf.grad for layout, leaf in zip(layouts, found, strict=True)}
+        gradients = [by_layout[id(piece.layout)] for piece in pieces]
+        if any(gradient is None for gradient in gradients):
+            return None
+        parts = torch.cat([each[0, : len(p.tokens)] for each, p in zip(gradients, pieces, strict=True)])  # type: ignore[index]
+        tokens = torch.cat([piece.tokens for piece in pieces])
+        return torch.empty_like(parts).index_copy(0, tokens, parts)[None]
 
     def take_adapter_gradients(self) -> Tensor:
         """Gradients of all weights of the adapter since the last call, one after the other."""

@@ -95,6 +95,7 @@ class PackingCollator:
         with_idle_row: For processes that must run equal numbers of forward passes.
         limits: As in :func:`flexdpo.pack`.
         images: Reads the pictures of rows that have some, in the loader's workers too.
+        in_pieces: As in :func:`flexdpo.pack`.
     """
 
     max_tokens_per_row: int | None = None
@@ -105,6 +106,7 @@ class PackingCollator:
     with_idle_row: bool = False
     limits: tuple[int, ...] = ()
     images: ImageReader | None = None
+    in_pieces: bool = True
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return ``{"example_rows": [B] int64, "batch": PackedBatch}``; the first names the dataset rows."""
@@ -138,10 +140,11 @@ class PackingCollator:
             buckets=self.buckets,
             sharing=self.sharing,
             limits=self.limits,
+            in_pieces=self.in_pieces,
         )
         values = None if reference is None else [_reference_of(row, reference, reference_pairs) for row in rows]
         idle = None
-        if self.with_idle_row:
+        if self.with_idle_row or any(row.pieces for row in rows):
             idle = idle_row(self.pad_to_multiple_of if self.buckets is None else self.buckets.lengths[0])
         return PackedBatch(rows, BatchTotals.of(groups), values, idle, (groups, reference, reference_pairs))
 

@@ -121,6 +121,8 @@ class StepGuard(TrainerCallback):
         )
         for number, group in enumerate(ran.batch.examples[0] or ()):
             batch = PackingCollator().packed(*ran.batch.only([number])).to(ran.batch.rows[0].input_ids.device)
+            # one that is longer than memory has a row of its own already
+            batch.rows = [row for row in ran.batch.rows if row.pieces and row.numbers == (number,)] or batch.rows
             # a loss that couples its pairs is that of the group's own pairs
             if not runner.objective.couples_batch:
                 batch.totals = ran.batch.totals

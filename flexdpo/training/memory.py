@@ -208,6 +208,7 @@ class TrainingSetup:
     optimizer: str = "adamw_torch"  # as ``TrainingArguments.optim`` names it
     shards: int = 1  # processes that share weights, gradients and optimizer states (FSDP, ZeRO-3)
     optimizer_shards: int = 1  # processes that share the optimizer states, where weights are whole (ZeRO-1 and -2)
+    in_pieces: bool = False  # the longest row is the path to a piece and that piece, see ``Row.pieces``
     device_type: str = "cpu"  # or ``"cuda"``, which decides how many logits exist at a time
 
     @classmethod
@@ -313,11 +314,20 @@ def _row_bytes(size: ModelSize, setup: TrainingSetup, tokens: int, targets: int)
     layer = stream if setup.gradient_checkpointing else kept_bytes_per_layer(size, setup)
     scans = 0 if setup.gradient_checkpointing else size.state_layers * _scan_bytes(size)
     final = _norm_bytes(size.hidden, size, setup) * tokens + 4 * size.hidden * targets
-    kept = (size.layers * layer + scans) * tokens + final
+    kept = (size.layers * layer + scans + _path_bytes(size, setup)) * tokens + final
     # six tables with a number for every pair of tiles, and layout vectors
     masks = 24 * (-(-tokens // TILE)) ** 2 + 64 * tokens
     passing = max(_passing_bytes(size, setup, tokens), _head_bytes(size, setup, targets))
     return kept + masks, passing + _gathered_bytes(size, setup)
+
+
+def _path_bytes(size: ModelSize, setup: TrainingSetup) -> int:
+    """What running in pieces adds, in bytes per token: gradients of keys and values, and a copy behind their path.
+
+    With checkpoints the keys and values themselves too, which are kept anyway without.
+    """
+    copies = 0 if not setup.in_pieces else 3 if setup.gradient_checkpointing else 2
+    return copies * size.attending * 2 * size.key_heads * size.head_dim * setup.compute_bytes
 
 
 def _passing_bytes(size: ModelSize, setup: TrainingSetup, tokens: int) -> int:

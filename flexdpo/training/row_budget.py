@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +65,7 @@ def auto_row_budget(
     margin: float = MARGIN,
     multiple: int | None = None,
     longest: int = 0,
+    longest_sequence: int | None = None,
 ) -> int:
     """The largest ``max_tokens_per_row``, at most 262,144, whose step fits into a device's free memory.
 
@@ -77,6 +79,8 @@ def auto_row_budget(
         margin: Share of the free memory that is left alone.
         multiple: The budget is a multiple of this many tokens; by default 128 on CUDA and 1 elsewhere.
         longest: Distinct tokens of the longest example, which must fit.
+        longest_sequence: Tokens of the longest sequence, where it is enough that this fits and longer examples run in
+            pieces.
 
     Raises:
         FlexdpoError: if not even ``longest`` tokens, or one ``multiple``, fit; the message says what takes the memory.
@@ -87,17 +91,20 @@ def auto_row_budget(
     free = free_memory(device) if free is None else free
     usable = int(free * (1 - margin))
 
-    def needed(tokens: int) -> int:
+    def needed(tokens: int, setup: TrainingSetup) -> int:
         predicted = predict_memory(size, tokens, setup)
         return predicted.total - sum(int(getattr(predicted, part)) for part in resident)
 
-    low, high = 0, max(1, LONGEST_ROW // unit)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if needed(middle * unit) <= usable else (low, middle - 1)
-    tokens = max(longest, unit)
-    if low * unit >= tokens:
-        return low * unit
+    cases = [(max(longest, unit), setup)]
+    if longest_sequence is not None:
+        cases.append((max(longest_sequence, unit), replace(setup, in_pieces=True)))
+    for tokens, setup in cases:
+        low, high = 0, max(1, LONGEST_ROW // unit)
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if needed(middle * unit, setup) <= usable else (low, middle - 1)
+        if low * unit >= tokens:
+            return low * unit
     predicted = predict_memory(size, tokens, setup)
     parts = ", ".join(
         f"{name} {gigabytes(getattr(predicted, name))}"
@@ -111,6 +118,6 @@ def auto_row_budget(
     if setup.trainable is None or setup.trainable == size.parameters:
         ways.append("train an adapter (peft_config)")
     raise FlexdpoError(
-        f"no row fits: {tokens} tokens of {size.name} need about {gigabytes(needed(tokens))} more ({parts}), and "
-        f"{gigabytes(usable)} of {gigabytes(free)} free memory can be used; {', or '.join(ways)}"
+        f"no row fits: {tokens} tokens of {size.name} need about {gigabytes(needed(tokens, setup))} more ({parts}), "
+        f"and {gigabytes(usable)} of {gigabytes(free)} free memory can be used; {', or '.join(ways)}"
     )

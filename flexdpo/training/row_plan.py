@@ -11,10 +11,11 @@ import numpy as np
 from transformers.utils import logging
 
 from flexdpo.data.tokenize import group_from_row
+from flexdpo.hf.unwrap import base_model
 from flexdpo.layout.packing import Buckets, choose_buckets, row_lengths
 from flexdpo.objective.unpaired import with_unrelated_responses
 from flexdpo.training import row_budget
-from flexdpo.training.distribution import largest, shards_of
+from flexdpo.training.distribution import is_sharded, largest, shards_of
 from flexdpo.training.memory import TrainingSetup
 from flexdpo.training.row_budget import auto_row_budget
 
@@ -48,6 +49,7 @@ class RowPlan:
     sharing: str
     kernels: KernelSettings  # how FlexAttention is compiled for them
     buckets: Buckets | None = None
+    in_pieces: bool = True  # whether what is longer than a row may run in pieces
 
     @property
     def kernels_of_any_length(self) -> KernelSettings:
@@ -57,15 +59,18 @@ class RowPlan:
     @property
     def collation(self) -> dict[str, Any]:
         """The layout's part of the arguments of :class:`~flexdpo.training.batch.PackingCollator`."""
-        names = ("max_tokens_per_row", "pad_to_multiple_of", "sharing", "buckets")
+        names = ("max_tokens_per_row", "pad_to_multiple_of", "sharing", "buckets", "in_pieces")
         return {name: getattr(self, name) for name in names}
 
     @classmethod
-    def of(cls, args: DPOConfig, model: nn.Module, *, reference: bool, longest: int) -> RowPlan:
+    def of(
+        cls, args: DPOConfig, model: nn.Module, *, reference: bool, longest: int, longest_sequence: int | None = None
+    ) -> RowPlan:
         """The plan of a run before its data are known; ``max_tokens_per_row="auto"`` asks how much memory is free.
 
         ``model`` is the policy where it was loaded, ``reference`` whether a copy of it is kept, ``longest`` the
-        distinct tokens of the longest example, 0 where nobody knows.
+        distinct tokens of the longest example, 0 where nobody knows, and ``longest_sequence`` those of the longest
+        sequence, where examples may run in pieces.
         """
         budget: Any = args.max_tokens_per_row
         if budget == "auto":
@@ -83,11 +88,14 @@ class RowPlan:
                 resident=resident if here else (),
                 multiple=args.row_multiple,
                 longest=longest,
+                longest_sequence=longest_sequence,
             )
             # one plan for all: work that is dealt out by rows must be the same rows everywhere
             budget = -largest(args.device, -budget)
-            logger.warning(f"max_tokens_per_row='auto': rows of up to {budget} tokens fit into the free memory")
-        return cls(budget, args.row_multiple, args.sharing, args.kernel_settings())
+            longer = f"; the longest example, {longest} tokens, runs in pieces" if longest > budget else ""
+            logger.warning(f"max_tokens_per_row='auto': rows of up to {budget} tokens fit into the free memory{longer}")
+        in_pieces = longest_sequence is not None
+        return cls(budget, args.row_multiple, args.sharing, args.kernel_settings(), in_pieces=in_pieces)
 
     def with_buckets(
         self,
@@ -122,6 +130,16 @@ class RowPlan:
         most_kernels = max(self.kernels.max_kernels, 4 * (len(buckets.lengths) + _SURPRISES))
         kernels = dataclasses.replace(self.kernels, max_kernels=most_kernels)
         return dataclasses.replace(self, buckets=buckets, kernels=kernels)
+
+
+def may_run_in_pieces(args: DPOConfig, model: nn.Module, *, router: bool) -> bool:
+    """Whether an example that is longer than a row may run in pieces: see :class:`~flexdpo.layout.pieces.Piece`.
+
+    Not where processes gather weights together, where a loss needs the routers' logits of all tokens at once, where
+    layers hand on more than keys and values, and under a kernel that plans whole rows.
+    """
+    stateful = base_model(model)._flexdpo_mixing.stateful
+    return not (is_sharded(args) or router or stateful or args.attn_impl == "varlen")
 
 
 def _sampled_batches(dataset: Dataset, args: DPOConfig) -> list[Sequence[Group]]:

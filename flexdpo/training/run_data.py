@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from transformers.utils import logging
 
 from flexdpo.data.images import is_processor, reader_of
-from flexdpo.data.lengths import require_company, require_room, tokens_needed
+from flexdpo.data.lengths import longest_sequence, require_company, require_room, tokens_needed
 from flexdpo.data.regroup import regroup_by_prompt
 from flexdpo.data.stream import StreamedPreferences, is_stream
 from flexdpo.data.tokenize import LABELS_COLUMN, DataReport, tokenize_preferences
@@ -42,11 +42,13 @@ class RunData:
     max_positions: int | None  # of the model's learned position table, if it has one
     unrelated_responses: bool  # the loss runs other examples' responses behind every prompt
     limits: tuple[int, ...] = ()  # as in :func:`flexdpo.pack`
+    in_pieces: bool = False  # examples that are longer than a row run in pieces
     reports: dict[str, DataReport] = field(default_factory=dict)  # of each dataset that was tokenised as a whole
     images: ImageReader | None = field(init=False)  # reads the pictures of a row; ``None`` with a tokenizer alone
 
     def __post_init__(self) -> None:
         self.images = reader_of(self.tokenizer) if is_processor(self.tokenizer) else None
+        self.in_pieces = self.in_pieces and self.images is None
 
     def tokenised(self, dataset: Any, name: str) -> Dataset | StreamedPreferences | None:
         """Tokenise one dataset or open one stream.
@@ -87,7 +89,7 @@ class RunData:
         require_fit(args.objective(), data[0], name)
         require_positions(self.max_positions, report.longest)
         if isinstance(args.max_tokens_per_row, int):
-            require_room(data, args.max_tokens_per_row, args.room_multiple, **self._counted)
+            self._require_room(data, args.max_tokens_per_row)
         if self.unrelated_responses:
             require_company(data, args, name)
         return data
@@ -102,12 +104,26 @@ class RunData:
         """How the rows of these tokenised datasets are laid out, see :meth:`RowPlan.of`."""
         datasets = [train_data, *(eval_data.values() if isinstance(eval_data, dict) else [eval_data])]
         sized = [data for data in datasets if hasattr(data, "num_rows")]
-        longest = 0
+        longest, sequence = 0, 0
         if self.args.max_tokens_per_row == "auto":
             counts = [tokens_needed(data, **self._counted) for data in sized]
             longest = max((int(count.max()) for count in counts), default=0)
-        plan = RowPlan.of(self.args, model, reference=reference, longest=longest)
+            lengths = [longest_sequence(data, unrelated_responses=self.unrelated_responses) for data in sized]
+            sequence = max(lengths, default=0)
+        plan = RowPlan.of(
+            self.args,
+            model,
+            reference=reference,
+            longest=longest,
+            longest_sequence=sequence if self.in_pieces else None,
+        )
+        if plan.max_tokens_per_row is not None and longest > plan.max_tokens_per_row:
+            for data in sized:
+                self._require_room(data, plan.max_tokens_per_row)
         return plan.with_buckets(sized[0] if sized else None, self.args, **self._counted)
+
+    def _require_room(self, data: Dataset, budget: int) -> None:
+        require_room(data, budget, self.args.room_multiple, in_pieces=self.in_pieces, **self._counted)
 
     @property
     def _counted(self) -> dict[str, Any]:

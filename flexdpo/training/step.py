@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flexdpo.errors import FlexdpoError
-from flexdpo.layout.row import Row
+from flexdpo.layout.row import Row, idle_row
 from flexdpo.objective.batch import Reference, RowLoss, surrogate_loss
 from flexdpo.objective.logps import ResponseLogps, response_logps
 from flexdpo.objective.objective import Objective
@@ -72,6 +72,8 @@ class Runner:
             tokens = batch.rows[0].input_ids.new_full((), float(totals.supervised_tokens), dtype=torch.float64)
             totals = replace(totals, supervised_tokens=self.average(tokens))
         rows = list(batch.rows)
+        if any(row.pieces for row in rows):
+            rows += self._behind_pieces(rows, batch.idle_row)
         if self.agree is not None and batch.idle_row is not None:
             # a process that runs out of rows takes part in the others' passes
             rows += [batch.idle_row] * (self.agree(count) - count)
@@ -116,6 +118,27 @@ class Runner:
             loss, metrics["aux_loss"] = loss + added, (added / self.router.coefficient)[None]
         under_reference = [logps.sums.detach() for logps in references if isinstance(logps, ResponseLogps)]
         return BatchLoss(loss, metrics, sums, under_reference)
+
+    def _behind_pieces(self, rows: Sequence[Row], idle: Row | None) -> list[Row]:
+        """What runs after rows in pieces, whose backward passes are many: one row more, if gradients are to be shared.
+
+        Raises ``FlexdpoError`` if this step cannot run pieces.
+        """
+        row = next(row for row in rows if row.pieces)
+        larger = f"raise max_tokens_per_row to at least {row.num_tokens}, or lower max_length"
+        what = f"{row.groups[0].name} has {row.num_tokens} distinct tokens, so its row runs in {len(row.pieces)} pieces"
+        if self.agree is not None:
+            raise FlexdpoError(
+                f"{what}, but processes that share weights (FSDP, DeepSpeed) must run equal numbers of passes; {larger}"
+            )
+        if self.router is not None:
+            raise FlexdpoError(
+                f"{what}, but the load-balancing loss needs the routers' logits of all of them together; {larger}, or "
+                "set router_aux_loss_coef=0 to train without it"
+            )
+        if self.backward is None or not rows[-1].pieces or self.no_sync is contextlib.nullcontext:
+            return []
+        return [idle_row() if idle is None else idle]
 
     def _policy(self, row: Row) -> tuple[ResponseLogps, Routed]:
         listening = contextlib.nullcontext(Routed()) if self.router is None else self.router.listening()

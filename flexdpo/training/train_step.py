@@ -71,7 +71,8 @@ def make_train_step(
         optimizer: Over the policy's parameters.
         ref_model: The reference; by default the policy as it is now (a copy; with an adapter, of what is trained).
         loss_type: One loss or several (see :class:`~flexdpo.objective.objective.Objective`).
-        max_tokens_per_row: Longest packed row in tokens; ``None`` puts a batch into one row.
+        max_tokens_per_row: Longest packed row in tokens; ``None`` puts a batch into one row. A group that is longer
+            runs in pieces.
         pad_to_multiple_of: By default 128 on a GPU, where tiles count, and 1 elsewhere.
         sharing: ``"group"``, or ``"step"`` to share long common beginnings among the groups of a step too.
         max_grad_norm: Clip the gradient to this norm; ``None`` leaves it.

@@ -36,6 +36,7 @@ from flexdpo.training.finite import Ran, StepGuard
 from flexdpo.training.metrics import MeanMetrics, distinct_examples
 from flexdpo.training.precompute import Precompute
 from flexdpo.training.resumable import LOGGED, ResumableTrainer
+from flexdpo.training.row_plan import may_run_in_pieces
 from flexdpo.training.run_data import RunData
 from flexdpo.training.run_reference import SyncReference, fingerprints, reference_model
 from flexdpo.training.start_proof import ProofAtStart
@@ -111,7 +112,9 @@ class DPOTrainer(ResumableTrainer):
         model, reference = self._prepare_models(model, ref_model, peft_config, tokenizer_of(processing_class), args)
 
         limit = model_loading.position_limit(unwrap_model(model))
-        data = RunData(args, processing_class, limit, self.objective.needs_unrelated_responses, limits_of(model).limits)
+        in_pieces = may_run_in_pieces(args, model, router=self._router is not None)
+        unrelated, limits = self.objective.needs_unrelated_responses, limits_of(model).limits
+        data = RunData(args, processing_class, limit, unrelated, limits, in_pieces)
         train_data, eval_data = data.tokenised(train_dataset, "train"), data.all_tokenised(eval_dataset)
         self._data, self.data_reports = data, data.reports
         self.row_plan = data.row_plan(train_data, eval_data, unwrap_model(model), reference=reference is not None)
@@ -123,10 +126,7 @@ class DPOTrainer(ResumableTrainer):
                 model=model,
                 args=args,
                 data_collator=PackingCollator(
-                    unrelated_responses=self.objective.needs_unrelated_responses,
-                    limits=limits_of(model).limits,
-                    images=data.images,
-                    **self.row_plan.collation,
+                    unrelated_responses=unrelated, limits=limits, images=data.images, **self.row_plan.collation
                 ),
                 train_dataset=train_data,
                 eval_dataset=eval_data,

@@ -31,8 +31,10 @@ def test_rows_hold_every_group_once_and_respect_the_budget() -> None:
     assert pack([]) == []
 
 
-def test_a_group_longer_than_the_budget_is_named() -> None:
+def test_what_is_longer_than_the_budget_is_named() -> None:
     with pytest.raises(FlexdpoError, match=r"row 3 has 42 distinct tokens but max_tokens_per_row=41.*room for 40"):
+        pack([make_group(40, "row 3")], 41, pad_to_multiple_of=8, in_pieces=False)
+    with pytest.raises(FlexdpoError, match=r"row 3 has a sequence of 41 tokens.*max_tokens_per_row=41.*room for 40"):
         pack([make_group(40, "row 3")], 41, pad_to_multiple_of=8)
 
 
