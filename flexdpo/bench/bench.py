@@ -25,7 +25,7 @@ from flexdpo.estimate.flops import Work
 from flexdpo.estimate.model_shapes import build_model, find_shape, shape_config
 from flexdpo.hf.checkpointing import enable_checkpointing
 from flexdpo.show.table import aligned
-from flexdpo.training.memory import ModelSize
+from flexdpo.training.model_size import ModelSize
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

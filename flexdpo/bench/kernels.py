@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from flexdpo.layout.groups import Group
     from flexdpo.layout.row import Row
     from flexdpo.layout.row_layout import RowLayout
-    from flexdpo.training.memory import ModelSize
+    from flexdpo.training.model_size import ModelSize
 
 _REPEATS = 5
 

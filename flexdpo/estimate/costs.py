@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from flexdpo.layout.groups import Group
     from flexdpo.layout.row import Row
-    from flexdpo.training.memory import ModelSize
+    from flexdpo.training.model_size import ModelSize
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ from flexdpo.estimate.stragglers import stragglers_of
 from flexdpo.estimate.suggest import suggest
 from flexdpo.hf.row_dependence import length_limits
 from flexdpo.hf.unwrap import backbone_of, base_model
-from flexdpo.training.memory import ModelSize, predict_memory, predict_padded_memory, without_memory
+from flexdpo.training.memory import predict_memory, predict_padded_memory
+from flexdpo.training.model_size import ModelSize, without_memory
 from flexdpo.training.row_budget import free_memory
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def estimate_dataset(
         dataset: Text or messages, or token ids; see :func:`flexdpo.tokenize_preferences`.
         tokenizer: Of the model to train.
         settings: What to predict for.
-        model: A model, a transformers config or a :class:`~flexdpo.training.memory.ModelSize` in place of
+        model: A model, a transformers config or a :class:`~flexdpo.training.model_size.ModelSize` in place of
             ``settings.shape``.
 
     Returns:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from flexdpo.estimate.lengths import RowTokens
     from flexdpo.estimate.settings import EstimateSettings
     from flexdpo.layout.row import Row
-    from flexdpo.training.memory import ModelSize
+    from flexdpo.training.model_size import ModelSize
 
 _LABELS = {
     "padded": "padded batches, full logits",

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from datasets import Dataset
 
-    from flexdpo.training.memory import ModelSize
+    from flexdpo.training.model_size import ModelSize
 
 # whose sizes stand for all
 _LOOKED_AT = 8

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from flexdpo.errors import FlexdpoError, nearest
-from flexdpo.training.memory import ModelSize
+from flexdpo.training.model_size import ModelSize
 
 # hidden, feed-forward, layers, heads, key heads, head size, words, tied, model type
 SHAPES: dict[str, tuple[int, int, int, int, int, int, int, bool, str]] = {

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from flexdpo.estimate.settings import EstimateSettings
     from flexdpo.estimate.stragglers import Straggler
     from flexdpo.estimate.suggest import Suggestion
-    from flexdpo.training.memory import MemoryPrediction, ModelSize
+    from flexdpo.training.memory import MemoryPrediction
+    from flexdpo.training.model_size import ModelSize
 
 _WIDTH = 112
 

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from flexdpo.estimate.features import Feature, Layouts
     from flexdpo.estimate.lengths import RowTokens
     from flexdpo.estimate.settings import EstimateSettings
-    from flexdpo.training.memory import ModelSize, TrainingSetup
+    from flexdpo.training.memory import TrainingSetup
+    from flexdpo.training.model_size import ModelSize
 
 # a feature that has to be switched on must gain this much to be recommended
 _WORTH_A_SWITCH = 1.03

@@ -10,7 +10,8 @@ import torch
 
 from flexdpo.errors import FlexdpoError
 from flexdpo.layout.row import tile_multiple
-from flexdpo.training.memory import ModelSize, TrainingSetup, gigabytes, predict_memory
+from flexdpo.training.memory import TrainingSetup, gigabytes, predict_memory
+from flexdpo.training.model_size import ModelSize
 
 if TYPE_CHECKING:
     from collections.abc import Collection

@@ -22,7 +22,7 @@ from flexdpo.estimate.costs import StepSeconds
 from flexdpo.estimate.flops import Work, padded_work, row_work
 from flexdpo.estimate.model_shapes import HYBRIDS, SHAPES, build_model, find_shape, shape_config
 from flexdpo.hf.checkpointing import enable_checkpointing
-from flexdpo.training.memory import ModelSize
+from flexdpo.training.model_size import ModelSize
 from tests.attention.test_varlen import replace_varlen_attn
 
 CPU = torch.device("cpu")

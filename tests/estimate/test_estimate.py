@@ -33,7 +33,7 @@ from flexdpo.estimate.lengths import (
 )
 from flexdpo.estimate.model_shapes import build_model, find_shape, shape_config
 from flexdpo.estimate.settings import EstimateSettings
-from flexdpo.training.memory import ModelSize
+from flexdpo.training.model_size import ModelSize
 from tests.conftest import preference_rows
 
 CPU = {"shape": "tiny", "device": "cpu", "memory": 8 * 10**9}

@@ -17,13 +17,8 @@ from flexdpo.estimate import model_shapes
 from flexdpo.estimate.model_shapes import shape_config
 from flexdpo.hf.checkpointing import checkpointing_name, enable_checkpointing
 from flexdpo.training import row_budget
-from flexdpo.training.memory import (
-    ModelSize,
-    TrainingSetup,
-    kept_bytes_per_layer,
-    predict_memory,
-    predict_padded_memory,
-)
+from flexdpo.training.memory import TrainingSetup, kept_bytes_per_layer, predict_memory, predict_padded_memory
+from flexdpo.training.model_size import ModelSize
 from flexdpo.training.row_budget import auto_row_budget, free_memory
 from tests.conftest import CONFIGS, build_model
 

@@ -1,0 +1,168 @@
+"""The numbers of a causal LM that its memory and its work depend on, read off a model or a config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from flexdpo.errors import FlexdpoError, first_line, found
+from flexdpo.hf.auto import auto_class
+from flexdpo.hf.mixer_kernels import SCAN_CHUNK, mixers_of, state_of, weights_passed
+from flexdpo.hf.unwrap import backbone_of, base_model
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """The numbers of a causal LM that its memory depends on."""
+
+    name: str
+    parameters: int  # tied ones once
+    hidden: int
+    intermediate: int  # width of the feed-forward layers that a token passes; all its experts together
+    layers: int
+    heads: int
+    key_heads: int
+    head_dim: int
+    vocabulary: int
+    gated: bool = True  # feed-forward layers multiply a gate in (``SwiGLU``), or are two plain matrices
+    layer_norm: bool = False  # norms are torch's fused ``LayerNorm``, or ``RMSNorm`` written out in Python
+    head_norms: bool = False  # queries and keys are normalised head by head
+    # where some layers carry states: those with attention and those with a state; weights that a token passes in all
+    # layers; numbers of the state that a segment hands on, of a layer; heads of it
+    attention_layers: int | None = None
+    state_layers: int = 0
+    weights_passed: int = 0
+    state: int = 0
+    state_heads: int = 0
+    # of a model that sees: weights that images pass and text does not, and the numbers of a patch of an image
+    tower: int = 0
+    patch: int = 0
+
+    @property
+    def attending(self) -> int:
+        """Layers with attention."""
+        return self.layers if self.attention_layers is None else self.attention_layers
+
+    @property
+    def scan_products(self) -> float:
+        """Multiplications per token of all scans: into the state, out of it, and with the others of its chunk."""
+        width = self.state / max(self.state_heads, 1)
+        return float(self.state_layers * (3 * self.state + 2 * self.state_heads * SCAN_CHUNK * width**0.5))
+
+    @property
+    def gated_intermediate(self) -> int:
+        """Width of a gated feed-forward layer, three matrices, with as many weights."""
+        return self.intermediate if self.gated else self.intermediate * 2 // 3
+
+    @property
+    def layer_parameters(self) -> int:
+        """Weights of the linear layers of all decoder layers that a token passes, the head not included."""
+        if self.weights_passed:
+            return self.weights_passed
+        attention = self.hidden * self.head_dim * 2 * (self.heads + self.key_heads)
+        return self.layers * (attention + 3 * self.hidden * self.gated_intermediate)
+
+    @classmethod
+    def of(cls, model_or_config: Any) -> ModelSize:
+        """Read the numbers off a model, a transformers config, or another ``ModelSize``.
+
+        From a config the model is made without memory (on torch's ``meta`` device), so that parameters are counted and
+        not estimated.
+
+        Raises:
+            FlexdpoError: if it is none of these, or no causal LM can be made of the config.
+        """
+        if isinstance(model_or_config, cls):
+            return model_or_config
+        model = model_or_config if isinstance(model_or_config, torch.nn.Module) else without_memory(model_or_config)
+        inner: Any = model
+        while not hasattr(inner, "config") and hasattr(inner, "module"):
+            inner = inner.module
+        config = inner.config.get_text_config()
+        heads, states = int(getattr(config, "num_attention_heads", None) or 0), _states(inner)
+        if not heads and not states:
+            raise FlexdpoError(
+                f"{config.model_type} has no attention heads, so it is no model that can be trained here"
+            )
+        names = [name for name, _ in inner.named_modules()]
+        return cls(
+            name=str(getattr(config, "_name_or_path", "") or config.model_type),
+            parameters=sum(parameter.numel() for parameter in inner.parameters()),
+            hidden=int(config.hidden_size),
+            intermediate=_intermediate(config),
+            layers=int(config.num_hidden_layers),
+            heads=heads,
+            key_heads=int(getattr(config, "num_key_value_heads", None) or heads),
+            head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)),
+            vocabulary=int(config.vocab_size),
+            gated=any(name.endswith(("gate_proj", "gate_up_proj", "experts")) for name in names),
+            layer_norm=any(isinstance(module, torch.nn.LayerNorm) for module in inner.modules()),
+            head_norms=any(name.endswith(("q_norm", "q_layernorm")) for name in names),
+            **_tower(inner),
+            **states,
+        )
+
+
+def _tower(model: Any) -> dict[str, int]:
+    """What only images pass, and the numbers of one patch of an image."""
+    base = base_model(model)
+    vision = getattr(base.config, "vision_config", None)
+    if vision is None or not getattr(vision, "patch_size", None):
+        return {}
+    head = base.get_output_embeddings()
+    of_text = {id(weight) for part in (backbone_of(base), head) if part is not None for weight in part.parameters()}
+    side = vision.patch_size[0] if isinstance(vision.patch_size, list | tuple) else vision.patch_size
+    return {
+        "tower": sum(weight.numel() for weight in base.parameters() if id(weight) not in of_text),
+        "patch": 3 * side**2 * int(getattr(vision, "temporal_patch_size", None) or 1),
+    }
+
+
+def _states(model: Any) -> dict[str, int]:
+    """What the layers that carry states add to a ``ModelSize``; nothing where there are none."""
+    backbone = backbone_of(base_model(model))
+    mixers = mixers_of(backbone)
+    if not mixers:
+        return {}
+    sizes = [state_of(mixer) for mixer in mixers.values()]
+    stateful = [size for size in sizes if size[0]]
+    attentions = [m for m in backbone.modules() if hasattr(m, "is_causal") and hasattr(m, "scaling")]
+    return {
+        "attention_layers": len(attentions),
+        "state_layers": len(stateful),
+        "weights_passed": round(weights_passed(backbone)),
+        "state": max((numbers for numbers, _ in stateful), default=0),
+        "state_heads": max((heads for _, heads in stateful), default=0),
+    }
+
+
+def without_memory(config: Any) -> torch.nn.Module:
+    """Make a causal LM of a transformers config on torch's ``meta`` device.
+
+    Raises:
+        FlexdpoError: if it is no config, or none can be made of it.
+    """
+    from transformers import PreTrainedConfig
+
+    if not isinstance(config, PreTrainedConfig):
+        raise FlexdpoError(f"expected a model, a transformers config or a ModelSize, got {found(config)}")
+    try:
+        with torch.device("meta"):
+            model: torch.nn.Module = auto_class(config).from_config(config)
+    except (ValueError, TypeError, KeyError) as error:
+        raise FlexdpoError(f"no causal LM can be made of a {type(config).__name__}: {first_line(error)}") from error
+    return model
+
+
+def _intermediate(config: Any) -> int:
+    """Width of the feed-forward layers that one token passes."""
+    experts = getattr(config, "num_experts_per_tok", None)
+    if experts:
+        width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+        return int(experts) * int(width) + int(getattr(config, "shared_expert_intermediate_size", None) or 0)
+    for name in ("intermediate_size", "n_inner", "ffn_dim"):
+        if getattr(config, name, None):
+            return int(getattr(config, name))
+    return 4 * int(config.hidden_size)
