@@ -24,7 +24,18 @@ NAMES = [path.stem for path in NOTEBOOKS]
 # public are `flexdpo` itself and these modules, as far as a name does not begin with an underscore
 PUBLIC_MODULES = {"flexdpo", "flexdpo.cli", "flexdpo.hf.compilation"}
 # what `pip install flexdpo[notebooks]` brings
-DEPENDENCIES = {"IPython", "datasets", "einops", "matplotlib", "numpy", "tokenizers", "torch", "transformers", "trl"}
+DEPENDENCIES = {
+    "IPython",
+    "PIL",
+    "datasets",
+    "einops",
+    "matplotlib",
+    "numpy",
+    "tokenizers",
+    "torch",
+    "transformers",
+    "trl",
+}
 
 
 def read(path: Path) -> dict[str, Any]:
