@@ -10,7 +10,7 @@ import threading
 import warnings
 import weakref
 from collections import Counter
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -72,10 +72,13 @@ class SharingStats:
         return "\n".join(lines)
 
     def __add__(self, other: SharingStats) -> SharingStats:
-        return SharingStats(*(mine + others for mine, others in zip(astuple(self), astuple(other), strict=True)))
+        # not by astuple, which would take a Counter for pairs to be counted
+        theirs = vars(other)
+        return SharingStats(**{name: mine + theirs[name] for name, mine in vars(self).items()})
 
     def __sub__(self, earlier: SharingStats) -> SharingStats:
-        return SharingStats(*(mine - before for mine, before in zip(astuple(self), astuple(earlier), strict=True)))
+        before = vars(earlier)
+        return SharingStats(**{name: mine - before[name] for name, mine in vars(self).items()})
 
 
 @dataclass(eq=False)
