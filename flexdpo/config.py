@@ -230,7 +230,7 @@ class DPOConfig(LossSettings, TrainingArguments):
             if name in defaults and getattr(self, name) != defaults[name]:
                 raise FlexdpoError(f"{name}={getattr(self, name)!r} is not supported: {reason}. Leave it out")
         for name, switch in BELONGS_TO.items():
-            if getattr(self, name) != defaults[name] and not self._is_on(switch):
+            if name in defaults and getattr(self, name) != defaults[name] and not self._is_on(switch):
                 raise FlexdpoError(
                     f"{name}={getattr(self, name)!r} has no effect without {switch.replace('|', ' or ')}; leave it "
                     "out, or set both"

@@ -17,6 +17,7 @@ from flexdpo.hf.draws import ask, can_run, left_as_it_is
 from flexdpo.hf.interface import HARMLESS_KWARGS
 from flexdpo.hf.row_dependence import LengthLimits, length_limits
 from flexdpo.hf.rules import attends
+from flexdpo.hf.versions import CHUNKS_BEGIN_ANEW
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -191,6 +192,8 @@ def _behind_padding(backbone: PreTrainedModel) -> str:
 
 
 def _sequences(backbone: PreTrainedModel) -> str:
+    if "chunked_attention" in (getattr(backbone.config, "layer_types", None) or ()) and not CHUNKS_BEGIN_ANEW:
+        return "unknown"
     columns = torch.arange(6, device=backbone.get_input_embeddings().weight.device)[None]
     inputs = {"input_ids": columns, "position_ids": columns % 3}
     alone = {name: each[:, 3:] for name, each in inputs.items()}

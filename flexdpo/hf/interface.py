@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from einops import rearrange
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
 from flexdpo.attention.formula import softmax_attention
 from flexdpo.attention.inputs import AttentionInputs
@@ -27,6 +27,7 @@ from flexdpo.errors import FlexdpoError, UnsupportedModelError
 from flexdpo.hf.forward_layout import packed_forward, runs_along_paths
 from flexdpo.hf.randomness import WAY_OUT
 from flexdpo.hf.row_dependence import scaled_by_position
+from flexdpo.hf.versions import as_mask_function, sdpa_mask
 from flexdpo.layout.row import RowLayout
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ _LOOKS_AHEAD = (
 # --- the mask function -----------------------------------------------------------------------------------------------
 
 
+@as_mask_function
 def flexdpo_mask(
     batch_size: int,
     q_length: int,

@@ -291,11 +291,13 @@ class DPOTrainer(ResumableTrainer):
             self.optimizer.train()
         scale = 1.0 / self.current_gradient_accumulation_steps
 
-        # DeepSpeed would scale for accumulation once more
-        scaled = {"scale_wrt_gas": False} if self.accelerator.distributed_type == DistributedType.DEEPSPEED else {}
+        # DeepSpeed would scale for accumulation once more, and so does accelerate where transformers 5.3 tells it of it
+        deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        scaled = {"scale_wrt_gas": False} if deepspeed else {}
+        again = 1 if deepspeed else self.accelerator.gradient_accumulation_steps
 
         def backward(loss: Tensor) -> None:
-            self.accelerator.backward(loss * scale, **scaled)
+            self.accelerator.backward(loss * scale * again, **scaled)
 
         # a step that is interrupted leaves nothing of itself to the next one
         with self._guard.all_or_nothing(), kernel_settings_as(self.row_plan.kernels):

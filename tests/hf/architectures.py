@@ -15,6 +15,8 @@ import transformers
 from packaging.version import Version
 from torch import nn
 
+from flexdpo.hf.versions import NAMES_KERNELS
+
 _FOLDER = Path(__file__).parent / "zoo"
 # older versions do not know every layer type and setting of the configurations
 _WRITTEN_FOR = Version("5.23")
@@ -25,6 +27,11 @@ BECAME_EXACT = "became exact"
 NOT_IN_THE_ZOO = "not in the zoo"
 NEW_SETTING = "new setting of TrainingArguments"
 REPORTED_CHANGES = (BECAME_EXACT, NOT_IN_THE_ZOO, NEW_SETTING)
+
+
+needs_states = pytest.mark.skipif(
+    not NAMES_KERNELS, reason="before transformers 5.15 models that carry a state are refused"
+)
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,11 @@ def zoo() -> dict[str, Architecture]:
 def newer_than_recorded() -> bool:
     """Whether the installed transformers is of a later series than the verdicts: what it changed is then reported."""
     return Version(transformers.__version__).release[:2] > RECORDED_UP_TO.release[:2]
+
+
+def older_than_recorded() -> bool:
+    """Whether the installed transformers is of an earlier series than the verdicts."""
+    return Version(transformers.__version__).release[:2] < RECORDED_UP_TO.release[:2]
 
 
 def available_or_skip(name: str) -> Architecture:

@@ -21,7 +21,7 @@ from flexdpo.layout.row import RowLayout, stack_inputs
 from flexdpo.layout.scan_plan import ScanCost, scan_plan
 from flexdpo.layout.segments import Segments
 from flexdpo.mixing import gather, kernels, tree_conv, tree_scan
-from tests.hf.architectures import build_or_skip, draw_weights, zoo
+from tests.hf.architectures import build_or_skip, draw_weights, needs_states, zoo
 from tests.hf.equivalence import (
     Float64,
     Run,
@@ -32,6 +32,8 @@ from tests.hf.equivalence import (
     sequence_paths,
     unpacked_run,
 )
+
+pytestmark = needs_states
 
 TOLERANCE = 1e-9
 # a short convolution, a delta rule, Mamba 2 beside attention, Mamba 1; and what is run whole

@@ -57,7 +57,11 @@ def test_a_mask_function_that_looks_ahead() -> None:
 
 
 def test_image_tokens() -> None:
-    from transformers.masking_utils import blockwise_overlay, causal_mask_function, or_masks
+    from transformers import masking_utils
+    from transformers.masking_utils import causal_mask_function, or_masks
+
+    if not (blockwise_overlay := getattr(masking_utils, "blockwise_overlay", None)):
+        pytest.skip("this version of transformers has a mask of its own for each kind of model with images")
 
     text, image = torch.full((1, 8), -1), torch.tensor([[-1, 0, 0, -1, -1, -1, -1, -1]])
     assert mask_kind_of(or_masks(causal_mask_function, blockwise_overlay(text))).name == "causal"

@@ -21,6 +21,7 @@ from flexdpo.training.memory import TrainingSetup, kept_bytes_per_layer, predict
 from flexdpo.training.model_size import ModelSize
 from flexdpo.training.row_budget import auto_row_budget, free_memory
 from tests.conftest import CONFIGS, build_model
+from tests.hf.architectures import needs_states
 
 GIGABYTE = 10**9
 
@@ -65,6 +66,7 @@ def test_activations_per_token_are_what_autograd_keeps(name, checkpointing, dtyp
     assert slope <= per_token <= slope * (1.1 if not checkpointing else 1.5)
 
 
+@needs_states
 @pytest.mark.parametrize("name", list(model_shapes.HYBRIDS))
 def test_what_scans_keep_is_counted(name: str) -> None:
     model = model_shapes.build_model(shape_config(name), torch.device("cpu"), torch.float32)
@@ -79,6 +81,7 @@ def test_what_scans_keep_is_counted(name: str) -> None:
     assert predicted[1] - predicted[0] == pytest.approx(kept[1] - kept[0], rel=0.2)
 
 
+@needs_states
 def test_states_leave_less_room_in_a_row() -> None:
     size = ModelSize.of(shape_config("qwen3-next-tiny"))
     without = replace(size, state=0, state_heads=0, state_layers=0)

@@ -12,6 +12,7 @@ from flexdpo import FlexdpoError
 from flexdpo.training.train_step import make_train_step
 from tests.conftest import build_model, odd_groups
 from tests.hf.architectures import build_model as build_zoo_model
+from tests.hf.architectures import needs_states
 from tests.test_equivalence import sequence_logp
 
 
@@ -59,6 +60,7 @@ def test_a_loop_of_ones_own_follows_the_plain_one(rng, max_tokens_per_row, with_
         torch.testing.assert_close(mine, other, rtol=1e-8, atol=1e-10)
 
 
+@needs_states
 @pytest.mark.parametrize(("name", "rate"), [("lfm2", 0.1), ("falcon_h1", 30.0)])
 def test_a_loop_on_a_model_with_states(name, rate, rng) -> None:
     plain = build_zoo_model(name)
