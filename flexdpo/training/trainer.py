@@ -290,13 +290,11 @@ class DPOTrainer(ResumableTrainer):
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
         scale = 1.0 / self.current_gradient_accumulation_steps
-
         # DeepSpeed would scale for accumulation once more, and so does accelerate where transformers 5.3 tells it of it
-        deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
-        scaled = {"scale_wrt_gas": False} if deepspeed else {}
-        again = 1 if deepspeed else self.accelerator.gradient_accumulation_steps
+        scaled = {"scale_wrt_gas": False} if self.accelerator.distributed_type == DistributedType.DEEPSPEED else {}
 
         def backward(loss: Tensor) -> None:
+            again = 1 if scaled else self.accelerator.gradient_accumulation_steps
             self.accelerator.backward(loss * scale * again, **scaled)
 
         # a step that is interrupted leaves nothing of itself to the next one
