@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_mask
 
 from flexdpo.attention.blockwise import blockwise_attention
+from flexdpo.attention.context_parallel import share_attention
 from flexdpo.attention.flex import run_flex
 from flexdpo.attention.formula import softmax_attention
 from flexdpo.attention.inputs import AttentionCall, AttentionInputs
@@ -56,6 +57,9 @@ def packed_attention(
     _require_shapes(query, key, value, row_mask, sinks)
     query, key, value = (_laid_out(x) for x in _in_one_dtype(query, key, value))
     inputs = AttentionInputs(query, key, value, scaling, softcap, sinks)
+    if row_mask.layout.share is not None:
+        attended: Tensor = share_attention(packed_attention, inputs, row_mask)
+        return attended
     compiling = torch.compiler.is_compiling()
     if row_mask.impl == "flex":
         if compiling:

@@ -88,8 +88,9 @@ class _CompiledLayer:
             return self.compiled(*args, **kwargs)
         for value in (*args, *kwargs.values()):
             row_mask = row_mask_of(value)
-            if row_mask is not None and (row_mask.layout.keys is not None or row_mask.layout.kept is not None):
-                # what the pieces of a row hand on to each other would be guarded and copied by a graph
+            layout = None if row_mask is None else row_mask.layout
+            if layout is not None and not (layout.keys is layout.kept is layout.share is None):
+                # what the parts of a row hand on to each other would be guarded and copied by a graph
                 return self.layer._call_impl(*args, **kwargs)
             # other kernels stay out of graphs, and are compared where they are called
             if row_mask is None or row_mask.impl != "flex":

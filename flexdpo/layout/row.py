@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from flexdpo.layout.pieces import Piece
+    from flexdpo.layout.shares import Share
 
 __all__ = ["TILE", "Row", "RowLayout", "idle_row", "on_device", "stack_inputs", "tile_multiple"]
 
@@ -63,6 +64,7 @@ class Row:
     response_paths: tuple[NDArray[np.int64], ...]
     numbers: tuple[int, ...] = ()  # which of the groups that :func:`flexdpo.pack` was given each group is
     pieces: tuple[Piece, ...] = ()  # of a row longer than memory, which runs piece by piece
+    share: Share | None = None  # of a row dealt to several processes: what this one runs of it
 
     @classmethod
     def from_groups(cls, groups: Sequence[Group], *, pad_to_multiple_of: int = 1, limits: Sequence[int] = ()) -> Row:
@@ -251,7 +253,9 @@ class Row:
     def _map(self, change: Any) -> Row:
         parts = {name: part for name, part in vars(self).items() if isinstance(part, torch.Tensor | RowLayout)}
         pieces: Any = tuple(piece._map(change) for piece in self.pieces)
-        return dataclasses.replace(self, pieces=pieces, **{name: change(part) for name, part in parts.items()})
+        share = self.share and self.share.map_tensors(change)
+        changed = {name: change(part) for name, part in parts.items()}
+        return dataclasses.replace(self, pieces=pieces, share=share, **changed)
 
 
 def on_device(values: Sequence[Any] | NDArray[np.int64], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from flexdpo.layout.shares import Share
+
 _VECTORS = ("position_ids", "subtree_end", "multiplicity", "shortest", "longest")
 # what a model that was not prepared would ask of its attention_mask first
 # fmt: off
@@ -66,6 +68,8 @@ class RowLayout:
         # what the attention of the pieces on its path kept, the first one first, and where its own is kept
         self.path: tuple[Any, ...] = ()
         self.kept: Any = None
+        # of a row that is dealt to several processes: what this one runs of it, which this layout is that of
+        self.share: Share | None = None
         self._check()
 
     def __repr__(self) -> str:
@@ -185,7 +189,7 @@ class RowLayout:
                 f"the layouts are on {', '.join(sorted({str(e.device) for e in layouts}))}; move them first"
             )
         length = max(layout.length for layout in layouts)
-        padded = [layout._padded_to(length) for layout in layouts]
+        padded = [layout.padded_to(length) for layout in layouts]
         vectors = {name: [getattr(each, name) for each in padded] for name in _VECTORS}
         known: dict[str, Any] = {
             name: None if any(part is None for part in parts) else torch.cat(parts) for name, parts in vectors.items()
@@ -193,20 +197,22 @@ class RowLayout:
         images = RowImages.stack([each.images for each in padded], [each.position_ids for each in padded])
         return cls(num_tokens=tuple(count for each in padded for count in each.num_tokens), images=images, **known)
 
-    def _padded_to(self, length: int) -> RowLayout:
+    def padded_to(self, length: int) -> RowLayout:
+        """These rows padded to ``length`` tokens."""
         missing = length - self.length
         if missing == 0:
             return self
         # padding stands at position 0, sees only itself and belongs to no sequence
         ends = torch.arange(self.length + 1, length + 1, device=self.device).expand(self.batch_size, missing)
-        padding = (0, missing)
-        multiplicity = self.multiplicity
+        rest = {name: getattr(self, name) for name in _VECTORS if name != "subtree_end"}
+        padded: dict[str, Any] = {
+            name: None if each is None else torch.nn.functional.pad(each, (0, missing)) for name, each in rest.items()
+        }
         return RowLayout(
-            torch.nn.functional.pad(self.position_ids, padding),
-            torch.cat([self.subtree_end, ends], dim=1),
-            self.num_tokens,
-            None if multiplicity is None else torch.nn.functional.pad(multiplicity, padding),
+            subtree_end=torch.cat([self.subtree_end, ends], dim=1),
+            num_tokens=self.num_tokens,
             images=None if self.images is None else self.images.padded(missing),
+            **padded,
         )
 
     def __getattr__(self, name: str) -> Any:

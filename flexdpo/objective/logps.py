@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from flexdpo.errors import FlexdpoError
 from flexdpo.hf.unwrap import base_model
+from flexdpo.objective.gathered import gathered_targets
 from flexdpo.objective.linear_logps import TargetLogps, logits_logps
 from flexdpo.objective.lm_head import head_logps, head_plan
 from flexdpo.objective.piecewise import piecewise_logps, require_attention_only
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from flexdpo.layout.row import Row
+    from flexdpo.layout.shares import Share
 
 logger = logging.get_logger(__name__)
 
@@ -69,16 +71,19 @@ def response_logps(model: nn.Module, row: Row, *, with_log_sum_squares: bool = F
         run = partial(response_logps, model, with_log_sum_squares=with_log_sum_squares)
         values = piecewise_logps(run, row)
         return sum_targets(values.logps, row, values.log_sum_squares)
-    inputs = row.inputs()
+    part: Row | Share = row if row.share is None else row.share
+    inputs, squares = part.inputs(), with_log_sum_squares
     plan = head_plan(model, row.input_ids.device)
     if plan.obstacle is None:
-        values = head_logps(model, inputs, row.predictors, row.labels, plan, with_log_sum_squares=with_log_sum_squares)
+        values = head_logps(model, inputs, part.predictors, part.labels, plan, with_log_sum_squares=squares)
     else:
-        values = _from_logits(model, row, plan.obstacle, with_log_sum_squares)
+        values = _from_logits(model, part, plan.obstacle, squares)
+    if row.share is not None:
+        values = gathered_targets(values, row.share)
     return sum_targets(values.logps, row, values.log_sum_squares)
 
 
-def _from_logits(model: nn.Module, row: Row, obstacle: str, with_log_sum_squares: bool) -> TargetLogps:
+def _from_logits(model: nn.Module, row: Row | Share, obstacle: str, with_log_sum_squares: bool) -> TargetLogps:
     name = type(base_model(model)).__name__
     if "logits_to_keep" in inspect.signature(type(base_model(model)).forward).parameters:
         logger.warning_once(

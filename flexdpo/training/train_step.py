@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,12 +21,14 @@ from flexdpo.objective.objective import Objective
 from flexdpo.objective.unpaired import with_unrelated_responses
 from flexdpo.training import adapters, distribution, model_loading
 from flexdpo.training.batch import PackingCollator
+from flexdpo.training.context_parallel import ContextParallel
 from flexdpo.training.finite import Ran, StepGuard
 from flexdpo.training.step import Runner
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import Tensor, nn
+    from torch.distributed.device_mesh import DeviceMesh
 
     from flexdpo.layout.row import Row
     from flexdpo.objective.logps import ResponseLogps
@@ -58,6 +60,7 @@ def make_train_step(
     max_grad_norm: float | None = 1.0,
     accelerator: Accelerator | None = None,
     impl: Impl = "auto",
+    context_parallel: int | DeviceMesh | None = None,
     **loss_settings: Any,
 ) -> TrainStep:
     """Return a function that takes a batch of groups and runs one exact optimizer step on packed rows.
@@ -78,6 +81,9 @@ def make_train_step(
         max_grad_norm: Clip the gradient to this norm; ``None`` leaves it.
         accelerator: For mixed precision and several processes.
         impl: Attention kernel, see :func:`flexdpo.prepare_model`.
+        context_parallel: So many neighbouring processes, or those of a mesh's dimension, run each row together, for
+            rows longer than one device holds: each gets a share of the tokens, with the keys and values of all gathered
+            layer by layer. All of them must be given the same groups.
         loss_settings: ``beta``, ``label_smoothing``, ``loss_weights``, ... as in ``Objective``.
 
     Returns:
@@ -94,9 +100,8 @@ def make_train_step(
     if in_step and ref_model is None and objective.needs_reference and not adapters.is_peft_model(inner):
         raise FlexdpoError("a sharded model cannot be copied as its own reference; give ref_model, sharded like it")
     reference = _reference(inner, ref_model, objective, impl)
-    vocabularies = {"model": model_loading.vocabulary(inner)}
-    if ref_model is not None:
-        vocabularies["reference model"] = model_loading.vocabulary(unwrap_model(ref_model))
+    models = {"model": inner} | ({} if ref_model is None else {"reference model": unwrap_model(ref_model)})
+    vocabularies = {name: model_loading.vocabulary(each) for name, each in models.items()}
     collator = PackingCollator(
         max_tokens_per_row,
         pad_to_multiple_of or tile_multiple(next(model.parameters()).device),
@@ -104,9 +109,14 @@ def make_train_step(
         with_idle_row=in_step,
         limits=limits_of(inner).limits,
     )
-    parallel = {"backward": torch.Tensor.backward} if accelerator is None else distribution.hooks_of(accelerator)
+    parallel: dict[str, Any] = {"backward": torch.Tensor.backward}
+    if accelerator is not None:
+        parallel = distribution.hooks_of(accelerator)
     runner = Runner(model, objective, reference=reference, **parallel)
-    return _Step(optimizer, collator, runner, StepGuard(inner, accelerator), vocabularies, max_grad_norm)
+    step = _Step(optimizer, collator, runner, StepGuard(inner, accelerator), vocabularies, max_grad_norm)
+    if context_parallel is None:
+        return step
+    return step.with_context(ContextParallel.of(context_parallel, model, ref_model, accelerator))
 
 
 @dataclass(frozen=True)
@@ -117,6 +127,15 @@ class _Step:
     guard: StepGuard
     vocabularies: dict[str, int]
     max_grad_norm: float | None
+    context: ContextParallel | None = None
+
+    def with_context(self, context: ContextParallel) -> _Step:
+        """The same step, whose rows several processes run together."""
+        assert self.runner.backward is not None
+        # a group longer than the budget would run in pieces on one process
+        collator = replace(self.collator, in_pieces=False)
+        runner = replace(self.runner, backward=context.backward(self.runner.backward))
+        return replace(self, context=context, collator=collator, runner=runner)
 
     def __call__(self, groups: Sequence[Group]) -> StepResult:
         model = self.runner.model
@@ -127,12 +146,16 @@ class _Step:
             _require_ids(groups, name, rows)
         batch = self.collator.packed(groups)
         device = next(model.parameters()).device
+        if self.context is not None:
+            batch = self.context.dealt(batch, groups, device)
         if device.type == "cuda":
             # a copy from memory that may be paged out waits for the step before
             batch = batch.pin_memory()
         batch = batch.to(device, non_blocking=True)
         with self.guard.all_or_nothing():
             result = self.runner(batch)
+            if self.context is not None:
+                self.context.add_up(model)
             self.guard.ran.append(Ran(self.runner, batch, result))
             limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
             clip = self.guard.accelerator or torch.nn.utils
