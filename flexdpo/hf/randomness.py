@@ -44,6 +44,8 @@ def disable_dropout(model: nn.Module) -> Callable[[], None]:
     base = unwrap_model(model)
     changed = [_Rate([(vars(m), "p")], "p") for m in base.modules() if isinstance(m, _DropoutNd) and m.p > 0]
     undoes = [rate.zero() for rate in changed]
+    # what looks at images is not asked, since nobody here has one
+    undoes += [rate.zero() for part in _beside_backbone(base) for rate in called_random(part)]
 
     def put_back() -> None:
         while undoes:
@@ -179,6 +181,12 @@ def _inside(value: Any) -> Any:
         return value
     plain = isinstance(value, nn.Module | torch.Tensor | type) or callable(value)
     return None if plain or not hasattr(value, "__dict__") else vars(value)
+
+
+def _beside_backbone(base: PreTrainedModel) -> list[nn.Module]:
+    """The parts of a model of text and images that do not run for text."""
+    backbone = backbone_of(base)
+    return [] if base.base_model is backbone else [part for part in base.base_model.children() if part is not backbone]
 
 
 _RANDOM_NAMES = ("drop", "jitter", "noise")

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from flexdpo import Row, pack, prepare_model
+from flexdpo import Row, disable_dropout, pack, prepare_model
 from flexdpo.errors import FlexdpoError, UnsupportedModelError
 from flexdpo.layout.images import PromptImage
 from flexdpo.layout.row import stack_inputs
@@ -138,6 +138,10 @@ def test_a_tower_that_draws_random_numbers() -> None:
         layer.self_attn.dropout = 0.5
     with pytest.raises(UnsupportedModelError, match="draws random numbers while it encodes images"):
         model(**cast(row.inputs(), model))
+    put_back = disable_dropout(model)
+    model(**cast(row.inputs(), model))
+    put_back()
+    assert model.model.vision_tower.encoder.layers[0].self_attn.dropout == 0.5
     model.eval()
     model(**cast(row.inputs(), model))
 
