@@ -14,6 +14,7 @@ from flexdpo.hf.on_import import register_when_imported as _register_when_import
 
 if TYPE_CHECKING:
     from flexdpo.attention.generator import attend, block_mask, mask_mod
+    from flexdpo.attention.remembered import keep_attention
     from flexdpo.attention.score_mods import alibi_score_mod, logical_score_mod, softcap_score_mod
     from flexdpo.config import DPOConfig
     from flexdpo.data.mixture import load_mixture
@@ -58,6 +59,7 @@ __all__ = [
     "disable_dropout",
     "draw",
     "estimate_dataset",
+    "keep_attention",
     "load_mixture",
     "load_preference_dataset",
     "logical_score_mod",
@@ -79,6 +81,7 @@ __all__ = [
 
 _LAZY = {
     "flexdpo.attention.generator": ("attend", "block_mask", "mask_mod"),
+    "flexdpo.attention.remembered": ("keep_attention",),
     "flexdpo.attention.score_mods": ("alibi_score_mod", "logical_score_mod", "softcap_score_mod"),
     "flexdpo.config": ("DPOConfig",),
     "flexdpo.data.regroup": ("regroup_by_prompt",),

@@ -20,6 +20,7 @@ from flexdpo.attention.context_parallel import share_attention
 from flexdpo.attention.flex import run_flex
 from flexdpo.attention.formula import softmax_attention
 from flexdpo.attention.inputs import AttentionCall, AttentionInputs
+from flexdpo.attention.remembered import remembered
 from flexdpo.attention.score_mods import modified_scores
 from flexdpo.attention.selftest import is_compared, require_correct_kernel
 from flexdpo.attention.varlen import require_varlen, varlen_attention
@@ -61,6 +62,11 @@ def packed_attention(
         attended: Tensor = share_attention(packed_attention, inputs, row_mask)
         return attended
     compiling = torch.compiler.is_compiling()
+    if remembered.checkpointed and (row_mask.impl != "sdpa" or compiling):
+        raise FlexdpoError(
+            "context_fn=keep_attention keeps what attention in query blocks came to, impl='sdpa' in layers that are "
+            f"not compiled, and this is {row_mask.impl!r}{', compiled' if compiling else ''}; leave context_fn out"
+        )
     if row_mask.impl == "flex":
         if compiling:
             _require_tested(row_mask, query.device)

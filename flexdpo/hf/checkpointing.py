@@ -20,8 +20,11 @@ def checkpointing_name(owner: Any, suffix: str = "") -> str:
     raise AttributeError(f"{owner!r} has none of {', '.join(names)}")
 
 
-def enable_checkpointing(model: Any, *, use_reentrant: bool = False) -> None:
-    """Let the layers of a ``PreTrainedModel`` keep no activations and run again in the backward pass."""
+def enable_checkpointing(model: Any, *, use_reentrant: bool = False, **others: Any) -> None:
+    """Let the layers of a ``PreTrainedModel`` keep no activations and run again in the backward pass.
+
+    ``others`` are arguments of ``torch.utils.checkpoint.checkpoint``, such as ``context_fn=keep_attention``.
+    """
     name = checkpointing_name(model, "_enable")
     settings = name.replace("_enable", "_kwargs")
-    getattr(model, name)(**{settings: {"use_reentrant": use_reentrant}})
+    getattr(model, name)(**{settings: {"use_reentrant": use_reentrant, **others}})

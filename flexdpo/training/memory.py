@@ -45,6 +45,7 @@ class TrainingSetup:
     weight_bytes: int = 4  # of a weight, its gradient and each optimizer state: 4 for float32, 2 for bfloat16
     compute_bytes: int = 4  # of an activation; below ``weight_bytes`` under mixed precision
     gradient_checkpointing: bool = False
+    keeps_attention: bool = False  # what attention came to is kept through it, by ``context_fn=keep_attention``
     # a frozen copy of the weights is kept: not with an adapter, nor with precomputed reference log-probabilities
     reference: bool = True
     trainable: int | None = None  # parameters that get gradients; ``None`` for all
@@ -155,6 +156,10 @@ def _row_bytes(size: ModelSize, setup: TrainingSetup, tokens: int, targets: int)
     """What is kept for the backward pass of a row, and what exists on top of it for a while."""
     stream = setup.weight_bytes * size.hidden
     layer = stream if setup.gradient_checkpointing else kept_bytes_per_layer(size, setup)
+    if setup.gradient_checkpointing and setup.keeps_attention:
+        # and the normaliser of each head
+        wide = 4 if setup.compute_bytes < 8 else 8
+        layer += (size.heads * size.head_dim * setup.compute_bytes + wide * size.heads) * size.attending // size.layers
     scans = 0 if setup.gradient_checkpointing else size.state_layers * _scan_bytes(size)
     final = _norm_bytes(size.hidden, size, setup) * tokens + 4 * size.hidden * targets
     kept = (size.layers * layer + scans + _path_bytes(size, setup)) * tokens + final
