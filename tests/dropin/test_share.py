@@ -1124,7 +1124,7 @@ def test_positions_said_to_be_relative_are(name: str) -> None:
 
 
 def test_reasons_are_counted_over_models_and_between_logs() -> None:
-    one = hooks.SharingStats(8, 4, 1, Counter(generation=3, gaps=1))
-    both = one + hooks.SharingStats(2, 2, 0, Counter(generation=2))
-    assert both == hooks.SharingStats(10, 6, 1, Counter(generation=5, gaps=1))
+    one = hooks.SharingStats(8, 4, 1, passed_through=Counter(generation=3, gaps=1))
+    both = one + hooks.SharingStats(2, 2, 0, passed_through=Counter(generation=2))
+    assert both == hooks.SharingStats(10, 6, 1, passed_through=Counter(generation=5, gaps=1))
     assert (both - one).passed_through["generation"] == 2
