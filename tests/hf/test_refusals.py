@@ -218,7 +218,10 @@ def test_layout_by_position(model: Any) -> None:
     ("extra", "message"),
     [
         ({"labels": torch.zeros(1, 96, dtype=torch.int64)}, r"labels= .* use flexdpo\.response_logps"),
-        ({"pixel_values": torch.zeros(1, 3, 8, 8)}, "pixel_values=.* packed rows hold text only"),
+        (
+            {"pixel_values": torch.zeros(1, 3, 8, 8)},
+            "pixel_values=.* packed rows hold text and the images of Group.images",
+        ),
         ({"my_bias": 3}, r"MistralAttention passes my_bias= to its attention.* train this model without"),
         ({"indices": (1, 2)}, "a packed row came with indices=, which flexdpo does not know how to share"),
         ({"is_causal": False}, "looks ahead"),

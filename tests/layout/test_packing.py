@@ -94,7 +94,7 @@ def test_relatives_that_fit_no_row_together_are_split(rng, budget: int) -> None:
 def test_a_relative_longer_than_the_budget_is_named(rng) -> None:
     groups = [*related(rng), make_group(150, "row 77")]
     with pytest.raises(FlexdpoError, match=r"row 77 has 152 distinct tokens but max_tokens_per_row=151"):
-        pack(groups, 151, sharing="step")
+        pack(groups, 151, sharing="step", in_pieces=False)
 
 
 def test_an_unknown_way_of_sharing_is_refused() -> None:

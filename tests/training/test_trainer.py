@@ -448,7 +448,7 @@ def test_bad_combinations(tmp_path, tokenizer, preferences, small_model) -> None
         train(same, same)
     with pytest.raises(FlexdpoError, match="loss_type sft uses no reference; leave ref_model out"):
         train(None, small_model(), loss_type="sft")
-    with pytest.raises(FlexdpoError, match="give its tokenizer as processing_class="):
+    with pytest.raises(FlexdpoError, match="give its tokenizer, or its processor, as processing_class="):
         train(given={"processing_class": None})
     with pytest.raises(FlexdpoError, match=r"must be a tokenizer, or a processor .*, got SimpleNamespace"):
         train(given={"processing_class": SimpleNamespace(tokenizer=tokenizer)})
