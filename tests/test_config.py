@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from packaging.version import Version
 from transformers import SchedulerType, TrainingArguments
@@ -239,6 +240,16 @@ def test_parallelism_within_a_row_is_refused(small_model: Any, name: str) -> Non
     parallel = SimpleNamespace(**{f"{name}_enabled": True, f"{name}_size": 2})
     with pytest.raises(FlexdpoError, match=rf"parallelism \({name}_size=2\) is not supported: a row's mask"):
         distribution.require_supported(SimpleNamespace(parallelism_config=parallel), small_model())  # type: ignore[arg-type]
+
+
+def test_images_are_refused_where_processes_share_weights() -> None:
+    processes: Any = SimpleNamespace(
+        parallelism_config=None, distributed_type=DistributedType.FSDP, is_fsdp2=True, num_processes=2
+    )
+    model: Any = SimpleNamespace()
+    with pytest.raises(FlexdpoError, match=r"what encodes them out of a step whose last row has none; use DDP"):
+        distribution.require_supported(processes, model, images=True)
+    distribution.require_supported(processes, model)
 
 
 def test_a_model_that_was_spread_while_loading_is_refused() -> None:

@@ -142,6 +142,8 @@ class PackingCollator:
             limits=self.limits,
             in_pieces=self.in_pieces,
         )
+        # gradients are synchronised at the last row, where what encodes images should take part
+        rows.sort(key=lambda row: row.layout.images is not None)
         values = None if reference is None else [_reference_of(row, reference, reference_pairs) for row in rows]
         idle = None
         if self.with_idle_row or any(row.pieces for row in rows):

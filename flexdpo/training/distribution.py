@@ -88,8 +88,8 @@ def hooks_of(accelerator: Accelerator) -> dict[str, Any]:
     }
 
 
-def require_supported(accelerator: Accelerator, model: nn.Module) -> None:
-    """Refuse what cuts a row or a weight in pieces that no process has whole.
+def require_supported(accelerator: Accelerator, model: nn.Module, *, images: bool = False) -> None:
+    """Refuse what cuts a row or a weight in pieces that no process has whole; ``images`` if data may hold some.
 
     FSDP of the first version keeps flat parameters, with no head that could be used directly.
 
@@ -110,6 +110,12 @@ def require_supported(accelerator: Accelerator, model: nn.Module) -> None:
         )
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise FlexdpoError("FSDP version 1 is not supported; set fsdp_config={'version': 2} (FSDP2)")
+    if images and runs_in_step(accelerator):
+        # a process that has no row of its own for the last pass runs text, and its tower takes no part
+        raise FlexdpoError(
+            "a processor was given for images, and FSDP or DeepSpeed on several processes would leave the gradients of "
+            "what encodes them out of a step whose last row has none; use DDP, or a tokenizer for text alone"
+        )
 
 
 def place_reference(reference: nn.Module, accelerator: Accelerator) -> nn.Module:

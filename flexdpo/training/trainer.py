@@ -188,7 +188,7 @@ class DPOTrainer(ResumableTrainer):
         """Take the step over from ``Trainer``, which knows by now how many processes run it."""
         # the loss is a mean over pairs, scaled for accumulation like any other
         self.model_accepts_loss_kwargs = False
-        distribution.require_supported(self.accelerator, unwrap_model(self.model))
+        distribution.require_supported(self.accelerator, unwrap_model(self.model), images=bool(self._data.images))
         self._across_processes = distribution.hooks_of(self.accelerator)
         # what users put in place of data_collator need not pack anything else
         self._packing = self.data_collator = replace(

@@ -84,6 +84,11 @@ def test_loss_and_gradients_are_those_of_stock_runs(tmp_path: Path, kind: str, s
     trainer.current_gradient_accumulation_steps = 1
     batch = inputs["batch"]
     assert len(batch.rows) > 1
+    # processes synchronise the tower's gradients at the last row
+    assert [row.layout.images is not None for row in batch.rows] == sorted(
+        row.layout.images is not None for row in batch.rows
+    )
+    assert batch.rows[-1].layout.images is not None
     loss = trainer.training_step(trainer.model, inputs)
     assert loss.item() == pytest.approx(sum(want) / len(want), rel=1e-5)
     for (name, got), (_, expected) in zip(model.named_parameters(), stock.named_parameters(), strict=True):
