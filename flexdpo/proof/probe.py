@@ -270,13 +270,18 @@ def path_of(row: Row, response: int) -> Tensor:
 
 @contextlib.contextmanager
 def _without_dropout(model: nn.Module) -> Iterator[None]:
-    """Run in train mode, as in training, with everything random at 0."""
+    """Run in train mode, as in training, with everything random at 0 and gradients at the embeddings alone."""
     modes = [(module, module.training) for module in model.modules()]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     put_back = disable_dropout(model)
     model.train()
+    for parameter in trained:
+        parameter.requires_grad_(False)
     try:
         yield
     finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
         put_back()
         for module, training in modes:
             module.training = training
@@ -335,7 +340,7 @@ def _unpacked(model: Any, row: Row, *, rounding: float = 0.0, draw: int = 0) -> 
         inputs = beside_another(ids) if rounding else {"input_ids": ids}
         with _embeddings_captured(unwrap_model(model), rounding, draw) as captured:
             logits.append(model(**inputs, use_cache=False).logits[0])
-        gradients.append(torch.autograd.grad(_scores(logits[-1], number), _only(captured))[0][0])
+        gradients.append(_gradient(_scores(logits[-1], number), captured)[0])
     return _Outcome(torch.cat(logits).detach(), summed_by_token(dict(enumerate(gradients)), row))
 
 
@@ -351,16 +356,20 @@ def _packed(model: Any, row: Row, layout: RowLayout) -> _Outcome:
         all_logits = model(**{**row.inputs(), "attention_mask": layout}).logits[0]
     logits = [all_logits[path] for path in [path_of(row, response) for response in range(row.num_responses)]]
     score = torch.stack([_scores(each, number) for number, each in enumerate(logits)]).sum()
-    gradient = torch.autograd.grad(score, _only(captured))[0][0]
-    return _Outcome(torch.cat(logits).detach(), gradient[: row.num_tokens])
+    return _Outcome(torch.cat(logits).detach(), _gradient(score, captured)[0, : row.num_tokens])
 
 
-def _only(captured: list[Tensor]) -> Tensor:
+def _gradient(score: Tensor, captured: list[Tensor]) -> Tensor:
+    """That of a score at what was embedded, ``[B, L, H]``."""
     if len(captured) != 1:
         raise FlexdpoError(
             f"the model used its input embedding {len(captured)} times in one forward; the parity probe needs once"
         )
-    return captured[0]
+    # not autograd.grad, which reentrant checkpoints do not know
+    score.backward()
+    gradient = captured[0].grad
+    assert gradient is not None
+    return gradient
 
 
 def summed_by_token(gradients: dict[int, Tensor], row: Row) -> Tensor:

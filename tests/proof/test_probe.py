@@ -11,6 +11,7 @@ from flexdpo import FlexdpoError, UnsupportedModelError, parity_probe, prepare_m
 from flexdpo.attention import row_mask
 from flexdpo.attention.mask_mods import CAUSAL, MaskKind
 from flexdpo.hf import interface
+from flexdpo.hf.checkpointing import enable_checkpointing
 from tests.hf.architectures import build_model
 
 
@@ -56,6 +57,14 @@ def test_a_model_that_was_prepared_or_wrapped() -> None:
     assert model.config._attn_implementation == "flexdpo"  # type: ignore[union-attr]
     wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", init_lora_weights=False))
     assert parity_probe(wrapped).exact
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_model_that_is_checkpointed(use_reentrant: bool) -> None:
+    model = build_model("llama", dtype=torch.float32)
+    enable_checkpointing(model, use_reentrant=use_reentrant)
+    assert parity_probe(model).exact
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
 
 def _ignores_the_window(function: Any) -> MaskKind:
