@@ -167,7 +167,8 @@ def test_the_same_run(name: str, tmp_path: Path, tokenizer: Any) -> None:
     )
     # where all answers are worth the same nothing is learned
     assert max(norms) > 0
-    assert shared_norms == pytest.approx(norms, rel=TOLERANCE)
+    # small gradients of float32 are known to fewer digits
+    assert shared_norms == pytest.approx(norms, rel=TOLERANCE, abs=TOLERANCE / 10)
     for mine, theirs in zip(shared.model.parameters(), plain.model.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=TOLERANCE)
     assert any("with those at padding" in str(each.message) for each in told) == bool(case.but)
