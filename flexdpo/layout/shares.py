@@ -65,16 +65,17 @@ class Share:
         return share
 
 
-def shares_of(row: Row, processes: int, unit: int) -> tuple[Row, ...]:
-    """Deal a row on the host to several processes; each gets the row padded, with the share that it runs.
+def share_of(row: Row, process: int, processes: int, unit: int) -> Row:
+    """Deal a row on the host to several processes, and return it padded, with the share that one of them runs.
 
     Args:
         row: A row as :func:`flexdpo.pack` makes it.
+        process: Whose share, counted from 0.
         processes: Among how many it is dealt.
         unit: A chunk is a multiple of this many tokens.
 
     Returns:
-        One row per process, alike but for :attr:`Row.share`.
+        The row, alike for all processes but for :attr:`Row.share`.
 
     Raises:
         FlexdpoError: if the row holds images, whose tokens and features would have to stay together.
@@ -100,7 +101,7 @@ def shares_of(row: Row, processes: int, unit: int) -> tuple[Row, ...]:
     tokens = [np.concatenate([np.arange(chunk * length, (chunk + 1) * length) for chunk in hand]) for hand in hands]
     whole = _padded(row, sum(part.size for part in tokens))
     order = torch.from_numpy(np.argsort(np.concatenate(tokens)))
-    return tuple(_with_share(whole, part, order, length) for part in tokens)
+    return _with_share(whole, tokens[process], order, length)
 
 
 def _costs(row: Row, length: int, chunks: int) -> NDArray[np.int64]:

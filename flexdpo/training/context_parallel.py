@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from flexdpo.errors import FlexdpoError, UnsupportedModelError, found
 from flexdpo.hf.unwrap import base_model
 from flexdpo.layout.row import tile_multiple
-from flexdpo.layout.shares import shares_of
+from flexdpo.layout.shares import share_of
 from flexdpo.training.distribution import reshard
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class ContextParallel:
 
     def _share(self, row: Row, device: torch.device) -> Row:
         unit = max(tile_multiple(device), _UNIT)
-        mine = shares_of(row, self.size, unit)[dist.get_rank(self.group)]
+        mine = share_of(row, dist.get_rank(self.group), self.size, unit)
         assert mine.share is not None
         mine.share.group = self.group
         return mine

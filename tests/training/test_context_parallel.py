@@ -17,7 +17,7 @@ from flexdpo.attention import context_parallel
 from flexdpo.hf.checkpointing import enable_checkpointing
 from flexdpo.layout.packing import pack
 from flexdpo.layout.row import Row
-from flexdpo.layout.shares import shares_of
+from flexdpo.layout.shares import share_of
 from flexdpo.training.context_parallel import ContextParallel
 from tests.conftest import build_model, odd_groups, random_ids
 from tests.hf.architectures import build_model as build_zoo_model
@@ -40,7 +40,7 @@ def groups_of(step: int) -> list[Group]:
 @pytest.mark.parametrize("processes", [2, 3, 4])
 def test_every_token_and_every_target_is_dealt_once(processes) -> None:
     (row,) = pack(groups_of(0))
-    shares = [each.share for each in shares_of(row, processes, 16)]
+    shares = [share_of(row, number, processes, 16).share for number in range(processes)]
     assert len({share.layout.length for share in shares}) == 1
     tokens = torch.cat([share.tokens for share in shares])
     assert sorted(tokens.tolist()) == list(range(len(tokens)))
@@ -66,7 +66,10 @@ def test_attention_is_dealt_evenly() -> None:
     rng = np.random.default_rng(0)
     long = Group.from_lists(random_ids(rng, 3000), [random_ids(rng, 400) for _ in range(5)], [(0, 1)])
     row = Row.from_groups([long])
-    loads = [int((share.share.layout.position_ids + 1).sum()) for share in shares_of(row, 4, 16)]
+    loads = [
+        int((share.share.layout.position_ids + 1).sum())
+        for share in (share_of(row, number, 4, 16) for number in range(4))
+    ]
     assert max(loads) <= 1.05 * sum(loads) / 4
 
 
@@ -193,7 +196,7 @@ def _gradients(model: Any, groups: list[Group], **settings: Any) -> torch.Tensor
 
 
 def _shares(row: Row, rank: int) -> Row:
-    dealt = shares_of(row, 2, 16)[rank]
+    dealt = share_of(row, rank, 2, 16)
     dealt.share.group = dist.group.WORLD
     return dealt
 
