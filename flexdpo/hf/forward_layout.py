@@ -166,7 +166,8 @@ def _take_layout(
     types = any(kwargs.get(name) is not None for name in ("token_type_ids", "mm_token_type_ids"))
     forward = PackedForward(module, layout, impl, brings_token_types=types)
     if not torch.compiler.is_compiling():
-        forward.states, forward.inputs = RandomState.now(), _tokens_of(args, kwargs)
+        named = {name: kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None}
+        forward.states, forward.inputs = RandomState.now(), named or {"input_ids": args[0]}
         forward.buffers = _buffer_versions(module)
     _forwards.stack.append(forward)
     return args, kwargs
@@ -182,11 +183,6 @@ def _with_all_positions(module: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     if isinstance(kept, int) and kept and module.get_output_embeddings() is None:
         return dict(kwargs, logits_to_keep=0)
     return kwargs
-
-
-def _tokens_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    named = {name: kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None}
-    return named or {"input_ids": args[0]}
 
 
 def _run_without_layout(module: nn.Module) -> None:
