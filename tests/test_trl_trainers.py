@@ -42,6 +42,7 @@ PROMPTS = [{"prompt": row["prompt"]} for row in ROWS]
 COMPLETIONS = [{"prompt": row["prompt"], "completion": row[name]} for row in ROWS for name in ("chosen", "rejected")]
 LABELLED = [row | {"label": number % 3 > 0} for number, row in enumerate(COMPLETIONS)]
 TURNS = [{"messages": messages(row)} for row in ROWS for _ in range(2)]
+MARGINS = [row | {"margin": 0.5 * (number % 3)} for number, row in enumerate(PREFERENCES)]
 TRIPLES = [row | {"reference": f"{row['chosen']} w9"} for row in PREFERENCES]
 HINTED = [row | {"privileged_context": other["chosen"]} for row, other in zip(PROMPTS, PREFERENCES, strict=True)]
 SAMPLING: dict[str, Any] = {"num_generations": 4, "per_device_train_batch_size": 8, "max_completion_length": 6}
@@ -75,6 +76,7 @@ LOGITS = ("logits/chosen", "logits/rejected")
 CASES = {
     "dpo": Case("DPO", PREFERENCES, models=REFERENCE),
     "reward": Case("Reward", PREFERENCES),
+    "reward with margins": Case("Reward", MARGINS),
     "kto": Case("KTO", LABELLED, models=REFERENCE),
     "sft": Case("SFT", COMPLETIONS),
     # it names the ends of sequences a second time, for FlashAttention

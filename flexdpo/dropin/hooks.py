@@ -25,7 +25,7 @@ from flexdpo.dropin.images import (
     without_image_inputs,
 )
 from flexdpo.dropin.plan import PlanKey, plan_batch
-from flexdpo.dropin.rules import REASONS, Positions, may_hold_sequences, reason_by_arguments
+from flexdpo.dropin.rules import OF_THE_LOSS, REASONS, Positions, may_hold_sequences, reason_by_arguments
 from flexdpo.hf.draws import being_asked
 from flexdpo.hf.forward_layout import packed_forward
 from flexdpo.hf.images import image_part
@@ -189,7 +189,7 @@ def _share_batch(
     settings = exchange_kernel_settings(_for_any_length(sharing, planned))
     _in_thread.running.append(_Running(backbone, planned, settings))
     # where they are left out, positions come with the layout
-    plain.pop("position_ids", None)
+    plain = {name: value for name, value in plain.items() if name not in OF_THE_LOSS | {"position_ids"}}
     if planned.position_ids is not None:
         plain["position_ids"] = planned.position_ids
     if planned.images is not None:

@@ -48,6 +48,8 @@ REASONS = {
 }
 # switches and counts that change nothing about how tokens are shared
 _HARMLESS_TENSORS = frozenset({"input_ids", "attention_mask", "position_ids", "num_items_in_batch", "logits_to_keep"})
+# what a trainer hands the model along with the batch and reads itself: margins of RewardTrainer
+OF_THE_LOSS = frozenset({"margin"})
 # what arguments about video and audio begin with
 _OTHER_MEDIA = ("pixel_values_videos", "image_sizes_videos", "video_", "num_frames", "input_features", "audio_")
 # architectures whose positions were measured to be relative: equal results wherever a row begins. Others are taken for
@@ -87,8 +89,10 @@ def _is_harmless(backbone: PreTrainedModel, name: str, value: object) -> bool:
         return value is None or (isinstance(value, int) and value == 0)
     if value is None or value is False or name in _HARMLESS_TENSORS:
         return True
-    known = name in HARMLESS_KWARGS or name in inspect.signature(type(backbone).forward).parameters
-    return known and isinstance(value, bool | int | float | str)
+    read = name in inspect.signature(type(backbone).forward).parameters
+    if name in OF_THE_LOSS:
+        return not read
+    return (read or name in HARMLESS_KWARGS) and isinstance(value, bool | int | float | str)
 
 
 def may_hold_sequences(backbone: PreTrainedModel, kwargs: dict[str, Any], stock: str) -> bool:

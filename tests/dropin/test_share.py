@@ -401,9 +401,10 @@ def test_a_classifier() -> None:
     config = LlamaConfig(**settings)
     torch.manual_seed(0)
     model, batch = LlamaForSequenceClassification(config).double().eval(), padded_batch()
+    margin = torch.ones(batch["input_ids"].shape[0] // 2)  # TRL's RewardTrainer hands it to the model as well
 
     def gradients() -> tuple[torch.Tensor, list[torch.Tensor]]:
-        rewards = model(**batch, use_cache=False).logits
+        rewards = model(**batch, margin=margin, use_cache=False).logits
         return rewards.detach(), list(torch.autograd.grad(rewards.square().sum(), list(model.parameters())))
 
     with Float64():
@@ -685,6 +686,24 @@ def test_what_cannot_be_shared_runs_as_before(case: str, attention: str) -> None
     assert (got.attentions is None) == (want.attentions is None)
     for mine, theirs in zip(got.attentions or (), want.attentions or (), strict=True):
         assert torch.equal(mine, theirs)
+
+
+def test_a_margin_that_the_model_reads_is_not_shared() -> None:
+    from transformers import LlamaModel
+
+    class Reader(LlamaModel):
+        def forward(self, position_ids: Any = None, margin: Any = None, **kwargs: Any) -> Any:
+            output = super().forward(position_ids=position_ids, **kwargs)
+            output.last_hidden_state = output.last_hidden_state + (0 if margin is None else margin[:, None, None])
+            return output
+
+    batch = padded_batch()
+    torch.manual_seed(0)
+    model, margin = Reader(build_model("llama").config).eval(), torch.arange(float(batch["input_ids"].shape[0]))
+    want = model(**batch, margin=margin, use_cache=False)[0]
+    sharing = flexdpo.share_prefixes(model, **ALL)
+    assert torch.equal(model(**batch, margin=margin, use_cache=False)[0], want)
+    assert sharing.stats.passed_through == {"other_inputs": 1}
 
 
 def test_stats_say_why() -> None:
