@@ -28,6 +28,7 @@ from transformers import (
 import flexdpo
 from flexdpo.errors import FlexdpoError, UnsupportedModelError
 from tests.conftest import CONFIGS, VOCABULARY, preference_rows, strengthen
+from tests.hf.architectures import needs_states
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 trl = pytest.importorskip("trl")
@@ -81,6 +82,7 @@ MODELS: dict[str, Callable[[], Any]] = {
         tie_word_embeddings=False,
     ),
 }
+WITH_STATES = ("lfm2", "qwen3_next")
 
 
 def build(name: str, seed: int = 0, *, rewards: bool = False) -> Any:
@@ -277,8 +279,12 @@ _FAIL_WITHOUT_SHARING = {("mixtral", "generating"), ("gpt_oss", "generating")}
 
 def sweep(names: list[str], quick: set[tuple[str, str]], without: tuple[str, ...] = ()) -> list[Any]:
     """Every model but some with every one of ``names``; all but the quick ones are slow."""
+
+    def marks(model: str, name: str) -> list[pytest.MarkDecorator]:
+        return [needs_states] * (model in WITH_STATES) + [pytest.mark.slow] * ((model, name) not in quick)
+
     return [
-        pytest.param(model, name, id=f"{model}-{name}", marks=() if (model, name) in quick else pytest.mark.slow)
+        pytest.param(model, name, id=f"{model}-{name}", marks=marks(model, name))
         for model in MODELS
         for name in names
         if model not in without and (model, name) not in _FAIL_WITHOUT_SHARING
@@ -310,8 +316,9 @@ def test_reward_modelling(name: str, way: str, tmp_path: Path, tokenizer: Any) -
     compare(tmp_path, tokenizer, name, rewards=True, **REWARD_WAYS[way])
 
 
+@needs_states
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["lfm2", "qwen3_next"])
+@pytest.mark.parametrize("name", WITH_STATES)
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_thirty_steps_of_a_model_with_states(name: str, side: str, tmp_path: Path, tokenizer: Any) -> None:
     compare(tmp_path, tokenizer, name, max_steps=30, side=side)
