@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+import time
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -35,19 +40,13 @@ def parts(tmp_path: Path, tokenizer: Any) -> dict[str, str]:
     return names
 
 
+def command(parts: dict[str, str], file: Path, *more: str) -> list[str]:
+    options = {"--output_file": str(file), "--use_cpu": "true", "--bf16": "false"}
+    return ["score", parts["policy"], parts["data"], *chain.from_iterable(options.items()), *more]
+
+
 def scored(parts: dict[str, str], file: Path, *more: str) -> int:
-    words = [
-        "score",
-        parts["policy"],
-        parts["data"],
-        "--output_file",
-        str(file),
-        "--use_cpu",
-        "true",
-        "--bf16",
-        "false",
-    ]
-    return cli.main([*words, *more])
+    return cli.main(command(parts, file, *more))
 
 
 def one_by_one(folder: str, rows: list[dict[str, Any]]) -> list[list[float]]:
@@ -104,6 +103,51 @@ def test_an_interrupted_run_ends_with_the_same_file(
     assert again.read_bytes() == file.read_bytes()
     # the first row was not run again
     assert len(done) > 2
+
+
+# the command, writing after every row instead of twice a minute, and slow enough to be killed between two
+SLOWLY = """
+import sys, time
+from functools import partial
+from flexdpo import DPOTrainer, cli
+from flexdpo.training import precompute
+precompute.PrecomputeSettings = partial(precompute.PrecomputeSettings, save_every_s=0)
+run = DPOTrainer.reference_logps
+DPOTrainer.reference_logps = lambda self, row: (time.sleep(0.5), run(self, row))[1]
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scored_before", [0, 1], ids=["in the policy", "in the reference"])
+def test_a_killed_run_ends_with_the_same_file(
+    parts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scored_before: int
+) -> None:
+    more = ("--ref_model", parts["reference"], "--max_tokens_per_row", "64")
+    file, again, cache = tmp_path / "scores.parquet", tmp_path / "again.parquet", tmp_path / "another"
+    values, rows_run = logps._values, []
+    monkeypatch.setattr(logps, "_values", lambda *args: (rows_run.append(1), values(*args))[1])
+    assert scored(parts, file, *more) == 0
+    whole = len(rows_run)
+
+    monkeypatch.setenv("FLEXDPO_CACHE", str(cache))
+    process = subprocess.Popen([sys.executable, "-c", SLOWLY, *command(parts, again, *more)])
+    # one cache for each model, the policy's first
+    while len({part.parent for part in cache.rglob("part-*.safetensors")}) <= scored_before:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not again.exists()
+
+    rows_run.clear()
+    assert scored(parts, again, *more) == 0
+    assert again.read_bytes() == file.read_bytes()
+    assert 0 < len(rows_run) < whole
+    for column in ("logps", "ref_logps"):
+        model = parts["policy" if column == "logps" else "reference"]
+        trainer = trained(parts, tmp_path / column, model, precompute_ref_cache_dir=str(again), max_tokens_per_row=64)
+        assert trainer.train_dataset[REFERENCE_COLUMN] == pq.read_table(file).to_pydict()[column]
 
 
 def trained(parts: dict[str, str], folder: Path, model: str, **settings: Any) -> DPOTrainer:
