@@ -9,13 +9,14 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 import torch
-from transformers import SchedulerType, TrainingArguments, get_scheduler
+from transformers import TrainingArguments
 
+from flexdpo.attention.remembered import keep_attention
 from flexdpo.attention.row_mask import resolve_impl
 from flexdpo.attention.settings import KernelSettings
-from flexdpo.effects import AT_LEAST_ONE, BELONGS_TO, LOADING, WITHOUT_EFFECT, learning_rates, optimizer_of
-from flexdpo.errors import FlexdpoError, first_line, nearest
-from flexdpo.hf.checkpointing import checkpointing_name
+from flexdpo.effects import AT_LEAST_ONE, BELONGS_TO, LOADING, WITHOUT_EFFECT, optimizer_of, require_schedule
+from flexdpo.errors import FlexdpoError, nearest
+from flexdpo.hf.checkpointing import checkpoint_arguments, checkpointing_name
 from flexdpo.layout.packing import SHARING
 from flexdpo.layout.row import TILE, tile_multiple
 from flexdpo.objective.loss_types import LOSS_TYPES, LossSettings, setting
@@ -56,6 +57,12 @@ class DPOConfig(LossSettings, TrainingArguments):
     )
     activation_checkpointing_kwargs: dict[str, Any] | str | None = setting(
         None, "Keyword arguments of torch.utils.checkpoint.checkpoint."
+    )
+
+    keep_attention: bool = setting(
+        False,
+        "With activation_checkpointing, keep what attention came to, so that layers run again without it. For "
+        "attn_impl sdpa (on a CPU the default) in layers that are not compiled.",
     )
 
     loss_type: list[str] = field(
@@ -195,6 +202,10 @@ class DPOConfig(LossSettings, TrainingArguments):
         super().__post_init__()
         for suffix in ("", "_kwargs"):
             setattr(self, f"activation_checkpointing{suffix}", getattr(self, known + suffix))
+        # transformers has read what was text
+        kwargs: Any = self.activation_checkpointing_kwargs
+        # as users of torch say it
+        self.keep_attention = self.keep_attention or (kwargs or {}).get("context_fn") is keep_attention
         self._check_effects()
         wanted = asked.pop("torch_compile")
         given = any(value is not None for value in asked.values())
@@ -204,13 +215,27 @@ class DPOConfig(LossSettings, TrainingArguments):
         self.compile_layers = bool(wanted) or given or self.compiles_unasked
         options = {name.removeprefix("torch_compile_"): value for name, value in asked.items()}
         self.layer_compile_options = {name: value for name, value in options.items() if value is not None}
+        self.activation_checkpointing_kwargs = checkpoint_arguments(
+            kwargs,
+            attention=self.keep_attention,
+            impl=resolve_impl(self.attn_impl, self.device),
+            compiled=self.compile_layers,
+            device=self.device.type,
+        )
+        setattr(self, f"{known}_kwargs", self.activation_checkpointing_kwargs)
         if copies_unsaid:
             # a row is a dozen small tensors, each of which would otherwise wait for the step before it
             self.accelerator_config.non_blocking = self.dataloader_pin_memory
 
     def to_dict(self) -> dict[str, Any]:
-        """As ``TrainingArguments.to_dict``, with the compile settings as they were given, so that they can be read."""
+        """As ``TrainingArguments.to_dict``, with the compile settings as they were given, so that they can be read.
+
+        Without ``keep_attention``'s function, which is none of JSON's values.
+        """
         found: dict[str, Any] = super().to_dict()
+        for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
+            if self.keep_attention and found.get(name):
+                found[name] = {key: value for key, value in found[name].items() if key != "context_fn"}
         options = {f"torch_compile_{name}": value for name, value in self.layer_compile_options.items()}
         return found | {"torch_compile": self.compile_layers, **options}
 
@@ -247,7 +272,7 @@ class DPOConfig(LossSettings, TrainingArguments):
                 "process, so their gradients are synchronised once; leave it out"
             )
         self._check_optimizer(defaults)
-        self._check_schedule()
+        require_schedule(self)
 
     def _check_numbers(self) -> None:
         """Refuse numbers that no run can mean, of whatever setting."""
@@ -295,26 +320,6 @@ class DPOConfig(LossSettings, TrainingArguments):
                     raise FlexdpoError(
                         f"{name}={getattr(self, name)!r} has no effect with optim={optim!r}; leave it out"
                     )
-
-    def _check_schedule(self) -> None:
-        name, kwargs = SchedulerType(self.lr_scheduler_type), self.lr_scheduler_kwargs
-        try:
-            get_scheduler(name, torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0), 0, 10, kwargs or None)
-        except (TypeError, ValueError, AttributeError) as error:
-            raise FlexdpoError(
-                f"lr_scheduler_kwargs={kwargs!r} does not suit lr_scheduler_type={name.value!r} ({first_line(error)}); "
-                "give what it takes, or choose another schedule"
-            ) from error
-        # a schedule that takes an argument of any name reads none
-        unread = ["lr_scheduler_kwargs"] if kwargs and learning_rates(name, 0, {"nothing": 0}) else []
-        rates = learning_rates(name, 0, kwargs) if self.warmup_steps else []
-        if rates and learning_rates(name, 5, kwargs) == rates:
-            unread.append("warmup_steps")
-        for each in unread:
-            raise FlexdpoError(
-                f"{each}={getattr(self, each)!r} has no effect with lr_scheduler_type={name.value!r}; leave it out, "
-                "or choose a schedule that reads it, such as 'cosine'"
-            )
 
     def _check_rows(self) -> None:
         if self.pad_to_multiple_of == "auto":

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import SchedulerType, TrainingArguments, get_scheduler
 
+from flexdpo.errors import FlexdpoError, first_line
+
 _NO_PREDICTIONS = "a packed batch has no predictions, only a loss and metrics"
 _CASTS = "it would cast the policy's weights for good and leave the reference; bf16=True evaluates in bf16, too"
 # what transformers would act on and this trainer does not, and why
@@ -49,6 +51,7 @@ BELONGS_TO = {
     "precompute_ref_batch_size": "precompute_ref_log_probs",
     "precompute_ref_cache_dir": "precompute_ref_log_probs",
     "activation_checkpointing_kwargs": "activation_checkpointing",
+    "keep_attention": "activation_checkpointing",
 }
 # of which 0 would be none, and less than 0 means nothing anywhere
 AT_LEAST_ONE = (
@@ -73,6 +76,28 @@ def learning_rates(
         return []
     factor = getattr(schedule, "lr_lambdas", None)
     return [1.0] if factor is None else [factor[0](step) for step in range(0, steps, max(1, steps // 256))]
+
+
+def require_schedule(args: TrainingArguments) -> None:
+    """Refuse settings of the schedule that it cannot take or does not read."""
+    name, kwargs = SchedulerType(args.lr_scheduler_type), args.lr_scheduler_kwargs
+    try:
+        get_scheduler(name, torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0), 0, 10, kwargs or None)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise FlexdpoError(
+            f"lr_scheduler_kwargs={kwargs!r} does not suit lr_scheduler_type={name.value!r} ({first_line(error)}); "
+            "give what it takes, or choose another schedule"
+        ) from error
+    # a schedule that takes an argument of any name reads none
+    unread = ["lr_scheduler_kwargs"] if kwargs and learning_rates(name, 0, {"nothing": 0}) else []
+    rates = learning_rates(name, 0, kwargs) if args.warmup_steps else []
+    if rates and learning_rates(name, 5, kwargs) == rates:
+        unread.append("warmup_steps")
+    for each in unread:
+        raise FlexdpoError(
+            f"{each}={getattr(args, each)!r} has no effect with lr_scheduler_type={name.value!r}; leave it out, "
+            "or choose a schedule that reads it, such as 'cosine'"
+        )
 
 
 def optimizer_of(args: TrainingArguments) -> Any:

@@ -103,8 +103,9 @@ def _memory_advice(estimate: Estimate) -> list[str]:
             f"device with {free} has no room for it: shard it over several devices (FSDP, ZeRO-3) or train an adapter."
         ]
     lines = []
-    checkpointing = suggestion.activation_checkpointing and not estimate.settings.training_setup.gradient_checkpointing
-    changed = ["activation_checkpointing"] * checkpointing
+    asked = estimate.settings.training_setup
+    changed = ["activation_checkpointing"] * (suggestion.activation_checkpointing and not asked.gradient_checkpointing)
+    changed += ["keep_attention"] * (suggestion.keep_attention and not asked.keeps_attention)
     changed += ["precompute_ref_log_probs"] * suggestion.precompute_ref_log_probs
     if changed:
         lines.append(f"Set {' and '.join(f'{name}=True' for name in changed)}, so that a row fits into {free}.")

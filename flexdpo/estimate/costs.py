@@ -137,11 +137,18 @@ def padded_load(groups: Sequence[Group]) -> Load:
 
 
 def step_seconds(
-    loads: Iterable[Load], shape: ModelSize, machine: Machine, *, checkpointing: bool = False, reference: bool = True
+    loads: Iterable[Load],
+    shape: ModelSize,
+    machine: Machine,
+    *,
+    checkpointing: bool = False,
+    keep_attention: bool = False,
+    reference: bool = True,
 ) -> StepSeconds:
     """Predict the time of a step that runs these loads one after another.
 
-    Without ``reference``, its values were precomputed; with ``checkpointing``, layers run again in the backward pass.
+    Without ``reference``, its values were precomputed; with ``checkpointing``, layers run again in the backward pass,
+    with ``keep_attention`` without their attention.
     """
     reference_seconds = policy = 0.0
     for load in loads:
@@ -149,7 +156,10 @@ def step_seconds(
         product = 2.0 * shape.hidden * shape.vocabulary * load.targets / machine.matmul
         logits = shape.vocabulary * load.targets
         reference_seconds += layers + product + logits * machine.logit_forward if reference else 0.0
-        policy += layers * (2 if checkpointing else 1) + _layers_seconds(load, shape, machine, backward=True)
+        policy += layers + _layers_seconds(load, shape, machine, backward=True)
+        if checkpointing:
+            again = load._replace(scores=0.0) if keep_attention else load
+            policy += _layers_seconds(again, shape, machine, backward=False)
         # kept logits are multiplied out once and give two gradients; logits in chunks are made a second time
         policy += product * (3 if load.kept_logits else 4) + logits * (machine.logit_forward + machine.logit_backward)
         policy += _fresh_bytes(load, shape, machine) * machine.fresh

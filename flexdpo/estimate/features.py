@@ -182,11 +182,10 @@ class _EpochCost(NamedTuple):
     def per_token(self, sample: _Sample) -> tuple[float, float]:
         """Seconds and floating-point operations of a sample for each of its tokens, policy and reference."""
         settings, work = self.settings, sample.work
-        checkpointing, reference = settings.gradient_checkpointing, settings.reference
-        seconds = step_seconds(
-            sample.loads, self.size, find_machine(settings.device), checkpointing=checkpointing, reference=reference
-        )
-        flops = work.training_flops(self.size, checkpointing=checkpointing, head_passes=sample.head_passes)
+        reference = settings.reference
+        again = {"checkpointing": settings.gradient_checkpointing, "keep_attention": settings.keep_attention}
+        seconds = step_seconds(sample.loads, self.size, find_machine(settings.device), reference=reference, **again)
+        flops = work.training_flops(self.size, head_passes=sample.head_passes, **again)
         flops += work.forward_flops(self.size) if reference else 0.0
         return seconds.total / work.tokens, flops / work.tokens
 

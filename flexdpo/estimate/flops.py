@@ -33,18 +33,22 @@ class Work:
         linear, attention, head = self._parts(shape)
         return linear + attention + head
 
-    def training_flops(self, shape: ModelSize, *, checkpointing: bool, head_passes: int) -> float:
+    def training_flops(
+        self, shape: ModelSize, *, checkpointing: bool, keep_attention: bool = False, head_passes: int
+    ) -> float:
         """Floating-point operations of one forward and backward pass.
 
         Args:
             shape: The model.
             checkpointing: Whether the layers run forward a second time.
+            keep_attention: Whether they do so without their attention.
             head_passes: 3 where logits are kept for the backward pass, 4 where they are computed again.
         """
         linear, attention, head = self._parts(shape)
         again = 1 if checkpointing else 0
         # fused attention computes its scores again in the backward pass: five products where the forward has two
-        return (3 + again) * linear + (3.5 + again) * attention + head_passes * head
+        attended_again = 0 if keep_attention else again
+        return (3 + again) * linear + (3.5 + attended_again) * attention + head_passes * head
 
     def _parts(self, shape: ModelSize) -> tuple[float, float, float]:
         linear = 2.0 * (shape.layer_parameters + shape.scan_products) * self.tokens

@@ -48,6 +48,9 @@ class EstimateSettings:
         metadata={"help": "Say for each of these numbers of processes how long they wait for the slowest: 8 64 1024."},
     )
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Run layers again in the backward pass."})
+    keep_attention: bool = field(
+        default=False, metadata={"help": "Run them again without their attention, whose outputs are kept; on a cpu."}
+    )
     reference: bool = True
     sharing: str = field(default="group", metadata={"help": "group, or step: across the examples of a batch too."})
     limits: tuple[int, ...] = ()
@@ -65,6 +68,11 @@ class EstimateSettings:
             object.__setattr__(self, "dtype", "bfloat16" if self.device == "cuda" else "float32")
         if self.dtype not in _DTYPE_BYTES:
             raise FlexdpoError(f"dtype {self.dtype!r} is unknown; use {' or '.join(_DTYPE_BYTES)}")
+        if self.keep_attention and not (self.gradient_checkpointing and self.device == "cpu"):
+            raise FlexdpoError(
+                "keep_attention has no effect without gradient_checkpointing, and keeps attention on a cpu only; leave "
+                "it out, or set gradient_checkpointing and device cpu"
+            )
         if any(count < 1 for count in self.processes):
             raise FlexdpoError(f"processes must be at least 1 each, got {' '.join(map(str, self.processes))}")
         for name in _COUNTS:
@@ -82,6 +90,7 @@ class EstimateSettings:
             weight_bytes=width,
             compute_bytes=width,
             gradient_checkpointing=self.gradient_checkpointing,
+            keeps_attention=self.keep_attention,
             reference=self.reference,
             device_type=self.device,
         )

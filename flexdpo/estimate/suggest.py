@@ -34,6 +34,7 @@ class Suggestion:
     gradient_accumulation_steps: int
     max_tokens_per_row: int | None  # ``None`` where a batch fits into one row, or nothing fits
     activation_checkpointing: bool
+    keep_attention: bool  # through it
     precompute_ref_log_probs: bool  # so that the reference's weights need not stay
     regroup_prompts: bool
     sharing: str
@@ -46,7 +47,7 @@ class Suggestion:
         words = [f"--per_device_train_batch_size {self.per_device_train_batch_size}"]
         if self.max_tokens_per_row is not None:
             words.append(f"--max_tokens_per_row {self.max_tokens_per_row}")
-        for name in ("activation_checkpointing", "precompute_ref_log_probs", "regroup_prompts"):
+        for name in ("activation_checkpointing", "keep_attention", "precompute_ref_log_probs", "regroup_prompts"):
             if getattr(self, name):
                 words.append(f"--{name} true")
         if self.sharing != "group":
@@ -81,6 +82,7 @@ def suggest(
         gradient_accumulation_steps=1,
         max_tokens_per_row=bound,
         activation_checkpointing=setup.gradient_checkpointing,
+        keep_attention=setup.keeps_attention,
         precompute_ref_log_probs=settings.training_setup.reference and not setup.reference,
         regroup_prompts=regrouping.speedup >= _WORTH_A_SWITCH and regrouping.seconds <= across.seconds,
         sharing="step" if across.speedup >= _WORTH_A_SWITCH else "group",
@@ -96,10 +98,13 @@ def _first_that_fits(
 ) -> tuple[TrainingSetup, int | None]:
     """What has to be given up, in the order of what it costs, so that the longest example fits; and its row budget."""
     asked = settings.training_setup
-    rerun = replace(asked, gradient_checkpointing=True)
+    full = replace(asked, gradient_checkpointing=True, keeps_attention=False)
+    # attention in query blocks, on a CPU, can be kept
+    reruns = [replace(full, keeps_attention=True), full] if settings.device == "cpu" else [full]
+    with_reference = [asked, *(setup for setup in reruns if setup != asked)]
     # in pieces last of all: what is run is then more than this command counts
     for pieces in (None, longest_sequence) if not size.state_layers else (None,):
-        for setup in (asked, rerun, replace(asked, reference=False), replace(rerun, reference=False)):
+        for setup in (*with_reference, *(replace(setup, reference=False) for setup in with_reference)):
             with contextlib.suppress(FlexdpoError):
                 return setup, auto_row_budget(
                     size,

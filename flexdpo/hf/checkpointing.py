@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
+
+import transformers
+from transformers import PreTrainedModel
+
+from flexdpo.attention.remembered import keep_attention
+from flexdpo.errors import FlexdpoError
 
 # the newer name first; where it exists, transformers warns at the older one
 _NAMES = ("activation_checkpointing", "gradient_checkpointing")
@@ -28,3 +35,47 @@ def enable_checkpointing(model: Any, *, use_reentrant: bool = False, **others: A
     name = checkpointing_name(model, "_enable")
     settings = name.replace("_enable", "_kwargs")
     getattr(model, name)(**{settings: {"use_reentrant": use_reentrant, **others}})
+
+
+def checkpoint_arguments(
+    given: dict[str, Any] | None, *, attention: bool, impl: str, compiled: bool, device: str
+) -> dict[str, Any] | None:
+    """The ``activation_checkpointing_kwargs`` of a run, where ``attention`` with the outputs of attention kept.
+
+    Args:
+        given: What the user gave.
+        attention: Whether what attention came to is kept.
+        impl: The run's attention kernel.
+        compiled: Whether its layers are compiled.
+        device: The type of its device.
+
+    Raises:
+        FlexdpoError: at what such a run cannot do.
+    """
+    known = given or {}
+    enable = getattr(PreTrainedModel, checkpointing_name(PreTrainedModel, "_enable"))
+    for name in ("offload", "every_n_layers"):
+        if name in known and name not in inspect.signature(enable).parameters:
+            raise FlexdpoError(
+                f"activation_checkpointing_kwargs has {name}={known[name]!r}, which transformers "
+                f"{transformers.__version__} does not know yet; leave it out"
+            )
+    if known.get("offload") and device == "cpu":
+        raise FlexdpoError(
+            "activation_checkpointing_kwargs has offload=True, which moves activations from a GPU to the host's "
+            "memory, and this run is on a CPU; leave it out"
+        )
+    if not attention:
+        return given
+    if impl != "sdpa" or compiled:
+        other = f"attn_impl={impl!r}" if impl != "sdpa" else "torch_compile"
+        raise FlexdpoError(
+            "keep_attention=True keeps what attention in query blocks came to (attn_impl='sdpa', the default on a CPU) "
+            f"in layers that are not compiled, and this run has {other}; leave one of them out"
+        )
+    if known.get("use_reentrant"):
+        raise FlexdpoError(
+            "keep_attention=True needs checkpoints that are not reentrant, and activation_checkpointing_kwargs has "
+            "use_reentrant=True; leave one of them out"
+        )
+    return {"use_reentrant": False, **known, "context_fn": keep_attention}

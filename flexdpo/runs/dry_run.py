@@ -135,6 +135,7 @@ def _predict(tokenised: TokenizedPreferences, model: nn.Module, job: Job, config
         per_device_train_batch_size=config.per_device_train_batch_size,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         gradient_checkpointing=setup.gradient_checkpointing,
+        keep_attention=setup.keeps_attention,
         reference=runs_reference,
         sharing=config.sharing,
         setup=setup,

@@ -45,9 +45,9 @@ _FREE_SETTINGS = (
     "prediction_loss_only", "per_device_eval_batch_size",
     # how it is laid out on a machine
     "max_tokens_per_row", "pad_to_multiple_of", "sharing", "balance_processes", "attn_", "torch_", "use_cpu",
-    "use_cache", "gradient_checkpointing", "activation_checkpointing", "precompute_ref_", "dataset_num_proc",
-    "skip_memory_metrics", "dataloader_", "ddp_", "fsdp", "deepspeed", "accelerator_config", "parallelism_config",
-    "trust_remote_code", "local_rank", "remove_unused_columns", "length_column_name",
+    "use_cache", "gradient_checkpointing", "activation_checkpointing", "keep_attention", "precompute_ref_",
+    "dataset_num_proc", "skip_memory_metrics", "dataloader_", "ddp_", "fsdp", "deepspeed", "accelerator_config",
+    "parallelism_config", "trust_remote_code", "local_rank", "remove_unused_columns", "length_column_name",
     # a longer run; ``require_same_schedule`` looks at what they decide
     "max_steps", "num_train_epochs",
 )  # fmt: skip

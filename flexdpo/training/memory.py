@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from flexdpo.attention.blockwise import KEPT_SCORES
 from flexdpo.hf.checkpointing import checkpointing_name
 from flexdpo.hf.mixer_kernels import SCAN_CHUNK
 from flexdpo.layout.row import TILE
@@ -45,7 +46,9 @@ class TrainingSetup:
     weight_bytes: int = 4  # of a weight, its gradient and each optimizer state: 4 for float32, 2 for bfloat16
     compute_bytes: int = 4  # of an activation; below ``weight_bytes`` under mixed precision
     gradient_checkpointing: bool = False
-    keeps_attention: bool = False  # what attention came to is kept through it, by ``context_fn=keep_attention``
+    keeps_attention: bool = False  # what attention came to is kept through it, by ``keep_attention``
+    every_n_layers: int = 1  # of so many layers one is checkpointed
+    offload: bool = False  # what checkpoints keep lies in the host's memory
     # a frozen copy of the weights is kept: not with an adapter, nor with precomputed reference log-probabilities
     reference: bool = True
     trainable: int | None = None  # parameters that get gradients; ``None`` for all
@@ -70,10 +73,14 @@ class TrainingSetup:
         # an adapter is trained in float32 beside frozen weights in half precision; the many decide
         weight_bytes = 4 if model is None else max(model.parameters(), key=lambda p: p.numel()).element_size()
         half = bool(args.bf16 or args.fp16)
+        checkpoints = getattr(args, checkpointing_name(args, "_kwargs")) or {}
         return cls(
             weight_bytes=weight_bytes,
             compute_bytes=min(2, weight_bytes) if half else weight_bytes,
             gradient_checkpointing=bool(getattr(args, checkpointing_name(args))),
+            keeps_attention=bool(getattr(args, "keep_attention", False)),
+            every_n_layers=int(checkpoints.get("every_n_layers", 1)),
+            offload=bool(checkpoints.get("offload", False)),
             trainable=None if trained is None else sum(p.numel() for p in trained),
             optimizer=str(getattr(args.optim, "value", args.optim)),
             device_type=args.device.type,
@@ -144,7 +151,7 @@ def predict_padded_memory(model_or_config: Any, tokens: int, setup: TrainingSetu
     packed = predict_memory(size, tokens, setup, targets=0)
     logits = tokens * size.vocabulary * setup.compute_bytes
     kept = packed.activations + logits * (2 if setup.compute_bytes < 4 else 1)
-    working = max(logits, _passing_bytes(size, setup, tokens)) + _gathered_bytes(size, setup)
+    working = max(logits, _passing_bytes(size, setup) * tokens) + _gathered_bytes(size, setup)
     return replace(packed, activations=kept, working=working + _fragments(setup, kept + working))
 
 
@@ -154,19 +161,28 @@ def _fragments(setup: TrainingSetup, used: int) -> int:
 
 def _row_bytes(size: ModelSize, setup: TrainingSetup, tokens: int, targets: int) -> tuple[int, int]:
     """What is kept for the backward pass of a row, and what exists on top of it for a while."""
-    stream = setup.weight_bytes * size.hidden
-    layer = stream if setup.gradient_checkpointing else kept_bytes_per_layer(size, setup)
-    if setup.gradient_checkpointing and setup.keeps_attention:
+    rerun = -(-size.layers // setup.every_n_layers) if setup.gradient_checkpointing else 0
+    layers = rerun * _checkpoint_bytes(size, setup) + (size.layers - rerun) * kept_bytes_per_layer(size, setup)
+    scans = size.state_layers * _scan_bytes(size) * (size.layers - rerun) // size.layers
+    final = _norm_bytes(size.hidden, size, setup) * tokens + 4 * size.hidden * targets
+    kept = (layers + scans + _path_bytes(size, setup)) * tokens + final
+    # six tables with a number for every pair of tiles, and layout vectors
+    tables = 24 * (-(-tokens // TILE)) ** 2 + 64 * tokens
+    # the masks of query blocks, which have no tiles
+    masks = min(tokens * tokens // 2, KEPT_SCORES) * setup.compute_bytes if setup.device_type == "cpu" else 0
+    # what the head kept is gone when the layers run backwards
+    passing = max(_passing_bytes(size, setup) * tokens - final, _head_bytes(size, setup, targets))
+    return kept + tables, passing + masks + _gathered_bytes(size, setup)
+
+
+def _checkpoint_bytes(size: ModelSize, setup: TrainingSetup) -> int:
+    """What a checkpoint keeps of a layer, in bytes per token: its input, and what attention came to where asked."""
+    kept = 0 if setup.offload else setup.weight_bytes * size.hidden
+    if setup.keeps_attention:
         # and the normaliser of each head
         wide = 4 if setup.compute_bytes < 8 else 8
-        layer += (size.heads * size.head_dim * setup.compute_bytes + wide * size.heads) * size.attending // size.layers
-    scans = 0 if setup.gradient_checkpointing else size.state_layers * _scan_bytes(size)
-    final = _norm_bytes(size.hidden, size, setup) * tokens + 4 * size.hidden * targets
-    kept = (size.layers * layer + scans + _path_bytes(size, setup)) * tokens + final
-    # six tables with a number for every pair of tiles, and layout vectors
-    masks = 24 * (-(-tokens // TILE)) ** 2 + 64 * tokens
-    passing = max(_passing_bytes(size, setup, tokens), _head_bytes(size, setup, targets))
-    return kept + masks, passing + _gathered_bytes(size, setup)
+        kept += (size.heads * size.head_dim * setup.compute_bytes + wide * size.heads) * size.attending // size.layers
+    return kept
 
 
 def _path_bytes(size: ModelSize, setup: TrainingSetup) -> int:
@@ -178,11 +194,16 @@ def _path_bytes(size: ModelSize, setup: TrainingSetup) -> int:
     return copies * size.attending * 2 * size.key_heads * size.head_dim * setup.compute_bytes
 
 
-def _passing_bytes(size: ModelSize, setup: TrainingSetup, tokens: int) -> int:
-    """What exists while one layer is in its backward pass; with checkpoints its activations too."""
-    again = kept_bytes_per_layer(size, setup) + _scan_bytes(size) if setup.gradient_checkpointing else 0
-    gradients = setup.compute_bytes * 4 * size.intermediate + (8 + 2 * setup.weight_bytes) * size.hidden
-    return (again + gradients) * tokens
+def _passing_bytes(size: ModelSize, setup: TrainingSetup) -> int:
+    """What exists while one layer is in its backward pass, in bytes per token; with checkpoints its activations too.
+
+    Its gradients are those of the two branches of the feed-forward layer, of the stream and of what is added to it.
+    That was measured on a CPU; what compiled layers hold on a GPU was not, and counts twice.
+    """
+    again = kept_bytes_per_layer(size, setup) + _scan_bytes(size) - _checkpoint_bytes(size, setup)
+    wide = 2 if setup.device_type == "cpu" else 4
+    gradients = setup.compute_bytes * wide * size.intermediate + (8 + 2 * setup.weight_bytes) * size.hidden
+    return gradients + (max(again, 0) if setup.gradient_checkpointing else 0)
 
 
 def _scan_bytes(size: ModelSize) -> int:

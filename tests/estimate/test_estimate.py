@@ -33,7 +33,10 @@ from flexdpo.estimate.lengths import (
 )
 from flexdpo.estimate.model_shapes import build_model, find_shape, shape_config
 from flexdpo.estimate.settings import EstimateSettings
+from flexdpo.estimate.suggest import _first_that_fits
+from flexdpo.training.memory import predict_memory
 from flexdpo.training.model_size import ModelSize
+from flexdpo.training.row_budget import MARGIN
 from tests.conftest import preference_rows
 
 CPU = {"shape": "tiny", "device": "cpu", "memory": 8 * 10**9}
@@ -291,6 +294,29 @@ def test_what_does_not_fit_is_said(rng) -> None:
     large = estimate_tokenised(data, EstimateSettings(shape="llama-8b", memory=10**12))
     assert not large.suggestion.precompute_ref_log_probs
     assert not large.suggestion.activation_checkpointing
+
+
+def test_attention_is_kept_where_memory_lies_between(rng) -> None:
+    data = as_preferences(tokenised(long_rows(rng, 4, 3000, 1000)))
+    checkpoints = {**CPU, "gradient_checkpointing": True}
+    full, kept = (estimate_tokenised(data, EstimateSettings(**checkpoints, keep_attention=k)) for k in (False, True))
+    assert full.memory["shared"].total < kept.memory["shared"].total
+    assert kept.features[3].seconds < full.features[3].seconds
+    assert kept.features[3].flops < full.features[3].flops
+    size, longest = ModelSize.of(shape_config("tiny")), 5000
+    for setup in (
+        EstimateSettings(**CPU, keep_attention=k, gradient_checkpointing=True).training_setup for k in (False, True)
+    ):
+        free = int(predict_memory(size, longest, setup).total / (1 - MARGIN)) + 1
+        found, budget = _first_that_fits(size, EstimateSettings(**CPU), longest, longest, free)
+        assert found == setup
+        assert longest <= budget < longest + 5
+    line = kept.suggestion.options()
+    assert "--activation_checkpointing true --keep_attention true" in line
+    with pytest.raises(FlexdpoError, match="keep_attention has no effect without gradient_checkpointing"):
+        EstimateSettings(**CPU, keep_attention=True)
+    with pytest.raises(FlexdpoError, match="on a cpu only"):
+        EstimateSettings(keep_attention=True, gradient_checkpointing=True)
 
 
 def test_accumulated_batches_become_one_step(rng) -> None:
