@@ -39,14 +39,14 @@ from tests.training.unpacked import (
 )
 
 STEPS = 30
-BATCH = 7
-# enough for thirty steps of ten pairs without a second epoch
-PAIRS = 10 * STEPS
+BATCH = 3
+# enough for thirty steps of six pairs without a second epoch
+PAIRS = 6 * STEPS
 SEED = 7
 # tokens of a pair after sharing; nearly all of the example's pairs are this long
 SHORTEST, LONGEST = 163, 209
-# of a batch of seven pairs: all in one row, four or five beside the rest, each alone
-BUDGETS = {1: 7 * LONGEST, 2: 4 * LONGEST, 7: LONGEST + 1}
+# of a batch of three pairs: all in one row, two beside the third, each alone
+BUDGETS = {1: 3 * LONGEST, 2: 2 * LONGEST, 3: LONGEST + 1}
 KINDS = ("gpt2", "llama")
 # beside attention a short convolution, and a delta rule with experts
 STATEFUL = {"lfm2": ["conv", "full_attention"], "qwen3_next": ["linear_attention", "full_attention"]}
@@ -330,11 +330,11 @@ def assert_the_run_moved(lines: list[dict[str, float]]) -> None:
     assert len({line["loss"] for line in lines}) == len(lines)
 
 
-# two micro-batches of a row each, two of two rows each (four pairs and one), seven of a row each
+# two micro-batches of a row each, two of two rows each (two pairs and one), three of a row each
 ACCUMULATED = [
-    {"rows": 2, "batch": 4, "accumulation": 2, "budget": BUDGETS[2]},
-    {"rows": 4, "batch": 5, "accumulation": 2, "budget": BUDGETS[2]},
-    {"rows": 7, "batch": 1, "accumulation": 7, "budget": BUDGETS[7]},
+    {"rows": 2, "batch": 2, "accumulation": 2, "budget": BUDGETS[2]},
+    {"rows": 4, "batch": 3, "accumulation": 2, "budget": BUDGETS[2]},
+    {"rows": 3, "batch": 1, "accumulation": 3, "budget": BUDGETS[3]},
 ]
 PLAIN = [{"rows": rows} for rows in BUDGETS]
 QUICK = [
@@ -353,7 +353,7 @@ MATRIX = [
     if kind == "gpt2" or layout != ACCUMULATED[1]
 ]
 # rows, pairs per micro-batch, accumulation, LoRA
-AGAINST_TRL = [(1, 7, 1, False), (2, 7, 1, False), (7, 7, 1, False), (2, 4, 2, False), (2, 7, 1, True)]
+AGAINST_TRL = [(1, 3, 1, False), (2, 3, 1, False), (3, 3, 1, False), (2, 2, 2, False), (2, 3, 1, True)]
 
 
 @pytest.mark.parametrize("case", QUICK, ids=str)
@@ -444,13 +444,13 @@ def test_thirty_steps_are_those_of_trl(example, trl_curve, tmp_path, rows, batch
 
 
 def test_epochs_end_with_partial_batches_and_windows(example, tmp_path) -> None:
-    """26 pairs: six batches of 4 and one of 2 in each epoch, so of three windows of 3 batches the last has but one."""
+    """13 pairs: six batches of 2 and one of 1 in each epoch, so of three windows of 3 batches the last has but one."""
     changes = {
-        "pairs": example.pairs[:26], "per_device_train_batch_size": 4, "gradient_accumulation_steps": 3,
+        "pairs": example.pairs[:13], "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3,
         "num_train_epochs": 2, "max_steps": -1,
     }  # fmt: skip
     want = train_unpacked(example, "gpt2", tmp_path, **changes)
-    got = train_packed(example, "gpt2", tmp_path, max_tokens_per_row=2 * LONGEST, **changes)
+    got = train_packed(example, "gpt2", tmp_path, max_tokens_per_row=LONGEST + 1, **changes)
     assert got.rows == [6, 6, 1] * 2
     assert_same_trajectory(got.lines, want, TOLERANCE["gpt2"])
 
@@ -571,11 +571,11 @@ BUGS = [
 @pytest.mark.parametrize("bug", [None, *BUGS], ids=lambda bug: bug.__name__ if bug else "none")
 @pytest.mark.parametrize("kind", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
 def test_a_seeded_bug_breaks_the_comparison(example, ordinary, tmp_path, monkeypatch, kind, bug) -> None:
-    changes = {"max_steps": 3, "per_device_train_batch_size": 5, "gradient_accumulation_steps": 2}
+    changes = {"max_steps": 3, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}
     want = ordinary(kind, **changes)
     if bug is not None:
         bug(monkeypatch)
-    # four pairs in one row and the fifth in another
+    # two pairs in one row and the third in another
     got = train_packed(example, kind, tmp_path, max_tokens_per_row=BUDGETS[2], **changes)
     assert got.rows == [4] * 3
     gap = max(largest_gaps(got.lines, want).values())
