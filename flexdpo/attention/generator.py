@@ -132,15 +132,7 @@ def attend(
             asked for cannot do this.
     """
     layout = _layout_of(row)
-    for name, tensor in (("query", query), ("key", key), ("value", value), ("sinks", sinks)):
-        if tensor is not None and tensor.device != layout.device:
-            raise FlexdpoError(
-                f"{name} is on {tensor.device} and the row on {layout.device}; move the row once with "
-                f"row.to({str(query.device)!r})"
-            )
-        if name != "sinks" and (tensor is None or tensor.ndim != 4):
-            shape = found(tensor) if tensor is None else list(tensor.shape)
-            raise FlexdpoError(f"{name} must be [rows, heads, tokens, head size], got {shape}")
+    _require_tensors(layout, query=query, key=key, value=value, sinks=sinks)
     if softcap is not None and not softcap > 0:
         raise FlexdpoError(f"softcap must be above 0, got {softcap}; leave it out for scores without a bound")
     row_mask = row_mask_for(layout, _kind_of(layout, window, chunk, mask_function), impl)
@@ -151,6 +143,18 @@ def attend(
 
 
 # --- what may be given -----------------------------------------------------------------------------------------------
+
+
+def _require_tensors(layout: RowLayout, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != layout.device:
+            raise FlexdpoError(
+                f"{name} is on {tensor.device} and the row on {layout.device}; move the row once with "
+                f"row.to({str(tensor.device)!r})"
+            )
+        if name != "sinks" and (tensor is None or tensor.ndim != 4):
+            shape = found(tensor) if tensor is None else list(tensor.shape)
+            raise FlexdpoError(f"{name} must be [rows, heads, tokens, head size], got {shape}")
 
 
 def _layout_of(row: Row | RowLayout) -> RowLayout:

@@ -117,8 +117,8 @@ def tokenize_preferences(
 
     Args:
         dataset: The rows, a ``datasets.Dataset`` or a mixture of some.
-        tokenizer: Tokenizes them; with BOS or whatever else it adds by default. A processor reads the images of a
-            column ``images`` or ``image`` too, as TRL does: paths, bytes and PIL images.
+        tokenizer: With BOS or whatever else it adds by default. A processor reads the images of a column ``images`` or
+            ``image`` too, as TRL does: paths, bytes and PIL images.
         max_length: Most tokens of prompt + response, the response is cut on the right; ``None`` for no limit.
         truncation_mode: ``"keep_start"``, the only one.
         max_prompt_length: Most tokens of a prompt, which is cut on the left, once for all its responses.
@@ -129,8 +129,7 @@ def tokenize_preferences(
         The usable rows in their order, and a report that counts the others by reason.
 
     Raises:
-        FlexdpoError: for a setting or a column that cannot be used, a value of the wrong type (with its row), or when
-            no row is left.
+        FlexdpoError: for a setting, a column or a value (with its row) that cannot be used, or when no row is left.
     """
     from datasets import Dataset
 
@@ -138,41 +137,39 @@ def tokenize_preferences(
         # rows of a cache ask for it
         reader_of(tokenizer)
     if isinstance(dataset, Mixture):
-        each = [
-            tokenize_preferences(
-                part.data,
-                tokenizer,
-                max_length=max_length,
-                truncation_mode=truncation_mode,
-                max_prompt_length=max_prompt_length,
-                num_proc=num_proc,
-                name=f"{name}, {part.name}",
-            )
-            for part in dataset.parts
-        ]
-        return _as_one(each, name)
+        tokenize = partial(
+            tokenize_preferences, tokenizer=tokenizer, max_length=max_length, truncation_mode=truncation_mode,
+            max_prompt_length=max_prompt_length, num_proc=num_proc,
+        )  # fmt: skip
+        return _as_one([tokenize(each.data, name=f"{name}, {each.name}") for each in dataset.parts], name)
     if not isinstance(dataset, Dataset):
         raise FlexdpoError(f"{name}: expected a datasets.Dataset, found {type(dataset).__name__}; pick one split")
     require_settings(max_length, truncation_mode, num_proc, max_prompt_length)
     if len(dataset) == 0:
         raise FlexdpoError(f"{name}: the dataset has no rows; give a dataset with at least one")
-    settings = settings_for(
-        dataset.column_names, largest_id(tokenizer), max_length, name, images=is_processor(tokenizer)
-    )
+    columns, largest = dataset.column_names, largest_id(tokenizer)
+    settings = settings_for(columns, largest, max_length, name, images=is_processor(tokenizer))
     settings = replace(settings, max_prompt_length=max_prompt_length)
-    if settings.layout == OWN_LAYOUT and settings.largest_id is not None and max_prompt_length is None:
-        longest = longest_if_usable(dataset.with_format(None), max_length, settings.largest_id)
-        if longest is not None:
-            rows = len(dataset)
-            return TokenizedPreferences(
-                dataset.with_format(None), DataReport(name, rows, rows, longest=longest, layout=described(settings))
-            )
+    plain = dataset.with_format(None)
+    if (as_it_is := _tokenised_before(plain, settings, name)) is not None:
+        return as_it_is
     try:
-        mapped = _map(dataset.with_format(None), tokenizer, settings, num_proc, name)
+        mapped = _map(plain, tokenizer, settings, num_proc, name)
     except FlexdpoError as error:
         # rows are tokenised without the name, so that it does not change what the cache finds
         raise FlexdpoError(f"{name}: {error}") from error
     return _account(mapped, settings, name)
+
+
+def _tokenised_before(dataset: Dataset, settings: Settings, name: str) -> TokenizedPreferences | None:
+    """The dataset as it is, where it is this module's own output and no row is too long."""
+    if settings.layout != OWN_LAYOUT or settings.largest_id is None or settings.max_prompt_length is not None:
+        return None
+    longest = longest_if_usable(dataset, settings.max_length, settings.largest_id)
+    if longest is None:
+        return None
+    report = DataReport(name, len(dataset), len(dataset), longest=longest, layout=described(settings))
+    return TokenizedPreferences(dataset, report)
 
 
 def _as_one(each: Sequence[TokenizedPreferences], name: str) -> TokenizedPreferences:

@@ -19,11 +19,11 @@ from flexdpo.estimate.advice import advise, gains_over
 from flexdpo.estimate.counts import EpochTokens, Lengths, RepeatedPrompts
 from flexdpo.estimate.features import Layouts, features_of
 from flexdpo.estimate.images import count_images
-from flexdpo.estimate.lengths import count_rows, regrouped_tokens, shared_prefixes
+from flexdpo.estimate.lengths import RowTokens, count_rows, regrouped_tokens, shared_prefixes
 from flexdpo.estimate.model_shapes import find_shape
 from flexdpo.estimate.report import Estimate
 from flexdpo.estimate.settings import EstimateSettings
-from flexdpo.estimate.stragglers import stragglers_of
+from flexdpo.estimate.stragglers import Straggler, stragglers_of
 from flexdpo.estimate.suggest import suggest
 from flexdpo.hf.row_dependence import length_limits
 from flexdpo.hf.unwrap import backbone_of, base_model
@@ -124,10 +124,10 @@ def estimate_tokenised(
         dataset_rows=tokenised.report.rows if dataset_rows is None else dataset_rows,
         lengths=Lengths.of(counted),
         tokens=EpochTokens(
-            padded=layouts.padded_tokens,
-            unshared=int(counted.unshared.sum()),
-            shared=int(counted.distinct.sum()),
-            regrouped=regrouped,
+            layouts.padded_tokens,
+            int(counted.unshared.sum()),
+            int(counted.distinct.sum()),
+            regrouped,
             across=by_name["across"].tokens,
             targets=int(counted.targets.sum()),
         ),
@@ -143,18 +143,24 @@ def estimate_tokenised(
             "shared": predict_memory(size, shared.tokens, setup, targets=shared.targets),
         },
         model=size,
-        stragglers=stragglers_of(
-            costs_of(counted.distinct, size.hidden),
-            settings.processes,
-            per_process=settings.per_device_train_batch_size * settings.gradient_accumulation_steps,
-            balances=bool((counted.edges == 1).all()) and not labelled,
-            seed=settings.seed,
-        ),
+        stragglers=_stragglers(counted, size, settings, labelled=labelled),
         suggestion=suggest(size, settings, layouts, counted, by_name, free=_device_memory(settings)),
         settings=settings,
     )
     worth_it, advice = advise(estimate)
     return replace(estimate, worth_it=worth_it, advice=advice)
+
+
+def _stragglers(
+    counted: RowTokens, size: ModelSize, settings: EstimateSettings, *, labelled: bool
+) -> tuple[Straggler, ...]:
+    return stragglers_of(
+        costs_of(counted.distinct, size.hidden),
+        settings.processes,
+        per_process=settings.per_device_train_batch_size * settings.gradient_accumulation_steps,
+        balances=bool((counted.edges == 1).all()) and not labelled,
+        seed=settings.seed,
+    )
 
 
 def _device_memory(settings: EstimateSettings) -> int:

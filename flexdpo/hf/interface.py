@@ -261,16 +261,7 @@ def flexdpo_attention(
         if runs_along_paths():
             _refuse_unknown(module, dropout, {name: kwargs[name] for name in kwargs.keys() - _STOCK_KWARGS})
         return _stock_attention(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout,
-            scaling,
-            softcap=softcap,
-            s_aux=s_aux,
-            **kwargs,
+            module, query, key, value, attention_mask, dropout, scaling, softcap=softcap, s_aux=s_aux, **kwargs
         )
     if forward is not None:
         # a flag and not a count, which a compiled layer would be traced again for

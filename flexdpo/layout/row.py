@@ -101,8 +101,7 @@ class Row:
             raise FlexdpoError("a row needs at least one group, document or sequence, got none")
         if pad_to_multiple_of < 1:
             raise FlexdpoError(f"pad_to_multiple_of must be at least 1, got {pad_to_multiple_of}")
-        if sizes is None:
-            sizes = [group.prompt_ids.size for group in groups for _ in group.response_ids]
+        sizes = sizes or [group.prompt_ids.size for group in groups for _ in group.response_ids]
         stops = list(accumulate(len(trie) for trie in tries))
         starts = [0, *stops[:-1]]
         length = -(-stops[-1] // pad_to_multiple_of) * pad_to_multiple_of
@@ -123,11 +122,10 @@ class Row:
         paths = tuple(path[size:] for path, size in zip(sequences, sizes, strict=True))
         # the distinct response tokens, and which of them each place of a response is
         targets, members = np.unique(np.concatenate(paths), return_inverse=True)
-        images = None
-        if pictured := [group for group in groups if group.images]:
-            images = row_images(groups, sequences, length)
-            # a trie knows image tokens by their keys
-            token_ids[token_ids < 0] = pictured[0].image_token_id
+        pictured = [group for group in groups if group.images]
+        images = row_images(groups, sequences, length) if pictured else None
+        # a trie knows image tokens by their keys
+        token_ids[token_ids < 0] = pictured[0].image_token_id if pictured else 0
         vectors = (position_ids, subtree_end, multiplicity, shortest, longest)
         depths, ends, counts, least, most = (torch.from_numpy(vector)[None] for vector in vectors)
         return cls(

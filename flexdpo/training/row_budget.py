@@ -10,7 +10,7 @@ import torch
 
 from flexdpo.errors import FlexdpoError
 from flexdpo.layout.row import tile_multiple
-from flexdpo.training.memory import TrainingSetup, gigabytes, predict_memory
+from flexdpo.training.memory import MemoryPrediction, TrainingSetup, gigabytes, predict_memory
 from flexdpo.training.model_size import ModelSize
 
 if TYPE_CHECKING:
@@ -106,11 +106,21 @@ def auto_row_budget(
             low, high = (middle, high) if needed(middle * unit, setup) <= usable else (low, middle - 1)
         if low * unit >= tokens:
             return low * unit
-    predicted = predict_memory(size, tokens, setup)
-    parts = ", ".join(
+    raise FlexdpoError(
+        f"no row fits: {tokens} tokens of {size.name} need about {gigabytes(needed(tokens, setup))} more "
+        f"({_parts_of(predict_memory(size, tokens, setup))}), and {gigabytes(usable)} of {gigabytes(free)} free memory "
+        f"can be used; {', or '.join(_ways_to_save(size, setup))}"
+    )
+
+
+def _parts_of(predicted: MemoryPrediction) -> str:
+    return ", ".join(
         f"{name} {gigabytes(getattr(predicted, name))}"
         for name in ("weights", "gradients", "optimizer", "reference", "activations", "working")
     )
+
+
+def _ways_to_save(size: ModelSize, setup: TrainingSetup) -> list[str]:
     ways = ["lower max_length"]
     if not setup.gradient_checkpointing:
         ways.append("set activation_checkpointing=True")
@@ -118,7 +128,4 @@ def auto_row_budget(
         ways.append("set precompute_ref_log_probs=True, which keeps no reference in memory")
     if setup.trainable is None or setup.trainable == size.parameters:
         ways.append("train an adapter (peft_config)")
-    raise FlexdpoError(
-        f"no row fits: {tokens} tokens of {size.name} need about {gigabytes(needed(tokens, setup))} more ({parts}), "
-        f"and {gigabytes(usable)} of {gigabytes(free)} free memory can be used; {', or '.join(ways)}"
-    )
+    return ways

@@ -65,58 +65,49 @@ def make_train_step(
 ) -> TrainStep:
     """Return a function that takes a batch of groups and runs one exact optimizer step on packed rows.
 
-    The model is prepared here if it was not, and every rate of dropout and noise set to 0; a
-    model that draws random numbers all the same is refused. With ``accelerator``, give the model and the
-    optimizer that ``accelerator.prepare`` returned, and prepare the model with :func:`flexdpo.prepare_model` before.
+    The model is prepared here if it was not, and every rate of dropout and noise set to 0; one that draws random
+    numbers all the same is refused. With ``accelerator``, prepare the model with :func:`flexdpo.prepare_model` first,
+    and give what ``accelerator.prepare`` returned.
 
     Args:
         model: The policy, a Hugging Face causal LM, with or without a PEFT adapter.
         optimizer: Over the policy's parameters.
         ref_model: The reference; by default the policy as it is now (a copy; with an adapter, of what is trained).
         loss_type: One loss or several (see :class:`~flexdpo.objective.objective.Objective`).
-        max_tokens_per_row: Longest packed row in tokens; ``None`` puts a batch into one row. A group that is longer
-            runs in pieces.
+        max_tokens_per_row: Of a packed row, ``None`` puts a batch into one. A longer group runs in pieces.
         pad_to_multiple_of: By default 128 on a GPU, where tiles count, and 1 elsewhere.
         sharing: ``"group"``, or ``"step"`` to share long common beginnings among the groups of a step too.
         max_grad_norm: Clip the gradient to this norm; ``None`` leaves it.
         accelerator: For mixed precision and several processes.
         impl: Attention kernel, see :func:`flexdpo.prepare_model`.
-        context_parallel: So many neighbouring processes, or those of a mesh's dimension, run each row together, for
-            rows longer than one device holds: each gets a share of the tokens, with the keys and values of all gathered
-            layer by layer. All of them must be given the same groups.
+        context_parallel: So many neighbouring processes, or those of a mesh's dimension, run each row together: each
+            a share of its tokens, with keys and values gathered layer by layer. All must be given the same groups.
         loss_settings: ``beta``, ``label_smoothing``, ``loss_weights``, ... as in ``Objective``.
 
     Returns:
         A callable ``step(groups) -> StepResult``. It raises ``FlexdpoError`` at a loss or a gradient that is not
         finite, naming the example, before the optimizer moves. A step that raised leaves no gradients.
     """
-    names = (loss_type,) if isinstance(loss_type, str) else tuple(loss_type)
-    objective = Objective(names, **loss_settings)
+    objective = Objective((loss_type,) if isinstance(loss_type, str) else tuple(loss_type), **loss_settings)
     inner = accelerator.unwrap_model(model) if accelerator is not None else model
     prepare_model(inner, impl=impl)
     disable_dropout(inner)
     adapters.require_trainable(inner)
     in_step = accelerator is not None and distribution.runs_in_step(accelerator)
-    if in_step and ref_model is None and objective.needs_reference and not adapters.is_peft_model(inner):
-        raise FlexdpoError("a sharded model cannot be copied as its own reference; give ref_model, sharded like it")
-    reference = _reference(inner, ref_model, objective, impl)
-    models = {"model": inner} | ({} if ref_model is None else {"reference model": unwrap_model(ref_model)})
-    vocabularies = {name: model_loading.vocabulary(each) for name, each in models.items()}
+    reference = _reference(inner, ref_model, objective, impl, sharded=in_step)
+    vocabularies = {"model": model_loading.vocabulary(inner)}
+    if ref_model is not None:
+        vocabularies["reference model"] = model_loading.vocabulary(unwrap_model(ref_model))
+    multiple = pad_to_multiple_of or tile_multiple(next(model.parameters()).device)
     collator = PackingCollator(
-        max_tokens_per_row,
-        pad_to_multiple_of or tile_multiple(next(model.parameters()).device),
-        sharing=sharing,
-        with_idle_row=in_step,
-        limits=limits_of(inner).limits,
+        max_tokens_per_row, multiple, sharing=sharing, with_idle_row=in_step, limits=limits_of(inner).limits
     )
-    parallel: dict[str, Any] = {"backward": torch.Tensor.backward}
-    if accelerator is not None:
-        parallel = distribution.hooks_of(accelerator)
+    parallel = {"backward": torch.Tensor.backward} if accelerator is None else distribution.hooks_of(accelerator)
     runner = Runner(model, objective, reference=reference, **parallel)
     step = _Step(optimizer, collator, runner, StepGuard(inner, accelerator), vocabularies, max_grad_norm)
-    if context_parallel is None:
-        return step
-    return step.with_context(ContextParallel.of(context_parallel, model, ref_model, accelerator))
+    if context_parallel is not None:
+        return step.with_context(ContextParallel.of(context_parallel, model, ref_model, accelerator))
+    return step
 
 
 @dataclass(frozen=True)
@@ -178,7 +169,7 @@ def _require_ids(groups: Sequence[Group], name: str, rows: int) -> None:
 
 
 def _reference(
-    model: nn.Module, ref_model: nn.Module | None, objective: Objective, impl: Impl
+    model: nn.Module, ref_model: nn.Module | None, objective: Objective, impl: Impl, *, sharded: bool
 ) -> Callable[[Row], ResponseLogps] | None:
     if not objective.needs_reference:
         return None
@@ -190,6 +181,8 @@ def _reference(
                 return response_logps(model, row)
 
         return first_policy
+    if ref_model is None and sharded:
+        raise FlexdpoError("a sharded model cannot be copied as its own reference; give ref_model, sharded like it")
     reference = model_loading.frozen_copy(model) if ref_model is None else ref_model.requires_grad_(False)
     prepare_model(reference, impl=impl)
     disable_dropout(unwrap_model(reference))

@@ -98,7 +98,7 @@ class DPOTrainer(ResumableTrainer):
             raise FlexdpoError("compute_metrics needs full logits, which are never computed; read the logged metrics")
         if ref_model is not None and ref_model is model:
             raise FlexdpoError("model and ref_model are the same object; leave ref_model out to get a frozen copy")
-        args = args if args is not None else DPOConfig(f"{model_loading.model_name(model)}-DPO")
+        args = args or DPOConfig(f"{model_loading.model_name(model)}-DPO")
         if not isinstance(args, DPOConfig):
             raise FlexdpoError(
                 f"args must be a flexdpo.DPOConfig, got {type(args).__module__}.{type(args).__name__}; make one with "
@@ -110,7 +110,6 @@ class DPOTrainer(ResumableTrainer):
         images = holds_images([train_dataset, eval_dataset])
         model, processing_class = model_loading.load_parts(model, processing_class, args, images=images)
         model, reference = self._prepare_models(model, ref_model, peft_config, tokenizer_of(processing_class), args)
-
         limit = model_loading.position_limit(unwrap_model(model))
         in_pieces = may_run_in_pieces(args, model, router=self._router is not None)
         unrelated, limits = self.objective.needs_unrelated_responses, limits_of(model).limits
@@ -121,19 +120,14 @@ class DPOTrainer(ResumableTrainer):
         precompute = args.precompute_ref_log_probs and self.objective.needs_reference
         if not precompute:
             self._compile(args, model, reference)
+        collator = PackingCollator(
+            unrelated_responses=unrelated, limits=limits, images=data.images, **self.row_plan.collation
+        )
         try:
             super().__init__(
-                model=model,
-                args=args,
-                data_collator=PackingCollator(
-                    unrelated_responses=unrelated, limits=limits, images=data.images, **self.row_plan.collation
-                ),
-                train_dataset=train_data,
-                eval_dataset=eval_data,
-                processing_class=processing_class,
-                callbacks=callbacks,
-                optimizers=optimizers,
-            )
+                model=model, args=args, data_collator=collator, train_dataset=train_data, eval_dataset=eval_data,
+                processing_class=processing_class, callbacks=callbacks, optimizers=optimizers,
+            )  # fmt: skip
         except (ValueError, ImportError) as error:  # settings that do not go together, packages that are missing
             raise FlexdpoError(f"transformers refuses these settings: {' '.join(str(error).split())}") from error
         self._prepare_step(reference)
