@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -273,38 +273,65 @@ class _Poison(TrainerCallback):
             next(self.model.parameters()).data.fill_(float("nan"))
 
 
-SCRIPT = """
-import sys
+# each run is a process of its own, forked from one that has imported what they need: that takes longer than a run
+RUNS = """
+import json, os, signal, sys, time, traceback
 from pathlib import Path
 import torch
 from datasets import Dataset
-from flexdpo import DPOConfig, DPOTrainer, FlexdpoError
+from flexdpo import DPOConfig, DPOTrainer
 from flexdpo.training.model_loading import load_model, load_tokenizer
 torch.set_num_threads(1)
-data, model, output = sys.argv[1:]
-args = DPOConfig(output, max_steps=40, save_steps=1, save_total_limit=2, per_device_train_batch_size=4, use_cpu=True,
-                 learning_rate=1e-3, report_to="none", disable_tqdm=True, logging_steps=100, max_tokens_per_row=64)
-trainer = DPOTrainer(load_model(model), None, args, train_dataset=Dataset.from_json(data),
-                     processing_class=load_tokenizer(model))
-print("ready", flush=True)
-has_checkpoint = any(Path(output).glob("checkpoint-*/flexdpo_run.json"))
-trainer.train(resume_from_checkpoint=has_checkpoint or None)
-trainer.save_model()
-print("done", flush=True)
+
+def run(data, model, output, ready):
+    args = DPOConfig(output, max_steps=40, save_steps=1, save_total_limit=2, per_device_train_batch_size=4,
+                     use_cpu=True, learning_rate=1e-3, report_to="none", disable_tqdm=True, logging_steps=100,
+                     max_tokens_per_row=64)
+    trainer = DPOTrainer(load_model(model), None, args, train_dataset=Dataset.from_json(data),
+                         processing_class=load_tokenizer(model))
+    os.write(ready, b"!")
+    has_checkpoint = any(Path(output).glob("checkpoint-*/flexdpo_run.json"))
+    trainer.train(resume_from_checkpoint=has_checkpoint or None)
+    trainer.save_model()
+
+for line in sys.stdin:
+    arguments, kill_after = json.loads(line)
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.dup2(2, 1)  # what a run prints is no answer
+        try:
+            run(*arguments, writer)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    os.close(writer)
+    assert os.read(reader, 1) == b"!"
+    if kill_after is not None:
+        time.sleep(kill_after)
+        os.kill(child, signal.SIGKILL)
+    print(os.waitpid(child, 0)[1], flush=True)
+    os.close(reader)
 """
 
 
-def run_script(arguments: list[str], kill_after: float | None = None) -> bool:
-    """Run the training script; kill it without warning some seconds after it starts training. True when it ended."""
-    process = subprocess.Popen([sys.executable, "-c", SCRIPT, *arguments], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline().strip() == "ready"
-    if kill_after is not None:
-        time.sleep(kill_after)
-        os.kill(process.pid, signal.SIGKILL)
-    ended = process.wait() == 0
-    process.stdout.close()
-    return ended
+@contextmanager
+def started_runs() -> Iterator[Callable[..., bool]]:
+    """A function that trains; it kills without warning some seconds after training starts. True when it ended."""
+    with subprocess.Popen(
+        [sys.executable, "-c", RUNS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as runs:
+        assert runs.stdin is not None
+        assert runs.stdout is not None
+
+        def run(arguments: list[str], kill_after: float | None = None) -> bool:
+            print(json.dumps([arguments, kill_after]), file=runs.stdin, flush=True)
+            status = int(runs.stdout.readline())
+            assert status in (0, signal.SIGKILL)
+            return status == 0
+
+        yield run
 
 
 @pytest.mark.slow
@@ -313,18 +340,19 @@ def test_killed_runs_end_bit_identical(tmp_path, saved_model) -> None:
     data = tmp_path / "pairs.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in preference_rows(24)))
     model = str(saved_model("llama"))
-    assert run_script([str(data), model, str(tmp_path / "whole")])
-    want = load_file(tmp_path / "whole" / "model.safetensors")
     generator = torch.Generator().manual_seed(0)
     kills = 0
     folder = 0
-    while kills < 20:
-        folder += 1
-        arguments = [str(data), model, str(tmp_path / f"killed-{folder}")]
-        for _ in range(5):
-            kills += not run_script(arguments, kill_after=float(torch.rand((), generator=generator)) * 0.6 + 0.05)
-        assert run_script(arguments)
-        got = load_file(tmp_path / f"killed-{folder}" / "model.safetensors")
-        assert got.keys() == want.keys()
-        assert all(torch.equal(got[name], want[name]) for name in want)
+    with started_runs() as run:
+        assert run([str(data), model, str(tmp_path / "whole")])
+        want = load_file(tmp_path / "whole" / "model.safetensors")
+        while kills < 20:
+            folder += 1
+            arguments = [str(data), model, str(tmp_path / f"killed-{folder}")]
+            for _ in range(5):
+                kills += not run(arguments, kill_after=float(torch.rand((), generator=generator)) * 0.6 + 0.05)
+            assert run(arguments)
+            got = load_file(tmp_path / f"killed-{folder}" / "model.safetensors")
+            assert got.keys() == want.keys()
+            assert all(torch.equal(got[name], want[name]) for name in want)
     assert kills >= 20
