@@ -96,6 +96,11 @@ class _HandedOut:
     def __init__(self, part: Any) -> None:
         self.part = part
 
+    @property
+    def __signature__(self) -> inspect.Signature:
+        # generate() encodes images ahead, with the arguments that it finds here
+        return inspect.signature(type(self.part).get_image_features.__get__(self.part))
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         encode = type(self.part).get_image_features
         forward = packed_forward()

@@ -215,6 +215,27 @@ def test_batches_without_images_in_between() -> None:
         assert max(logit_error(got, want), gradient_error(got, want)) < 1e-11
 
 
+def generated(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+    made = model.generate(
+        **batch, max_new_tokens=3, do_sample=False, pad_token_id=0, return_dict_in_generate=True, output_logits=True
+    )
+    return (made.sequences, *made.logits)
+
+
+@pytest.mark.parametrize("name", [n if n == "llava" else pytest.param(n, marks=pytest.mark.slow) for n in KINDS])
+def test_generation_from_images(name: str) -> None:
+    """Shared, a copy of it, and prepared: bit for bit what it was."""
+    model = make_model(name).eval()
+    batch = padded_batch(model, KINDS[name], example_groups(KINDS[name]), "left")
+    want = generated(model, batch)
+    with flexdpo.share_prefixes(model, **ALL) as sharing:
+        gots = [generated(each, batch) for each in (model, copy.deepcopy(model))]
+        assert sharing.stats.passed_through == {"generation": 3}
+    flexdpo.prepare_model(model)
+    for got in (*gots, generated(model, batch)):
+        assert all(map(torch.equal, got, want))
+
+
 SWEEP = [
     pytest.param(name, side, mode, id=f"{name}-{side}-{mode}")
     for name in KINDS
