@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 # what models return of the images that they encoded
 _OF_IMAGES = {"image_outputs", "image_hidden_states"}
+# by which a generation goes on from where a batch ended, and before transformers 5.24 also returned of batches without
+_OF_GENERATION = {"rope_deltas"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +87,8 @@ class SharedBatch:
         if self.images is not None and isinstance(output, Mapping):
             for name in _OF_IMAGES & output.keys():
                 placed[id(output[name])] = _of_batch(output[name], self.images)
+        if isinstance(output, Mapping):
+            placed |= {id(output[name]): None for name in _OF_GENERATION & output.keys()}
         return self._placed(output, placed)
 
     def _placed(self, output: Any, done: dict[int, Any]) -> Any:

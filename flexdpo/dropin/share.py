@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 from flexdpo.dropin.hooks import Sharing, SharingStats, install_sharing_hooks, remove_sharing_hooks, sharing_of
 from flexdpo.dropin.native_attention import implementation_over
 from flexdpo.dropin.rules import Positions
-from flexdpo.errors import FlexdpoError
+from flexdpo.errors import FlexdpoError, UnsupportedModelError
 from flexdpo.hf.forward_layout import install_layout_hooks, remove_layout_hooks
-from flexdpo.hf.images import image_part, install_image_hooks, remove_image_hooks
+from flexdpo.hf.images import image_part, install_image_hooks, looks_at_images, remove_image_hooks
 from flexdpo.hf.limits import find_limits
 from flexdpo.hf.prepare import prepare_model
 from flexdpo.hf.unwrap import backbone_of, unwrap_model, unwrapped
@@ -112,6 +112,11 @@ def share_backbone(
     if sharing_of(input_module) is not None:
         raise FlexdpoError(
             f"this {type(base).__name__} shares prefixes already; call flexdpo.unshare(model) before sharing it again"
+        )
+    if looks_at_images(input_module) and image_part(input_module) is None:
+        raise UnsupportedModelError(
+            f"{type(base).__name__} looks at images, which flexdpo shares from transformers 5.15 on; "
+            "install a newer one, or train it without sharing"
         )
     stock = backbone.config._attn_implementation
     impl_before: Any = getattr(backbone, "_flexdpo_impl", None)

@@ -288,8 +288,8 @@ def _require_match(layout: RowLayout, args: tuple[Any, ...], kwargs: dict[str, A
 def _require_known_inputs(module: nn.Module, layout: RowLayout, kwargs: dict[str, Any]) -> None:
     if layout.images is not None and not hasattr(module, "_flexdpo_takes_images"):
         raise UnsupportedModelError(
-            f"a packed row has images, and {type(module).__name__} has no get_image_features to encode them; choose a "
-            "model of text and images, or leave the images out"
+            f"a packed row has images, and {type(module).__name__} has no get_image_features to encode them, or "
+            "transformers is older than 5.15; choose a model of text and images, or leave the images out"
         )
     if kwargs.get("labels") is not None:
         raise FlexdpoError(

@@ -29,6 +29,7 @@ from flexdpo.errors import UnsupportedModelError
 from flexdpo.hf.draws import RandomState, can_run, left_as_it_is
 from flexdpo.hf.forward_layout import packed_forward, without_layout
 from flexdpo.hf.randomness import WAY_OUT, called_random, mark_of
+from flexdpo.hf.versions import TAKES_IMAGES
 from flexdpo.layout.row import RowLayout
 from flexdpo.layout.scan_plan import ScanCost, path_plan
 from flexdpo.layout.segments import Segments
@@ -46,8 +47,12 @@ _FEATURES, _DEEPER_FEATURES = "pooler_output", "deepstack_features"
 
 def image_part(module: Any) -> Any:
     """The part of a model that encodes images and hands embeddings to its decoder; ``None`` where there is none."""
-    inner = module.base_model
-    return inner if hasattr(type(inner), "get_image_features") else None
+    return module.base_model if TAKES_IMAGES and looks_at_images(module) else None
+
+
+def looks_at_images(module: Any) -> bool:
+    """Whether a part of a model encodes images."""
+    return hasattr(type(module.base_model), "get_image_features")
 
 
 def install_image_hooks(module: Any) -> None:
@@ -128,17 +133,19 @@ def handed_out(output: Any, images: RowImages, model: str) -> Any:
     Raises:
         UnsupportedModelError: if the output has no features, or not as many as the images have tokens.
     """
-    if getattr(output, _FEATURES, None) is None:
+    # an attribute, which some versions set where no key is
+    features = getattr(output, _FEATURES, None)
+    if features is None:
         raise UnsupportedModelError(
             f"{model}.get_image_features gives no {_FEATURES}, so flexdpo cannot hand its features out to the image "
             "tokens of a packed row; train this model without flexdpo"
         )
     index = images.features[images.features >= 0]
-    output._flexdpo_encoded = output[_FEATURES]
-    output[_FEATURES] = _for_each_token(output[_FEATURES], index, images, model)
+    output._flexdpo_encoded = features
+    setattr(output, _FEATURES, _for_each_token(features, index, images, model))
     deeper = getattr(output, _DEEPER_FEATURES, None)
     if deeper is not None:
-        output[_DEEPER_FEATURES] = [_for_each_token(each, index, images, model) for each in deeper]
+        setattr(output, _DEEPER_FEATURES, [_for_each_token(each, index, images, model) for each in deeper])
     return output
 
 
@@ -157,7 +164,7 @@ def encoded_features(output: Any) -> tuple[str, Tensor, bool] | None:
 def tokens_of_images(part: Any, inputs: dict[str, Tensor]) -> int:
     """Ask a model how many tokens stand for some images; the caller puts back what it changes."""
     with torch.no_grad():
-        features = type(part).get_image_features(part, **_taken(part, inputs))[_FEATURES]
+        features = getattr(type(part).get_image_features(part, **_taken(part, inputs)), _FEATURES)
     parts = [features] if isinstance(features, torch.Tensor) else features
     return sum(each.shape[:-1].numel() for each in parts)
 

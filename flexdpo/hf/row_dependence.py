@@ -122,11 +122,17 @@ def _at_one(module: nn.Module, length: int, kwargs: dict[str, Any]) -> list[Tens
     # a position beyond a table stops a GPU for good
     fresh = copy.deepcopy(module).to("cpu")
     x = torch.zeros(1, 2, 1)
+    # of time, height and width, where frequencies are dealt out to them; not all versions take one for the three
+    axes = 3 if "mrope_section" in (getattr(getattr(module, "config", None), "rope_parameters", None) or {}) else 1
     with torch.no_grad():
         # dynamic frequencies stay what the longest sequence made them, until a short one comes
         for last in (1, length - 1):
-            output = type(fresh).forward(fresh, x, torch.tensor([[1, last]]), **kwargs)
-    return [each[:, :1].clone() for each in (output if isinstance(output, tuple | list) else (output,))]
+            positions = torch.tensor([[1, last]])
+            output = type(fresh).forward(fresh, x, positions if axes == 1 else positions.expand(3, 1, 2), **kwargs)
+    return [
+        (each[:, :1] if axes == 1 else each[..., :1, :]).clone()
+        for each in (output if isinstance(output, tuple | list) else (output,))
+    ]
 
 
 def _same(some: list[Tensor], others: list[Tensor]) -> bool:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 # from 5.15 on model files name the kernels of their layers that carry a state, by which those run along the trie
 NAMES_KERNELS = hasattr(integrations, "use_kernel_func_from_hub_with_fallback")
+# earlier versions give image tokens the positions of the batch before (Qwen2-VL), or other images to see (Gemma 3)
+TAKES_IMAGES = NAMES_KERNELS
 # where several sequences stand in a row, earlier versions cut chunks of the row and not of each sequence
 CHUNKS_BEGIN_ANEW = hasattr(masking_utils, "remap_positions_for_packed_sequence")
 # 5.3 gives a mask function the positions of its queries, later versions their number and where they begin

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import SchedulerType, Trainer
+from transformers import Trainer
 from transformers.integrations import get_reporting_integration_callbacks
 
 from flexdpo.errors import FlexdpoError, first_line
@@ -49,7 +49,8 @@ def _require_evaluation(job: Job, config: DPOConfig) -> None:
         "eval_on_start": config.eval_on_start,
         "load_best_model_at_end": config.load_best_model_at_end,
         "save_strategy": config.save_strategy == "best",
-        "lr_scheduler_type": config.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY),
+        # by name, since not all versions know both
+        "lr_scheduler_type": config.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"),
     }
     for name, needs in wanted.items():
         if needs and not job.evaluates:

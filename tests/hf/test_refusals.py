@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from flexdpo import FlexdpoError, RowLayout, UnsupportedModelError, prepare_model
+from flexdpo import FlexdpoError, Row, RowLayout, UnsupportedModelError, prepare_model, share_prefixes
+from flexdpo.hf import images
 from flexdpo.hf.interface import mask_kind_of
 from flexdpo.layout.row import stack_inputs
 from tests.hf.architectures import build_model, build_or_skip
 from tests.hf.equivalence import example_row, logit_error, packed_run
+from tests.images.models import KINDS, make_model
+from tests.images.runs import cast, group_of
 
 
 @pytest.fixture
@@ -67,6 +70,17 @@ def test_image_tokens() -> None:
     assert mask_kind_of(or_masks(causal_mask_function, blockwise_overlay(text))).name == "causal"
     with pytest.raises(UnsupportedModelError, match="image or audio tokens"):
         mask_kind_of(or_masks(causal_mask_function, blockwise_overlay(image)))
+
+
+def test_images_before_they_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "TAKES_IMAGES", False)
+    model, kind = make_model("llava"), KINDS["llava"]
+    with pytest.raises(UnsupportedModelError, match=r"LlavaForConditionalGeneration looks at images, .* 5\.15 on"):
+        share_prefixes(model)
+    picture, tokens = kind.picture(1)
+    row = Row.from_groups([group_of(tokens, [picture], 1)])
+    with pytest.raises(UnsupportedModelError, match=r"has images, .* or transformers is older than 5"):
+        prepare_model(model)(**cast(row.inputs(), model))
 
 
 def test_a_mask_function_of_its_own() -> None:

@@ -35,7 +35,7 @@ NAMES = [pytest.param(name, marks=() if name in SPREAD else pytest.mark.zoo) for
 def build(name: str) -> Any:
     if name in VARIANTS:
         base, changes = VARIANTS[name]
-        return build_model(base, dtype=torch.float32, **changes)
+        return build_or_skip(base, dtype=torch.float32, **changes)
     return build_or_skip(name, dtype=torch.float32)
 
 

@@ -94,7 +94,8 @@ def test_an_architecture_without_a_record(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(transformers, "__version__", NEWER)
     report = Recorded()
     architectures.test_the_zoo_is_complete(report)
-    assert report.properties == [(NOT_IN_THE_ZOO, "made_up")]
+    # an older version has some that were taken out since
+    assert (NOT_IN_THE_ZOO, "made_up") in report.properties
 
 
 def test_the_terminal_summary_names_what_changed(pytester: pytest.Pytester) -> None:

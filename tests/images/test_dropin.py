@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import flexdpo
 from flexdpo.dropin.hooks import SharingStats
@@ -194,6 +195,8 @@ def test_features_of_images_come_back_for_every_image() -> None:
     model = make_model("llava")
     batch = padded_batch(model, KINDS["llava"], example_groups(KINDS["llava"]))
     want = model(**batch, use_cache=False).image_hidden_states
+    if want is None:
+        pytest.skip(f"transformers {transformers.__version__} returns none")
     with flexdpo.share_prefixes(model, **ALL):
         got = model(**batch, use_cache=False).image_hidden_states
     assert len(got) == len(want) == 18

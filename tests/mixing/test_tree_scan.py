@@ -13,6 +13,7 @@ from flexdpo.layout.row import RowLayout
 from flexdpo.layout.scan_plan import ScanCost
 from flexdpo.mixing.kernels import SCANS, scan_along_trie
 from flexdpo.mixing.tree_scan import Scan, path_scan, plan_of_levels, plan_of_paths, tree_scan
+from tests.hf.architectures import needs_states
 from tests.layout.test_segments import parents_by_definition, random_layouts
 
 Inputs = dict[str, torch.Tensor]
@@ -155,6 +156,7 @@ def test_the_packages_take_the_same_arguments(name: str) -> None:
     assert by_name - set(arguments) <= {"A_log", "dt_bias"}
 
 
+@needs_states
 def test_the_installed_transformers_takes_them_too() -> None:
     for model, name, own in (
         ("qwen3_next", "chunk_gated_delta_rule", "torch_chunk_gated_delta_rule"),

@@ -159,7 +159,8 @@ class Watch(TrainerCallback):
         backward = trainer.accelerator.backward
 
         def watched(loss: Any, **settings: Any) -> None:
-            self.shares.append(loss.item())
+            # accelerate divides by this, which is 1 unless transformers 5.3 tells it of accumulation
+            self.shares.append(loss.item() / trainer.accelerator.gradient_accumulation_steps)
             backward(loss, **settings)
 
         trainer.accelerator.backward = watched
