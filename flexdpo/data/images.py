@@ -190,9 +190,14 @@ def _add_up(alone: Sequence[dict[str, Tensor]], together: dict[str, Tensor]) -> 
     if len(alone) == 1:
         return True
     joined = joined_inputs(alone)
-    return joined.keys() == together.keys() and all(
-        torch.equal(value.flatten(), together[name].flatten()) for name, value in joined.items()
-    )
+    if joined.keys() != together.keys():
+        return False
+    for name, value in joined.items():
+        # tiles of all images may stand side by side, where a row's images are filled up to as many tiles each
+        side_by_side = torch.cat([each[name].flatten() for each in alone])
+        if not any(torch.equal(each, together[name].flatten()) for each in (value.flatten(), side_by_side)):
+            return False
+    return True
 
 
 def _digest(inputs: Mapping[str, Tensor]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,11 @@ from datasets import Dataset, IterableDataset
 
 from flexdpo import DPOConfig, DPOTrainer, FlexdpoError
 from flexdpo.cli import main
+from flexdpo.data.images import images_of_row
+from flexdpo.layout.images import joined_inputs
 from tests.images import processors
+from tests.images.all_processors import PROCESSORS, processor_of
+from tests.images.models import make_model
 
 trl = pytest.importorskip("trl")
 
@@ -22,6 +27,13 @@ MAKERS = {
     "llava": (processors.llava_model, processors.llava_processor),
     "qwen2_vl": (processors.qwen_model, processors.qwen_processor),
 }
+# the others, each with the processor that transformers has for it
+OTHERS = {name: (partial(make_model, name, dtype=torch.float32), partial(processor_of, name)) for name in PROCESSORS}
+EVERY_KIND = [*MAKERS, *(pytest.param(kind, marks=pytest.mark.slow) for kind in OTHERS)]
+# what makes other things of several images than of each alone
+ONE_IMAGE = "llava_onevision"
+# tokens of a row, more than those of its longest pair
+ROOM = {"llava_next": 140, "gemma4": 140}
 BETA = 0.3
 
 
@@ -54,7 +66,7 @@ def _moved(model: Any) -> Any:
     return moved
 
 
-@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize("kind", EVERY_KIND)
 @pytest.mark.parametrize(
     "settings",
     [
@@ -63,8 +75,12 @@ def _moved(model: Any) -> Any:
     ],
 )
 def test_loss_and_gradients_are_those_of_stock_runs(tmp_path: Path, kind: str, settings: dict[str, Any]) -> None:
-    make, make_processor = MAKERS[kind]
+    make, make_processor = {**MAKERS, **OTHERS}[kind]
     model, processor, rows = make(), make_processor(), processors.rows()
+    if kind == ONE_IMAGE:
+        with pytest.raises(FlexdpoError, match=r"of its 2 images together than of each.* give one image a prompt"):
+            DPOTrainer(model, None, _config(tmp_path), train_dataset=_dataset(rows), processing_class=processor)
+        rows = [row for row in rows if len(row["images"]) < 2]
     reference = _moved(model)
     stock, stock_reference = copy.deepcopy(model).train(), copy.deepcopy(reference)
     want = []
@@ -75,7 +91,7 @@ def test_loss_and_gradients_are_those_of_stock_runs(tmp_path: Path, kind: str, s
     trainer = DPOTrainer(
         model,
         reference,
-        _config(tmp_path, per_device_train_batch_size=len(rows), max_tokens_per_row=90, **settings),
+        _config(tmp_path, per_device_train_batch_size=len(rows), max_tokens_per_row=ROOM.get(kind, 90), **settings),
         train_dataset=Dataset.from_list(processors.in_parts(rows)),
         processing_class=processor,
     )
@@ -98,7 +114,29 @@ def test_loss_and_gradients_are_those_of_stock_runs(tmp_path: Path, kind: str, s
         scale = max(expected.grad.abs().max().item(), 1e-3)
         torch.testing.assert_close(got.grad / scale, expected.grad / scale, atol=2e-5, rtol=0, msg=name)
     distinct = sum(len({image.digest for group in row.groups for image in group.images}) for row in batch.rows)
-    assert (trainer.tokens["images"], trainer.tokens["images_unshared"]) == (distinct, 10)
+    unshared = 2 * sum(len(row["images"]) for row in rows)
+    assert (trainer.tokens["images"], trainer.tokens["images_unshared"]) == (distinct, unshared)
+
+
+@pytest.mark.parametrize("kind", EVERY_KIND)
+def test_tokens_and_pixels_are_those_of_the_processor(tmp_path: Path, kind: str) -> None:
+    from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
+
+    make, make_processor = {**MAKERS, **OTHERS}[kind]
+    rows = [row for row in processors.rows() if kind != ONE_IMAGE or len(row["images"]) < 2]
+    trainer = _trainer(tmp_path, rows, model=make(), processing_class=make_processor())
+    for row, tokenised in zip(rows, trainer.train_dataset, strict=True):
+        batch = DataCollatorForVisionPreference(make_processor())([copy.deepcopy(row)])
+        ids = [ids[real.bool()].tolist() for ids, real in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+        assert ids == [tokenised["prompt_ids"] + response for response in tokenised["response_ids"]]
+        # of the chosen and of the rejected response
+        images = [image.inputs for image in images_of_row(tokenised)[0]] * 2
+        told = {name for name in batch if not name.endswith(("_ids", "_mask")) or name.startswith(("image_", "pixel_"))}
+        assert told == {name for image in images for name in image}
+        for name in told:
+            side_by_side = torch.cat([image[name].flatten() for image in images])
+            filled_up = joined_inputs(images)[name].flatten()
+            assert any(torch.equal(batch[name].flatten(), each) for each in (side_by_side, filled_up)), name
 
 
 def _trainer(folder: Path, rows: list[dict[str, Any]], **given: Any) -> DPOTrainer:
