@@ -86,7 +86,8 @@ class ModelSize:
             raise FlexdpoError(
                 f"{config.model_type} has no attention heads, so it is no model that can be trained here"
             )
-        names = [name for name, _ in inner.named_modules()]
+        # the part that sees has layers of other kinds
+        layers = dict(backbone_of(base_model(inner)).named_modules())
         return cls(
             name=str(getattr(config, "_name_or_path", "") or config.model_type),
             parameters=sum(parameter.numel() for parameter in inner.parameters()),
@@ -97,9 +98,9 @@ class ModelSize:
             key_heads=int(getattr(config, "num_key_value_heads", None) or heads),
             head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)),
             vocabulary=int(config.vocab_size),
-            gated=any(name.endswith(("gate_proj", "gate_up_proj", "experts")) for name in names),
-            layer_norm=any(isinstance(module, torch.nn.LayerNorm) for module in inner.modules()),
-            head_norms=any(name.endswith(("q_norm", "q_layernorm")) for name in names),
+            gated=any(name.endswith(("gate_proj", "gate_up_proj", "experts")) for name in layers),
+            layer_norm=any(isinstance(module, torch.nn.LayerNorm) for module in layers.values()),
+            head_norms=any(name.endswith(("q_norm", "q_layernorm")) for name in layers),
             **_tower(inner),
             **states,
         )

@@ -22,6 +22,7 @@ from flexdpo.training.model_size import ModelSize
 from flexdpo.training.row_budget import auto_row_budget, free_memory
 from tests.conftest import CONFIGS, build_model
 from tests.hf.architectures import needs_states
+from tests.images.models import make_model
 
 GIGABYTE = 10**9
 
@@ -45,6 +46,16 @@ def kept_by_autograd(model: torch.nn.Module, row: Row) -> int:
     return sum(size for address, size in sizes.items() if address not in weights)
 
 
+def kept_and_predicted_per_token(model: torch.nn.Module, setup: TrainingSetup) -> tuple[float, float]:
+    short, long = row_of(20), row_of(80)
+    slope = (kept_by_autograd(model, long) - kept_by_autograd(model, short)) / (long.num_tokens - short.num_tokens)
+    predicted = [
+        predict_memory(model, row.num_tokens, setup, targets=int(row.labels.numel())).activations
+        for row in (short, long)
+    ]
+    return slope, (predicted[1] - predicted[0]) / (long.num_tokens - short.num_tokens)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
 @pytest.mark.parametrize("name", list(CONFIGS))
@@ -54,16 +65,19 @@ def test_activations_per_token_are_what_autograd_keeps(name, checkpointing, dtyp
     model.train()
     if checkpointing:
         enable_checkpointing(model)
-    short, long = row_of(20), row_of(80)
-    slope = (kept_by_autograd(model, long) - kept_by_autograd(model, short)) / (long.num_tokens - short.num_tokens)
     setup = TrainingSetup(dtype.itemsize, dtype.itemsize, gradient_checkpointing=checkpointing)
-    predicted = [
-        predict_memory(model, row.num_tokens, setup, targets=int(row.labels.numel())).activations
-        for row in (short, long)
-    ]
-    per_token = (predicted[1] - predicted[0]) / (long.num_tokens - short.num_tokens)
+    slope, per_token = kept_and_predicted_per_token(model, setup)
     # never below what is kept; with checkpoints little is kept, and layout vectors weigh more
     assert slope <= per_token <= slope * (1.1 if not checkpointing else 1.5)
+
+
+@pytest.mark.parametrize("name", ["llava", "internvl"])
+def test_the_layers_of_a_tower_are_not_taken_for_those_of_the_text(name: str) -> None:
+    model = make_model(name, dtype=torch.float32)
+    assert any(isinstance(module, torch.nn.LayerNorm) for module in model.modules())
+    prepare_model(model)
+    slope, per_token = kept_and_predicted_per_token(model, TrainingSetup())
+    assert slope <= per_token <= slope * 1.1
 
 
 @needs_states
