@@ -223,6 +223,9 @@ def _measure(model: nn.Module, device: torch.device) -> HeadPlan:
         torch.set_grad_enabled(True)
         return ramp.expand(*hidden.shape[:-1], vocabulary)
 
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        # which would make ready for a backward pass, and broadcast buffers in one process more often than in another
+        model = model.module
     base = base_model(model)
     tokens = torch.zeros(1, 2, dtype=torch.int64, device=device)
     # compiled layers run as they are here: they would be compiled for these two tokens alone

@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from transformers.utils import logging
 
 from flexdpo.errors import FlexdpoError
@@ -66,6 +67,10 @@ def response_logps(model: nn.Module, row: Row, *, with_log_sum_squares: bool = F
     Source:
         Rafailov et al. 2023, arXiv:2305.18290, Eq. 7.
     """
+    if isinstance(model, DistributedDataParallel) and not torch.is_grad_enabled():
+        # processes take part in DDP's broadcasts at their first pass with gradients, in an order of its own; passes
+        # without are not as many in each process
+        model = model.module
     if row.pieces:
         require_attention_only(model)
         run = partial(response_logps, model, with_log_sum_squares=with_log_sum_squares)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.autograd.graph import saved_tensors_hooks
 
-from flexdpo import FlexdpoError, Group, make_train_step, prepare_model, response_logps
+from flexdpo import FlexdpoError, Group, keep_attention, make_train_step, prepare_model, response_logps
 from flexdpo.attention import context_parallel
 from flexdpo.hf.checkpointing import enable_checkpointing
 from flexdpo.layout.packing import pack
@@ -133,9 +133,17 @@ def _work(rank: int, count: int, port: int, name: str, way: str, settings: dict[
     dist.barrier()
 
 
-def _built(name: str, checkpointing: bool | None) -> Any:
-    model = build_model(name)
-    if checkpointing is not None:
+def _built(name: str, checkpointing: bool | str | None) -> Any:
+    model = build_model(name.removesuffix("+lora"))
+    if name.endswith("+lora"):
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(3)
+        config = LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj", "v_proj", "down_proj"])
+        model = get_peft_model(model, config)
+    if checkpointing == "attention":
+        enable_checkpointing(model, context_fn=keep_attention)
+    elif checkpointing is not None:
         enable_checkpointing(model, use_reentrant=checkpointing)
     return model
 
@@ -150,6 +158,8 @@ def _built(name: str, checkpointing: bool | None) -> Any:
         ("qwen3", 2, "root", {"max_tokens_per_row": 200}),
         ("llama", 4, "fsdp2", {"checkpointing": False}),
         ("llama", 4, "ddp", {"max_tokens_per_row": 200}),
+        ("llama+lora", 2, "alone", {}),
+        ("llama", 2, "alone", {"checkpointing": "attention"}),
     ],
 )
 def test_ten_steps_are_those_of_one_process(tmp_path, name, count, way, settings) -> None:
