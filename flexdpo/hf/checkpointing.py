@@ -6,7 +6,6 @@ import inspect
 from typing import Any
 
 import transformers
-from transformers import PreTrainedModel
 
 from flexdpo.attention.remembered import keep_attention
 from flexdpo.errors import FlexdpoError
@@ -53,9 +52,10 @@ def checkpoint_arguments(
         FlexdpoError: at what such a run cannot do.
     """
     known = given or {}
-    enable = getattr(PreTrainedModel, checkpointing_name(PreTrainedModel, "_enable"))
-    for name in ("offload", "every_n_layers"):
-        if name in known and name not in inspect.signature(enable).parameters:
+    for name in {"offload", "every_n_layers"} & known.keys():
+        # the settings' help needs no models
+        model = transformers.PreTrainedModel
+        if name not in inspect.signature(getattr(model, checkpointing_name(model, "_enable"))).parameters:
             raise FlexdpoError(
                 f"activation_checkpointing_kwargs has {name}={known[name]!r}, which transformers "
                 f"{transformers.__version__} does not know yet; leave it out"
