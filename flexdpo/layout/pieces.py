@@ -113,12 +113,10 @@ def _piece(row: Row, tokens: Ints, parent: int, before: list[Piece], multiple: i
     # what is not written over is padding, which stands at position 0 and sees only itself
     places = np.full(layout.length + 1, -1, dtype=np.int64)
     places[tokens] = np.arange(tokens.size)
-    vectors: dict[str, Any] = {}
-    for vector in ("position_ids", "multiplicity", "shortest", "longest"):
-        values = getattr(layout, vector)
-        vectors[vector] = (
-            None if values is None else torch.nn.functional.pad(values[:, index], (0, length - len(index)))
-        )
+    vectors: dict[str, Any] = {
+        name: None if values is None else torch.nn.functional.pad(values, (0, length - len(index)))
+        for name, values in layout.vectors_at(index).items()
+    }
     ends = torch.arange(1, length + 1)[None]
     # a subtree's last token lies in the piece, or the next piece begins behind it and sees all of this one
     last = places[np.minimum(layout.subtree_end[0].numpy()[tokens], tokens[-1] + 1) - 1]
@@ -128,19 +126,12 @@ def _piece(row: Row, tokens: Ints, parent: int, before: list[Piece], multiple: i
         own.keys = _behind(before[parent].layout, own)
     predictors = row.predictors.numpy()
     targets = np.flatnonzero(places[predictors] >= 0)
-    return Piece(
-        input_ids=torch.nn.functional.pad(row.input_ids[:, index], (0, length - len(index))),
-        layout=own,
+    return Piece.part_of(
+        row,
+        own,
+        index,
+        torch.from_numpy(targets),
         predictors=torch.from_numpy(places[predictors[targets]]),
-        labels=row.labels[targets],
-        member_targets=(nothing := row.labels[:0]),
-        member_responses=nothing,
-        edges=row.edges[:0],
-        groups=(),
-        documents=(),
-        response_paths=(),
-        tokens=index,
-        targets=torch.from_numpy(targets),
         parent=parent,
     )
 

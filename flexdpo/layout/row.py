@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
     from torch import Tensor
+    from typing_extensions import Self
 
     from flexdpo.layout.pieces import Piece
     from flexdpo.layout.shares import Share
@@ -230,6 +231,27 @@ class Row:
         """Each group, and the number that its first response has in the row."""
         return zip(self.groups, accumulate((len(g.response_ids) for g in self.groups), initial=0), strict=False)
 
+    @classmethod
+    def part_of(cls, row: Row, layout: RowLayout, tokens: Tensor, targets: Tensor, **own: Any) -> Self:
+        """Some tokens of a row, and the targets that they predict, as a row of their own without responses.
+
+        ``own`` are the other fields, ``predictors`` as indices in the part among them.
+        """
+        nothing = row.labels[:0]
+        own |= {"tokens": tokens, "targets": targets}
+        return cls(
+            input_ids=torch.nn.functional.pad(row.input_ids[:, tokens], (0, layout.length - len(tokens))),
+            layout=layout,
+            labels=row.labels[targets],
+            member_targets=nothing,
+            member_responses=nothing,
+            edges=row.edges[:0],
+            groups=(),
+            documents=(),
+            response_paths=(),
+            **own,
+        )
+
     def inputs(self) -> dict[str, Any]:
         """The keyword arguments for a prepared model: ``model(**row.inputs())``."""
         return {
@@ -251,7 +273,7 @@ class Row:
     def _map(self, change: Any) -> Row:
         parts = {name: part for name, part in vars(self).items() if isinstance(part, torch.Tensor | RowLayout)}
         pieces: Any = tuple(piece._map(change) for piece in self.pieces)
-        share = self.share and self.share.map_tensors(change)
+        share = self.share and self.share._map(change)
         changed = {name: change(part) for name, part in parts.items()}
         return dataclasses.replace(self, pieces=pieces, share=share, **changed)
 

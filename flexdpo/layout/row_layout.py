@@ -197,6 +197,11 @@ class RowLayout:
         images = RowImages.stack([each.images for each in padded], [each.position_ids for each in padded])
         return cls(num_tokens=tuple(count for each in padded for count in each.num_tokens), images=images, **known)
 
+    def vectors_at(self, tokens: Tensor) -> dict[str, Any]:
+        """What is known of some tokens, ``[N]`` row indices: all vectors but their subtrees' ends."""
+        vectors = {name: getattr(self, name) for name in _VECTORS if name != "subtree_end"}
+        return {name: None if each is None else each[:, tokens] for name, each in vectors.items()}
+
     def padded_to(self, length: int) -> RowLayout:
         """These rows padded to ``length`` tokens."""
         missing = length - self.length

@@ -7,60 +7,44 @@ the activations. Late tokens see more keys than early ones, so chunks are dealt 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 
 from flexdpo.errors import FlexdpoError
+from flexdpo.layout.row import Row
 from flexdpo.layout.row_layout import RowLayout
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from numpy.typing import NDArray
     from torch import Tensor
-
-    from flexdpo.layout.row import Row
 
 # chunks per process that are tried, fewest first, until the busiest process costs at most so much more than the mean
 _CHUNKS, _UNEVEN = (2, 4, 8), 1.05
 
 
 @dataclass(eq=False)
-class Share:
-    """What one process runs of a row.
+class Share(Row):
+    """What one process runs of a row: its tokens, as a row of their own without responses.
+
+    The layout tells their positions and multiplicities; which keys they see, the chunks tell.
 
     Shapes: ``S`` tokens of the row, ``N`` of them in each share; ``T`` targets of the row, ``L`` of them predicted by
     the share. All tensors are int64.
     """
 
-    input_ids: Tensor  # ``[1, N]``
-    tokens: Tensor  # where each token stands in the row, ``[N]``
-    order: Tensor  # where each token of the row stands in all shares, one after the other, ``[S]``
-    layout: RowLayout  # positions and multiplicities of these tokens; which keys they see, the chunks tell
-    chunks: tuple[RowLayout, ...]  # of neighbouring tokens; the ``keys`` of each are the row's up to its end
-    predictors: Tensor  # index in the share of the token that predicts each target, ``[L]``
-    labels: Tensor  # the token predicted, ``[L]``
-    targets: Tensor  # which of the row's targets these are, ``[L]``
-    num_targets: int  # ``T``
+    tokens: Tensor = field(default_factory=lambda: torch.empty(0))  # where each token stands in the row, ``[N]``
+    # where each token of the row stands in all shares, one after the other, ``[S]``
+    order: Tensor = field(default_factory=lambda: torch.empty(0))
+    chunks: tuple[RowLayout, ...] = ()  # of neighbouring tokens; the ``keys`` of each are the row's up to its end
+    targets: Tensor = field(default_factory=lambda: torch.empty(0))  # which of the row's targets these are, ``[L]``
+    num_targets: int = 0  # ``T``
     group: Any = None  # the processes that the row was dealt to, a ``torch.distributed.ProcessGroup``
 
-    def inputs(self) -> dict[str, Any]:
-        """The keyword arguments for a prepared model, which every process of the group runs at the same time."""
-        return {
-            "input_ids": self.input_ids,
-            "position_ids": self.layout.position_ids,
-            "attention_mask": self.layout,
-            "use_cache": False,
-        }
-
-    def map_tensors(self, change: Callable[[Any], Any]) -> Share:
-        """The share with its tensors and layouts changed by a function."""
-        parts = {name: part for name, part in vars(self).items() if isinstance(part, torch.Tensor | RowLayout)}
-        changed = {name: change(part) for name, part in parts.items()}
-        share = dataclasses.replace(self, chunks=tuple(map(change, self.chunks)), **changed)
+    def _map(self, change: Any) -> Share:
+        share = dataclasses.replace(cast("Share", super()._map(change)), chunks=tuple(map(change, self.chunks)))
         share.layout.share = share
         return share
 
@@ -135,15 +119,14 @@ def _with_share(row: Row, tokens: NDArray[np.int64], order: Tensor, chunk: int) 
     places[tokens] = np.arange(tokens.size)
     predictors = row.predictors.numpy()
     targets = torch.from_numpy(np.flatnonzero(places[predictors] >= 0))
-    share = Share(
-        input_ids=row.input_ids[:, index],
-        tokens=index,
-        order=order,
-        layout=_only(row.layout, index),
-        chunks=tuple(_chunk(row.layout, start, start + chunk) for start in tokens[::chunk].tolist()),
+    share = Share.part_of(
+        row,
+        _only(row.layout, index),
+        index,
+        targets,
         predictors=torch.from_numpy(places[predictors])[targets],
-        labels=row.labels[targets],
-        targets=targets,
+        order=order,
+        chunks=tuple(_chunk(row.layout, start, start + chunk) for start in tokens[::chunk].tolist()),
         num_targets=len(row.labels),
     )
     share.layout.share = share
@@ -153,23 +136,18 @@ def _with_share(row: Row, tokens: NDArray[np.int64], order: Tensor, chunk: int) 
 def _only(layout: RowLayout, tokens: Tensor) -> RowLayout:
     # each of them ends behind itself here: which of the others it sees cannot be said within the share
     alone = torch.arange(1, len(tokens) + 1)[None]
-    return RowLayout(subtree_end=alone, num_tokens=(_real(layout, tokens),), **_vectors(layout, tokens))
+    return RowLayout(subtree_end=alone, num_tokens=(_real(layout, tokens),), **layout.vectors_at(tokens))
 
 
 def _chunk(layout: RowLayout, start: int, stop: int) -> RowLayout:
     tokens, seen = torch.arange(start, stop), torch.arange(stop)
     ends = layout.subtree_end[:, :stop].clamp(max=stop)
     chunk = RowLayout(
-        subtree_end=ends[:, start:] - start, num_tokens=(_real(layout, tokens),), **_vectors(layout, tokens)
+        subtree_end=ends[:, start:] - start, num_tokens=(_real(layout, tokens),), **layout.vectors_at(tokens)
     )
-    chunk.keys = RowLayout(subtree_end=ends, num_tokens=(_real(layout, seen),), **_vectors(layout, seen))
+    chunk.keys = RowLayout(subtree_end=ends, num_tokens=(_real(layout, seen),), **layout.vectors_at(seen))
     return chunk
 
 
 def _real(layout: RowLayout, tokens: Tensor) -> int:
     return int((tokens < layout.num_tokens[0]).sum())
-
-
-def _vectors(layout: RowLayout, tokens: Tensor) -> dict[str, Any]:
-    names = ("position_ids", "multiplicity", "shortest", "longest")
-    return {name: None if (each := getattr(layout, name)) is None else each[:, tokens] for name in names}

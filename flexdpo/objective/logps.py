@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from flexdpo.layout.row import Row
-    from flexdpo.layout.shares import Share
 
 logger = logging.get_logger(__name__)
 
@@ -76,7 +75,7 @@ def response_logps(model: nn.Module, row: Row, *, with_log_sum_squares: bool = F
         run = partial(response_logps, model, with_log_sum_squares=with_log_sum_squares)
         values = piecewise_logps(run, row)
         return sum_targets(values.logps, row, values.log_sum_squares)
-    part: Row | Share = row if row.share is None else row.share
+    part = row if row.share is None else row.share
     inputs, squares = part.inputs(), with_log_sum_squares
     plan = head_plan(model, row.input_ids.device)
     if plan.obstacle is None:
@@ -88,7 +87,7 @@ def response_logps(model: nn.Module, row: Row, *, with_log_sum_squares: bool = F
     return sum_targets(values.logps, row, values.log_sum_squares)
 
 
-def _from_logits(model: nn.Module, row: Row | Share, obstacle: str, with_log_sum_squares: bool) -> TargetLogps:
+def _from_logits(model: nn.Module, row: Row, obstacle: str, with_log_sum_squares: bool) -> TargetLogps:
     name = type(base_model(model)).__name__
     if "logits_to_keep" in inspect.signature(type(base_model(model)).forward).parameters:
         logger.warning_once(
