@@ -287,7 +287,12 @@ class DPOConfig(LossSettings, TrainingArguments):
                 allowed = math.isfinite(value) and (value > 0 or self.max_steps > 0)
             if not allowed or (each.name == "max_steps" and value == 0):
                 raise FlexdpoError(f"{each.name}={value} is no number that a run can have; give one, or leave it out")
-        for name in ("model_init_kwargs", "lr_scheduler_kwargs", "activation_checkpointing_kwargs"):
+        for name in (
+            "model_init_kwargs",
+            "lr_scheduler_kwargs",
+            "activation_checkpointing_kwargs",
+            "gradient_checkpointing_kwargs",
+        ):
             value = getattr(self, name)
             if isinstance(value, str) and not value.startswith("{"):
                 raise FlexdpoError(

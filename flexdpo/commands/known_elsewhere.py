@@ -17,8 +17,8 @@ _NO_PADDING = "nothing is padded with tokens; leave it out"
 _ENTROPY = "no text is generated in training; generate from the saved model, and leave it out"
 # what has a reason of its own; earlier versions of TRL had some of them
 REASONS = {
-    "activation_offloading": "on a GPU, --activation_checkpointing true --activation_checkpointing_kwargs "
-    "'{\"offload\": true}' moves what layers keep to the host's memory; --max_tokens_per_row bounds it",
+    "activation_offloading": "on a GPU, what checkpoints keep can lie in the host's memory; give "
+    "--activation_checkpointing true --activation_checkpointing_kwargs '{\"offload\": true}'",
     "ignore_bias_buffers": "--ddp_broadcast_buffers false keeps all buffers of the model out of what DDP synchronises; "
     "give that instead",
     "padding_free": "rows never have padding between sequences, so it is always on; leave it out",
