@@ -441,7 +441,7 @@ RESULTS = sorted((Path(__file__).parents[2] / "notebooks" / "results").glob("ben
 
 @pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.stem)
 def test_predicted_speedups_against_the_committed_measurements(file: Path) -> None:
-    """Every profile: within 12 % of what was measured over packed, and 20 % over padded training."""
+    """Every profile: within 12 % of what was measured over packed and 20 % over padded, 13 % and 30 % with scans."""
     result = json.loads(file.read_text())
     assert result["profiles"].keys() == load_profiles().keys()
     settings = BenchSettings(**{name: value for name, value in result["settings"].items() if name != "baselines"})
@@ -454,13 +454,10 @@ def test_predicted_speedups_against_the_committed_measurements(file: Path) -> No
         rows = [row for b in batches for row in pack_pairs(b, True, **settings.rows)]
         shared = step_seconds([row_load(row, shape, machine) for row in rows], shape, machine).total
         padded = step_seconds([padded_load(batch) for batch in batches], shape, machine).total
-        # what a call of a scan costs is not predicted; the longest padded batches of hybrid models fill a machine
-        margins = {"packed": 0.13 if shape.scan_products else 0.12, "padded": 0.2}
-        margins = {baseline: margin for baseline, margin in margins.items() if baseline in figures["speedups"]}
-        assert "packed" in margins, name
-        if "padded" in margins:
-            speed = figures["speedups"]["padded"]["total"]
-            assert speed["predicted"] == pytest.approx(padded / shared, rel=1e-3), name
+        speed = figures["speedups"]["padded"]["total"]
+        assert speed["predicted"] == pytest.approx(padded / shared, rel=1e-3), name
+        # what a call of a scan costs is not predicted, nor what scans of long padded batches cost in memory moved
+        margins = {"packed": 0.13, "padded": 0.3} if shape.scan_products else {"packed": 0.12, "padded": 0.2}
         for baseline, margin in margins.items():
             speed = figures["speedups"][baseline]["total"]
             assert speed["predicted"] == pytest.approx(speed["median"], rel=margin), f"{name} over {baseline}"
