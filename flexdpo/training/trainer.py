@@ -98,7 +98,7 @@ class DPOTrainer(ResumableTrainer):
             raise FlexdpoError("compute_metrics needs full logits, which are never computed; read the logged metrics")
         if ref_model is not None and ref_model is model:
             raise FlexdpoError("model and ref_model are the same object; leave ref_model out to get a frozen copy")
-        args = args or DPOConfig(f"{model_loading.model_name(model)}-DPO")
+        args = DPOConfig(f"{model_loading.model_name(model)}-DPO") if args is None else args
         if not isinstance(args, DPOConfig):
             raise FlexdpoError(
                 f"args must be a flexdpo.DPOConfig, got {type(args).__module__}.{type(args).__name__}; make one with "
