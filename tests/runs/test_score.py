@@ -105,10 +105,13 @@ def test_an_interrupted_run_ends_with_the_same_file(
     assert len(done) > 2
 
 
-# the command, writing after every row instead of twice a minute, and slow enough to be killed between two
+# the command, writing after every row instead of twice a minute, and slow enough to be killed between two; on one
+# thread as the tests are, since sums on several round otherwise
 SLOWLY = """
 import sys, time
 from functools import partial
+import torch
+torch.set_num_threads(1)
 from flexdpo import DPOTrainer, cli
 from flexdpo.training import precompute
 precompute.PrecomputeSettings = partial(precompute.PrecomputeSettings, save_every_s=0)

@@ -354,7 +354,7 @@ MATRIX = [
     if kind == "gpt2" or layout != ACCUMULATED[1]
 ]
 # rows, pairs per micro-batch, accumulation, LoRA
-AGAINST_TRL = [(1, 3, 1, False), (2, 3, 1, False), (3, 3, 1, False), (2, 2, 2, False), (2, 3, 1, True)]
+AGAINST_TRL = [(1, 3, 1, False), (2, 3, 1, False), (3, 3, 1, False), (4, 3, 2, False), (2, 3, 1, True)]
 
 
 @pytest.mark.parametrize("case", QUICK, ids=str)
