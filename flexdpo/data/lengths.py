@@ -52,6 +52,8 @@ def copies_of_prompts(
         responses: Responses of each example, ``[N]`` int64.
         limits: Increasing lengths of whole sequences; none of them shares tokens with one on the other side.
     """
+    if not len(limits):
+        return (responses > 0).astype(np.int64)
     copies = np.zeros(len(prompts), dtype=np.int64)
     examples = np.repeat(np.arange(len(prompts)), responses)
     sides = np.searchsorted(np.asarray(limits, dtype=np.int64), prompts[examples] + response_tokens)
@@ -98,22 +100,24 @@ def _label_counts(dataset: Dataset) -> NDArray[np.int64]:
 
 def _longest_responses(dataset: Dataset) -> NDArray[np.int64]:
     """Tokens of the longest response of each example."""
-    found = []
-    for table in dataset.with_format("arrow").iter(batch_size=8192):
-        responses = table.column("response_ids").combine_chunks()
-        starts = np.concatenate([[0], _lengths(responses).cumsum()[:-1]])
-        found.append(np.maximum.reduceat(_lengths(responses.flatten()), starts))
-    return np.concatenate(found)
+    return np.concatenate([_longest_of(table) for table in dataset.with_format("arrow").iter(batch_size=8192)])
+
+
+def _longest_of(table: Any) -> NDArray[np.int64]:
+    responses = table.column("response_ids").combine_chunks()
+    starts = np.concatenate([[0], _lengths(responses).cumsum()[:-1]])
+    longest: NDArray[np.int64] = np.maximum.reduceat(_lengths(responses.flatten()), starts)
+    return longest
 
 
 def longest_sequence(dataset: Dataset, *, unrelated_responses: bool = False) -> int:
     """Tokens of the longest prompt with a response: its own, or one of other examples as the kto loss may put there."""
-    if not len(dataset):
-        return 0
-    tables = dataset.with_format("arrow").iter(batch_size=8192)
-    prompts = np.concatenate([_lengths(table.column("prompt_ids")) for table in tables])
-    responses = _longest_responses(dataset)
-    return int(prompts.max() + responses.max() if unrelated_responses else (prompts + responses).max())
+    prompt = response = both = 0
+    for table in dataset.with_format("arrow").iter(batch_size=8192):
+        prompts, responses = _lengths(table.column("prompt_ids")), _longest_of(table)
+        prompt, response = max(prompt, prompts.max()), max(response, responses.max())
+        both = max(both, (prompts + responses).max())
+    return int(prompt + response if unrelated_responses else both)
 
 
 def predicted_costs(dataset: Dataset, hidden_size: int, limits: Sequence[int] = ()) -> NDArray[np.float64]:
