@@ -7,20 +7,16 @@ images see themselves both ways, how far those of its queries reach.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from einops import rearrange
+from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from flexdpo.attention.mask_mods import CAUSAL, MaskKind, mask_mod_for
 from flexdpo.errors import UnsupportedModelError
-from flexdpo.layout.row import TILE
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from flexdpo.layout.row import RowLayout
+from flexdpo.layout.row import TILE, RowLayout
 
 
 class RowBlockMask(BlockMask):

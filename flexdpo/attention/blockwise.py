@@ -8,29 +8,25 @@ Shapes: ``B`` rows, ``Hq`` query heads, ``Hkv`` key heads, ``S`` tokens, ``D`` a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import create_mask
 from torch.utils.checkpoint import checkpoint
 
 from flexdpo.attention.formula import softmax_attention
 from flexdpo.attention.inputs import AttentionInputs
+from flexdpo.attention.mask_mods import MaskMod
 from flexdpo.attention.query_blocks import MAX_QUERIES, QueryBlock, plan_query_blocks
 from flexdpo.attention.remembered import remembered
+from flexdpo.attention.row_mask import RowMask
 from flexdpo.attention.score_mods import modified_scores
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch import Tensor
-
-    from flexdpo.attention.mask_mods import MaskMod
-    from flexdpo.attention.row_mask import RowMask
 
 # the masks of one row's blocks are kept for all layers while they hold at most this many scores; above it, a long
 # document's masks would grow with the square of its length, so they are built again at every layer

@@ -6,26 +6,21 @@ holds from layer to layer is its own part. For the same reason the attention its
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from einops import rearrange
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from flexdpo.attention.row_mask import row_mask_for
+from flexdpo.attention.inputs import AttentionInputs
+from flexdpo.attention.row_mask import RowMask, row_mask_for
 from flexdpo.errors import FlexdpoError
+from flexdpo.layout.shares import Share
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch import Tensor
-
-    from flexdpo.attention.inputs import AttentionInputs
-    from flexdpo.attention.row_mask import RowMask
-    from flexdpo.layout.shares import Share
-
-    Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
 @torch.compiler.disable

@@ -11,28 +11,22 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import FunctionType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.fx.experimental import _config as shape_config
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
-from flexdpo.attention.inputs import AttentionCall, wants_gradients
-from flexdpo.attention.score_mods import composed_score_mod, softcap_score_mod
+from flexdpo.attention.inputs import AttentionCall, AttentionInputs, wants_gradients
+from flexdpo.attention.row_mask import RowMask
+from flexdpo.attention.score_mods import ScoreMod, composed_score_mod, softcap_score_mod
 from flexdpo.errors import FlexdpoError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from contextlib import AbstractContextManager
-
-    from torch import Tensor
-
-    from flexdpo.attention.inputs import AttentionInputs
-    from flexdpo.attention.row_mask import RowMask
-    from flexdpo.attention.score_mods import ScoreMod
 
 
 class KernelKey(NamedTuple):

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
 from einops import rearrange, repeat
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch import Tensor
-
-    from flexdpo.attention.inputs import AttentionInputs
+from flexdpo.attention.inputs import AttentionInputs
 
 
 def softmax_attention(

@@ -9,24 +9,19 @@ Shapes: ``B`` rows, ``Hq`` query heads, ``Hkv`` key heads, ``S`` tokens, ``D`` a
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 from flexdpo.attention.block_masks import build_block_mask
 from flexdpo.attention.kernels import packed_attention
-from flexdpo.attention.mask_mods import CAUSAL, MaskKind, mask_mod_for
-from flexdpo.attention.row_mask import row_mask_for
+from flexdpo.attention.mask_mods import CAUSAL, MaskKind, MaskMod, mask_mod_for
+from flexdpo.attention.row_mask import Impl, row_mask_for
+from flexdpo.attention.score_mods import ScoreMod
 from flexdpo.errors import FlexdpoError, first_line, found
 from flexdpo.layout.row import TILE, Row, RowLayout
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from torch.nn.attention.flex_attention import BlockMask
-
-    from flexdpo.attention.mask_mods import MaskMod
-    from flexdpo.attention.row_mask import Impl
-    from flexdpo.attention.score_mods import ScoreMod
 
 __all__ = ["attend", "block_mask", "mask_mod"]
 

@@ -8,11 +8,12 @@ Shapes: ``B`` rows, ``Hq`` query heads, ``Hkv`` key heads, ``S`` tokens, ``D`` a
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.attention.flex_attention import create_mask
 
 from flexdpo.attention.blockwise import blockwise_attention
@@ -21,17 +22,11 @@ from flexdpo.attention.flex import run_flex
 from flexdpo.attention.formula import softmax_attention
 from flexdpo.attention.inputs import AttentionCall, AttentionInputs
 from flexdpo.attention.remembered import remembered
+from flexdpo.attention.row_mask import RowMask
 from flexdpo.attention.score_mods import modified_scores
 from flexdpo.attention.selftest import is_compared, require_correct_kernel
 from flexdpo.attention.varlen import require_varlen, varlen_attention
 from flexdpo.errors import FlexdpoError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch import Tensor
-
-    from flexdpo.attention.row_mask import RowMask
 
 __all__ = ["packed_attention", "softmax_attention"]
 

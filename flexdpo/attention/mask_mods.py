@@ -11,13 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from flexdpo.layout.row import RowLayout
+from flexdpo.layout.row import RowLayout
 
 # arguments are 0-d tensors in a kernel and may be integers or index tensors that broadcast elsewhere
 MaskMod = Callable[[Any, Any, Any, Any], Tensor]

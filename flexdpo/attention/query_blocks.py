@@ -8,17 +8,15 @@ are left out: other documents, and the dead siblings that stand between a prompt
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
+from flexdpo.attention.mask_mods import MaskKind
+from flexdpo.layout.row import RowLayout
 
-    from flexdpo.attention.mask_mods import MaskKind
-    from flexdpo.layout.row import RowLayout
-
-    Ints = NDArray[np.int64]
+Ints = NDArray[np.int64]
 
 # longest block: its scores of one head stay in a core's cache
 MAX_QUERIES = 512

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
+from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from flexdpo.attention.block_masks import build_block_mask
 from flexdpo.attention.flash import flash_block_size
+from flexdpo.attention.mask_mods import MaskKind
+from flexdpo.attention.score_mods import ScoreMod
 from flexdpo.attention.settings import KernelSettings, kernel_settings
 from flexdpo.errors import FlexdpoError, nearest
-from flexdpo.layout.row import TILE
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from flexdpo.attention.mask_mods import MaskKind
-    from flexdpo.attention.score_mods import ScoreMod
-    from flexdpo.layout.row import RowLayout
+from flexdpo.layout.row import TILE, RowLayout
 
 Kernel = Literal["flex", "varlen", "sdpa"]
 Impl = Literal["auto", "flex", "varlen", "sdpa"]

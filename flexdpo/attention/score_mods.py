@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from flexdpo.layout.row import Row, RowLayout
+from flexdpo.layout.row import Row, RowLayout
 
 ScoreMod = Callable[[Tensor, Any, Any, Any, Any], Tensor]
 

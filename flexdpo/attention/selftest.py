@@ -13,23 +13,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
+from torch import Tensor
 
 from flexdpo.attention.blockwise import bias_between, block_score_mod
 from flexdpo.attention.flash import FlashCall, require_flash
 from flexdpo.attention.flex import KernelKey, kernel_key_of, run_flex
 from flexdpo.attention.formula import softmax_attention
 from flexdpo.attention.inputs import AttentionCall, AttentionInputs, Shape, wants_gradients
+from flexdpo.attention.row_mask import RowMask
 from flexdpo.errors import FlexdpoError
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from flexdpo.attention.row_mask import RowMask
-    from flexdpo.layout.row import RowLayout
+from flexdpo.layout.row import RowLayout
 
 AttentionKernel = Callable[[AttentionInputs, "RowMask"], "Tensor"]
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from flexdpo.errors import FlexdpoError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch import Tensor
 
 # what FlashAttention's kernels are made for
 _HEAD_SIZES, _HEAD_MULTIPLE = 256, 8

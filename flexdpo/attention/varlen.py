@@ -12,28 +12,24 @@ Shapes: ``B`` rows, ``Hq`` query heads, ``Hkv`` key heads, ``S`` tokens, ``D`` h
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from einops import rearrange
+from numpy.typing import NDArray
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from flexdpo.attention.inputs import AttentionInputs
+from flexdpo.attention.row_mask import RowMask
 from flexdpo.attention.torch_varlen import WAY_OUT, require_flash, torch_varlen
 from flexdpo.errors import FlexdpoError, UnsupportedModelError
+from flexdpo.layout.row import RowLayout
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from numpy.typing import NDArray
-    from torch import Tensor
-
-    from flexdpo.attention.inputs import AttentionInputs
-    from flexdpo.attention.row_mask import RowMask
-    from flexdpo.layout.row import RowLayout
-
-    Ints = NDArray[np.int64]
+Ints = NDArray[np.int64]
 
 
 class VarlenPlan(NamedTuple):

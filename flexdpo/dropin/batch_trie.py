@@ -11,14 +11,12 @@ Shapes: ``N`` rows, ``T`` places per row, ``S`` distinct tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from flexdpo.errors import FlexdpoError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 # tokens compared with each other at once: bounds the memory of comparing every row with every other
 _COMPARED = 1 << 25

@@ -7,21 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from einops import rearrange
+from torch import Tensor
 
+from flexdpo.dropin.batch_trie import BatchTrie
+from flexdpo.dropin.images import BatchImages
 from flexdpo.errors import UnsupportedModelError
 from flexdpo.hf.images import encoded_features
 from flexdpo.layout.row import RowLayout
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from flexdpo.dropin.batch_trie import BatchTrie
-    from flexdpo.dropin.images import BatchImages
-
 
 # what models return of the images that they encoded
 _OF_IMAGES = {"image_outputs", "image_hidden_states"}

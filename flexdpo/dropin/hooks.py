@@ -11,12 +11,15 @@ import warnings
 import weakref
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from flexdpo.attention.row_mask import Impl, resolve_impl
 from flexdpo.attention.settings import KernelSettings, exchange_kernel_settings, kernel_settings
+from flexdpo.dropin.gather import SharedBatch
 from flexdpo.dropin.images import (
     BatchImages,
     ImageKnowledge,
@@ -31,12 +34,6 @@ from flexdpo.hf.forward_layout import packed_forward
 from flexdpo.hf.images import image_part
 from flexdpo.hf.randomness import DrawsWatch
 from flexdpo.layout.row import TILE, RowLayout
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-    from torch.utils.hooks import RemovableHandle
-
-    from flexdpo.dropin.gather import SharedBatch
 
 
 @dataclass

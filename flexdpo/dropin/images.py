@@ -12,20 +12,17 @@ import dis
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
+from flexdpo.dropin.batch_trie import BatchTrie
 from flexdpo.hf.draws import can_run, left_as_it_is
 from flexdpo.hf.images import TOKEN_TYPES, encoder_draws, rope_index, tokens_of_images
 from flexdpo.layout.images import ImageKeys, RowImages, joined_inputs
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-    from torch import Tensor
-
-    from flexdpo.dropin.batch_trie import BatchTrie
 
 # what models are given of images: pixels, in patches or whole, and what has one entry for each image or its pixels
 _PIXELS, _GRID, _PER_ROW = "pixel_values", "image_grid_thw", "batch_num_images"

@@ -7,6 +7,7 @@ Which of the two a layer runs is told by the mask it is given, so that a checkpo
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -19,8 +20,6 @@ from flexdpo.hf.forward_layout import ATTN_IMPLEMENTATION, packed_forward
 from flexdpo.hf.interface import flexdpo_attention, flexdpo_mask
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import nn
 
 

@@ -5,18 +5,15 @@ Shapes: ``N`` rows of a padded batch, ``T`` places per row.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from flexdpo.dropin.batch_trie import row_spans, sequence_places, sort_batch, trie_of
 from flexdpo.dropin.gather import SharedBatch
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from flexdpo.dropin.images import BatchImages
-    from flexdpo.dropin.rules import Positions
+from flexdpo.dropin.images import BatchImages
+from flexdpo.dropin.rules import Positions
 
 # every sequence is compared with every other; more are mostly padding, each token of which is a sequence
 _MOST_SEQUENCES = 1024

@@ -7,6 +7,7 @@ runs; a call that has a reason runs as if flexdpo were not there.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,6 @@ from flexdpo.hf.rules import attends
 from flexdpo.hf.versions import CHUNKS_BEGIN_ANEW
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from transformers import PreTrainedModel
 
 # why a call passes through, with what to do about it where something can be done

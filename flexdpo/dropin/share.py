@@ -7,12 +7,14 @@ returns back at the padded places. Everything above the backbone (heads, losses,
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
 from transformers import PreTrainedModel
 
+from flexdpo.attention.row_mask import Impl
 from flexdpo.dropin.hooks import Sharing, SharingStats, install_sharing_hooks, remove_sharing_hooks, sharing_of
 from flexdpo.dropin.native_attention import implementation_over
 from flexdpo.dropin.rules import Positions
@@ -22,11 +24,6 @@ from flexdpo.hf.images import image_part, install_image_hooks, looks_at_images, 
 from flexdpo.hf.limits import find_limits
 from flexdpo.hf.prepare import prepare_model
 from flexdpo.hf.unwrap import backbone_of, unwrap_model, unwrapped
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from flexdpo.attention.row_mask import Impl
 
 
 class PrefixSharing:

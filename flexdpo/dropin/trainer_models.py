@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 import re
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel, Trainer
@@ -14,9 +14,6 @@ from transformers import PreTrainedModel, Trainer
 from flexdpo.dropin.share import input_module_of
 from flexdpo.errors import FlexdpoError
 from flexdpo.hf.unwrap import unwrap_model
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 # averages over all places of a batch, those of padding among them; where these are left out, an index or a product with
 # a mask stands in between

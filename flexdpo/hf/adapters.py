@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from flexdpo.errors import UnsupportedModelError, first_line
 from flexdpo.hf.draws import can_run, left_as_it_is
 from flexdpo.hf.unwrap import unwrap_model
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from torch import nn
 
 # by which share of the largest logit rounding alone may move the others, where experts get other numbers of tokens
 _ROUNDING, _ROUNDING_HALF = 1e-3, 1e-2

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import nn
 
 from flexdpo.attention.flex import sizes_told_apart
+from flexdpo.attention.inputs import AttentionCall
 from flexdpo.attention.kernels import attention_call_of
-from flexdpo.attention.row_mask import row_mask_of
+from flexdpo.attention.row_mask import RowMask, row_mask_of
 from flexdpo.attention.selftest import is_compared, require_correct_call
 from flexdpo.errors import FlexdpoError
 from flexdpo.hf.unwrap import backbone_of, unwrap_model
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch import nn
-
-    from flexdpo.attention.inputs import AttentionCall
-    from flexdpo.attention.row_mask import RowMask
-
 
 # a length counts up to four times: with gradients, and without them, of the policy and of its reference. Past torch's
 # limit of 8 a layer would run uncompiled, with no more than a warning

@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from flexdpo.attention.row_mask import Impl
 from flexdpo.errors import FlexdpoError, UnsupportedModelError
 from flexdpo.hf.draws import RandomState, in_thread
 from flexdpo.hf.randomness import refuse_draws
@@ -26,14 +30,6 @@ from flexdpo.hf.row_dependence import (
     require_own_lengths,
 )
 from flexdpo.layout.row import RowLayout
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from contextlib import AbstractContextManager
-
-    from torch import Tensor, nn
-
-    from flexdpo.attention.row_mask import Impl
 
 ATTN_IMPLEMENTATION = "flexdpo"
 # set once a packed row ran uncompiled, without and with gradients

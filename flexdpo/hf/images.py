@@ -21,23 +21,20 @@ Shapes: ``B`` rows of ``S`` tokens, ``F`` features of all distinct images, ``P``
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from flexdpo.errors import UnsupportedModelError
 from flexdpo.hf.draws import RandomState, can_run, left_as_it_is
 from flexdpo.hf.forward_layout import packed_forward, without_layout
 from flexdpo.hf.randomness import WAY_OUT, called_random, mark_of
 from flexdpo.hf.versions import TAKES_IMAGES
+from flexdpo.layout.images import RowImages
 from flexdpo.layout.row import RowLayout
 from flexdpo.layout.scan_plan import ScanCost, path_plan
 from flexdpo.layout.segments import Segments
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from flexdpo.layout.images import RowImages
 
 # arguments that say which tokens are images, 1 at these
 TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")

@@ -8,12 +8,14 @@ transformers does, so that ``generate()`` and evaluation just work.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import replace
 from types import CellType, FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from einops import rearrange
+from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
@@ -29,11 +31,6 @@ from flexdpo.hf.randomness import WAY_OUT
 from flexdpo.hf.row_dependence import scaled_by_position
 from flexdpo.hf.versions import as_mask_function, sdpa_mask
 from flexdpo.layout.row import RowLayout
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch import Tensor, nn
 
 # what models hand to every attention function and what changes nothing in it: the mask already knows the window,
 # and positions were applied before

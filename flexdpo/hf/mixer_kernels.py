@@ -13,18 +13,15 @@ import functools
 import inspect
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import CodeType, FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import nn
 
 from flexdpo.mixing.kernels import CONVOLUTION, FUSED, SCANS, STEPS
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from torch import nn
 
 _MARK = "use_kernel_func_from_hub_with_fallback"
 _KNOWN = {CONVOLUTION, *SCANS, *FUSED, *STEPS}

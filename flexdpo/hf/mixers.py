@@ -12,9 +12,10 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from flexdpo.attention.row_mask import row_mask_of
@@ -23,13 +24,9 @@ from flexdpo.hf.forward_layout import ATTN_IMPLEMENTATION, along_paths, layout_o
 from flexdpo.hf.mixer_kernels import MixerClass, mixer_class, mixers_of, runs_whole
 from flexdpo.hf.unfolding import run_unfolded, tensors_in
 from flexdpo.hf.unwrap import backbone_of
+from flexdpo.layout.row import RowLayout
 from flexdpo.mixing.kernels import ARGUMENTS, CONVOLUTION, FUSED, STEPS, scan_along_trie
 from flexdpo.mixing.tree_conv import tree_conv1d
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from flexdpo.layout.row import RowLayout
 
 # the function by which model files make the mask of layers that carry a state
 _MASK = "create_recurrent_attention_mask"

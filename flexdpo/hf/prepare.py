@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from flexdpo.attention.row_mask import Impl, resolve_impl
@@ -17,9 +18,6 @@ from flexdpo.hf.limits import find_limits
 from flexdpo.hf.mixers import install_mixers
 from flexdpo.hf.rules import attends, require_exact
 from flexdpo.hf.unwrap import backbone_of, unwrap_model
-
-if TYPE_CHECKING:
-    from torch import nn
 
 
 def prepare_model(model: nn.Module, *, impl: Impl = "auto") -> nn.Module:

@@ -7,11 +7,12 @@ is set to 0, or the model is refused, and packed forwards are watched.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from flexdpo.errors import UnsupportedModelError
@@ -19,9 +20,6 @@ from flexdpo.hf.draws import RandomState, ask, draws_by_module, harmless, left_a
 from flexdpo.hf.unwrap import backbone_of, unwrap_model
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from torch import Tensor
     from transformers import PreTrainedModel
 
 WAY_OUT = "call flexdpo.disable_dropout(model), which sets every rate to 0 that can be, or train it without flexdpo"

@@ -13,22 +13,18 @@ from __future__ import annotations
 import copy
 import inspect
 from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from einops import rearrange
+from torch import Tensor, nn
 
 from flexdpo.errors import FlexdpoError, UnsupportedModelError
 from flexdpo.hf.draws import ask, left_as_it_is, rounding_of
 from flexdpo.hf.unwrap import backbone_of, unwrap_model
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from torch import Tensor, nn
-
-    from flexdpo.layout.row import RowLayout
+from flexdpo.layout.row import RowLayout
 
 # longer than any context of today
 _LONGEST = 1 << 24

@@ -10,9 +10,10 @@ Shapes: ``B`` rows of ``S`` tokens; ``M`` paths in a padded batch, ``L`` places 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from flexdpo.attention.mask_mods import mask_mod_for
 from flexdpo.attention.row_mask import RowMask, row_mask_of
@@ -20,9 +21,6 @@ from flexdpo.errors import UnsupportedModelError
 from flexdpo.hf.forward_layout import layout_of_mask
 from flexdpo.layout.row import RowLayout
 from flexdpo.mixing.tree_scan import PathBatch, in_row_order, path_batches
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def run_unfolded(

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 from transformers import integrations, masking_utils
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 # from 5.15 on model files name the kernels of their layers that carry a state, by which those run along the trie
 NAMES_KERNELS = hasattr(integrations, "use_kernel_func_from_hub_with_fallback")

@@ -10,20 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from torch.nn.functional import softplus
 
 from flexdpo.errors import UnsupportedModelError
+from flexdpo.layout.row_layout import RowLayout
 from flexdpo.layout.scan_plan import ScanCost
-from flexdpo.mixing.tree_scan import path_scan, plan_of_levels, plan_of_paths, tree_scan
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from flexdpo.layout.row_layout import RowLayout
-    from flexdpo.mixing.tree_scan import TreePlan
+from flexdpo.mixing.tree_scan import TreePlan, path_scan, plan_of_levels, plan_of_paths, tree_scan
 
 Way = Literal["shared", "unfolded"]
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from einops import rearrange
+from torch import Tensor
 
 from flexdpo.layout.row import on_device
+from flexdpo.layout.row_layout import RowLayout
 from flexdpo.layout.segments import Segments
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from flexdpo.layout.row_layout import RowLayout
 
 
 def tree_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, layout: RowLayout) -> Tensor:

@@ -11,21 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from flexdpo.layout.row import on_device
-from flexdpo.layout.scan_plan import ScanCost, path_plan, scan_plan
+from flexdpo.layout.row_layout import RowLayout
+from flexdpo.layout.scan_plan import ScanCost, ScanPlan, path_plan, scan_plan
 from flexdpo.layout.segments import Segments
 from flexdpo.mixing.gather import Moves, moved
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from flexdpo.layout.row_layout import RowLayout
-    from flexdpo.layout.scan_plan import ScanPlan
 
 # of inputs ``[M, L, ...]``, states to begin with (``None``: zeros) and whether final ones are wanted
 Scan = Callable[[dict[str, "Tensor"], "Tensor | None", bool], "tuple[Tensor, Tensor | None]"]
