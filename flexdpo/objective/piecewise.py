@@ -10,6 +10,9 @@ values, its own graph runs backwards, once.
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
+import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -77,9 +80,14 @@ class _Passes:
     open: dict[int, _Pass] = field(default_factory=dict)
     # what attention came to in those that will run again, in the order of its calls
     attended: dict[int, list[Attended]] = field(default_factory=dict)
+    room: int = 0  # tokens that the longest path takes with the piece in hand
+    closed: int = 0  # tokens of the pieces that were dropped since memory was handed back
 
     def forward(self) -> TargetLogps:
-        pieces, with_graph = self.row.pieces, self._with_graph() if torch.is_grad_enabled() else frozenset()
+        pieces = self.row.pieces
+        paths = [{*self._path(number), number} for number in range(len(pieces))]
+        self.room = max(self._tokens(path) for path in paths)
+        with_graph = self._with_graph(paths) if torch.is_grad_enabled() else frozenset()
         self.settings, self.precision = kernel_settings(), _precision(self.row.input_ids.device.type)
         parts: list[ResponseLogps] = []
         for number, piece in enumerate(pieces):
@@ -119,20 +127,20 @@ class _Passes:
                     torch.autograd.backward(roots, gradients)
                 self._close(number)
 
-    def _with_graph(self) -> frozenset[int]:
+    def _with_graph(self, paths: list[set[int]]) -> frozenset[int]:
         """The pieces whose graphs are kept at the first pass: the last ones, with their paths, as far as there is room.
 
         The room is what any path takes with the piece in hand.
         """
-        pieces = self.row.pieces
-        paths = [set(self._path(number)) | {number} for number in range(len(pieces))]
-        room = max(sum(pieces[each].layout.length for each in path) for path in paths)
         kept: set[int] = set()
         for path in reversed(paths):
-            if sum(pieces[each].layout.length for each in kept | path) > room:
+            if self._tokens(kept | path) > self.room:
                 break
             kept |= path
         return frozenset(kept)
+
+    def _tokens(self, numbers: set[int]) -> int:
+        return sum(self.row.pieces[each].layout.length for each in numbers)
 
     def _path(self, number: int) -> list[int]:
         """The pieces before one on its path, the first one first."""
@@ -167,6 +175,17 @@ class _Passes:
                 # mask and BlockMask know each other, so that they would stay until garbage is collected
                 known.biases.clear()
         layout.memo.clear()
+        self.closed += layout.length
+        if self.closed >= self.room // 4 and (trim := _malloc_trim()) and self.row.input_ids.device.type == "cpu":
+            # glibc keeps the holes that pieces leave, up to a third of the peak; to fill them anew costs time, so not
+            # after every piece
+            trim(0)
+            self.closed = 0
+
+
+@functools.cache
+def _malloc_trim() -> Any:
+    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
 def _in_order(parts: list[Tensor], order: Tensor) -> Tensor:

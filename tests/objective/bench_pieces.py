@@ -3,8 +3,8 @@
 A prompt of 8192 tokens with 16 responses of 512, on a tiny model. Each run has a process of its own, whose resident
 peak and CPU time are taken. ``one`` is the prompt with a single response.
 
-Peaks are those of what is alive: malloc is told to hand every tensor's memory back. Left to itself it keeps holes,
-which for this row were 6 to 25 % of the peak in pieces, less where there are fewer pieces. Times are malloc's as it is.
+Peaks are taken twice: of the process as it stands, and of what is alive, where malloc is told to hand every tensor's
+memory back.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ CONFIGS: dict[str, Any] = {
 
 
 # above this size memory is mapped, and so given back, whatever was freed before
-_HANDED_BACK = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
+HANDED_BACK = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
 
 
-def measure(name: str, what: str, environment: dict[str, str] = _HANDED_BACK) -> dict[str, float]:
+def measure(name: str, what: str, environment: dict[str, str] | None = None) -> dict[str, float]:
     """Bytes at the peak of a step beyond what was there before it, and its seconds, in a process of its own."""
     command = [sys.executable, "-m", __spec__.name if __name__ == "__main__" else __name__, name, what]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | environment)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | (environment or {}))
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -105,10 +105,11 @@ if __name__ == "__main__":
         sys.stdout.write(json.dumps(_measured(*sys.argv[1:])) + "\n")
     else:
         for model_name in CONFIGS:
-            runs = {what: measure(model_name, what) for what in ("one", "whole", "pieces")}
-            memory = runs["pieces"]["bytes"] / runs["one"]["bytes"]
-            whole = runs["whole"]["bytes"] / runs["one"]["bytes"]
-            timed = {what: measure(model_name, what, {})["seconds"] for what in ("whole", "pieces")}
-            seconds = timed["pieces"] / timed["whole"]
-            told = f"memory {memory:.2f} of one response's, whole {whole:.2f}; time {seconds:.2f} of whole"
-            sys.stdout.write(f"{model_name}: {told}\n")
+            told = []
+            for peak, environment in (("memory", {}), ("alive", HANDED_BACK)):
+                runs = {what: measure(model_name, what, environment) for what in ("one", "whole", "pieces")}
+                one, whole, pieces = (run["bytes"] for run in runs.values())
+                told.append(f"{peak} {pieces / one:.2f} of one response's, whole {whole / one:.2f}")
+                if not environment:
+                    told.append(f"time {runs['pieces']['seconds'] / runs['whole']['seconds']:.2f} of whole")
+            sys.stdout.write(f"{model_name}: {'; '.join(told)}\n")
