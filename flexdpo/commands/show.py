@@ -11,8 +11,9 @@ from flexdpo.data.pictures import holds_images
 from flexdpo.errors import FlexdpoError, nearest
 from flexdpo.layout.packing import pack
 from flexdpo.runs.settings import DataSettings
-from flexdpo.show.overview import VIEWS, draw_overview, picture_block_size
+from flexdpo.show.overview import VIEWS, overview_figure
 from flexdpo.show.packing import batch_layouts
+from flexdpo.show.plots import save_figure
 from flexdpo.show.text import overview_text
 
 if TYPE_CHECKING:
@@ -75,13 +76,13 @@ def run(argv: list[str]) -> int:
     length, sharing, multiple = settings.max_tokens_per_row, settings.sharing, settings.pad_to_multiple_of
     row = pack(groups, length, sharing=sharing, pad_to_multiple_of=multiple)[0]
     layouts = batch_layouts(groups, length, sharing=sharing)
-    size = settings.block_size or picture_block_size(int(row.subtree_end.shape[-1]))
+    size = settings.block_size or None
     if settings.text:
         width = max(40, shutil.get_terminal_size((120, 40)).columns)
         print(overview_text(row, layouts, width=width, block_size=size))
     if settings.output is not None or not settings.text:
-        path = draw_overview(row, layouts, settings.output or "flexdpo-rows.png", view=settings.view, block_size=size)
-        print(f"written to {path}")
+        figure = overview_figure(row, layouts, view=settings.view, block_size=size)
+        print(f"written to {save_figure(figure, settings.output or 'flexdpo-rows.png')}")
     return 0
 
 
@@ -93,6 +94,8 @@ def _groups(settings: ShowSettings, data: DataSettings, tokens: TokenizerOptions
         raise FlexdpoError("give a dataset or --lengths, not both")
     if settings.lengths is not None:
         return read_lengths(settings.lengths)
+    if settings.groups < 1:
+        raise FlexdpoError(f"--groups must be at least 1, got {settings.groups}")
     if not named:
         return example_groups(settings.groups, settings.seed)
     if tokens.tokenizer is None and tokens.model_name_or_path is None:

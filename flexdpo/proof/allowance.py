@@ -9,13 +9,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
-from typing import TYPE_CHECKING
 
+from flexdpo.hf.row_dependence import LengthLimits
+from flexdpo.layout.row import Row
 from flexdpo.proof.probe import path_of
-
-if TYPE_CHECKING:
-    from flexdpo.hf.row_dependence import LengthLimits
-    from flexdpo.layout.row import Row
 
 # tokens of a padded batch that are worth one call of the model; more only where a packed row has as many
 _SHORT_BATCH = 1024

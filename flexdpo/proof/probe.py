@@ -13,10 +13,11 @@ import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from flexdpo.errors import FlexdpoError, UnsupportedModelError
 from flexdpo.hf.draws import being_asked
@@ -32,9 +33,6 @@ from flexdpo.layout.row import Row, RowLayout
 from flexdpo.mixing.kernels import CONVOLUTION, FUSED, STEPS
 from flexdpo.proof.rounding import CoarsestRounding, rounded_otherwise, token_error
 from flexdpo.proof.tiny_models import tiny_model
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
 
 Verdict = Literal["exact", "wrong", "refused", "inconclusive"]
 

@@ -7,29 +7,26 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from flexdpo.hf.forward_layout import packed_forward
+from flexdpo.hf.row_dependence import LengthLimits
 from flexdpo.hf.unwrap import base_model
+from flexdpo.layout.groups import Group
 from flexdpo.layout.images import joined_inputs
+from flexdpo.layout.pieces import Piece
+from flexdpo.layout.row import Row
+from flexdpo.layout.row_layout import RowLayout
 from flexdpo.objective.linear_logps import logits_logps
 from flexdpo.objective.lm_head import head_logps, head_plan
 from flexdpo.objective.logps import member_values, require_finite, response_logps
 from flexdpo.proof.allowance import batches_of
 from flexdpo.proof.probe import beside_another, path_of
 from flexdpo.proof.rounding import CoarsestRounding, rounded_otherwise, token_error
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from flexdpo.hf.row_dependence import LengthLimits
-    from flexdpo.layout.groups import Group
-    from flexdpo.layout.pieces import Piece
-    from flexdpo.layout.row import Row
-    from flexdpo.layout.row_layout import RowLayout
 
 # adapters whose gradients are compared weight by weight: two copies of so many numbers
 _MOST_ADAPTER_WEIGHTS = 1 << 24

@@ -15,9 +15,10 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from flexdpo.errors import FlexdpoError
@@ -25,19 +26,14 @@ from flexdpo.hf.draws import RandomState, draws_by_module
 from flexdpo.hf.prepare import prepare_model
 from flexdpo.hf.row_dependence import limits_of
 from flexdpo.hf.unwrap import base_model, unwrapped
+from flexdpo.layout.groups import Group
 from flexdpo.layout.packing import pack
+from flexdpo.layout.row import Row
 from flexdpo.objective.logps import response_logps
-from flexdpo.proof.allowance import UNLIMITED, Plan, batches_of, planned
+from flexdpo.proof.allowance import UNLIMITED, Allowance, Plan, batches_of, planned
 from flexdpo.proof.probe import NOISE_FACTOR, ROUNDINGS, path_of, stock_attention, summed_by_token
 from flexdpo.proof.proof_runs import PackedRun, Run, Runs, listening
 from flexdpo.proof.rounding import token_error
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from flexdpo.layout.groups import Group
-    from flexdpo.layout.row import Row
-    from flexdpo.proof.allowance import Allowance
 
 # log-probabilities of the responses of a row, [R]
 ReferenceSums = Callable[["Row"], "Tensor"]

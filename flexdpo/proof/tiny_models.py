@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import copy
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
-
-if TYPE_CHECKING:
-    from torch import nn
-    from transformers import PreTrainedModel
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 _LAYERS = 4
 _VOCABULARY = 256

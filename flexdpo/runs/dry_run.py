@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import nn
 
+from flexdpo.config import DPOConfig
 from flexdpo.data.images import tokenizer_of
 from flexdpo.data.pictures import holds_images
 from flexdpo.data.regroup import regroup_by_prompt
@@ -19,18 +21,13 @@ from flexdpo.hf.auto import auto_class, sees
 from flexdpo.hf.names import adapter_base
 from flexdpo.hf.prepare import prepare_model
 from flexdpo.runs.ready import require_ready, require_room_on_disk
+from flexdpo.runs.settings import Job
 from flexdpo.training import model_loading
 from flexdpo.training.adapters import add_adapter, is_peft_model
 from flexdpo.training.distribution import shards_of
 from flexdpo.training.memory import TrainingSetup, gigabytes, predict_memory
 from flexdpo.training.row_budget import auto_row_budget
 from flexdpo.training.run_data import require_fit
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from flexdpo.config import DPOConfig
-    from flexdpo.runs.settings import Job
 
 
 @dataclass(frozen=True)

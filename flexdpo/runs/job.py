@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers.utils import logging
 
+from flexdpo.config import DPOConfig
 from flexdpo.data.stream import StreamedPreferences
 from flexdpo.errors import FlexdpoError, Interrupted, first_line
 from flexdpo.layout.row import TILE
 from flexdpo.runs.ready import require_ready, require_room_on_disk
 from flexdpo.runs.run_file import RUN_FILE, write_run_file
+from flexdpo.runs.settings import Job
 from flexdpo.show.draw import draw
 from flexdpo.show.plots import draw_training_curves
 from flexdpo.training.adapters import is_peft_model
@@ -22,12 +25,6 @@ from flexdpo.training.distribution import is_sharded
 from flexdpo.training.metrics import MetricsFile
 from flexdpo.training.output_lock import LOCK_FILE, holding_output
 from flexdpo.training.trainer import DPOTrainer
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from flexdpo.config import DPOConfig
-    from flexdpo.runs.settings import Job
 
 logger = logging.get_logger(__name__)
 

@@ -5,21 +5,17 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 from transformers import Trainer
 from transformers.integrations import get_reporting_integration_callbacks
 
+from flexdpo.config import DPOConfig
 from flexdpo.errors import FlexdpoError, first_line
+from flexdpo.runs.settings import Job
 from flexdpo.training.checkpoints import RECORD_FILE, last_checkpoint
 from flexdpo.training.memory import gigabytes
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from flexdpo.config import DPOConfig
-    from flexdpo.runs.settings import Job
 
 
 def require_ready(job: Job, config: DPOConfig) -> None:

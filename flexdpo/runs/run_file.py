@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Mapping
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
-
-    from flexdpo.training.trainer import DPOTrainer
+from flexdpo.training.trainer import DPOTrainer
 
 RUN_FILE = "flexdpo_run.yaml"
 # where a run goes and whether it is one is not what it learns; a token is nobody else's

@@ -10,18 +10,15 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flexdpo.config import DPOConfig
 from flexdpo.data.tokenize import group_from_row
 from flexdpo.errors import FlexdpoError
-from flexdpo.reference.cache import response_key
+from flexdpo.reference.cache import ReferenceIdentity, response_key
 from flexdpo.reference.scores import write_scores
 from flexdpo.training.batch import REFERENCE_COLUMN
 from flexdpo.training.trainer import DPOTrainer
-
-if TYPE_CHECKING:
-    from flexdpo.reference.cache import ReferenceIdentity
 
 
 @dataclass

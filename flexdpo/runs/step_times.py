@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
-from typing import TYPE_CHECKING
 
 import torch
 from tqdm.auto import trange
@@ -15,9 +14,7 @@ from flexdpo.layout.row import Row
 from flexdpo.layout.trie import Trie
 from flexdpo.training.batch import PackedBatch
 from flexdpo.training.step import run_batch
-
-if TYPE_CHECKING:
-    from flexdpo.training.trainer import DPOTrainer
+from flexdpo.training.trainer import DPOTrainer
 
 
 @dataclass(frozen=True)

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch.nn.attention.flex_attention import create_mask
 
 from flexdpo.attention.generator import mask_mod
+from flexdpo.attention.mask_mods import MaskMod
 from flexdpo.errors import FlexdpoError, found
 from flexdpo.layout.row import Row
 from flexdpo.show.mask_image import TOKENS_DRAWN_SINGLY, draw_mask_panel, row_title
-from flexdpo.show.overview import picture_block_size
 from flexdpo.show.plots import INK, new_figure, save_figure
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from matplotlib.figure import Figure
-
-    from flexdpo.attention.mask_mods import MaskMod
 
 
 def draw(
@@ -33,14 +30,10 @@ def draw(
 ) -> Figure:
     """Draw which token of a row attends to which, query down and key across, and what a kernel makes of the tiles.
 
-    Args:
-        row: A packed row.
-        window: As in :func:`flexdpo.mask_mod`.
-        chunk: As in :func:`flexdpo.mask_mod`.
-        mask_function: As in :func:`flexdpo.mask_mod`; drawn for head 0.
-        title: A line above the picture; by default the numbers of documents and tokens.
-        block_size: Tokens to a side of a tile; by default 128, and smaller for a row of less than eight of them.
-        path: A file to write as well; its ending chooses the format, ``.png`` for instance.
+    ``window``, ``chunk`` and ``mask_function`` are those of :func:`flexdpo.mask_mod`, the last drawn for head 0. Above
+    stands ``title``, by default the numbers of documents and tokens. A tile has ``block_size`` tokens to a side, by
+    default 128, and fewer for a row of less than eight of them. With a ``path`` the picture is written as well, in the
+    format of its ending, ``.png`` for instance.
 
     Returns:
         A matplotlib figure, which a notebook shows, unknown to pyplot.
@@ -62,8 +55,7 @@ def draw(
         visible = create_mask(drawn, 1, 1, length, length, device="cpu")[0, 0].numpy()
     figure = new_figure(7.5, 7.5, dpi=160)
     place = figure.add_gridspec(1, 1, left=0.1, right=0.985, bottom=0.065, top=0.95)[0]
-    size = picture_block_size(length) if block_size is None else block_size
-    draw_mask_panel(figure, place, row, block_size=size, visible=visible)
+    draw_mask_panel(figure, place, row, block_size=block_size, visible=visible)
     figure.text(0.1, 0.966, row_title(row) if title is None else title, fontsize=11, color=INK)
     if path is not None:
         save_figure(figure, path)

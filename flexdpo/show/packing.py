@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from flexdpo.layout.groups import Group
 from flexdpo.layout.packing import best_fit_decreasing, pack
+from flexdpo.layout.row import Row
 from flexdpo.show.mask_image import FIRST_RESPONSE, IMAGE, PADDING, PROMPT, TokenKinds, token_colours, token_kinds
 from flexdpo.show.plots import INK, style_axes
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from flexdpo.layout.groups import Group
-    from flexdpo.layout.row import Row
-
-PACKING_TITLE = "A batch, laid out three ways (area is work)"
-_LANE_HEIGHT = 0.16
-_GAP = 1.9
+_LANE_HEIGHT, _GAP = 0.16, 1.9
 
 
 class BatchLayout(NamedTuple):
@@ -47,22 +42,16 @@ class BatchLayout(NamedTuple):
 
 def batch_layouts(
     groups: Sequence[Group], max_tokens_per_row: int | None = None, *, sharing: str = "group"
-) -> tuple[BatchLayout, BatchLayout, BatchLayout]:
-    """Lay a batch out padded, packed without sharing, and as training does.
+) -> list[BatchLayout]:
+    """Lay a batch out padded, packed without sharing, and as training does: as :func:`flexdpo.pack` with ``sharing``.
 
-    Args:
-        groups: The batch.
-        max_tokens_per_row: Longest row; by default a quarter of the batch's tokens, at least its longest group.
-        sharing: See :func:`flexdpo.pack`.
-
-    Raises:
-        FlexdpoError: if a group is longer than the rows.
+    By default a row holds a quarter of the batch's tokens, at least its longest group.
     """
-    budget = max_tokens_per_row
-    if budget is None:
-        unshared = [group.unshared_tokens for group in groups]
-        budget = max(-(-sum(unshared) // 4), *unshared)
-    most = max(len(group.response_ids) for group in groups)
+    unshared = [group.unshared_tokens for group in groups]
+    budget = max(-(-sum(unshared) // 4), *unshared) if max_tokens_per_row is None else max_tokens_per_row
+    shared = [_numbered_as_in_batch(row) for row in pack(groups, budget, sharing=sharing)]
+    # one for all, so that the colours agree
+    most = max(*(lane.num_responses for lane in shared), *(len(group.response_ids) for group in groups))
     sequences = []
     for number, group in enumerate(groups):
         for k, ids in enumerate(group.response_ids):
@@ -72,25 +61,25 @@ def batch_layouts(
             sequences.append(TokenKinds(kinds, np.full(kinds.size, number), most))
     lengths = [lane.kinds.size for lane in sequences]
     longest = max(lengths)
-    padding = [TokenKinds(np.full(longest - n, PADDING), np.full(longest - n, -1), most) for n in lengths]
     # the unshared responses of a group may be too long together, so each finds its own place
     bins = best_fit_decreasing(lengths, max(budget, longest))
-    shared = pack(groups, budget, sharing=sharing)
-    return (
-        BatchLayout("padded", tuple(map(_joined, zip(sequences, padding, strict=True)))),
+    return [
+        BatchLayout("padded", tuple(_joined([lane], longest) for lane in sequences)),
         BatchLayout("packed", tuple(_joined([sequences[i] for i in members]) for members in bins)),
-        BatchLayout("packed and shared", tuple(_kinds_in_batch(row, most) for row in shared)),
-    )
+        BatchLayout("packed and shared", tuple(lane._replace(num_responses=most) for lane in shared)),
+    ]
 
 
-def _joined(lanes: Sequence[TokenKinds]) -> TokenKinds:
+def _joined(lanes: Sequence[TokenKinds], length: int = 0) -> TokenKinds:
+    """Lanes one behind the other, and padding up to ``length`` tokens."""
     kinds, documents, most = zip(*lanes, strict=True)
-    return TokenKinds(np.concatenate(kinds), np.concatenate(documents), max(most))
+    padding = np.full((2, max(0, length - sum(map(len, kinds)))), [[PADDING], [-1]])
+    return TokenKinds(np.concatenate([*kinds, padding[0]]), np.concatenate([*documents, padding[1]]), most[0])
 
 
-def _kinds_in_batch(row: Row, most: int) -> TokenKinds:
+def _numbered_as_in_batch(row: Row) -> TokenKinds:
     """The kinds of a row with its documents by the batch's numbers, so that tints agree between the layouts."""
-    found = token_kinds(row)._replace(num_responses=most)
+    found = token_kinds(row)
     if len(row.groups) != len(row.documents):
         return found  # groups that share a trie are one document
     # padding, -1, stays what it is
@@ -108,24 +97,20 @@ def draw_packing_panel(figure: Any, place: Any, layouts: Sequence[BatchLayout]) 
     y = 0.0
     for layout in layouts:
         axes.text(0, y + 0.9, layout.title(), fontsize=8.5, color=INK, ha="left", va="center_baseline")
-        y += _GAP - 0.35
-        for lane in layout.lanes:
-            _draw_lane(axes, lane, y)
-            y += 1.0
-        y += 0.35
-    axes.set_xlim(0, max(lane.kinds.size for layout in layouts for lane in layout.lanes))
-    axes.set_ylim(y, 0)
+        for number, lane in enumerate(layout.lanes):
+            _draw_lane(axes, lane, y + _GAP - 0.35 + number)
+        y += _GAP + len(layout.lanes)
+    axes.set(xlim=(0, max(lane.kinds.size for layout in layouts for lane in layout.lanes)), ylim=(y, 0))
     style_axes(axes, "tokens", lanes=True)
 
 
 def _draw_lane(axes: Any, lane: TokenKinds, y: float) -> None:
     """Draw the tokens of a lane as bars, one for each stretch of one kind in one document."""
     kinds, documents, _ = lane
-    colours = token_colours(lane)
     breaks = np.flatnonzero((np.diff(kinds) != 0) | (np.diff(documents) != 0)) + 1
-    starts, stops = [0, *breaks.tolist()], [*breaks.tolist(), kinds.size]
-    faces = [colours[start] if kinds[start] != PADDING else (0.92, 0.93, 0.95) for start in starts]
-    spans = [(start, stop - start) for start, stop in zip(starts, stops, strict=True)]
+    starts = np.array([0, *breaks])
+    faces = np.where(kinds[starts, None] == PADDING, (0.92, 0.93, 0.95), token_colours(lane)[starts])
+    spans = np.stack([starts, np.diff(starts, append=kinds.size)], axis=1)
     axes.broken_barh(spans, (y, 0.8), facecolors=faces, linewidth=0)
     borders = breaks[documents[breaks] != documents[breaks - 1]]
     axes.vlines(borders, y, y + 0.8, color="white", linewidth=1.2)

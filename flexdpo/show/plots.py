@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from flexdpo.errors import FlexdpoError, nearest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-
     from matplotlib.figure import Figure
-    from numpy.typing import NDArray
 
-    # optimizer steps and the values logged at them, NaN where the run logged NaN: ``[2, N]`` by name
-    Curves = dict[str, NDArray[np.float64]]
+# optimizer steps and the values logged at them, NaN where the run logged NaN: ``[2, N]`` by name
+Curves = dict[str, NDArray[np.float64]]
 
 INK = "#1f2937"
 _TRAIN_COLOUR, _EVAL_COLOUR = "#2b6cb0", "#c2410c"
@@ -25,11 +25,7 @@ _QUANTITIES = {"loss": ("loss",), "rewards": (_ACCURACY, _MARGIN)}
 
 
 def new_figure(width: float, height: float, dpi: int) -> Figure:
-    """Make a matplotlib figure of ``width x height`` inches on the Agg canvas, leaving pyplot's state alone.
-
-    Nothing is registered with pyplot, so drawing inside somebody's notebook changes neither their backend nor
-    their open figures.
-    """
+    """A figure of ``width x height`` inches that pyplot knows nothing of: a notebook's backend and figures stay."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -39,11 +35,7 @@ def new_figure(width: float, height: float, dpi: int) -> Figure:
 
 
 def save_figure(figure: Figure, path: str | Path) -> Path:
-    """Write ``figure`` to ``path``; the file's ending chooses the format (``.png``, ``.pdf``, ``.svg``, ...).
-
-    Raises:
-        FlexdpoError: if the folder does not exist or matplotlib cannot write such files.
-    """
+    """Write ``figure`` to ``path``, whose ending chooses the format; ``FlexdpoError`` if that cannot be."""
     path = Path(path)
     if not path.parent.is_dir():
         raise FlexdpoError(f"{path}: the folder {path.parent} does not exist; create it first")
@@ -74,16 +66,9 @@ def ink_on(colour: Any) -> str:
 
 
 def smooth(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
-    """Average each value with its neighbours, ``window`` values in all, itself included.
+    """Average ``[N]`` values with their neighbours, an odd ``window`` of at most ``N`` in all, fewer at both ends.
 
-    The window is centred, so the line does not lag behind the points; at both ends it shrinks to what is there.
-
-    Args:
-        values: ``[N]``; NaN and infinite values are left out of every average.
-        window: Odd number of values, at most ``N``.
-
-    Returns:
-        ``[N]``, NaN only where a whole window has no finite value.
+    What is not finite is left out; NaN stands where a whole window has no finite value.
     """
     finite, neighbours = np.isfinite(values), np.ones(window)
     sums = np.convolve(np.where(finite, values, 0.0), neighbours, mode="same")
@@ -92,18 +77,13 @@ def smooth(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
 
 
 def curves_of(history: Iterable[Mapping[str, Any]]) -> dict[str, Curves]:
-    """Loss, reward accuracy and reward margin of logged lines, each also with the prefix ``eval_``.
-
-    Returns:
-        By phase, in the order of first appearance; the phase is ``""`` where a line names none.
-    """
-    wanted = [f"{prefix}{key}" for keys in _QUANTITIES.values() for key in keys for prefix in ("", "eval_")]
-    points: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    """Loss, reward accuracy and margin of logged lines, and their ``eval_`` twins, by phase, ``""`` where none is."""
+    wanted = {key for keys in _QUANTITIES.values() for key in keys}
+    points: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     for line in history:
-        for key in wanted:
-            if key in line:
-                phase = points.setdefault(line.get("phase", ""), {})
-                phase.setdefault(key, []).append((line["step"], line[key]))
+        for key in line:
+            if key.removeprefix("eval_") in wanted:
+                points[line.get("phase", "")][key].append((line["step"], line[key]))
     return {
         phase: {key: np.array(pairs, dtype=np.float64).T for key, pairs in curves.items()}
         for phase, curves in points.items()
@@ -117,16 +97,9 @@ def draw_training_curves(history: Iterable[Mapping[str, Any]], path: str | Path)
     kinds and each count their own steps); right, where they were logged, the accuracy above the margin.
     Points are the logged values, lines their moving average, diamonds the evaluations.
 
-    Args:
-        history: Logged lines as in a trainer's ``state.log_history``, each with its ``step``; those of a run with
-            several phases name theirs as ``phase``.
-        path: The picture to write; the ending chooses the format, ``.png`` for instance.
-
-    Returns:
-        ``path``, or ``None`` if nothing of this was logged; then there is no picture.
-
-    Raises:
-        FlexdpoError: if the picture cannot be written.
+    ``history`` are logged lines as in a trainer's ``state.log_history``, each with its ``step``; those of a run with
+    several phases name theirs as ``phase``. Returns ``path``, whose ending chooses the format, or ``None`` if nothing
+    of this was logged; then there is no picture.
     """
     phases = curves_of(history)
     panels = [
@@ -140,10 +113,8 @@ def draw_training_curves(history: Iterable[Mapping[str, Any]], path: str | Path)
     figure = new_figure(max(8.0, 3.6 * len(panels)), 3.7, dpi=160)
     grid = figure.add_gridspec(2, len(panels))
     for column, (title, curves, keys) in enumerate(panels):
-        if len(keys) == 1:
-            axes = [figure.add_subplot(grid[:, column])]
-        else:
-            axes = [figure.add_subplot(grid[0, column])]
+        axes = [figure.add_subplot(grid[:, column] if len(keys) == 1 else grid[0, column])]
+        if len(keys) == 2:
             axes.append(figure.add_subplot(grid[1, column], sharex=axes[0]))
             _mark_chance(axes[0])
             axes[1].set_ylabel("margin", fontsize=9)
@@ -160,9 +131,9 @@ def _draw_curves(axes: Any, curves: Curves, key: str) -> None:
     """Draw the logged ``key`` as faint points under their moving average, evaluations as diamonds."""
     if key in curves:
         steps, values = curves[key]
-        window = max(1, values.size // 12) | 1
         axes.plot(steps, values, ".", color=_TRAIN_COLOUR, alpha=0.3, markersize=4, markeredgewidth=0)
-        axes.plot(steps, smooth(values, window), color=_TRAIN_COLOUR, linewidth=1.6, label="training")
+        averages = smooth(values, max(1, values.size // 12) | 1)
+        axes.plot(steps, averages, color=_TRAIN_COLOUR, linewidth=1.6, label="training")
     if f"eval_{key}" in curves:
         axes.plot(*curves[f"eval_{key}"], "D-", color=_EVAL_COLOUR, markersize=4, linewidth=1.0, label="held out")
     axes.grid(color="#e5e7eb", linewidth=0.6)

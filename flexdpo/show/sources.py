@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from flexdpo.data.report import DataReport
 from flexdpo.data.tokenize import group_from_row, tokenize_preferences
 from flexdpo.errors import FlexdpoError, found
 from flexdpo.layout.groups import Group
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
-
-    from flexdpo.data.report import DataReport
 
 # more could not be told apart in a picture, and would take minutes to draw
 MOST_TOKENS = 200_000
@@ -28,13 +25,10 @@ _FORM = (
 
 
 def read_lengths(path: str | Path) -> list[Group]:
-    """Read a JSON file of lengths, and give every token an id of its own.
+    """Read a JSON file of lengths, and give every token an id of its own; ``FlexdpoError`` names what is wrong.
 
     The file holds a list of groups, or ``{"groups": [...]}``. A group is ``{"prompt": 12, "responses": [5, 3]}``, in
     tokens. In place of a response, ``[4, [5, 3]]`` is a run of 4 tokens that goes on in two ways, to any depth.
-
-    Raises:
-        FlexdpoError: if the file is missing, no JSON, or says something else; the message names the place.
     """
     path = Path(path)
     try:
@@ -53,19 +47,22 @@ def read_lengths(path: str | Path) -> list[Group]:
         data = data["groups"]
     if not isinstance(data, list) or not data:
         raise FlexdpoError(f"--lengths {path}: expected {_FORM}; found {found(data)}")
-    ids = count(1)
-    return [_group(value, f"{path}, group {number}", number, ids) for number, value in enumerate(data)]
+    groups, ids = [], count(1)
+    for number, value in enumerate(data):
+        place = f"{path}, group {number}"
+        if not isinstance(value, dict) or not {"prompt", "responses"} == set(value):
+            raise FlexdpoError(f"{place} (counted from 0): expected {_FORM}; found {found(value)}")
+        lengths = value["responses"]
+        if not isinstance(lengths, list) or not lengths:
+            raise FlexdpoError(f"{place}, 'responses': expected a list of lengths, found {found(lengths)}")
+        responses = [one for branch in lengths for one in _branches(branch, f"{place}, 'responses'", ids)]
+        prompt = _run(value["prompt"], f"{place}, 'prompt'", ids)
+        groups.append(_first_is_best(prompt, responses, f"group {number}"))
+    return groups
 
 
-def _group(value: Any, place: str, number: int, ids: Iterator[int]) -> Group:
-    if not isinstance(value, dict) or not {"prompt", "responses"} == set(value):
-        raise FlexdpoError(f"{place} (counted from 0): expected {_FORM}; found {found(value)}")
-    if not isinstance(value["responses"], list) or not value["responses"]:
-        raise FlexdpoError(f"{place}, 'responses': expected a list of lengths, found {found(value['responses'])}")
-    responses = [one for branch in value["responses"] for one in _branches(branch, f"{place}, 'responses'", ids)]
-    prompt = _run(value["prompt"], f"{place}, 'prompt'", ids)
-    edges = [(0, k) for k in range(1, len(responses))]
-    return Group.from_lists(prompt, responses, edges, name=f"group {number}")
+def _first_is_best(prompt: Sequence[int], responses: Sequence[Sequence[int]], name: str) -> Group:
+    return Group.from_lists(prompt, responses, [(0, k) for k in range(1, len(responses))], name)
 
 
 def _branches(value: Any, place: str, ids: Iterator[int]) -> list[list[int]]:
@@ -87,15 +84,9 @@ def _run(value: Any, place: str, ids: Iterator[int]) -> list[int]:
 def groups_of_dataset(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None, first: int = 0, groups: int = 4
 ) -> tuple[list[Group], DataReport]:
-    """Tokenise a few rows of a dataset, from row ``first`` on, as training would, and report on them.
-
-    Raises:
-        FlexdpoError: if there is no such row, or none of them can be used.
-    """
+    """Tokenise a few rows of a dataset, from row ``first`` on, as training would, and report on them."""
     if not 0 <= first < len(dataset):
         raise FlexdpoError(f"--first {first}: the dataset has the rows 0 to {len(dataset) - 1}")
-    if groups < 1:
-        raise FlexdpoError(f"--groups must be at least 1, got {groups}")
     some = dataset.select(range(first, min(first + groups, len(dataset))))
     data = tokenize_preferences(some, tokenizer, max_length=max_length, name="data")
     return [group_from_row(row) for row in data.dataset], data.report
@@ -104,21 +95,15 @@ def groups_of_dataset(
 def example_groups(groups: int = 4, seed: int = 0) -> list[Group]:
     """Groups of the built-in example: code that leads up to a function, its own body, and a stranger's.
 
-    The first group has a third body, which begins like the function's own and goes on like the stranger's: a trie of
-    depth two.
+    The first has a third body, which begins like the one and goes on like the other: a trie of depth two.
     """
     from flexdpo.example.stdlib import read_standard_library
     from flexdpo.example.task import build_task
 
-    if groups < 1:
-        raise FlexdpoError(f"--groups must be at least 1, got {groups}")
-    pairs = build_task(read_standard_library(progress=True), seed).train[:groups]
-    found = []
-    for number, pair in enumerate(pairs):
-        responses = [pair.chosen_ids, pair.rejected_ids]
-        if number == 0:
-            half = len(pair.chosen_ids) // 2
-            responses.insert(1, pair.chosen_ids[:half] + pair.rejected_ids[half:])
-        edges = [(0, k) for k in range(1, len(responses))]
-        found.append(Group.from_lists(pair.prompt_ids, responses, edges, name=pair.name))
-    return found
+    first, *others = build_task(read_standard_library(progress=True), seed).train[:groups]
+    half = len(first.chosen_ids) // 2
+    mixed = first.chosen_ids[:half] + first.rejected_ids[half:]
+    return [
+        _first_is_best(first.prompt_ids, [first.chosen_ids, mixed, first.rejected_ids], first.name),
+        *(_first_is_best(each.prompt_ids, [each.chosen_ids, each.rejected_ids], each.name) for each in others),
+    ]

@@ -2,94 +2,78 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from flexdpo.layout.row import Row
 from flexdpo.show.mask_image import (
-    EMPTY,
     FIRST_RESPONSE,
-    FULL,
-    HIDDEN,
-    IMAGE,
-    PADDING,
-    PARTIAL,
-    PROMPT,
-    SHARED,
     kind_name,
     mask_categories,
+    picture_block_size,
     row_title,
     tile_kinds,
 )
+from flexdpo.show.packing import BatchLayout
 from flexdpo.show.trie import trie_runs
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
-    from flexdpo.layout.row import Row
-    from flexdpo.show.packing import BatchLayout
-
-_MARKS = {HIDDEN: " ", PADDING: "·", PROMPT: "█", IMAGE: "▓", SHARED: "▚"}
+# by the numbers of kinds of tokens and of tiles
+_MARKS, _TILES = " ·█▓▚", "·▒█"
 _LEGEND = "█ prompt  ▓ image  0 1 ... response  ▚ shared by responses  · padding"
-_TILES = {EMPTY: "·", PARTIAL: "▒", FULL: "█"}
 
 
-def overview_text(row: Row, layouts: Sequence[BatchLayout], *, width: int = 120, block_size: int = 128) -> str:
+def overview_text(row: Row, layouts: Sequence[BatchLayout], *, width: int = 120, block_size: int | None = None) -> str:
     """Render a row and its batch's layouts, at most ``width`` characters wide.
 
     A longer row's mask is shown by its tiles of ``block_size`` tokens to a side, and nothing where these are too many.
     """
-    parts = [row_title(row), trie_text(row)]
-    length = int(row.subtree_end.shape[-1])
+    parts, length = [row_title(row), _trie_text(row)], row.layout.length
+    block_size = block_size or picture_block_size(length)
     if length <= width:
         parts.append(mask_text(row))
     elif -(-length // block_size) <= width:
-        parts.append(tiles_text(row, block_size))
-    return "\n\n".join([*parts, packing_text(layouts, width)])
+        tiles = tile_kinds(row, block_size)
+        empty, partial, full = np.bincount(tiles.flat, minlength=3)
+        legend = f"tiles of {block_size} x {block_size}: █ {full} full  ▒ {partial} partial  · {empty} empty"
+        parts.append("\n".join([*("".join(_TILES[kind] for kind in line) for line in tiles), "", legend]))
+    return "\n\n".join([*parts, _packing_text(layouts, width)])
 
 
-def trie_text(row: Row) -> str:
+def _trie_text(row: Row) -> str:
     """The tries of a row as trees, one line for each run: what it is, its tokens and where they stand."""
     runs = trie_runs(row)
-    children: dict[int, list[int]] = {}
+    children = defaultdict(list)
     for number, run in enumerate(runs):
-        children.setdefault(run.parent, []).append(number)
+        children[run.parent].append(number)
     lines: list[str] = []
 
     # documents are shallow: a trie of K responses is at most K deep
     def write(number: int, branch: str, below: str) -> None:
-        run, inner = runs[number], children.get(number, [])
+        run = runs[number]
         count = f"{len(run)} token{'s' * (len(run) != 1)}"
         where = f"row {run.start} to {run.stop - 1}" if len(run) > 1 else f"row {run.start}"
         lines.append(f"{branch}{kind_name(run.kind)}, {count} ({where}, from position {run.position})")
-        for child in inner:
-            last = child == inner[-1]
+        for child in children[number]:
+            last = child == children[number][-1]
             write(child, below + ("└─ " if last else "├─ "), below + ("   " if last else "│  "))
 
-    for root in children.get(-1, []):
+    for root in children[-1]:
         write(root, f"document {runs[root].document}: ", "   ")
     return "\n".join(lines)
 
 
 def mask_text(row: Row) -> str:
     """The mask of a small row, one line per query and one character per key."""
-    return "\n".join([*(_marked(line).rstrip() for line in mask_categories(row).tolist()), "", _LEGEND])
+    return "\n".join([*(_marked(line).rstrip() for line in mask_categories(row)), "", _LEGEND])
 
 
 def _marked(kinds: Iterable[int]) -> str:
-    return "".join(_MARKS.get(kind, str((kind - FIRST_RESPONSE) % 10)) for kind in kinds)
+    return "".join(_MARKS[kind] if kind < FIRST_RESPONSE else str((kind - FIRST_RESPONSE) % 10) for kind in kinds)
 
 
-def tiles_text(row: Row, block_size: int = 128) -> str:
-    """The tiles of a row's mask, one character each, queries down."""
-    tiles = tile_kinds(row, block_size)
-    lines = ["".join(_TILES[kind] for kind in line) for line in tiles.tolist()]
-    full, partial, empty = (int((tiles == kind).sum()) for kind in (FULL, PARTIAL, EMPTY))
-    legend = f"tiles of {block_size} x {block_size}: █ {full} full  ▒ {partial} partial  · {empty} empty"
-    return "\n".join([*lines, "", legend])
-
-
-def packing_text(layouts: Sequence[BatchLayout], width: int = 120) -> str:
+def _packing_text(layouts: Sequence[BatchLayout], width: int) -> str:
     """Layouts of one batch on one scale, a line for each sequence or row."""
     step = max(1, -(-max(lane.kinds.size for layout in layouts for lane in layout.lanes) // width))
     lines = []

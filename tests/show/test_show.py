@@ -25,11 +25,13 @@ from flexdpo.show.mask_image import (
     PROMPT,
     SHARED,
     mask_categories,
+    picture_block_size,
     tile_kinds,
     token_kinds,
 )
-from flexdpo.show.overview import draw_overview, overview_figure, picture_block_size
+from flexdpo.show.overview import overview_figure
 from flexdpo.show.packing import batch_layouts
+from flexdpo.show.plots import save_figure
 from flexdpo.show.sources import example_groups, read_lengths
 from flexdpo.show.text import mask_text, overview_text
 from flexdpo.show.trie import trie_runs
@@ -295,10 +297,8 @@ def test_the_drawn_mask_of_a_trie_of_depth_two_is_the_dense_mask(tmp_path):
     dense = ancestor_mask(parents_of(row)).numpy()
     # wrong subtree ends would make both wrong alike, so the definition walks up the groups' own sequences
     np.testing.assert_array_equal(mask_categories(row) != HIDDEN, dense)
-    layouts = batch_layouts(groups)
-    figure = overview_figure(row, layouts, view="mask", block_size=64)
-    path = draw_overview(row, layouts, tmp_path / "mask.png", view="mask", block_size=64)
-    pixels = read_png(path)
+    figure = overview_figure(row, batch_layouts(groups), view="mask", block_size=64)
+    pixels = read_png(save_figure(figure, tmp_path / "mask.png"))
     for query in range(len(dense)):
         # the legend stands in the upper right
         for key in range(query + 1):
@@ -351,6 +351,13 @@ def test_layouts_of_a_batch_hold_its_tokens(tmp_path):
     assert shared.title() == "packed and shared: 1 row, 46 tokens run"
 
 
+def test_groups_that_share_a_trie_have_the_responses_of_all(tmp_path):
+    groups = [Group.from_lists(list(range(200)), [[300 + 2 * n], [301 + 2 * n]]) for n in range(4)]
+    padded, _, shared = batch_layouts(groups, 3_000, sharing="step")
+    assert {lane.num_responses for lane in (*padded.lanes, *shared.lanes)} == {8}
+    save_figure(overview_figure(pack(groups, sharing="step")[0], [padded, shared]), tmp_path / "view.png")
+
+
 def test_groups_that_do_not_fit_the_rows_are_refused(tmp_path):
     groups = read_lengths(write_lengths(tmp_path, DEPTH_TWO_LENGTHS))
     with pytest.raises(FlexdpoError, match="group 0 has a sequence of 20 tokens or more but max_tokens_per_row=19"):
@@ -360,8 +367,8 @@ def test_groups_that_do_not_fit_the_rows_are_refused(tmp_path):
 @pytest.mark.parametrize("view", ["all", "trie", "mask", "packing"])
 def test_views_are_1200_pixels_wide(view, tmp_path):
     row = long_row(3)
-    path = draw_overview(row, batch_layouts(list(row.groups)), tmp_path / "view.png", view=view)
-    height, width, _ = read_png(path).shape
+    figure = overview_figure(row, batch_layouts(list(row.groups)), view=view)
+    height, width, _ = read_png(save_figure(figure, tmp_path / "view.png")).shape
     assert width == 1200
     assert height > 150
 
@@ -420,8 +427,6 @@ def test_lengths_that_make_no_sense_are_refused(tmp_path, content, match):
         read_lengths(write_lengths(tmp_path, content))
 
 
-def test_missing_lengths_and_unknown_views_are_refused(tmp_path):
+def test_missing_lengths_are_refused(tmp_path):
     with pytest.raises(FlexdpoError, match=r"--lengths .*missing.json: No such file"):
         read_lengths(tmp_path / "missing.json")
-    with pytest.raises(FlexdpoError, match="--view 'tree' is unknown; did you mean 'trie'"):
-        overview_figure(depth_two_row(), [], view="tree")
