@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from flexdpo.attention.remembered import keep_attention
     from flexdpo.attention.score_mods import alibi_score_mod, logical_score_mod, softcap_score_mod
     from flexdpo.config import DPOConfig
+    from flexdpo.data.load import load_preference_dataset
     from flexdpo.data.mixture import load_mixture
     from flexdpo.data.regroup import regroup_by_prompt
-    from flexdpo.data.tokenize import load_preference_dataset, tokenize_preferences
+    from flexdpo.data.tokenize import tokenize_preferences
     from flexdpo.data.turns import step_preferences
     from flexdpo.dropin.share import share_prefixes, sharing_stats, unshare
     from flexdpo.estimate.estimate import estimate_dataset
@@ -41,52 +42,23 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "DPOConfig",
-    "DPOTrainer",
-    "EstimateSettings",
-    "FlexdpoError",
-    "Group",
-    "PackingCollator",
-    "ParityReport",
-    "Proof",
-    "Row",
-    "RowLayout",
-    "Trie",
-    "UnsupportedModelError",
-    "alibi_score_mod",
-    "attend",
-    "block_mask",
-    "disable_dropout",
-    "draw",
-    "estimate_dataset",
-    "keep_attention",
-    "load_mixture",
-    "load_preference_dataset",
-    "logical_score_mod",
-    "make_train_step",
-    "mask_mod",
-    "pack",
-    "parity_probe",
-    "prepare_model",
-    "prove",
-    "regroup_by_prompt",
-    "response_logps",
-    "share_prefixes",
-    "sharing_stats",
-    "softcap_score_mod",
-    "step_preferences",
-    "tokenize_preferences",
-    "unshare",
-]
+    "DPOConfig", "DPOTrainer", "EstimateSettings", "FlexdpoError", "Group", "PackingCollator", "ParityReport", "Proof",
+    "Row", "RowLayout", "Trie", "UnsupportedModelError", "alibi_score_mod", "attend", "block_mask", "disable_dropout",
+    "draw", "estimate_dataset", "keep_attention", "load_mixture", "load_preference_dataset", "logical_score_mod",
+    "make_train_step", "mask_mod", "pack", "parity_probe", "prepare_model", "prove", "regroup_by_prompt",
+    "response_logps", "share_prefixes", "sharing_stats", "softcap_score_mod", "step_preferences",
+    "tokenize_preferences", "unshare",
+]  # fmt: skip
 
 _LAZY = {
     "flexdpo.attention.generator": ("attend", "block_mask", "mask_mod"),
     "flexdpo.attention.remembered": ("keep_attention",),
     "flexdpo.attention.score_mods": ("alibi_score_mod", "logical_score_mod", "softcap_score_mod"),
     "flexdpo.config": ("DPOConfig",),
-    "flexdpo.data.regroup": ("regroup_by_prompt",),
+    "flexdpo.data.load": ("load_preference_dataset",),
     "flexdpo.data.mixture": ("load_mixture",),
-    "flexdpo.data.tokenize": ("load_preference_dataset", "tokenize_preferences"),
+    "flexdpo.data.regroup": ("regroup_by_prompt",),
+    "flexdpo.data.tokenize": ("tokenize_preferences",),
     "flexdpo.data.turns": ("step_preferences",),
     "flexdpo.dropin.share": ("share_prefixes", "sharing_stats", "unshare"),
     "flexdpo.estimate.estimate": ("estimate_dataset",),

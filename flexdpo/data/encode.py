@@ -5,20 +5,7 @@ from __future__ import annotations
 from itertools import islice, takewhile
 from typing import TYPE_CHECKING, Any, cast
 
-from flexdpo.data.draft import (
-    EMPTY_PROMPT,
-    EMPTY_RESPONSE,
-    IDENTICAL,
-    IDENTICAL_CUT,
-    IMAGE_CUT,
-    IMAGES_COLUMN,
-    LABELS_COLUMN,
-    NOTES,
-    PROMPT_FILLS,
-    SKIP_REASONS,
-    Draft,
-    Settings,
-)
+from flexdpo.data.draft import IMAGES_COLUMN, LABELS_COLUMN, NOTES, SKIP_REASONS, Draft, Settings, settle
 from flexdpo.data.encode_images import tokenize_with_images
 from flexdpo.data.formats import read_row
 from flexdpo.data.images import reader_of, tokenizer_of
@@ -29,15 +16,11 @@ from flexdpo.errors import FlexdpoError, first_line
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from transformers import PreTrainedTokenizerBase, ProcessorMixin
+    from transformers import PreTrainedTokenizerBase
 
 
 def tokenize_batch(
-    batch: dict[str, list[Any]],
-    indices: list[int],
-    *,
-    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
-    settings: Settings,
+    batch: dict[str, list[Any]], indices: list[int], *, tokenizer: Any, settings: Settings
 ) -> dict[str, list[Any]]:
     """Tokenise a batch of rows; a row that cannot be used comes out empty, with the reason's number."""
     if settings.images:
@@ -62,7 +45,7 @@ def tokenize_batch(
         if chats:
             _tokenize_chats(chats, tokenizer, bound)
     for draft in drafts:
-        _settle(draft, settings.max_length, settings.max_prompt_length)
+        settle(draft, settings.max_length, settings.max_prompt_length)
     return {
         "prompt_ids": [[] if draft.skip else draft.prompt_ids for draft in drafts],
         "response_ids": [[] if draft.skip else draft.response_ids for draft in drafts],
@@ -77,51 +60,6 @@ def tokenize_batch(
         "_longest": [draft.longest for draft in drafts],
         **{name: [int(getattr(draft, name[1:])) for draft in drafts] for name in NOTES},
     }
-
-
-def _settle(draft: Draft, max_length: int | None, max_prompt_length: int | None) -> None:
-    """Cut the prompt to its end and the responses to ``max_length``, and say why a row cannot be used, if so."""
-    if draft.skip:
-        return
-    if draft.pictures and _cuts_an_image(draft, max_length, max_prompt_length):
-        draft.skip = IMAGE_CUT
-        return
-    if max_prompt_length is not None and len(draft.prompt_ids) > max_prompt_length:
-        # one cut for all responses, so that they go on sharing the prompt
-        draft.prompt_ids, draft.shortened = draft.prompt_ids[-max_prompt_length:], True
-    compared = bool(draft.edges)
-    draft.whole = len(draft.prompt_ids) + max(map(len, draft.response_ids), default=0)
-    if not draft.prompt_ids:
-        draft.skip = EMPTY_PROMPT
-    elif max_length is not None and len(draft.prompt_ids) >= max_length:
-        draft.skip = PROMPT_FILLS
-    elif not draft.response_ids or not all(draft.response_ids):
-        draft.skip = EMPTY_RESPONSE
-    elif _drop_ties(draft) and compared and not draft.edges:
-        draft.skip = IDENTICAL
-    elif max_length is not None:
-        room = max_length - len(draft.prompt_ids)
-        draft.cut = sum(len(ids) > room for ids in draft.response_ids)
-        draft.response_ids = [ids[:room] for ids in draft.response_ids]
-        if _drop_ties(draft) and compared and not draft.edges:
-            draft.skip = IDENTICAL_CUT
-    draft.longest = len(draft.prompt_ids) + max(map(len, draft.response_ids), default=0)
-
-
-def _cuts_an_image(draft: Draft, max_length: int | None, max_prompt_length: int | None) -> bool:
-    """Whether fewer image tokens are left than the images have."""
-    kept = draft.prompt_ids[-max_prompt_length:] if max_prompt_length is not None else draft.prompt_ids
-    tokens: int = sum(picture["tokens"] for picture in draft.pictures)
-    return kept[:max_length].count(draft.pictures[0]["token_id"]) < tokens
-
-
-def _drop_ties(draft: Draft) -> int:
-    """Take out preferences between equal responses, which have no gradient; return how many went."""
-    edges = [edge for edge in draft.edges if draft.response_ids[edge[0]] != draft.response_ids[edge[1]]]
-    dropped = len(draft.edges) - len(edges)
-    draft.edges = edges
-    draft.ties += dropped
-    return dropped
 
 
 def _tokenize_text(drafts: Sequence[Draft], tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> None:
@@ -208,9 +146,8 @@ def _encode(
                 try:
                     tokenizer(text=[text])
                 except Exception as error:
-                    raise FlexdpoError(
-                        f"{draft.place}: the tokenizer cannot read its text: {_why(error, text)}"
-                    ) from error
+                    why = _why(error, text)
+                    raise FlexdpoError(f"{draft.place}: the tokenizer cannot read its text: {why}") from error
         raise
 
 
@@ -232,7 +169,11 @@ def _tokenize_chats(drafts: Sequence[Draft], tokenizer: PreTrainedTokenizerBase,
     for draft in drafts:
         draft.prefilled = _is_prefilled(draft)
         alike.setdefault(repr((draft.prefilled, draft.template_kwargs)), []).append(draft)
-    _require_chat_template(tokenizer)
+    if _renders_text(tokenizer) and not tokenizer.chat_template:
+        raise FlexdpoError(
+            f"the data holds messages but the tokenizer {tokenizer_name(tokenizer)} has no chat template; set "
+            "tokenizer.chat_template, use the tokenizer of an instruction-tuned model, or give the columns as text"
+        )
     for members in alike.values():
         kwargs = members[0].template_kwargs
         asked = [(draft.place, draft.prompt) for draft in members]
@@ -271,19 +212,8 @@ def _renders_text(tokenizer: PreTrainedTokenizerBase) -> bool:
     return type(tokenizer).apply_chat_template is PreTrainedTokenizerBase.apply_chat_template
 
 
-def _require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    if _renders_text(tokenizer) and not tokenizer.chat_template:
-        raise FlexdpoError(
-            f"the data holds messages but the tokenizer {tokenizer_name(tokenizer)} has no chat template; set "
-            "tokenizer.chat_template, use the tokenizer of an instruction-tuned model, or give the columns as text"
-        )
-
-
 def _render(
-    tokenizer: PreTrainedTokenizerBase,
-    conversations: Sequence[tuple[str, list[Any]]],
-    kwargs: Mapping[str, Any],
-    max_length: int | None,
+    tokenizer: Any, conversations: Sequence[tuple[str, list[Any]]], kwargs: Mapping[str, Any], max_length: int | None
 ) -> list[list[int]]:
     """Apply the chat template to ``(place, messages)`` in one go; look for the culprit only after a failure."""
 

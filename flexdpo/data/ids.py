@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
-from flexdpo.data.draft import EMPTY_RESPONSE
+from flexdpo.data.draft import EMPTY_RESPONSE, column_types
 from flexdpo.errors import FlexdpoError, found
 
 if TYPE_CHECKING:
@@ -103,10 +103,7 @@ def longest_if_usable(dataset: Dataset, max_length: int | None, largest_id: int)
         Tokens of the longest prompt with one response behind it, or ``None`` where a row has to be looked at for what
         is wrong with it, cut or left out.
     """
-    from datasets import Features, Value
-
-    ids = Value("int32")
-    wanted = Features({"prompt_ids": [ids], "response_ids": [[ids]], "edges": [[ids]], "row": Value("int64")})
+    wanted = column_types({})
     if any(dataset.features.get(column) != kind for column, kind in wanted.items()):
         return None
     longest = 0

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flexdpo.data.tokenize import LABELS_COLUMN, group_from_row
+from flexdpo.data.draft import LABELS_COLUMN
+from flexdpo.data.tokenize import group_from_row
 from flexdpo.errors import FlexdpoError
 from flexdpo.layout.packing import pack
 from flexdpo.layout.trie import Trie

@@ -170,10 +170,13 @@ def cut_note(cut: int, responses: int, max_length: int | None, keeps: int | None
     return said + way_out
 
 
-def none_usable(name: str, rows: int, skipped: Mapping[str, int], first: Mapping[str, int]) -> FlexdpoError:
+def none_usable(report: DataReport) -> FlexdpoError:
     """The error for a dataset without a row to train on, with the reasons."""
-    counts = "; ".join(f"{count} skipped ({reason}, first at row {first[reason]})" for reason, count in skipped.items())
-    return FlexdpoError(f"{name}: none of the {rows} rows can be used: {counts or 'there are none'}")
+    counts = [
+        f"{n} skipped ({reason}, first at row {report.first_skipped[reason]})" for reason, n in report.skipped.items()
+    ]
+    why = "; ".join(counts) or "there are none"
+    return FlexdpoError(f"{report.name}: none of the {report.rows} rows can be used: {why}")
 
 
 def require_prompts(name: str, counts: Counts, settings: Settings, *, so_far: bool = False) -> None:

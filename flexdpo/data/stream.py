@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from datasets import Dataset
-    from datasets import IterableDataset as Stream
     from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
     from flexdpo.config import DPOConfig
@@ -40,44 +39,33 @@ class StreamedPreferences(IterableDataset[dict[str, Any]]):
 
     Every process and every worker of a ``DataLoader`` reads the whole stream and takes its share of whole batches, so
     the pairs of each batch do not depend on how many there are: batch ``k`` of one process without workers is batch
-    ``k`` of all. The rows that are passed over cost their tokenisation. The order is a function of the source, ``seed``
-    and the epoch, so a run that skips the batches it has seen goes on exactly where it stopped.
+    ``k`` of all. The order is a function of the source, ``seed`` and the epoch, so a run that skips the batches it has
+    seen goes on exactly where it stopped.
 
     A training stream has no end: after the last row it begins again with the next epoch, and a batch may reach across
     the border. A stream for evaluation ends; where the last batch does not fill all processes, the first rows are
     repeated with their number ``row`` turned into ``-1 - row``, so that nobody counts them twice.
-
-    Args:
-        source: A ``datasets.IterableDataset``, or a mixture of some, not split by process. One that was shuffled is
-            shuffled anew each epoch.
-        max_length: Most tokens of prompt + response; ``None`` for no limit.
-        shuffle_buffer: Shuffle through a buffer of this many tokenised rows; 0 keeps the order of the source.
-        max_positions: Refuse an example with more tokens, as a model with learned positions must.
-
-    Attributes:
-        report: What became of the rows read so far in the first pass, over all workers; used and skipped always add up.
-        closed: Give no more rows: a run that continues from its last step would otherwise take one step more, since
-            transformers counts a stream's steps when it has taken them.
 
     Raises:
         FlexdpoError: for settings, columns or a source that cannot be used; while iterating, for a row of the wrong
             type or length (with its number) and a source that breaks off.
     """
 
-    source: Any
+    source: Any  # a ``datasets.IterableDataset``, or a mixture of some; shuffled anew each epoch if it was shuffled
     tokenizer: PreTrainedTokenizerBase | ProcessorMixin
     _: KW_ONLY
-    max_length: int | None
+    max_length: int | None  # most tokens of prompt + response
     truncation_mode: str = "keep_start"
     max_prompt_length: int | None = None
     name: str = "train"
     endless: bool = True
     batch_size: int = 1
     num_processes: int = 1
-    shuffle_buffer: int = 0
+    shuffle_buffer: int = 0  # of so many tokenised rows; 0 keeps the order of the source
     seed: int = 0
-    max_positions: int | None = None
+    max_positions: int | None = None  # an example with more tokens is refused, as learned positions ask for
     epoch: int = field(default=0, init=False)
+    # a run that continues from its last step would take one more: transformers counts a stream's steps once taken
     closed: bool = field(default=False, init=False)
     settings: Settings = field(init=False)
     _parts: list[StreamedPreferences] = field(init=False)
@@ -107,7 +95,10 @@ class StreamedPreferences(IterableDataset[dict[str, Any]]):
         self._parts, self._shares = [self], [None]
         _require_whole(self.source, self.name)
         self.source = undecoded_stream(self.source.with_format(None))
-        self.columns = self._find_columns()
+        columns = self.source.column_names
+        if columns is None and (columns := next(self._read(), None)) is None:
+            raise FlexdpoError(f"{self.name}: the stream has no rows; give one with at least one")
+        self.columns = list(columns)
         images = is_processor(self.tokenizer)
         settings = settings_for(self.columns, largest_id(self.tokenizer), self.max_length, self.name, images=images)
         self.settings = replace(settings, max_prompt_length=self.max_prompt_length)
@@ -115,29 +106,22 @@ class StreamedPreferences(IterableDataset[dict[str, Any]]):
 
     @classmethod
     def for_run(
-        cls,
-        source: Stream | Mixture,
-        tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
-        config: DPOConfig,
-        *,
-        name: str,
-        training: bool,
-        max_positions: int | None = None,
+        cls, source: Any, tokenizer: Any, args: DPOConfig, *, name: str, max_positions: int | None = None
     ) -> StreamedPreferences:
-        """The stream of a run with these settings, which are checked first (see :func:`settle_config`)."""
-        settle_config(config, training=training)
+        """The stream of a run with these settings, which are checked first; it is trained on if called "train"."""
+        settle_config(args, training=(training := name == "train"))
         return cls(
             source,
             tokenizer,
-            max_length=config.max_length,
-            truncation_mode=config.truncation_mode,
-            max_prompt_length=config.max_prompt_length,
+            max_length=args.max_length,
+            truncation_mode=args.truncation_mode,
+            max_prompt_length=args.max_prompt_length,
             name=name,
             endless=training,
-            batch_size=config.train_batch_size if training else config.eval_batch_size,
-            num_processes=config.world_size,
-            shuffle_buffer=config.stream_shuffle_buffer if training else 0,
-            seed=config.seed if config.data_seed is None else config.data_seed,
+            batch_size=args.train_batch_size if training else args.eval_batch_size,
+            num_processes=args.world_size,
+            shuffle_buffer=args.stream_shuffle_buffer if training else 0,
+            seed=args.seed if args.data_seed is None else args.data_seed,
             max_positions=max_positions,
         )
 
@@ -167,13 +151,13 @@ class StreamedPreferences(IterableDataset[dict[str, Any]]):
 
         found = list(islice(self._rows(0, self._new_counts()), rows))
         if not found:
-            raise self._nothing_usable()
+            raise none_usable(self.report)
         return Dataset.from_list(found)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         if self.closed:
             return
-        rows = self._endless() if self.endless else self._once()
+        rows = chain.from_iterable(map(self._pass, count())) if self.endless else self._once()
         worker = get_worker_info()
         if worker is None or worker.num_workers == 1:
             yield from rows
@@ -184,40 +168,28 @@ class StreamedPreferences(IterableDataset[dict[str, Any]]):
             if number // size % worker.num_workers == worker.id:
                 yield row
 
-    # --- passes over the source --------------------------------------------------------------------------------------
-
-    def _endless(self) -> Iterator[dict[str, Any]]:
-        for number in count():
-            empty = True
-            for row in self._pass(number):
-                empty = False
-                yield row
-            if empty:
-                raise self._nothing_usable()
-
     def _once(self) -> Iterator[dict[str, Any]]:
-        size = self.batch_size * self.num_processes
-        first: list[dict[str, Any]] = []
-        total = 0
-        for row in self._pass(0):
-            total += 1
-            if len(first) < size:
+        size, first = self.batch_size * self.num_processes, list[dict[str, Any]]()
+        for number, row in enumerate(self._pass(0)):
+            if number < size:
                 first.append(row)
             yield row
-        if not total:
-            raise self._nothing_usable()
         if self.num_processes > 1:
-            for row in islice(cycle(first), -total % size):
+            for row in islice(cycle(first), -(number + 1) % size):
                 yield {**row, "row": -1 - row["row"]}
 
     def _pass(self, number: int) -> Iterator[dict[str, Any]]:
         """One pass over the source, in the order of its epoch."""
-        epoch = self.epoch + number
-        worker = get_worker_info()
+        epoch, worker = self.epoch + number, get_worker_info()
         # every worker reads every row, so one of them counts for all; a later pass meets the same rows again
         counted = number == 0 and (worker is None or worker.id == 0)
         rows = self._rows(epoch, [part._counts for part in self._parts] if counted else self._new_counts())
-        return _shuffled(rows, self.shuffle_buffer, (self.seed, epoch)) if self.shuffle_buffer else rows
+        rows = _shuffled(rows, self.shuffle_buffer, (self.seed, epoch)) if self.shuffle_buffer else rows
+        first = next(rows, None)
+        if first is None:
+            raise none_usable(self.report)
+        yield first
+        yield from rows
 
     def _new_counts(self) -> list[Counts]:
         return [Counts(part.settings) for part in self._parts]
@@ -246,15 +218,18 @@ class StreamedPreferences(IterableDataset[dict[str, Any]]):
             for column in self.columns:
                 # a file without a value anywhere in this part of it has no such column here
                 batch.setdefault(column, [None] * rows)
-            tokenised = self._tokenize(batch, range(start, start + rows))
+            indices = list(range(start, start + rows))
+            try:
+                tokenised = tokenize_batch(batch, indices, tokenizer=self.tokenizer, settings=self.settings)
+            except FlexdpoError as error:
+                raise FlexdpoError(f"{self.name}: {error}") from error
             start += rows
             counts.add(tokenised)
             if whole is not None:
                 whole += tokenised["_whole"]
             require_prompts(self.name, counts, self.settings, so_far=True)
             if not counts.of("used") and start + _ROWS_AT_ONCE > _PATIENCE:
-                report = counts.as_report(f"{self.name}, the beginning of the stream")
-                raise none_usable(report.name, report.rows, report.skipped, report.first_skipped)
+                raise none_usable(counts.as_report(f"{self.name}, the beginning of the stream"))
             columns = {column: tokenised[column] for column in (*TOKENISED_COLUMNS, *more)}
             columns |= {column: batch[column] for column in kept}
             for number, skip in enumerate(tokenised["_skip"]):
@@ -284,20 +259,6 @@ class StreamedPreferences(IterableDataset[dict[str, Any]]):
             start += len(next(iter(batch.values())))
             yield batch
 
-    def _find_columns(self) -> list[str]:
-        if self.source.column_names is not None:
-            return list(self.source.column_names)
-        first = next(self._read(), None)
-        if first is None:
-            raise FlexdpoError(f"{self.name}: the stream has no rows; give one with at least one")
-        return list(first)
-
-    def _tokenize(self, batch: dict[str, list[Any]], indices: range) -> dict[str, list[Any]]:
-        try:
-            return tokenize_batch(batch, list(indices), tokenizer=self.tokenizer, settings=self.settings)
-        except FlexdpoError as error:
-            raise FlexdpoError(f"{self.name}: {error}") from error
-
     def _require_usable(self, tokenised: dict[str, list[Any]], number: int, kept: list[str]) -> None:
         """What a dataset that is there as a whole is asked before training."""
         place = f"{self.name}: row {tokenised['row'][number]} (counted from 0)"
@@ -312,10 +273,6 @@ class StreamedPreferences(IterableDataset[dict[str, Any]]):
                 f"{place} is longer than max_length={self.settings.max_length}, and column {kept[0]!r} belongs to the "
                 "uncut responses; raise max_length or drop the column"
             )
-
-    def _nothing_usable(self) -> FlexdpoError:
-        report = self.report
-        return none_usable(self.name, report.rows, report.skipped, report.first_skipped)
 
 
 def _require_whole(source: Any, name: str) -> None:
@@ -346,46 +303,29 @@ def _shuffled(rows: Iterator[dict[str, Any]], size: int, seed: tuple[int, int]) 
 def settle_config(config: DPOConfig, *, training: bool = True) -> None:
     """Refuse settings that need the whole dataset, and have each process read the stream for itself.
 
-    accelerate would otherwise read a stream in the first process and send it around, which it can do with tensors and
-    not with packed rows.
-
-    Args:
-        config: Is changed: ``accelerator_config.dispatch_batches`` becomes false.
-        training: Whether the stream is trained on, and not only evaluated.
+    accelerate would otherwise read it in the first process and send it around, as it can tensors and not packed rows.
 
     Raises:
         FlexdpoError: naming the setting and what to do instead.
     """
-    if config.precompute_ref_log_probs:
-        raise _needs_everything("precompute_ref_log_probs")
-    if training:
-        _require_trainable(config)
-    accelerator: Any = config.accelerator_config
-    for name in ("dispatch_batches", "split_batches"):
-        if getattr(accelerator, name):
+    sampling = config.train_sampling_strategy
+    needs_everything = {
+        "precompute_ref_log_probs": config.precompute_ref_log_probs,
+        f"train_sampling_strategy={sampling!r}": training and sampling in ("group_by_length", "batch_rebalance"),
+        "regroup_prompts": training and config.regroup_prompts,
+    }
+    for setting, asked in needs_everything.items():
+        if asked:
             raise FlexdpoError(
-                f"accelerator_config {name}=True sends tensors around, and a batch of packed rows is none; leave it out"
+                f"{setting} looks at the whole dataset, and a stream is read once; leave it out, or load the dataset "
+                "without streaming"
             )
-    accelerator.dispatch_batches = False
-
-
-def _require_trainable(config: DPOConfig) -> None:
-    if config.max_steps <= 0:
+    if training and config.max_steps <= 0:
         raise FlexdpoError("a stream has no length, so say how long to train: set max_steps")
-    if config.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
-        raise _needs_everything(f"train_sampling_strategy={config.train_sampling_strategy!r}")
-    if config.regroup_prompts:
-        raise _needs_everything("regroup_prompts")
     for name in ("eval_strategy", "save_strategy", "logging_strategy"):
-        if getattr(config, name) == "epoch":
+        if training and getattr(config, name) == "epoch":
             raise FlexdpoError(f"{name}='epoch' has no meaning for a stream, which has no end; use 'steps'")
-
-
-def _needs_everything(setting: str) -> FlexdpoError:
-    return FlexdpoError(
-        f"{setting} looks at the whole dataset, and a stream is read once; leave it out, or load the dataset without "
-        "streaming"
-    )
+    config.accelerator_config.dispatch_batches = False
 
 
 def is_stream(dataset: object) -> bool:

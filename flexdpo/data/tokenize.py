@@ -11,30 +11,17 @@ import numpy as np
 from transformers.utils import logging
 
 from flexdpo.data.cache import map_settings
-from flexdpo.data.draft import IMAGES_COLUMN, LABELS_COLUMN, SKIP_REASONS, STATUS_COLUMNS, TOKENISED_COLUMNS, Settings
+from flexdpo.data.draft import IMAGES_COLUMN, LABELS_COLUMN, STATUS_COLUMNS, TOKENISED_COLUMNS, Settings, column_types
 from flexdpo.data.encode import tokenize_batch, tokenizer_name
 from flexdpo.data.ids import longest_if_usable
 from flexdpo.data.images import images_of_row, is_processor, processing_digest, reader_of, tokenizer_of
 from flexdpo.data.layouts import LAYOUTS, OWN_LAYOUT, described, settings_for
-from flexdpo.data.load import load_preference_dataset
 from flexdpo.data.mixture import Mixture
 from flexdpo.data.pictures import paths_of
 from flexdpo.data.report import Counts, DataReport, merged, none_usable, require_prompts
 from flexdpo.errors import FlexdpoError, first_line, is_the_disks, nearest, quoted
 from flexdpo.layout.groups import Group
 from flexdpo.objective.unpaired import LabelledGroup
-
-__all__ = [
-    "LABELS_COLUMN",
-    "SKIP_REASONS",
-    "TOKENISED_COLUMNS",
-    "DataReport",
-    "TokenizedPreferences",
-    "group_from_row",
-    "load_preference_dataset",
-    "require_special_tokens",
-    "tokenize_preferences",
-]
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -61,18 +48,13 @@ class TokenizedPreferences(NamedTuple):
 
 def group_from_row(row: Mapping[str, Any]) -> Group:
     """Build the group of one row of a tokenised dataset (see :class:`TokenizedPreferences`)."""
-    group = Group.from_lists(
-        row["prompt_ids"],
-        row["response_ids"],
-        [(chosen, rejected) for chosen, rejected in row["edges"]],
-        name=f"row {row['row']}",
-    )
+    edges = [(chosen, rejected) for chosen, rejected in row["edges"]]
+    group = Group.from_lists(row["prompt_ids"], row["response_ids"], edges, name=f"row {row['row']}")
     if row.get(IMAGES_COLUMN):
         images, image_token_id = images_of_row(row)
         group = replace(group, images=images, image_token_id=image_token_id)
-    if not row.get(LABELS_COLUMN):
-        return group
-    return LabelledGroup(**vars(group), labels=tuple(row[LABELS_COLUMN]))
+    labels = row.get(LABELS_COLUMN)
+    return LabelledGroup(**vars(group), labels=tuple(labels)) if labels else group
 
 
 def largest_id(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> int:
@@ -81,9 +63,7 @@ def largest_id(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> in
 
 
 def require_special_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give a tokenizer without a pad token its EOS token as one.
-
-    The choice is free: padding is never attended to and never scored.
+    """Give a tokenizer without a pad token its EOS token as one: padding is never attended to and never scored.
 
     Raises:
         FlexdpoError: if the tokenizer has neither.
@@ -163,9 +143,8 @@ def tokenize_preferences(
 
 def _tokenised_before(dataset: Dataset, settings: Settings, name: str) -> TokenizedPreferences | None:
     """The dataset as it is, where it is this module's own output and no row is too long."""
-    if settings.layout != OWN_LAYOUT or settings.largest_id is None or settings.max_prompt_length is not None:
-        return None
-    longest = longest_if_usable(dataset, settings.max_length, settings.largest_id)
+    fits = settings.layout == OWN_LAYOUT and settings.max_prompt_length is None
+    longest = longest_if_usable(dataset, settings.max_length, settings.largest_id or 0) if fits else None
     if longest is None:
         return None
     report = DataReport(name, len(dataset), len(dataset), longest=longest, layout=described(settings))
@@ -201,10 +180,8 @@ def require_settings(
             "can be shared, and TRL has deprecated it; use 'keep_start'"
         )
     if truncation_mode != "keep_start":
-        raise FlexdpoError(
-            f"unknown truncation_mode {truncation_mode!r}{nearest(truncation_mode, ['keep_start'])}; "
-            "the only one is 'keep_start'"
-        )
+        hint = nearest(truncation_mode, ["keep_start"])
+        raise FlexdpoError(f"unknown truncation_mode {truncation_mode!r}{hint}; the only one is 'keep_start'")
     if max_length is not None and max_length < 2:
         raise FlexdpoError(f"max_length={max_length} has no room for a prompt and a response; use at least 2")
     if max_prompt_length is not None and not 1 <= max_prompt_length < (max_length or 2**63):
@@ -216,26 +193,16 @@ def require_settings(
         raise FlexdpoError(f"num_proc={num_proc}: use at least 1, or None for this process alone")
 
 
-def _map(
-    dataset: Dataset,
-    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
-    settings: Settings,
-    num_proc: int | None,
-    name: str,
-) -> Dataset:
-    from datasets import Features, Value
+def _map(dataset: Dataset, tokenizer: Any, settings: Settings, num_proc: int | None, name: str) -> Dataset:
+    from datasets import Value
     from pyarrow import ArrowInvalid
 
     kept = carried_columns(dataset.column_names, settings)
     text, number = Value("string"), Value("int32")
     images = {"path": text, "bytes": Value("binary"), "digest": text, "tokens": number, "token_id": number}
     images["processor"] = text
-    features = Features(
+    features = column_types(
         {
-            "prompt_ids": [Value("int32")],
-            "response_ids": [[Value("int32")]],
-            "edges": [[Value("int32")]],
-            "row": Value("int64"),
             **({LABELS_COLUMN: [Value("bool")]} if LAYOUTS[settings.layout].labelled else {}),
             **({IMAGES_COLUMN: [images]} if settings.images is not None else {}),
             **{column: dataset.features[column] for column in kept},
@@ -288,7 +255,7 @@ def _account(mapped: Dataset, settings: Settings, name: str) -> TokenizedPrefere
     report = counts.as_report(name, status["_whole"])
     require_prompts(name, counts, settings)
     if not report.used:
-        raise none_usable(name, report.rows, report.skipped, report.first_skipped)
+        raise none_usable(report)
     dataset = mapped.remove_columns(list(STATUS_COLUMNS))
     own = (*TOKENISED_COLUMNS, LABELS_COLUMN, IMAGES_COLUMN)
     stale = [column for column in dataset.column_names if column not in own]

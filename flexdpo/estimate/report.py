@@ -11,7 +11,7 @@ from flexdpo.show.table import aligned
 from flexdpo.training.memory import gigabytes
 
 if TYPE_CHECKING:
-    from flexdpo.data.tokenize import DataReport
+    from flexdpo.data.report import DataReport
     from flexdpo.estimate.counts import EpochTokens, Lengths, RepeatedPrompts
     from flexdpo.estimate.features import Feature
     from flexdpo.estimate.images import ImageCounts

@@ -13,8 +13,8 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import logging
 
+from flexdpo.data.draft import TOKENISED_COLUMNS
 from flexdpo.data.stream import StreamedPreferences
-from flexdpo.data.tokenize import TOKENISED_COLUMNS
 from flexdpo.data.workers import plain_worker_errors
 from flexdpo.training.checkpoints import (
     RECORD_FILE,
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from flexdpo.data.tokenize import DataReport
+    from flexdpo.data.report import DataReport
     from flexdpo.proof.prove import Proof
     from flexdpo.training.finite import StepGuard
 

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.utils import logging
 
+from flexdpo.data.draft import LABELS_COLUMN
 from flexdpo.data.images import is_processor, reader_of
 from flexdpo.data.lengths import longest_sequence, require_company, require_room, tokens_needed
 from flexdpo.data.regroup import regroup_by_prompt
+from flexdpo.data.report import DataReport
 from flexdpo.data.stream import StreamedPreferences, is_stream
-from flexdpo.data.tokenize import LABELS_COLUMN, DataReport, tokenize_preferences
+from flexdpo.data.tokenize import tokenize_preferences
 from flexdpo.errors import FlexdpoError
 from flexdpo.training.model_loading import require_positions
 from flexdpo.training.row_plan import RowPlan
@@ -61,7 +63,7 @@ class RunData:
             return None
         if is_stream(dataset):
             stream = StreamedPreferences.for_run(
-                dataset, self.tokenizer, args, name=name, training=name == "train", max_positions=self.max_positions
+                dataset, self.tokenizer, args, name=name, max_positions=self.max_positions
             )
             _tell(stream.preview(_PREVIEWED_EXAMPLES))
             require_fit(args.objective(), stream.sample(1)[0], name)

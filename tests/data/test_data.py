@@ -26,18 +26,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from flexdpo.data.cache import tokenizer_digest
+from flexdpo.data.draft import SKIP_REASONS, TOKENISED_COLUMNS
 from flexdpo.data.ids import longest_if_usable
 from flexdpo.data.lengths import token_counts
+from flexdpo.data.load import load_preference_dataset
 from flexdpo.data.regroup import regroup_by_prompt
-from flexdpo.data.tokenize import (
-    SKIP_REASONS,
-    TOKENISED_COLUMNS,
-    DataReport,
-    group_from_row,
-    load_preference_dataset,
-    require_special_tokens,
-    tokenize_preferences,
-)
+from flexdpo.data.report import DataReport
+from flexdpo.data.tokenize import group_from_row, require_special_tokens, tokenize_preferences
 from flexdpo.errors import FlexdpoError
 from flexdpo.layout.groups import Group
 
@@ -714,7 +709,8 @@ CACHED = """
 import json, os, sys
 from datasets import Dataset
 from transformers import AutoTokenizer
-from flexdpo.data.tokenize import load_preference_dataset, tokenize_preferences
+from flexdpo.data.load import load_preference_dataset
+from flexdpo.data.tokenize import tokenize_preferences
 from flexdpo.data.regroup import regroup_by_prompt
 file, model, used = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(model)

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from flexdpo.data.report import DataReport
 from flexdpo.data.stream import StreamedPreferences
-from flexdpo.data.tokenize import DataReport, group_from_row, tokenize_preferences
+from flexdpo.data.tokenize import group_from_row, tokenize_preferences
 from flexdpo.errors import FlexdpoError
 from flexdpo.layout.groups import Group
 

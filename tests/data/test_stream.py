@@ -19,8 +19,9 @@ from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 
 from flexdpo import DPOTrainer, FlexdpoError
+from flexdpo.data.load import load_preference_dataset
 from flexdpo.data.stream import StreamedPreferences, settle_config
-from flexdpo.data.tokenize import load_preference_dataset, tokenize_preferences
+from flexdpo.data.tokenize import tokenize_preferences
 from flexdpo.training.batch import PackingCollator
 from tests.conftest import preference_rows
 from tests.training.test_trainer import settings
@@ -345,10 +346,7 @@ def test_settings_that_a_stream_cannot_have(tmp_path: Path, changes: dict[str, A
 def test_the_stream_of_a_run(tmp_path: Path, tokenizer: Any) -> None:
     changes = {"per_device_eval_batch_size": 3, "eval_strategy": "steps", "stream_shuffle_buffer": 5}
     args = settings(tmp_path, data_seed=7, max_length=20, **changes)
-    made = [
-        StreamedPreferences.for_run(stream(odd_rows(30)), tokenizer, args, name=name, training=name == "train")
-        for name in ("train", "eval")
-    ]
+    made = [StreamedPreferences.for_run(stream(odd_rows(30)), tokenizer, args, name=name) for name in ("train", "eval")]
     # each process reads for itself
     assert args.accelerator_config.dispatch_batches is False
     assert [(one.endless, one.batch_size, one.shuffle_buffer) for one in made] == [(True, 4, 5), (False, 3, 0)]

@@ -20,7 +20,8 @@ from flexdpo.bench.bench import run_bench
 from flexdpo.bench.profiles import load_profiles
 from flexdpo.bench.settings import BenchSettings
 from flexdpo.bench.variants import pack_pairs
-from flexdpo.data.tokenize import DataReport, TokenizedPreferences, group_from_row
+from flexdpo.data.report import DataReport
+from flexdpo.data.tokenize import TokenizedPreferences, group_from_row
 from flexdpo.errors import FlexdpoError
 from flexdpo.estimate.costs import MACHINES, find_machine, padded_load, row_load, step_seconds
 from flexdpo.estimate.estimate import estimate_dataset, estimate_tokenised
