@@ -13,7 +13,7 @@ from flexdpo.layout.packing import pack
 from flexdpo.layout.trie import Trie
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from datasets import Dataset
     from numpy.typing import NDArray
@@ -22,24 +22,21 @@ if TYPE_CHECKING:
 
 
 def token_counts(dataset: Dataset, *, shared: bool, limits: Sequence[int] = ()) -> NDArray[np.int64]:
-    """Tokens of each example, ``[N]`` int64.
+    """Tokens of each example of a tokenised dataset, ``[N]`` int64.
 
     Args:
-        dataset: A tokenised dataset.
+        dataset: The dataset.
         shared: Count the prompt once (at most what a trie of the example holds), or once for each response.
         limits: As in :func:`flexdpo.pack`: a prompt whose sequences lie on both sides of one is there twice.
     """
-    counts = []
-    for table in dataset.with_format("arrow").iter(batch_size=8192):
-        prompts = _lengths(table.column("prompt_ids"))
-        responses = table.column("response_ids").combine_chunks()
-        number = _lengths(responses)
-        tokens = _lengths(responses.flatten())
-        first = np.concatenate([[0], number.cumsum()])
-        running = np.concatenate([[0], tokens.cumsum()])
+    counts = [np.zeros(0, dtype=np.int64)]
+    for table in _tables(dataset):
+        prompts, responses = _lengths(table.column("prompt_ids")), table.column("response_ids").combine_chunks()
+        number, tokens = _lengths(responses), _lengths(responses.flatten())
+        running = np.concatenate([[0], tokens.cumsum()])[np.concatenate([[0], number.cumsum()])]
         copies = copies_of_prompts(prompts, tokens, number, limits) if shared else number
-        counts.append(prompts * copies + running[first[1:]] - running[first[:-1]])
-    return np.concatenate(counts) if counts else np.zeros(0, dtype=np.int64)
+        counts.append(prompts * copies + np.diff(running))
+    return np.concatenate(counts)
 
 
 def copies_of_prompts(
@@ -81,27 +78,20 @@ def tokens_needed(
     longest = np.where(np.arange(len(own)) == first, own[others].sum(), own[first])
     added: NDArray[np.int64] = _label_counts(dataset) * longest
     if limits:
-        alone = token_counts(dataset, shared=True)
-        prompts = np.concatenate([_lengths(t.column("prompt_ids")) for t in dataset.with_format("arrow").iter(8192)])
         # at worst a prompt for each side
-        counts = alone + len(limits) * prompts
+        counts = token_counts(dataset, shared=True) + len(limits) * _lengths_of(dataset, "prompt_ids")
     return counts + added
 
 
 def _label_counts(dataset: Dataset) -> NDArray[np.int64]:
     """How many labelled responses each example has, by its labels or else by its edges."""
-    counts = []
-    for table in dataset.with_format("arrow").iter(batch_size=8192):
-        found = 2 * _lengths(table.column("edges"))
-        if LABELS_COLUMN in table.column_names:
-            found = np.maximum(found, _lengths(table.column(LABELS_COLUMN)))
-        counts.append(found)
-    return np.concatenate(counts)
+    found = 2 * _lengths_of(dataset, "edges")
+    return np.maximum(found, _lengths_of(dataset, LABELS_COLUMN)) if LABELS_COLUMN in dataset.column_names else found
 
 
 def _longest_responses(dataset: Dataset) -> NDArray[np.int64]:
     """Tokens of the longest response of each example."""
-    return np.concatenate([_longest_of(table) for table in dataset.with_format("arrow").iter(batch_size=8192)])
+    return np.concatenate([_longest_of(table) for table in _tables(dataset)])
 
 
 def _longest_of(table: Any) -> NDArray[np.int64]:
@@ -114,7 +104,7 @@ def _longest_of(table: Any) -> NDArray[np.int64]:
 def longest_sequence(dataset: Dataset, *, unrelated_responses: bool = False) -> int:
     """Tokens of the longest prompt with a response: its own, or one of other examples as the kto loss may put there."""
     prompt = response = both = 0
-    for table in dataset.with_format("arrow").iter(batch_size=8192):
+    for table in _tables(dataset):
         prompts, responses = _lengths(table.column("prompt_ids")), _longest_of(table)
         prompt, response = max(prompt, prompts.max()), max(response, responses.max())
         both = max(both, (prompts + responses).max())
@@ -137,8 +127,16 @@ def costs_of(tokens: NDArray[np.int64], hidden_size: int) -> NDArray[np.float64]
 
 def has_one_pair_each(dataset: Dataset) -> bool:
     """Whether every example of a tokenised dataset holds exactly one preference."""
-    tables = dataset.with_format("arrow").iter(batch_size=8192)
-    return all((_lengths(table.column("edges")) == 1).all() for table in tables)
+    return all((_lengths(table.column("edges")) == 1).all() for table in _tables(dataset))
+
+
+def _tables(dataset: Dataset) -> Iterator[Any]:
+    found: Iterator[Any] = dataset.with_format("arrow").iter(batch_size=8192)
+    return found
+
+
+def _lengths_of(dataset: Dataset, column: str) -> NDArray[np.int64]:
+    return np.concatenate([_lengths(table.column(column)) for table in _tables(dataset)])
 
 
 def _lengths(column: Any) -> NDArray[np.int64]:
@@ -157,13 +155,8 @@ def require_room(
 ) -> None:
     """Refuse a dataset with an example that fits no row, before anything is trained on it.
 
-    Args:
-        dataset: A tokenised dataset.
-        max_tokens_per_row: Longest row.
-        pad_to_multiple_of: Of which a row's length is a multiple.
-        unrelated_responses: Leave room for other examples' responses, see :func:`tokens_needed`.
-        limits: As in :func:`flexdpo.pack`.
-        in_pieces: Longer examples run in pieces, so that there must be room for their longest sequence only.
+    What is needed is that of :func:`tokens_needed`; examples that run ``in_pieces`` need room for their longest
+    sequence only.
 
     Raises:
         FlexdpoError: naming the first such example, its size and the room.
@@ -194,11 +187,7 @@ def require_room(
 
 
 def require_company(dataset: Dataset, args: DPOConfig, name: str) -> None:
-    """Refuse a dataset whose last batch would hold one labelled response, which the kto loss could compare with none.
-
-    Raises:
-        FlexdpoError: before anything is trained on it.
-    """
+    """Refuse a dataset whose last batch would hold one labelled response, which the kto loss cannot compare."""
     size = args.train_batch_size if name == "train" else args.eval_batch_size
     # with several processes the last batch is filled up
     if args.world_size > 1 or args.dataloader_drop_last or size == 1 or len(dataset) % size != 1:
