@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from flexdpo.errors import FlexdpoError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -82,3 +83,8 @@ class Group:
     def unshared_tokens(self) -> int:
         """Tokens an ordinary trainer runs for this group, padding not counted."""
         return sum(self.prompt_ids.size + response.size for response in self.response_ids)
+
+
+def numbered(groups: Sequence[Group]) -> Iterator[tuple[Group, int]]:
+    """Each group, and the number that its first response has among the responses of all of them."""
+    return zip(groups, accumulate((len(group.response_ids) for group in groups), initial=0), strict=False)

@@ -11,14 +11,14 @@ import numpy as np
 import torch
 
 from flexdpo.errors import FlexdpoError
-from flexdpo.layout.groups import Group
+from flexdpo.layout.groups import Group, numbered
 from flexdpo.layout.images import ImageKeys, row_images
 from flexdpo.layout.row_layout import RowLayout
 from flexdpo.layout.sequences import numbered_sequences, token_ids_of
 from flexdpo.layout.trie import Trie
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
@@ -123,6 +123,7 @@ class Row:
         paths = tuple(path[size:] for path, size in zip(sequences, sizes, strict=True))
         # the distinct response tokens, and which of them each place of a response is
         targets, members = np.unique(np.concatenate(paths), return_inverse=True)
+        edges = [(first + a, first + b) for group, first in numbered(groups) for a, b in group.edges]
         pictured = [group for group in groups if group.images]
         images = row_images(groups, sequences, length) if pictured else None
         # a trie knows image tokens by their keys
@@ -137,7 +138,7 @@ class Row:
             labels=torch.from_numpy(token_ids[targets]),
             member_targets=torch.from_numpy(members.reshape(-1).astype(np.int64)),
             member_responses=torch.from_numpy(np.repeat(np.arange(len(paths)), [path.size for path in paths])),
-            edges=_numbered_edges(groups),
+            edges=torch.tensor(edges, dtype=torch.int64).reshape(-1, 2),
             groups=tuple(groups),
             documents=tuple(zip(starts, stops, strict=True)),
             response_paths=paths,
@@ -227,10 +228,6 @@ class Row:
         """Responses in the row, ``R``."""
         return len(self.response_paths)
 
-    def numbered_groups(self) -> Iterator[tuple[Group, int]]:
-        """Each group, and the number that its first response has in the row."""
-        return zip(self.groups, accumulate((len(g.response_ids) for g in self.groups), initial=0), strict=False)
-
     @classmethod
     def part_of(cls, row: Row, layout: RowLayout, tokens: Tensor, targets: Tensor, **own: Any) -> Self:
         """Some tokens of a row, and the targets that they predict, as a row of their own without responses.
@@ -309,10 +306,3 @@ def stack_inputs(rows: Sequence[Row]) -> dict[str, Any]:
         "use_cache": False,
         **(layout.images.inputs if layout.images is not None else {}),
     }
-
-
-def _numbered_edges(groups: Sequence[Group]) -> Tensor:
-    """The groups' preferences with responses numbered through the row, ``[E, 2]``."""
-    firsts = accumulate((len(group.response_ids) for group in groups), initial=0)
-    edges = [(first + a, first + b) for group, first in zip(groups, firsts, strict=False) for a, b in group.edges]
-    return torch.tensor(edges, dtype=torch.int64).reshape(-1, 2)

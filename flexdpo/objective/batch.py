@@ -1,13 +1,10 @@
-"""What the losses take from a batch and give back: its totals, the reference's values, losses and gradients."""
+"""What the losses take from a batch and give back: its totals, the reference's values, and a loss with its metrics."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
-import torch
-
-from flexdpo.layout.row import on_device
 from flexdpo.objective import unpaired
 from flexdpo.objective.logps import ResponseLogps
 
@@ -17,7 +14,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from flexdpo.layout.groups import Group
-    from flexdpo.layout.row import Row
 
 
 @dataclass(frozen=True)
@@ -45,18 +41,9 @@ class BatchTotals:
 
 
 def supervised_responses(group: Group) -> list[int]:
-    """The responses that the ``sft`` loss learns.
-
-    The chosen one of every pair, or what is labelled desirable, or all where nothing is preferred.
-    """
+    """The responses that ``sft`` learns: the chosen of every pair, or the desirable ones, or all if there are none."""
     labels = unpaired.labels_of(group)
     return [k for k, desirable in labels if desirable] if labels else list(range(len(group.response_ids)))
-
-
-def supervised_index(row: Row) -> Tensor:
-    """Index of every supervised response of a row, ``[N]`` int64."""
-    index = [first + k for group, first in row.numbered_groups() for k in supervised_responses(group)]
-    return on_device(index, torch.int64, row.edges.device)
 
 
 class ReferenceLogps(NamedTuple):
@@ -77,19 +64,3 @@ class RowLoss(NamedTuple):
 
     loss: Tensor  # the share of the batch loss, a scalar
     metrics: dict[str, Tensor]  # detached per-pair or per-response values by their logged name
-
-
-class BatchGradients(NamedTuple):
-    """The loss of a whole batch and its gradient in every row's targets."""
-
-    loss: Tensor  # detached scalar
-    targets: list[Tensor]  # for each row, gradient in :attr:`ResponseLogps.targets`, ``[T]``
-    metrics: dict[str, Tensor]  # as in :class:`RowLoss`, over all rows
-
-
-def surrogate_loss(policy: ResponseLogps, gradient: Tensor) -> Tensor:
-    """A scalar whose gradient in the model is that of the batch's loss; its value means nothing.
-
-    ``gradient`` is the row's entry of :attr:`BatchGradients.targets`.
-    """
-    return (policy.targets * gradient).sum()

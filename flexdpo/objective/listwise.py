@@ -7,21 +7,21 @@ from typing import TYPE_CHECKING
 import torch
 
 from flexdpo.errors import FlexdpoError
+from flexdpo.layout.groups import numbered
 from flexdpo.layout.row import on_device
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from flexdpo.layout.groups import Group
-    from flexdpo.layout.row import Row
 
 
 def ranking_of(group: Group) -> tuple[int, ...]:
-    """Return the responses of a group from best to worst, as its edges rank them.
+    """Return the responses of a group from best to worst, as its edges rank them, without those that no edge names.
 
     The edges must leave no question open: all pairs of a ranking do, and so do its neighbours alone.
-
-    Responses that no edge names are left out.
 
     Raises ``FlexdpoError`` if the edges contradict each other, or leave the order of two responses open.
     """
@@ -52,9 +52,7 @@ def ranking_of(group: Group) -> tuple[int, ...]:
 def plackett_luce_loss(ranked_rewards: Tensor) -> Tensor:
     """DPO on a ranking: at every place, the best of the responses that are left must win against all of them.
 
-    Shapes: ``N`` rankings of ``K`` responses each.
-
-    ``ranked_rewards``, ``[N, K]``, are implicit rewards ``beta * (policy - reference)`` from best to worst.
+    ``ranked_rewards``, ``[N, K]``, are the implicit rewards of ``N`` rankings of ``K`` responses, from best to worst.
 
     Returns ``[N]``; for ``K = 2`` equal to the sigmoid loss, ``ln(K!)`` where policy and reference agree.
 
@@ -64,11 +62,9 @@ def plackett_luce_loss(ranked_rewards: Tensor) -> Tensor:
     return (of_those_left - ranked_rewards).sum(dim=1)
 
 
-def ranked_responses(row: Row) -> list[Tensor]:
-    """Index the responses of a row by rank, one ``[N, K]`` int64 tensor for each length ``K`` of ranking in the row."""
+def ranked_responses(groups: Sequence[Group], device: torch.device) -> list[Tensor]:
+    """Number the responses of some groups by rank, one ``[N, K]`` int64 tensor for each length ``K`` of ranking."""
     by_length: dict[int, list[list[int]]] = {}
-    for group, first in row.numbered_groups():
-        if group.edges:
-            ranking = [first + k for k in ranking_of(group)]
-            by_length.setdefault(len(ranking), []).append(ranking)
-    return [on_device(rankings, torch.int64, row.edges.device) for rankings in by_length.values()]
+    for ranking in ([first + k for k in ranking_of(group)] for group, first in numbered(groups) if group.edges):
+        by_length.setdefault(len(ranking), []).append(ranking)
+    return [on_device(rankings, torch.int64, device) for rankings in by_length.values()]

@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from flexdpo.errors import FlexdpoError
 from flexdpo.hf.unwrap import base_model
+from flexdpo.layout.groups import numbered
 from flexdpo.objective.gathered import gathered_targets
 from flexdpo.objective.linear_logps import TargetLogps, logits_logps
 from flexdpo.objective.lm_head import head_logps, head_plan
@@ -132,7 +133,7 @@ def require_finite(sums: Tensor, row: Row, *, model: str = "the policy", where: 
     if bool(finite.all()):
         return
     first = int((~finite).nonzero()[0])
-    group, k = next((group, first - start) for group, start in [*row.numbered_groups()][::-1] if start <= first)
+    group, k = next((group, first - start) for group, start in [*numbered(row.groups)][::-1] if start <= first)
     place = f"{where}, {group.name}" if where else group.name
     raise FlexdpoError(
         f"{place}: the log-probability of response {k} under {model} is {float(sums[first].detach())}; a lower "

@@ -1,9 +1,9 @@
 """Preference losses on pairs of responses, one small function each.
 
-Shapes: ``E`` preferences (pairs). Log-probabilities are sums over a response, in nats; ``logratios`` are policy minus
-reference; ``scores`` are logratios or what another f-divergence makes of them (:mod:`flexdpo.objective.divergences`).
-Each function returns one value per pair, ``[E]``; the objective averages them. ``beta`` is always the strength of the
-pull towards the reference, or the steepness where there is none.
+Shapes: ``E`` preferences (pairs). Log-probabilities are sums over a response, in nats; ``scores`` are log-ratios or
+what another f-divergence makes of them (:mod:`flexdpo.objective.divergences`). Each function returns one value per
+pair, ``[E]``; the objective averages them. ``beta`` is always the strength of the pull towards the reference, or the
+steepness where there is none.
 """
 
 from __future__ import annotations
@@ -23,49 +23,33 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """Chosen and rejected responses under the policy and the reference, ``[E]`` each."""
+    """Responses under the policy and the reference, the chosen ones and the rejected ones: ``[2, E]`` each."""
 
-    chosen_logps: Tensor  # of the policy
-    rejected_logps: Tensor  # of the policy
-    chosen_lengths: Tensor  # tokens in the chosen response
-    rejected_lengths: Tensor  # tokens in the rejected response
-    ref_chosen_logps: Tensor  # of the reference; zeros where there is none
-    ref_rejected_logps: Tensor  # of the reference
+    logps: Tensor  # of the policy
+    ref_logps: Tensor  # of the reference; zeros where there is none
+    lengths: Tensor  # tokens in each response
     f_divergence_type: str = "reverse_kl"  # divergence that the scores are made for
     f_alpha_divergence_coef: float = 0.5  # alpha of the alpha-divergence
 
-    def __len__(self) -> int:
-        return len(self.chosen_logps)
-
     @property
-    def chosen_logratios(self) -> Tensor:
+    def logratios(self) -> Tensor:
         """Policy minus reference."""
-        return self.chosen_logps - self.ref_chosen_logps
+        return self.logps - self.ref_logps
 
     @property
-    def rejected_logratios(self) -> Tensor:
-        """Policy minus reference."""
-        return self.rejected_logps - self.ref_rejected_logps
+    def scores(self) -> Tensor:
+        """Rewards divided by beta."""
+        return divergence_scores(self.logratios, self.f_divergence_type, self.f_alpha_divergence_coef)
 
     @property
-    def chosen_scores(self) -> Tensor:
-        """Reward of the chosen response divided by beta."""
-        return divergence_scores(self.chosen_logratios, self.f_divergence_type, self.f_alpha_divergence_coef)
-
-    @property
-    def rejected_scores(self) -> Tensor:
-        """Reward of the rejected response divided by beta."""
-        return divergence_scores(self.rejected_logratios, self.f_divergence_type, self.f_alpha_divergence_coef)
-
-    @property
-    def chosen_means(self) -> Tensor:
+    def means(self) -> Tensor:
         """Mean log-probability per token under the policy."""
-        return self.chosen_logps / self.chosen_lengths
+        return self.logps / self.lengths
 
-    @property
-    def rejected_means(self) -> Tensor:
-        """Mean log-probability per token under the policy."""
-        return self.rejected_logps / self.rejected_lengths
+
+def _margins(values: Tensor) -> Tensor:
+    """Chosen minus rejected."""
+    return values[0] - values[1]
 
 
 def _smoothed_logistic(logits: Tensor, label_smoothing: float) -> Tensor:
@@ -78,20 +62,14 @@ def sigmoid_loss(pairs: Pairs, beta: float, label_smoothing: float = 0.0) -> Ten
 
     ``label_smoothing``, in ``[0, 0.5)``, is the probability that a preference was labelled the wrong way round (cDPO).
 
-    Returns ``ln 2`` where policy and reference agree.
-
     Source: Rafailov et al. 2023, arXiv:2305.18290, Eq. 7; Mitchell 2023, "A note on DPO with noisy preferences".
     """
-    return _smoothed_logistic(beta * (pairs.chosen_scores - pairs.rejected_scores), label_smoothing)
+    return _smoothed_logistic(beta * _margins(pairs.scores), label_smoothing)
 
 
 def sigmoid_norm_loss(pairs: Pairs, beta: float) -> Tensor:
-    """DPO on rewards per token, so that length alone does not win.
-
-    Source: Lambert et al. 2024 (Tulu 3), arXiv:2411.15124, length-normalised DPO.
-    """
-    chosen = pairs.chosen_scores / pairs.chosen_lengths
-    return -F.logsigmoid(beta * (chosen - pairs.rejected_scores / pairs.rejected_lengths))
+    """DPO on rewards per token, so that length alone does not win (Lambert et al. 2024, Tulu 3, arXiv:2411.15124)."""
+    return -F.logsigmoid(beta * _margins(pairs.scores / pairs.lengths))
 
 
 def hinge_loss(pairs: Pairs, beta: float) -> Tensor:
@@ -99,7 +77,7 @@ def hinge_loss(pairs: Pairs, beta: float) -> Tensor:
 
     Source: Zhao et al. 2023 (SLiC-HF), arXiv:2305.10425; on implicit rewards Liu et al. 2023 (RSO), arXiv:2309.06657.
     """
-    return torch.relu(1 - beta * (pairs.chosen_scores - pairs.rejected_scores))
+    return torch.relu(1 - beta * _margins(pairs.scores))
 
 
 def ipo_loss(pairs: Pairs, beta: float) -> Tensor:
@@ -110,8 +88,8 @@ def ipo_loss(pairs: Pairs, beta: float) -> Tensor:
 
     Source: Azar et al. 2023, arXiv:2310.12036, Eq. 17 (``beta`` is ``tau`` there).
     """
-    chosen = pairs.chosen_scores / pairs.chosen_lengths
-    return (chosen - pairs.rejected_scores / pairs.rejected_lengths - 1 / (2 * beta)).square()
+    off: Tensor = _margins(pairs.scores / pairs.lengths) - 1 / (2 * beta)
+    return off.square()
 
 
 def exo_pair_loss(pairs: Pairs, beta: float, label_smoothing: float) -> Tensor:
@@ -121,7 +99,7 @@ def exo_pair_loss(pairs: Pairs, beta: float, label_smoothing: float) -> Tensor:
 
     Source: Ji et al. 2024, arXiv:2402.00856, Eq. 16.
     """
-    logits = beta * (pairs.chosen_scores - pairs.rejected_scores)
+    logits = beta * _margins(pairs.scores)
     wins = torch.sigmoid(logits) * (F.logsigmoid(logits) - math.log1p(-label_smoothing))
     loses = torch.sigmoid(-logits) * (F.logsigmoid(-logits) - math.log(label_smoothing))
     return wins + loses
@@ -132,7 +110,7 @@ def nca_pair_loss(pairs: Pairs, beta: float) -> Tensor:
 
     Source: Chen et al. 2024, arXiv:2402.05369, the preference-data loss NCA with K = 2.
     """
-    chosen, rejected = beta * pairs.chosen_logratios, beta * pairs.rejected_logratios
+    chosen, rejected = beta * pairs.logratios
     return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
 
 
@@ -141,7 +119,7 @@ def robust_loss(pairs: Pairs, beta: float, label_smoothing: float) -> Tensor:
 
     Source: Ray Chowdhury et al. 2024, arXiv:2403.00409.
     """
-    logits = beta * (pairs.chosen_scores - pairs.rejected_scores)
+    logits = beta * _margins(pairs.scores)
     clean, flipped = -F.logsigmoid(logits), -F.logsigmoid(-logits)
     return ((1 - label_smoothing) * clean - label_smoothing * flipped) / (1 - 2 * label_smoothing)
 
@@ -151,7 +129,8 @@ def bco_pair_loss(pairs: Pairs, beta: float) -> Tensor:
 
     Source: Jung et al. 2024, arXiv:2404.04656, without the reward shift.
     """
-    return -F.logsigmoid(beta * pairs.chosen_logratios) - F.logsigmoid(-beta * pairs.rejected_logratios)
+    chosen, rejected = beta * pairs.logratios
+    return -F.logsigmoid(chosen) - F.logsigmoid(-rejected)
 
 
 def sppo_hard_loss(pairs: Pairs, beta: float) -> Tensor:
@@ -159,8 +138,8 @@ def sppo_hard_loss(pairs: Pairs, beta: float) -> Tensor:
 
     Source: Wu et al. 2024, arXiv:2405.00675, Eq. 4.7 (``1 / beta`` is ``eta`` there).
     """
-    chosen = (pairs.chosen_logratios - 0.5 / beta).square()
-    return chosen + (pairs.rejected_logratios + 0.5 / beta).square()
+    chosen, rejected = pairs.logratios
+    return (chosen - 0.5 / beta).square() + (rejected + 0.5 / beta).square()
 
 
 def aot_loss(pairs: Pairs, beta: float, label_smoothing: float = 0.0) -> Tensor:
@@ -171,9 +150,8 @@ def aot_loss(pairs: Pairs, beta: float, label_smoothing: float = 0.0) -> Tensor:
 
     Source: Melnyk et al. 2024, arXiv:2406.05882, paired variant with the logistic loss.
     """
-    margins = (pairs.chosen_logps - pairs.rejected_logps).sort(dim=0).values
-    ref_margins = (pairs.ref_chosen_logps - pairs.ref_rejected_logps).sort(dim=0).values
-    return _smoothed_logistic(beta * (margins - ref_margins), label_smoothing)
+    policy, reference = (_margins(logps).sort().values for logps in (pairs.logps, pairs.ref_logps))
+    return _smoothed_logistic(beta * (policy - reference), label_smoothing)
 
 
 def aot_unpaired_loss(pairs: Pairs, beta: float, label_smoothing: float = 0.0) -> Tensor:
@@ -183,8 +161,7 @@ def aot_unpaired_loss(pairs: Pairs, beta: float, label_smoothing: float = 0.0) -
 
     Source: Melnyk et al. 2024, arXiv:2406.05882, unpaired variant with the logistic loss.
     """
-    chosen = pairs.chosen_logratios.sort(dim=0).values
-    return _smoothed_logistic(beta * (chosen - pairs.rejected_logratios.sort(dim=0).values), label_smoothing)
+    return _smoothed_logistic(beta * _margins(pairs.logratios.sort(dim=1).values), label_smoothing)
 
 
 def apo_zero_loss(pairs: Pairs, beta: float) -> Tensor:
@@ -192,7 +169,8 @@ def apo_zero_loss(pairs: Pairs, beta: float) -> Tensor:
 
     Source: D'Oosterlinck et al. 2024, arXiv:2408.06266, Eq. 7.
     """
-    return torch.sigmoid(-beta * pairs.chosen_logratios) + torch.sigmoid(beta * pairs.rejected_logratios)
+    chosen, rejected = beta * pairs.logratios
+    return torch.sigmoid(-chosen) + torch.sigmoid(rejected)
 
 
 def apo_down_loss(pairs: Pairs, beta: float) -> Tensor:
@@ -200,8 +178,7 @@ def apo_down_loss(pairs: Pairs, beta: float) -> Tensor:
 
     Source: D'Oosterlinck et al. 2024, arXiv:2408.06266, Eq. 8.
     """
-    margin = beta * (pairs.chosen_logratios - pairs.rejected_logratios)
-    return torch.sigmoid(beta * pairs.chosen_logratios) + torch.sigmoid(-margin)
+    return torch.sigmoid(beta * pairs.logratios[0]) + torch.sigmoid(-beta * _margins(pairs.logratios))
 
 
 def discopop_loss(pairs: Pairs, beta: float, discopop_tau: float = 0.05) -> Tensor:
@@ -209,7 +186,7 @@ def discopop_loss(pairs: Pairs, beta: float, discopop_tau: float = 0.05) -> Tens
 
     Source: Lu et al. 2024, arXiv:2406.08414, Eq. 5 (log-ratio modulated loss).
     """
-    logits = beta * (pairs.chosen_scores - pairs.rejected_scores)
+    logits = beta * _margins(pairs.scores)
     # the exponential is weighed inside of its exponent: far on the wrong side it would be 0 times infinity
     exponential = torch.exp(F.logsigmoid(logits / discopop_tau) - logits)
     return torch.sigmoid(-logits / discopop_tau) * -F.logsigmoid(logits) + exponential
@@ -222,7 +199,7 @@ def simpo_loss(pairs: Pairs, beta: float, simpo_gamma: float = 0.5, label_smooth
 
     Source: Meng et al. 2024, arXiv:2405.14734, Eq. 6.
     """
-    return _smoothed_logistic(beta * (pairs.chosen_means - pairs.rejected_means) - simpo_gamma, label_smoothing)
+    return _smoothed_logistic(beta * _margins(pairs.means) - simpo_gamma, label_smoothing)
 
 
 def cpo_loss(pairs: Pairs, beta: float, label_smoothing: float = 0.0) -> Tensor:
@@ -230,7 +207,7 @@ def cpo_loss(pairs: Pairs, beta: float, label_smoothing: float = 0.0) -> Tensor:
 
     Source: Xu et al. 2024, arXiv:2401.08417, Eq. 3.
     """
-    return _smoothed_logistic(beta * (pairs.chosen_logps - pairs.rejected_logps), label_smoothing)
+    return _smoothed_logistic(beta * _margins(pairs.logps), label_smoothing)
 
 
 def orpo_loss(pairs: Pairs, beta: float) -> Tensor:
@@ -241,35 +218,11 @@ def orpo_loss(pairs: Pairs, beta: float) -> Tensor:
 
     Source: Hong et al. 2024, arXiv:2403.07691, Eq. 4 to 7 (``beta`` is ``lambda`` there).
     """
-    chosen, rejected = pairs.chosen_means, pairs.rejected_means
-    log_odds = (chosen - _log1mexp(chosen)) - (rejected - _log1mexp(rejected))
-    return -chosen - beta * F.logsigmoid(log_odds)
-
-
-def _log1mexp(x: Tensor) -> Tensor:
-    """``log(1 - exp(x))`` for ``x < 0``, exact at both ends."""
     # at exactly certain responses the odds are infinite; the least number below 0 keeps value and gradient finite
-    x = x.clamp(max=-torch.finfo(x.dtype).tiny)
-    near = x > -math.log(2.0)
-    # each branch gets a harmless argument where the other is used, or its gradient would be NaN times 0
-    close = torch.log(-torch.expm1(torch.where(near, x, -torch.ones_like(x))))
-    far = torch.log1p(-torch.exp(torch.where(near, -torch.ones_like(x), x)))
-    return torch.where(near, close, far)
-
-
-def rpo_loss(chosen_means: Tensor) -> Tensor:
-    """The likelihood term of RPO: negative mean log-probability per token of the chosen response.
-
-    Source: Pang et al. 2024 (Iterative RPO), arXiv:2404.19733, Eq. 1, second term.
-    """
-    return -chosen_means
-
-
-def sft_loss(logps: Tensor, total_tokens: int | Tensor) -> Tensor:
-    """Negative log-likelihood of supervised responses, averaged over all tokens of the batch.
-
-    ``total_tokens`` are those of all supervised responses of the batch, this row's and the others'.
-
-    Returns a scalar: this row's share of the batch mean.
-    """
-    return -logps.sum() / total_tokens
+    x = pairs.means.clamp(max=-torch.finfo(pairs.means.dtype).tiny)
+    near, elsewhere = x > -math.log(2.0), -torch.ones_like(x)
+    # log(1 - P), exact at both ends; each branch gets a harmless argument where the other is used, or its gradient
+    # would be NaN times 0
+    close = torch.log(-torch.expm1(torch.where(near, x, elsewhere)))
+    far = torch.log1p(-torch.exp(torch.where(near, elsewhere, x)))
+    return -pairs.means[0] - beta * F.logsigmoid(_margins(pairs.means - torch.where(near, close, far)))

@@ -2,8 +2,8 @@
 
 Most losses are sums over pairs or tokens: each row's share is known from the row and the batch's totals. Some couple
 the batch (AOT sorts all margins, KTO subtracts a mean over the batch); with several rows these take a first pass
-without gradients over all rows, then :meth:`Objective.target_gradients`, then a second pass in which each row's
-:func:`surrogate_loss` has exactly the gradient of the whole batch's loss.
+without gradients over all rows, then :meth:`Objective.target_gradients`, then a second pass in which each row's targets
+get exactly their gradients in the whole batch's loss.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from flexdpo.errors import FlexdpoError
+from flexdpo.layout.groups import numbered
 from flexdpo.layout.row import on_device
 from flexdpo.objective import listwise, losses, unpaired
-from flexdpo.objective.batch import BatchGradients, BatchTotals, Reference, ReferenceLogps, RowLoss, supervised_index
+from flexdpo.objective.batch import BatchTotals, Reference, ReferenceLogps, RowLoss, supervised_responses
 from flexdpo.objective.logps import ResponseLogps, pair_sums, response_weights, sum_targets
 from flexdpo.objective.loss_types import (
     COUPLING,
@@ -35,7 +36,10 @@ from flexdpo.objective.loss_types import (
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from flexdpo.layout.groups import Group
     from flexdpo.layout.row import Row
+
+    Average = Callable[[Tensor], Tensor]
 
 
 @dataclass
@@ -92,13 +96,7 @@ class Objective(LossSettings):
     # --- the loss ----------------------------------------------------------------------------------------------------
 
     def row_loss(
-        self,
-        policy: ResponseLogps,
-        reference: Reference,
-        row: Row,
-        totals: BatchTotals,
-        *,
-        average: Callable[[Tensor], Tensor] | None = None,
+        self, policy: ResponseLogps, reference: Reference, row: Row, totals: BatchTotals, average: Average | None = None
     ) -> RowLoss:
         """Compute one row's share of the batch loss; the shares of a batch's rows add up to its loss.
 
@@ -113,53 +111,7 @@ class Objective(LossSettings):
                 f"loss_type {self._names} couples the batch's {totals.responses} responses but this row has "
                 f"{row.num_responses} of them; use target_gradients over all rows"
             )
-        return self.batch_loss([policy], [reference], [row], totals, average=average)
-
-    def batch_loss(
-        self,
-        policy: Sequence[ResponseLogps],
-        reference: Sequence[Reference],
-        rows: Sequence[Row],
-        totals: BatchTotals,
-        *,
-        average: Callable[[Tensor], Tensor] | None = None,
-    ) -> RowLoss:
-        """Compute the loss of several rows at once; the arguments are those of :meth:`row_loss`, one per row."""
-        self._require(reference, totals)
-        pairs, weights = self._pairs(policy, reference, rows)
-        labelled = self._labelled(policy, reference, rows, totals, average) if self.needs_labels else None
-        terms = []
-        loss_weights = self.loss_weights or (1.0,) * len(self.loss_type)
-        for name, weight in zip(self.loss_type, loss_weights, strict=True):
-            if name in PAIR_LOSSES:
-                values = pair_loss(name, pairs, self)
-                term = (values if weights is None else values * weights).sum() / totals.pairs
-                if name == "cpo" and self.cpo_alpha:
-                    term = term + self.cpo_alpha * _supervised(policy, rows, totals)
-            elif name == "sft":
-                term = _supervised(policy, rows, totals)
-            elif name == "plackett_luce":
-                ranked = [
-                    self.beta * ratios[ranking]
-                    for ratios, row in zip(_logratios(policy, reference), rows, strict=True)
-                    for ranking in listwise.ranked_responses(row)
-                ]
-                sums = [listwise.plackett_luce_loss(each).sum() for each in ranked]
-                term = sum(sums, policy[0].sums.new_zeros(())) / totals.rankings
-            else:
-                assert labelled is not None
-                settings = self.beta, self.desirable_weight, self.undesirable_weight
-                if name == "apo_zero_unpaired":
-                    values = unpaired.apo_zero_unpaired_loss(labelled.logratios, labelled.desirable, *settings)
-                else:
-                    assert labelled.kl is not None
-                    values = unpaired.kto_loss(labelled.logratios, labelled.desirable, labelled.kl, *settings)
-                term = values.sum() / totals.labelled
-            terms.append(weight * term)
-        if self.rpo_alpha is not None:
-            means = torch.cat([logps.means[row.edges[:, 0]] for logps, row in zip(policy, rows, strict=True)])
-            terms.append(self.rpo_alpha * losses.rpo_loss(means).sum() / totals.pairs)
-        return RowLoss(torch.stack(terms).sum(), self._metrics(pairs, labelled, reference[0] is not None))
+        return self._loss([policy], [reference], [row], totals, average)
 
     def target_gradients(
         self,
@@ -167,23 +119,58 @@ class Objective(LossSettings):
         reference: Sequence[Reference],
         rows: Sequence[Row],
         totals: BatchTotals,
-        *,
-        average: Callable[[Tensor], Tensor] | None = None,
-    ) -> BatchGradients:
-        """Compute the batch's loss and its gradient in every target, from log-probabilities without gradients.
+        average: Average | None = None,
+    ) -> tuple[RowLoss, tuple[Tensor, ...]]:
+        """Compute the batch's loss and its gradient in every row's targets, ``[T]`` each, from log-probabilities alone.
 
-        Needs the log-probabilities alone, so the rows' activations may be gone: a first pass over all rows without
-        gradients feeds it, and a second pass runs :func:`surrogate_loss` backwards for each row.
+        The rows' activations may be gone: a first pass over all rows without gradients feeds it, and in a second pass
+        ``(targets * gradient).sum()`` runs backwards for each row.
         """
         with torch.enable_grad():
             leaves = [logps.targets.detach().requires_grad_() for logps in policy]
-            again = [
-                sum_targets(leaf, row, logps.log_sum_squares)
-                for leaf, row, logps in zip(leaves, rows, policy, strict=True)
-            ]
-            result = self.batch_loss(again, reference, rows, totals, average=average)
+            parts = zip(leaves, rows, policy, strict=True)
+            again = [sum_targets(leaf, row, logps.log_sum_squares) for leaf, row, logps in parts]
+            result = self._loss(again, reference, rows, totals, average)
             gradients = torch.autograd.grad(result.loss, leaves)
-        return BatchGradients(result.loss.detach(), list(gradients), result.metrics)
+        return result._replace(loss=result.loss.detach()), gradients
+
+    def _loss(
+        self,
+        policy: Sequence[ResponseLogps],
+        reference: Sequence[Reference],
+        rows: Sequence[Row],
+        totals: BatchTotals,
+        average: Average | None,
+    ) -> RowLoss:
+        self._require(reference, totals)
+        pairs, pair_weights = self._pairs(policy, reference, rows)
+        groups = [group for row in rows for group in row.groups]
+        sums = torch.cat([logps.sums for logps in policy])
+        ratios = None if reference[0] is None else sums - torch.cat([_sums(each).to(sums) for each in reference])
+        of_labels, metrics = self._labelled(sums, ratios, groups, totals, average) if self.needs_labels else ({}, {})
+        if not self.needs_labels or self.needs_pairs:
+            metrics |= self._pair_metrics(pairs, ratios is not None)
+        terms = []
+        for name, weight in zip(self.loss_type, self.loss_weights or (1.0,) * len(self.loss_type), strict=True):
+            if name in PAIR_LOSSES:
+                term = (pair_loss(name, pairs, self) * pair_weights).sum() / totals.pairs
+                if name == "cpo" and self.cpo_alpha:
+                    term = term + self.cpo_alpha * _supervised(sums, groups, totals)
+            elif name == "sft":
+                term = _supervised(sums, groups, totals)
+            elif name == "plackett_luce":
+                assert ratios is not None
+                rewards, rankings = self.beta * ratios, listwise.ranked_responses(groups, sums.device)
+                values = [listwise.plackett_luce_loss(rewards[ranking]).sum() for ranking in rankings]
+                term = sum(values, sums.new_zeros(())) / totals.rankings
+            else:
+                term = of_labels[name]
+            terms.append(weight * term)
+        if self.rpo_alpha is not None:
+            # Pang et al. 2024 (Iterative RPO), arXiv:2404.19733, Eq. 1, second term
+            means = torch.cat([logps.means[row.edges[:, 0]] for logps, row in zip(policy, rows, strict=True)])
+            terms.append(self.rpo_alpha * -means.sum() / totals.pairs)
+        return RowLoss(torch.stack(terms).sum(), metrics)
 
     # --- from rows to what the losses take ---------------------------------------------------------------------------
 
@@ -207,29 +194,16 @@ class Objective(LossSettings):
 
     def _pairs(
         self, policy: Sequence[ResponseLogps], reference: Sequence[Reference], rows: Sequence[Row]
-    ) -> tuple[losses.Pairs, Tensor | None]:
+    ) -> tuple[losses.Pairs, Tensor | float]:
         """The pairs of all rows, and WPO's weight for each, ``[E]``."""
-        own = torch.cat([pair_sums(logps, row, self.ld_alpha) for logps, row in zip(policy, rows, strict=True)])
-        lengths = torch.cat([logps.lengths[row.edges] for logps, row in zip(policy, rows, strict=True)])
-        others = torch.cat(
-            [self._reference_pairs(values, row, own) for values, row in zip(reference, rows, strict=True)]
-        )
-        pairs = losses.Pairs(
-            chosen_logps=own[:, 0],
-            rejected_logps=own[:, 1],
-            chosen_lengths=lengths[:, 0],
-            rejected_lengths=lengths[:, 1],
-            ref_chosen_logps=others[:, 0],
-            ref_rejected_logps=others[:, 1],
-            f_divergence_type=self.f_divergence_type,
-            f_alpha_divergence_coef=self.f_alpha_divergence_coef,
-        )
+        parts = list(zip(policy, reference, rows, strict=True))
+        logps = torch.cat([pair_sums(own, row, self.ld_alpha) for own, _, row in parts])
+        others = torch.cat([self._reference_pairs(other, row, logps) for _, other, row in parts])
+        lengths = torch.cat([own.lengths[row.edges] for own, _, row in parts])
+        pairs = losses.Pairs(logps.T, others.T, lengths.T, self.f_divergence_type, self.f_alpha_divergence_coef)
         if not self.use_weighting:
-            return pairs, None
-        weights = torch.cat(
-            [response_weights(p, row)[row.edges].prod(dim=1) for p, row in zip(policy, rows, strict=True)]
-        )
-        return pairs, weights
+            return pairs, 1.0
+        return pairs, torch.cat([response_weights(own, row)[row.edges].prod(dim=1) for own, _, row in parts])
 
     def _reference_pairs(self, reference: Reference, row: Row, like: Tensor) -> Tensor:
         if reference is None:
@@ -247,85 +221,55 @@ class Objective(LossSettings):
         return reference.pair_sums.to(like)
 
     def _labelled(
-        self,
-        policy: Sequence[ResponseLogps],
-        reference: Sequence[Reference],
-        rows: Sequence[Row],
-        totals: BatchTotals,
-        average: Callable[[Tensor], Tensor] | None,
-    ) -> _Labelled:
-        found = [unpaired.labelled_responses(row) for row in rows]
-        logratios = _logratios(policy, reference)
-        kl = None
-        if self.needs_unrelated_responses:
-            unrelated = torch.cat([ratios[each.unrelated] for ratios, each in zip(logratios, found, strict=True)])
-            if len(unrelated) == 0:
-                raise FlexdpoError(
-                    f"loss_type 'kto' estimates the KL from responses to other prompts, but none of the batch's "
-                    f"{totals.responses} responses is one; pass the groups through with_unrelated_responses, or use "
-                    "loss_type 'apo_zero_unpaired'"
-                )
-            kl = unpaired.kto_kl(unrelated)
-            kl = (kl if average is None else average(kl)).clamp(min=0)
-        labels = [label for row in rows for group in row.groups for _, label in unpaired.labels_of(group)]
-        chosen, rejected = (
-            on_device([n for n, label in enumerate(labels) if label == wanted], torch.int64, rows[0].edges.device)
-            for wanted in (True, False)
-        )
-        return _Labelled(
-            torch.cat([own.sums.detach()[each.responses] for own, each in zip(policy, found, strict=True)]),
-            torch.cat([ratios[each.responses] for ratios, each in zip(logratios, found, strict=True)]),
-            torch.cat([each.desirable for each in found]),
-            chosen,
-            rejected,
-            kl,
-        )
+        self, sums: Tensor, ratios: Tensor | None, groups: Sequence[Group], totals: BatchTotals, average: Average | None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The terms of the losses of labels, by name, and what is logged of them."""
+        assert ratios is not None
+        terms, metrics = {}, {}
+        found = unpaired.labelled_responses(groups, sums.device)
+        for name in set(LABELLED_LOSSES).intersection(self.loss_type):
+            kl: Tensor | float = 0.0
+            if name == "kto":
+                if len(found.unrelated) == 0:
+                    raise FlexdpoError(
+                        f"loss_type 'kto' estimates the KL from responses to other prompts, but none of the batch's "
+                        f"{totals.responses} responses is one; pass the groups through with_unrelated_responses, or "
+                        "use loss_type 'apo_zero_unpaired'"
+                    )
+                estimate = unpaired.kto_kl(ratios[found.unrelated])
+                kl = (estimate if average is None else average(estimate)).clamp(min=0)
+                metrics["kl"] = kl.detach()[None]
+            weights = self.desirable_weight, self.undesirable_weight
+            values = unpaired.kto_loss(ratios[found.responses], found.desirable, kl, self.beta, weights)
+            terms[name] = values.sum() / totals.labelled
+        if not self.needs_pairs:
+            rewards, logps = self.beta * ratios.detach(), sums.detach()
+            for name, kept in (("chosen", found.chosen), ("rejected", found.rejected)):
+                metrics |= {f"rewards/{name}": rewards[kept], f"logps/{name}": logps[kept]}
+        return terms, metrics
 
-    # --- what is logged ----------------------------------------------------------------------------------------------
-
-    def _metrics(self, pairs: losses.Pairs, labelled: _Labelled | None, with_reference: bool) -> dict[str, Tensor]:
-        metrics: dict[str, Tensor] = {}
-        if labelled is not None and labelled.kl is not None:
-            metrics["kl"] = labelled.kl.detach()[None]
-        if labelled is not None and not self.needs_pairs:
-            rewards = self.beta * labelled.logratios.detach()
-            for name, kept in (("chosen", labelled.chosen), ("rejected", labelled.rejected)):
-                metrics |= {f"rewards/{name}": rewards[kept], f"logps/{name}": labelled.logps[kept]}
-            return metrics
-        own: tuple[Tensor, Tensor] | None = None
+    def _pair_metrics(self, pairs: losses.Pairs, with_reference: bool) -> dict[str, Tensor]:
+        own: Tensor | None = None
         if with_reference:
-            own = pairs.chosen_logratios, pairs.rejected_logratios
+            own = pairs.logratios
         elif any(name in PER_TOKEN for name in self.loss_type):
-            own = pairs.chosen_means, pairs.rejected_means
+            own = pairs.means
         elif "cpo" in self.loss_type:
-            own = pairs.chosen_logps, pairs.rejected_logps
+            own = pairs.logps
+        metrics: dict[str, Tensor] = {}
         if own is not None:
-            chosen, rejected = (self.beta * each.detach() for each in own)
-            metrics |= {
+            chosen, rejected = self.beta * own.detach()
+            metrics = {
                 "rewards/chosen": chosen,
                 "rewards/rejected": rejected,
                 "rewards/accuracies": (chosen > rejected).to(chosen.dtype),
                 "rewards/margins": chosen - rejected,
             }
-        return metrics | {
-            "logps/chosen": pairs.chosen_logps.detach(),
-            "logps/rejected": pairs.rejected_logps.detach(),
-        }
+        return metrics | dict(zip(("logps/chosen", "logps/rejected"), pairs.logps.detach(), strict=True))
 
     @property
     def _names(self) -> str:
         return ", ".join(self.loss_type)
-
-
-class _Labelled(NamedTuple):
-    """Labelled responses of a batch, ``[N]`` each, which of them are which, and the estimated KL where it is needed."""
-
-    logps: Tensor
-    logratios: Tensor
-    desirable: Tensor
-    chosen: Tensor
-    rejected: Tensor
-    kl: Tensor | None
 
 
 def _sums(reference: Reference) -> Tensor:
@@ -334,11 +278,7 @@ def _sums(reference: Reference) -> Tensor:
     return (reference if isinstance(reference, torch.Tensor) else reference.sums).detach()
 
 
-def _logratios(policy: Sequence[ResponseLogps], reference: Sequence[Reference]) -> list[Tensor]:
-    """Policy minus reference for every response of each row, ``[R]``."""
-    return [own.sums - _sums(other).to(own.sums) for own, other in zip(policy, reference, strict=True)]
-
-
-def _supervised(policy: Sequence[ResponseLogps], rows: Sequence[Row], totals: BatchTotals) -> Tensor:
-    logps = [logps.sums[supervised_index(row)] for logps, row in zip(policy, rows, strict=True)]
-    return losses.sft_loss(torch.cat(logps), totals.supervised_tokens)
+def _supervised(sums: Tensor, groups: Sequence[Group], totals: BatchTotals) -> Tensor:
+    """Negative log-likelihood of supervised responses, as a share of the mean over all tokens of the batch."""
+    index = [first + k for group, first in numbered(groups) for k in supervised_responses(group)]
+    return -sums[on_device(index, torch.int64, sums.device)].sum() / totals.supervised_tokens

@@ -8,15 +8,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from flexdpo.errors import FlexdpoError
-from flexdpo.layout.groups import Group
+from flexdpo.layout.groups import Group, numbered
 from flexdpo.layout.row import on_device
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
-
-    from flexdpo.layout.row import Row
 
 
 @dataclass(frozen=True)
@@ -49,11 +47,13 @@ class LabelledGroup(Group):
 
 
 class Labelled(NamedTuple):
-    """The labelled responses of a row, ``N`` in all, and its unrelated ones."""
+    """The labelled responses of some groups, ``N`` in all, and the unrelated ones, numbered through; int64."""
 
-    responses: Tensor  # response index, ``[N]`` int64; a response with several labels stands here as often
-    desirable: Tensor  # its label, ``[N]`` bool
-    unrelated: Tensor  # response indices of the unrelated ones, ``[U]`` int64
+    responses: Tensor  # ``[N]``; one with several labels stands here as often
+    desirable: Tensor  # the label of each, ``[N]`` bool
+    chosen: Tensor  # those that are desirable
+    rejected: Tensor  # and those that are not
+    unrelated: Tensor  # ``[U]``
 
 
 def labels_of(group: Group) -> list[tuple[int, bool]]:
@@ -63,19 +63,16 @@ def labels_of(group: Group) -> list[tuple[int, bool]]:
     return [(k, desirable) for edge in group.edges for k, desirable in zip(edge, (True, False), strict=True)]
 
 
-def labelled_responses(row: Row) -> Labelled:
-    """Number the labelled and the unrelated responses of a row's groups through the row."""
-    labels: list[tuple[int, bool]] = []
-    unrelated: list[int] = []
-    for group, first in row.numbered_groups():
-        labels += [(first + k, desirable) for k, desirable in labels_of(group)]
-        if isinstance(group, LabelledGroup):
-            unrelated += [first + k for k in group.unrelated]
-    device = row.edges.device
+def labelled_responses(groups: Sequence[Group], device: torch.device) -> Labelled:
+    """Number the labelled and the unrelated responses of some groups."""
+    labels = [(first + k, label) for group, first in numbered(groups) for k, label in labels_of(group)]
+    labelled = [(group, first) for group, first in numbered(groups) if isinstance(group, LabelledGroup)]
     return Labelled(
         on_device([k for k, _ in labels], torch.int64, device),
-        on_device([desirable for _, desirable in labels], torch.bool, device),
-        on_device(unrelated, torch.int64, device),
+        on_device([label for _, label in labels], torch.bool, device),
+        on_device([k for k, label in labels if label], torch.int64, device),
+        on_device([k for k, label in labels if not label], torch.int64, device),
+        on_device([first + k for group, first in labelled for k in group.unrelated], torch.int64, device),
     )
 
 
@@ -88,78 +85,48 @@ def with_unrelated_responses(groups: Sequence[Group]) -> list[LabelledGroup]:
 
     Raises ``FlexdpoError`` if the batch holds one prompt only, whose own responses say nothing about others.
     """
-    labelled = [[k for k, _ in labels_of(group)] for group in groups]
-    prompts = [group.prompt_key for group in groups]
-    responses = [
-        (prompts[number], groups[number].response_ids[k]) for number, members in enumerate(labelled) for k in members
-    ]
+    labelled = [[group.response_ids[k] for k, _ in labels_of(group)] for group in groups]
+    responses = [(group.prompt_key, each) for group, own in zip(groups, labelled, strict=True) for each in own]
     found, first = [], 0
-    for group, prompt, members in zip(groups, prompts, labelled, strict=True):
-        before = [*responses[:first][::-1], *responses[first:][::-1]]
-        foreign = [response for other, response in before if other != prompt]
-        if members and not foreign:
+    for group, own in zip(groups, labelled, strict=True):
+        before = (responses[first:] + responses[:first])[::-1]
+        foreign = [response for prompt, response in before if prompt != group.prompt_key]
+        if own and not foreign:
             raise FlexdpoError(
                 f"loss_type 'kto' estimates the KL from responses to other prompts, but the batch has none for "
                 f"{group.name}: all its {len(responses)} labelled responses answer the same prompt; use a larger "
                 "per_device_train_batch_size, or loss_type 'apo_zero_unpaired'"
             )
-        added = [foreign[place % len(foreign)] for place in range(len(members))]
+        added = [foreign[place % len(foreign)] for place in range(len(own))]
         labels, unrelated = (group.labels, group.unrelated) if isinstance(group, LabelledGroup) else ((), ())
         count = len(group.response_ids)
-        found.append(
-            LabelledGroup(
-                group.prompt_ids,
-                (*group.response_ids, *added),
-                group.edges,
-                group.name,
-                labels=(*labels, *[None] * len(added)) if labels else (),
-                unrelated=(*unrelated, *range(count, count + len(added))),
-                images=group.images,
-                image_token_id=group.image_token_id,
-            )
-        )
-        first += len(members)
+        changed = {
+            "response_ids": (*group.response_ids, *added),
+            "labels": (*labels, *[None] * len(added)) if labels else (),
+            "unrelated": (*unrelated, *range(count, count + len(added))),
+        }
+        found.append(LabelledGroup(**vars(group) | changed))
+        first += len(own)
     return found
 
 
-def kto_loss(
-    logratios: Tensor,
-    desirable: Tensor,
-    kl: Tensor,
-    beta: float,
-    desirable_weight: float = 1.0,
-    undesirable_weight: float = 1.0,
-) -> Tensor:
+def kto_loss(logratios: Tensor, desirable: Tensor, kl: Tensor | float, beta: float, weights: Sequence[float]) -> Tensor:
     """KTO: a desirable response gains, and an undesirable one loses, against how far the policy has moved on average.
 
     ``logratios`` ``[N]`` are policy minus reference in nats; ``kl`` estimates ``KL(policy || reference)`` in nats, at
-    least 0, a scalar without gradient (:func:`kto_kl`); ``beta`` is risk aversion, and pull towards the reference.
+    least 0, a scalar without gradient (:func:`kto_kl`); ``beta`` is risk aversion, and pull towards the reference;
+    ``weights`` are those of desirable and of undesirable responses. With a KL of 0 it is APO-zero on single labels.
 
     Returns ``[N]``.
 
-    Source: Ethayarajh et al. 2024, arXiv:2402.01306, the default KTO loss.
+    Source: Ethayarajh et al. 2024, arXiv:2402.01306, the default KTO loss; D'Oosterlinck et al. 2024,
+    arXiv:2408.06266, Eq. 7, term by term.
     """
     one = torch.ones_like(logratios)
-    signs = torch.where(desirable, one, -one)
-    weights = torch.where(desirable, desirable_weight * one, undesirable_weight * one)
-    return weights * torch.sigmoid(-signs * beta * (logratios - kl))
-
-
-def apo_zero_unpaired_loss(
-    logratios: Tensor, desirable: Tensor, beta: float, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
-) -> Tensor:
-    """APO-zero on single labels: KTO with the reference point at 0, so that no KL need be estimated.
-
-    The arguments and the result are those of :func:`kto_loss`.
-
-    Source: D'Oosterlinck et al. 2024, arXiv:2408.06266, Eq. 7, term by term.
-    """
-    return kto_loss(logratios, desirable, logratios.new_zeros(()), beta, desirable_weight, undesirable_weight)
+    signs, weight = (torch.where(desirable, good * one, bad * one) for good, bad in ((1.0, -1.0), weights))
+    return weight * torch.sigmoid(-signs * beta * (logratios - kl))
 
 
 def kto_kl(unrelated_logratios: Tensor) -> Tensor:
-    """Estimate the KL from responses to other prompts, as a mean in nats without gradient; may still be negative.
-
-    Source: Ethayarajh et al. 2024, arXiv:2402.01306 (``z_0`` there; the loss takes it at least 0).
-    """
+    """The KL (``z_0`` of arXiv:2402.01306), a mean over responses to other prompts without gradient; may be below 0."""
     return unrelated_logratios.detach().mean()

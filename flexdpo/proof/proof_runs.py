@@ -104,7 +104,7 @@ class Runs:
         """Run sequences as an ordinary trainer would; ``beside`` another one that is not looked at."""
         sequences = [row.input_ids[0, path_of(row, response)] for response in responses]
         inputs = {"input_ids": pad_sequence(sequences, True)}
-        groups = [group for group, _ in row.numbered_groups() for _ in group.response_ids]
+        groups = [group for group in row.groups for _ in group.response_ids]
         pictured = [groups[response] for response in responses if groups[response].images]
         if beside and pictured:
             # a whole one, since a part of it might end within an image

@@ -12,7 +12,7 @@ import torch
 
 from flexdpo.errors import FlexdpoError
 from flexdpo.layout.row import Row, idle_row
-from flexdpo.objective.batch import Reference, RowLoss, surrogate_loss
+from flexdpo.objective.batch import Reference, RowLoss
 from flexdpo.objective.logps import ResponseLogps, response_logps
 from flexdpo.objective.objective import Objective
 from flexdpo.objective.router import Routed, RouterLoss
@@ -87,10 +87,10 @@ class Runner:
                 first = [self._policy(row) for row in rows][:count]
         policies, routed = [policy for policy, _ in first], [heard for _, heard in first]
         sums = [policy.sums for policy in policies]
-        shares, gradients = [], []
+        shares: list[RowLoss] = []
         if couples:
-            found = objective.target_gradients(policies, references, batch.rows, totals, average=self.average)
-            shares, gradients = [RowLoss(found.loss, found.metrics)], found.targets
+            share, gradients = objective.target_gradients(policies, references, batch.rows, totals, self.average)
+            shares.append(share)
         for number, row in enumerate(rows if self.backward is not None or not couples else ()):
             last = number == len(rows) - 1
             with contextlib.nullcontext() if last or self.backward is None else self.no_sync(self.model):
@@ -99,7 +99,8 @@ class Runner:
                     self._backward(policy.targets.sum() * 0.0)  # adds nothing to the gradient
                     continue
                 if couples:
-                    loss = surrogate_loss(policy, gradients[number])
+                    # its gradient in the model is that of the batch's loss; its value means nothing
+                    loss = (policy.targets * gradients[number]).sum()
                 else:
                     share = objective.row_loss(policy, references[number], row, totals, average=self.average)
                     loss = share.loss

@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from flexdpo import Group, Row, prepare_model, response_logps
 from flexdpo.objective import losses
-from flexdpo.objective.batch import BatchTotals, surrogate_loss
+from flexdpo.objective.batch import BatchTotals
 from flexdpo.objective.loss_types import _settings_read
 from flexdpo.objective.objective import Objective
 from flexdpo.objective.unpaired import LabelledGroup, with_unrelated_responses
@@ -88,9 +88,9 @@ def ours(groups: list[Group], rows: list[Row], objective: Objective, model: Any,
     if objective.couples_batch:
         with torch.no_grad():
             first = [run(row) for row in rows]
-        found = objective.target_gradients(first, ref, rows, totals)
-        for row, gradient in zip(rows, found.targets, strict=True):
-            surrogate_loss(run(row), gradient).backward()
+        found, slopes = objective.target_gradients(first, ref, rows, totals)
+        for row, gradient in zip(rows, slopes, strict=True):
+            (run(row).targets * gradient).sum().backward()
         return found.loss, gradients(model)
     shares = [objective.row_loss(run(row), values, row, totals).loss for row, values in zip(rows, ref, strict=True)]
     loss = torch.stack(shares).sum()
@@ -195,8 +195,7 @@ def some_pairs() -> losses.Pairs:
     generator = torch.Generator().manual_seed(1)
     lengths = torch.randint(1, 9, (2, 12), generator=generator)
     sums = -3 * torch.rand(2, 12, generator=generator) * lengths - 0.01
-    zeros = torch.zeros(12)
-    return losses.Pairs(sums[0], sums[1], lengths[0], lengths[1], zeros, zeros)
+    return losses.Pairs(sums, torch.zeros_like(sums), lengths)
 
 
 def test_simpo_and_cpo_are_those_of_trl() -> None:
@@ -211,10 +210,10 @@ def test_simpo_and_cpo_are_those_of_trl() -> None:
         label_smoothing=0.1,
         accelerator=SimpleNamespace(device="cpu"),
     )
-    want = CPOTrainer.cpo_loss(trainer, pairs.chosen_means, pairs.rejected_means)[0]
+    want = CPOTrainer.cpo_loss(trainer, *pairs.means)[0]
     torch.testing.assert_close(losses.simpo_loss(pairs, 2.0, 0.6, 0.1), want, rtol=TOLERANCE, atol=TOLERANCE)
     trainer.loss_type = "sigmoid"
-    want = CPOTrainer.cpo_loss(trainer, pairs.chosen_logps, pairs.rejected_logps)[0]
+    want = CPOTrainer.cpo_loss(trainer, *pairs.logps)[0]
     torch.testing.assert_close(losses.cpo_loss(pairs, 2.0, 0.1), want, rtol=TOLERANCE, atol=TOLERANCE)
 
 
@@ -223,5 +222,5 @@ def test_the_odds_ratio_is_that_of_trl() -> None:
 
     pairs = some_pairs()
     trainer = SimpleNamespace(beta=0.4, accelerator=SimpleNamespace(device="cpu"))
-    want = ORPOTrainer.odds_ratio_loss(trainer, pairs.chosen_means, pairs.rejected_means)[0]
-    torch.testing.assert_close(losses.orpo_loss(pairs, 0.4) + pairs.chosen_means, -want, rtol=TOLERANCE, atol=TOLERANCE)
+    want = ORPOTrainer.odds_ratio_loss(trainer, *pairs.means)[0]
+    torch.testing.assert_close(losses.orpo_loss(pairs, 0.4) + pairs.means[0], -want, rtol=TOLERANCE, atol=TOLERANCE)

@@ -28,8 +28,8 @@ def pairs_of_all(dtype: torch.dtype, divergence: str = "reverse_kl", alpha: floa
         # without a reference these are log-probabilities
         chosen, rejected = -chosen.abs(), -rejected.abs()
     chosen, rejected = chosen.clone().requires_grad_(), rejected.clone().requires_grad_()
-    lengths, zeros = torch.full((len(chosen),), 3), torch.zeros(len(chosen), dtype=dtype)
-    return Pairs(chosen, rejected, lengths, lengths + 1, zeros, zeros, divergence, alpha)
+    logps = torch.stack([chosen, rejected])
+    return Pairs(logps, torch.zeros_like(logps), torch.tensor([[3], [4]]).expand_as(logps), divergence, alpha)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -43,9 +43,9 @@ def test_pair_losses(dtype: torch.dtype) -> None:
             f_alpha_divergence_coef=alpha,
         )
         values = pair_loss(loss, pairs, objective)
-        gradients = torch.autograd.grad(values.sum(), [pairs.chosen_logps, pairs.rejected_logps])
+        (gradients,) = torch.autograd.grad(values.sum(), [pairs.logps])
         # targets are float32 even where sums are float64
-        slopes = torch.stack(gradients).to(torch.float32)
+        slopes = gradients.to(torch.float32)
         assert not torch.isnan(values).any(), (loss, divergence)
         assert not torch.isnan(slopes).any(), (loss, divergence)
         # squared, an exponential no longer fits; both loss and slope say so
@@ -59,11 +59,13 @@ def test_pair_losses(dtype: torch.dtype) -> None:
 def test_losses_of_labels_and_rankings(dtype: torch.dtype) -> None:
     ratios = torch.tensor(LOG_RATIOS, dtype=dtype, requires_grad=True)
     desirable = torch.arange(len(ratios)) % 2 == 0
-    kto = unpaired.kto_loss(ratios, desirable, unpaired.kto_kl(ratios).clamp(min=0), 0.1)
+    kto, apo = (
+        unpaired.kto_loss(ratios, desirable, kl, 0.1, (1.0, 1.0)) for kl in (unpaired.kto_kl(ratios).clamp(min=0), 0.0)
+    )
     rankings = torch.tensor(list(itertools.permutations(range(len(ratios)), 3)))
     for values in (
         kto,
-        unpaired.apo_zero_unpaired_loss(ratios, desirable, 0.1),
+        apo,
         listwise.plackett_luce_loss(0.1 * ratios[rankings].to(torch.promote_types(dtype, torch.float32))),
     ):
         (slopes,) = torch.autograd.grad(values.sum(), [ratios])
@@ -102,7 +104,7 @@ def test_scores_are_exact_wherever_they_fit(divergence: str, alpha: float, dtype
 def test_discopop_against_its_definition() -> None:
     """As written in the paper wherever that does not end in 0 times infinity."""
     pairs = pairs_of_all(torch.float64)
-    logits = (0.1 * (pairs.chosen_logps - pairs.rejected_logps)).detach()
+    logits = (0.1 * (pairs.logps[0] - pairs.logps[1])).detach()
     share = torch.sigmoid(logits / 0.05)
     want = (1 - share) * -torch.nn.functional.logsigmoid(logits) + share * torch.exp(-logits)
     got = pair_loss("discopop", pairs, Objective(("discopop",), discopop_tau=0.05)).detach()

@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from flexdpo import FlexdpoError, Group
+from flexdpo import FlexdpoError, Group, Row
 from flexdpo.objective import losses
+from flexdpo.objective.batch import BatchTotals
 from flexdpo.objective.divergences import F_DIVERGENCES, divergence_scores
 from flexdpo.objective.listwise import plackett_luce_loss, ranking_of
-from flexdpo.objective.unpaired import apo_zero_unpaired_loss, kto_kl, kto_loss
+from flexdpo.objective.logps import sum_targets
+from flexdpo.objective.objective import Objective
+from flexdpo.objective.unpaired import kto_kl, kto_loss
 
 LN2 = math.log(2)
 
@@ -24,12 +27,9 @@ def column(*values: float) -> torch.Tensor:
 # Two pairs. Log-ratios: chosen +1 and -2, rejected -1 and +0; so margins are 2 and -2, and with beta = 0.5 they are
 # 1 and -1. Per token: chosen 1/2 and -2/4, rejected -1/4 and 0. Policy margins 2 and 1, reference margins 0 and 3.
 PAIRS = losses.Pairs(
-    chosen_logps=column(-10, -12),
-    rejected_logps=column(-12, -13),
-    chosen_lengths=torch.tensor([2, 4]),
-    rejected_lengths=torch.tensor([4, 2]),
-    ref_chosen_logps=column(-11, -10),
-    ref_rejected_logps=column(-11, -13),
+    logps=torch.stack([column(-10, -12), column(-12, -13)]),
+    ref_logps=torch.stack([column(-11, -10), column(-11, -13)]),
+    lengths=torch.tensor([[2, 4], [4, 2]]),
 )
 # log(1 + e^-x), to 10 digits from a table
 SOFTPLUS_MINUS = {
@@ -98,29 +98,31 @@ def test_by_hand(name: str) -> None:
 
 def test_orpo_by_hand() -> None:
     """Token probabilities 1/2 and 1/4 in the mean: odds 1 and 1/3, so the odds ratio is 3 and sigma(ln 3) = 3/4."""
-    pairs = losses.Pairs(
-        column(2 * math.log(0.5)),
-        column(3 * math.log(0.25)),
-        torch.tensor([2]),
-        torch.tensor([3]),
-        column(0),
-        column(0),
-    )
+    logps = torch.stack([column(2 * math.log(0.5)), column(3 * math.log(0.25))])
+    pairs = losses.Pairs(logps, torch.zeros_like(logps), torch.tensor([[2], [3]]))
     torch.testing.assert_close(losses.orpo_loss(pairs, 0.5), column(LN2 + 0.5 * math.log(4 / 3)))
 
 
 def test_orpo_is_finite_at_certainty() -> None:
     sums = column(0.0, -1e-20, -700.0).requires_grad_()
-    lengths = torch.ones(3, dtype=torch.int64)
-    values = losses.orpo_loss(losses.Pairs(sums, sums.detach() - 1, lengths, lengths, sums * 0, sums * 0), 0.1)
+    logps = torch.stack([sums, sums.detach() - 1])
+    values = losses.orpo_loss(losses.Pairs(logps, logps * 0, torch.ones(2, 3, dtype=torch.int64)), 0.1)
     values.sum().backward()
     assert torch.isfinite(values).all()
     assert torch.isfinite(sums.grad).all()
 
 
 def test_likelihood_terms_by_hand() -> None:
-    torch.testing.assert_close(losses.rpo_loss(PAIRS.chosen_means), column(5, 3))
-    torch.testing.assert_close(losses.sft_loss(PAIRS.chosen_logps, 6), column(22 / 6)[0])
+    """Two pairs, chosen sums -10 of two tokens and -12 of four: means 5 and 3 of two pairs, and 22 over 6 tokens."""
+    groups = [Group.from_lists([3], [[4, 5], [6]]), Group.from_lists([3], [[4, 5, 6, 7], [8]])]
+    row, totals = Row.from_groups(groups), BatchTotals.of(groups)
+    logps = sum_targets(-column(5, 5, 1, 2, 4, 3, 3, 1), row)
+
+    def loss(**settings: Any) -> torch.Tensor:
+        return Objective(**settings).row_loss(logps, logps, row, totals).loss
+
+    torch.testing.assert_close(loss(loss_type=("sft",)), column(22 / 6)[0])
+    torch.testing.assert_close(loss(rpo_alpha=0.5), column(LN2 + 0.5 * (5 + 3) / 2)[0])
 
 
 AT_THE_REFERENCE = {
@@ -141,14 +143,7 @@ AT_THE_REFERENCE = {
 
 @pytest.mark.parametrize("name", AT_THE_REFERENCE)
 def test_where_policy_and_reference_agree(name: str) -> None:
-    agree = losses.Pairs(
-        PAIRS.chosen_logps,
-        PAIRS.rejected_logps,
-        PAIRS.chosen_lengths,
-        PAIRS.rejected_lengths,
-        PAIRS.chosen_logps,
-        PAIRS.rejected_logps,
-    )
+    agree = losses.Pairs(PAIRS.logps, PAIRS.logps, PAIRS.lengths)
     torch.testing.assert_close(BY_HAND[name][0](agree), column(*[AT_THE_REFERENCE[name]] * 2))
 
 
@@ -193,11 +188,10 @@ def test_every_divergence_grows_with_the_ratio() -> None:
 def test_kto_by_hand() -> None:
     good = torch.tensor([True, False])
     # beta 0.5, KL 1: desirable 1 - sigma(.5 * (3 - 1)), undesirable 1 - sigma(.5 * (1 - 2)), weighted 2 and 3
-    got = kto_loss(column(3, 2), good, column(1)[0], 0.5, 2.0, 3.0)
+    got = kto_loss(column(3, 2), good, column(1)[0], 0.5, (2.0, 3.0))
     torch.testing.assert_close(got, column(2 * S[-1.0], 3 * S[0.5]))
-    torch.testing.assert_close(
-        apo_zero_unpaired_loss(column(2, 1), good, 0.5, 2.0, 3.0), column(2 * S[-1.0], 3 * S[0.5])
-    )
+    # without a KL it is APO-zero
+    torch.testing.assert_close(kto_loss(column(2, 1), good, 0.0, 0.5, (2.0, 3.0)), column(2 * S[-1.0], 3 * S[0.5]))
 
 
 def test_the_kl_has_no_gradient() -> None:
@@ -217,7 +211,7 @@ def test_plackett_luce_by_hand() -> None:
 
 
 def test_plackett_luce_of_two_is_the_sigmoid_loss() -> None:
-    rewards = 0.5 * torch.stack([PAIRS.chosen_logratios, PAIRS.rejected_logratios], dim=1)
+    rewards = 0.5 * PAIRS.logratios.T
     torch.testing.assert_close(plackett_luce_loss(rewards), losses.sigmoid_loss(PAIRS, 0.5))
 
 

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from flexdpo import FlexdpoError, Group, Row, response_logps
-from flexdpo.objective.batch import BatchTotals, ReferenceLogps, surrogate_loss
+from flexdpo.objective.batch import BatchTotals, ReferenceLogps
 from flexdpo.objective.logps import ResponseLogps, pair_sums, require_finite
 from flexdpo.objective.loss_types import LOSS_TYPES, _settings_read
 from flexdpo.objective.objective import Objective
@@ -84,9 +84,9 @@ def packed(
     if objective.couples_batch and len(rows) > 1:
         with torch.no_grad():
             first = [run(row) for row in rows]
-        found = objective.target_gradients(first, ref, rows, totals)
-        for row, gradient in zip(rows, found.targets, strict=True):
-            surrogate_loss(run(row), gradient).backward()
+        found, slopes = objective.target_gradients(first, ref, rows, totals)
+        for row, gradient in zip(rows, slopes, strict=True):
+            (run(row).targets * gradient).sum().backward()
         return found.loss, gradients(model)
     loss = 0.0
     for row, values in zip(rows, ref, strict=True):

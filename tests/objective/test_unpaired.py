@@ -36,9 +36,10 @@ def test_every_prompt_gets_responses_to_others_and_shares_its_own() -> None:
     three = [Group.from_lists([n], [[10 * n], [10 * n + 1]]) for n in (1, 2, 3)]
     added = [[r.tolist() for r in group.response_ids[2:]] for group in with_unrelated_responses(three)]
     assert added == [[[31], [30]], [[11], [10]], [[21], [20]]]
-    found = labelled_responses(row)
+    found = labelled_responses(row.groups, row.edges.device)
     assert found.responses.tolist() == [0, 1, 4]
     assert found.desirable.tolist() == [True, False, False]
+    assert (found.chosen.tolist(), found.rejected.tolist()) == ([0], [1, 4])
     assert found.unrelated.tolist() == [2, 3, 5]
 
 
