@@ -54,9 +54,7 @@ _FUNCTIONS = (
     losses.orpo_loss, losses.cpo_loss,
 )  # fmt: skip
 # by loss_type; what a loss takes beside the pairs is the setting of that name
-PAIR_LOSSES: Mapping[str, Callable[..., Tensor]] = {
-    function.__name__.removesuffix("_loss"): function for function in _FUNCTIONS
-}
+PAIR_LOSSES: Mapping[str, Callable[..., Tensor]] = {each.__name__.removesuffix("_loss"): each for each in _FUNCTIONS}
 LABELLED_LOSSES = ("kto", "apo_zero_unpaired")
 LOSS_TYPES = (*PAIR_LOSSES, "sft", *LABELLED_LOSSES, "plackett_luce")
 
@@ -79,9 +77,6 @@ def pair_loss(name: str, pairs: losses.Pairs, settings: LossSettings) -> Tensor:
 @cache
 def _settings_of(name: str) -> tuple[str, ...]:
     return tuple(signature(PAIR_LOSSES[name]).parameters)[1:]
-
-
-# --- the checks of the settings --------------------------------------------------------------------------------------
 
 
 def check_losses(names: tuple[str, ...], weights: tuple[float, ...] | None, settings: LossSettings) -> None:
@@ -111,12 +106,10 @@ def _check_numbers(settings: LossSettings) -> None:
     for name, value in vars(settings).items():
         if isinstance(value, float | int) and not math.isfinite(value):
             raise FlexdpoError(f"{name} must be a finite number, got {value}")
-    for name in ("beta", "discopop_tau"):
-        if not getattr(settings, name) > 0:
-            raise FlexdpoError(f"{name} must be positive, got {getattr(settings, name)}")
-    for name in ("rpo_alpha", "cpo_alpha", "desirable_weight", "undesirable_weight"):
-        if (getattr(settings, name) or 0) < 0:
-            raise FlexdpoError(f"{name} must not be negative, got {getattr(settings, name)}")
+        if name in ("beta", "discopop_tau") and not value > 0:
+            raise FlexdpoError(f"{name} must be positive, got {value}")
+        if name in ("rpo_alpha", "cpo_alpha", "desirable_weight", "undesirable_weight") and (value or 0) < 0:
+            raise FlexdpoError(f"{name} must not be negative, got {value}")
     if not 0 <= settings.label_smoothing < 0.5:
         raise FlexdpoError(f"label_smoothing must be in [0, 0.5), got {settings.label_smoothing}")
     if settings.ld_alpha is not None and not 0 <= settings.ld_alpha <= 1:
@@ -159,32 +152,15 @@ def _check_combinations(names: set[str], settings: LossSettings) -> None:
         raise FlexdpoError(
             "loss_type 'exo_pair' takes the logarithm of label_smoothing; set it above 0, for instance 1e-3"
         )
-    _refuse(
-        names - _TAKES_DIVERGENCE,
-        settings.f_divergence_type != F_DIVERGENCES[0],
-        f"f_divergence_type={settings.f_divergence_type!r}",
-        "it uses rewards one by one, and an f-divergence fixes them only up to a constant",
-    )
-    _refuse(
-        names - PAIR_LOSSES.keys() - {"sft"},
-        settings.use_weighting,
-        "use_weighting",
-        "the weights are those of pairs",
-    )
-    _refuse(
-        names & _SORTING,
-        settings.use_weighting,
-        "use_weighting",
-        "it sorts the batch, so its values belong to no pair",
-    )
-    _refuse(
-        names - (PAIR_LOSSES.keys() - REFERENCE_FREE) - {"sft"},
-        settings.ld_alpha is not None,
-        "ld_alpha",
-        "it does not compare a response with one other under a reference",
-    )
-
-
-def _refuse(names: set[str], asked: bool, setting: str, reason: str) -> None:
-    if asked and names:
-        raise FlexdpoError(f"{setting} cannot be combined with loss_type {', '.join(sorted(names))}: {reason}")
+    divergence, of_pairs = settings.f_divergence_type, {*PAIR_LOSSES, "sft"}
+    one_by_one = "it uses rewards one by one, and an f-divergence fixes them only up to a constant"
+    sorts = "it sorts the batch, so its values belong to no pair"
+    compares = "it does not compare a response with one other under a reference"
+    for asked, setting, refused, reason in (
+        (divergence != F_DIVERGENCES[0], f"f_divergence_type={divergence!r}", names - _TAKES_DIVERGENCE, one_by_one),
+        (settings.use_weighting, "use_weighting", names - of_pairs, "the weights are those of pairs"),
+        (settings.use_weighting, "use_weighting", names & _SORTING, sorts),
+        (settings.ld_alpha is not None, "ld_alpha", names - (of_pairs - REFERENCE_FREE | {"sft"}), compares),
+    ):
+        if asked and refused:
+            raise FlexdpoError(f"{setting} cannot be combined with loss_type {', '.join(sorted(refused))}: {reason}")
