@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from numpy.typing import NDArray
 
@@ -48,81 +48,45 @@ class Trie:
         Sequences ``[L_i]`` on either side of one of the increasing lengths ``limits`` share nothing, since their tokens
         differ in a model that goes by the length. Without ``share`` none do, and the forest has a tree for each.
 
-        Returns the trie. Time and memory are linear in the number of tokens times the branching depth.
+        Time and memory are linear in the number of tokens times the branching depth.
         """
-        return _TrieBuilder(sequences, limits, share=share).build()
-
-
-class _TrieBuilder:
-    """Walks the sequences depth first and writes one run of unbranched tokens at a time."""
-
-    def __init__(self, sequences: Sequence[NDArray[np.int64]], limits: Sequence[int], *, share: bool) -> None:
-        self.sequences = [np.asarray(sequence, dtype=np.int64) for sequence in sequences]
-        total = sum(sequence.size for sequence in self.sequences)
-        self.token_ids = np.empty(total, dtype=np.int64)
-        self.parents = np.empty(total, dtype=np.int64)
-        self.depths = np.empty(total, dtype=np.int64)
-        self.subtree_end = np.empty(total, dtype=np.int64)
-        self.paths = [np.empty(sequence.size, dtype=np.int64) for sequence in self.sequences]
+        sequences = [np.asarray(sequence, dtype=np.int64) for sequence in sequences]
+        nodes = np.empty((4, sum(sequence.size for sequence in sequences)), dtype=np.int64)
+        token_ids, parents, depths, subtree_end = nodes
+        paths = tuple(np.empty_like(sequence) for sequence in sequences)
         # only sequences on the same side may share
-        self.sides = list(range(len(self.sequences)))
-        if share:
-            self.sides = [bisect_left(limits, sequence.size) for sequence in self.sequences]
-        self.size = 0
+        sides = [bisect_left(limits, sequence.size) if share else k for k, sequence in enumerate(sequences)]
 
-    def build(self) -> Trie:
-        # an explicit stack: a chain of K nested prefixes would otherwise recurse K deep
-        stack: list[tuple[list[int], int, int]] = [
-            (members, 0, -1) for members in reversed(self._children(list(range(len(self.sequences))), 0))
-        ]
+        def branches(members: Iterable[int], depth: int, parent: int) -> list[tuple[list[int], int, int]]:
+            """Sequences that agree on the first ``depth`` tokens, split by their next one, the first to appear last."""
+            children: dict[tuple[int, int], list[int]] = {}
+            for member in members:
+                if sequences[member].size > depth:
+                    children.setdefault((sides[member], int(sequences[member][depth])), []).append(member)
+            return [(child, depth, parent) for child in reversed(children.values())]
+
+        # runs of unbranched tokens, depth first; a chain of K nested prefixes would recurse K deep without the stack
         runs: list[tuple[int, int, int]] = []
+        stack, start = branches(range(len(sequences)), 0, -1), 0
         while stack:
             members, depth, parent = stack.pop()
-            start, stop, end_depth = self._write_run(members, depth, parent)
+            first, end = sequences[members[0]], min(sequences[member].size for member in members)
+            for member in members[1:]:
+                differs = first[depth:end] != sequences[member][depth:end]
+                end = depth + int(differs.argmax()) if differs.any() else end
+            stop = start + end - depth
+            token_ids[start:stop] = first[depth:end]
+            depths[start:stop] = np.arange(depth, end)
+            parents[start:stop] = np.arange(start - 1, stop - 1)
+            parents[start] = parent
+            for member in members:
+                paths[member][depth:end] = np.arange(start, stop)
             runs.append((start, stop, parent))
-            stack.extend((child, end_depth, stop - 1) for child in reversed(self._children(members, end_depth)))
-        self._close_runs(runs)
-        kept = slice(0, self.size)
-        return Trie(
-            self.token_ids[kept],
-            self.parents[kept],
-            self.depths[kept],
-            self.subtree_end[kept],
-            tuple(self.paths),
-        )
-
-    def _children(self, members: list[int], depth: int) -> list[list[int]]:
-        """Split sequences that agree on the first ``depth`` tokens by their next one, in order of appearance."""
-        children: dict[tuple[int, int], list[int]] = {}
-        for member in members:
-            sequence = self.sequences[member]
-            if sequence.size > depth:
-                children.setdefault((self.sides[member], int(sequence[depth])), []).append(member)
-        return list(children.values())
-
-    def _write_run(self, members: list[int], depth: int, parent: int) -> tuple[int, int, int]:
-        """Write the tokens from ``depth`` up to where the members part or the shortest of them ends."""
-        first = self.sequences[members[0]]
-        end_depth = min(self.sequences[member].size for member in members)
-        for member in members[1:]:
-            differs = first[depth:end_depth] != self.sequences[member][depth:end_depth]
-            if differs.any():
-                end_depth = depth + int(differs.argmax())
-        start, stop = self.size, self.size + end_depth - depth
-        self.token_ids[start:stop] = first[depth:end_depth]
-        self.depths[start:stop] = np.arange(depth, end_depth)
-        self.parents[start:stop] = np.arange(start - 1, stop - 1)
-        self.parents[start] = parent
-        for member in members:
-            self.paths[member][depth:end_depth] = np.arange(start, stop)
-        self.size = stop
-        return start, stop, end_depth
-
-    def _close_runs(self, runs: list[tuple[int, int, int]]) -> None:
-        """Set ``subtree_end``: children come after their parents, so one pass backwards sees each child first."""
-        end_of_last: dict[int, int] = {}
-        for start, stop, parent in reversed(runs):
-            end = end_of_last.get(stop - 1, stop)
-            self.subtree_end[start:stop] = end
-            # the last child, met first when walking backwards, reaches furthest
-            end_of_last.setdefault(parent, end)
+            stack += branches(members, end, stop - 1)
+            start = stop
+        # children come after their parents, and the last one, met first when walking backwards, reaches furthest
+        ends: dict[int, int] = {}
+        for first_node, stop, parent in reversed(runs):
+            subtree_end[first_node:stop] = ends.get(stop - 1, stop)
+            ends.setdefault(parent, ends.get(stop - 1, stop))
+        return cls(token_ids[:start], parents[:start], depths[:start], subtree_end[:start], paths)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -62,19 +63,15 @@ class TargetLogps(NamedTuple):
 
 
 def logits_logps(logits: Tensor, labels: Tensor, *, with_log_sum_squares: bool = False) -> TargetLogps:
-    """Return the log-probability of each label under logits that exist already.
-
-    Shapes: logits ``[T, V]`` of any float dtype, labels ``[T]`` int64.
-    """
+    """Return the log-probability of each label, ``[T]`` int64, under logits that exist already, ``[T, V]``."""
     if logits.shape[0] != labels.shape[0]:
         raise FlexdpoError(f"got {logits.shape[0]} rows of logits for {labels.shape[0]} targets")
     logits = _wide(logits)
     normaliser = logits.logsumexp(dim=1)
     logps = logits.gather(1, labels[:, None])[:, 0] - normaliser
-    squares = None
-    if with_log_sum_squares:
-        squares = (2 * logits.detach()).logsumexp(dim=1) - 2 * normaliser.detach()
-    return TargetLogps(logps, squares)
+    if not with_log_sum_squares:
+        return TargetLogps(logps, None)
+    return TargetLogps(logps, (2 * logits.detach()).logsumexp(dim=1) - 2 * normaliser.detach())
 
 
 def linear_logps(
@@ -93,23 +90,12 @@ def linear_logps(
     float64. Under autocast on CUDA the projection takes autocast's dtype, as ``torch.nn.Linear`` does; elsewhere
     float32 weights are multiplied as they are.
 
-    Shapes: ``T`` targets, ``H`` hidden size, ``V`` vocabulary.
+    Shapes: final hidden states at the predicting positions ``[T, H]``, weight ``[V, H]``, bias ``[V]``, labels ``[T]``
+    int64. ``chunk_size`` are the targets per chunk of the forward pass, whose number of logits the backward pass does
+    not exceed; by default that number is fixed.
 
-    Args:
-        hidden: Final hidden states at the predicting positions, ``[T, H]``.
-        weight: ``[V, H]``.
-        bias: ``[V]`` or ``None``.
-        labels: ``[T]`` int64.
-        transform: What follows the projection.
-        with_log_sum_squares: Also return ``log(sum p^2)``.
-        chunk_size: Targets per chunk of the forward pass, whose number of logits the backward pass does not exceed; by
-            default that number is fixed.
-
-    Returns:
-        Differentiable (once) in ``hidden``, ``weight`` and ``bias``. Frozen weight and bias save the second projection.
-
-    Raises:
-        FlexdpoError: if the shapes do not fit.
+    Returns what is differentiable (once) in ``hidden``, ``weight`` and ``bias``; where these two are frozen, there is
+    no second projection. Raises ``FlexdpoError`` if the shapes do not fit.
     """
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise FlexdpoError(f"hidden [T, H] and weight [V, H] do not fit: {list(hidden.shape)}, {list(weight.shape)}")
@@ -140,12 +126,10 @@ def module_logps(
     def values(states: Tensor, wanted: Tensor) -> TargetLogps:
         return logits_logps(transform(_wide(head(states[None])[0])), wanted, with_log_sum_squares=with_log_sum_squares)
 
-    parts = []
-    for part in _chunks(hidden.shape[0], chunk_size or targets_per_chunk(vocabulary, hidden.device)):
-        if torch.is_grad_enabled():
-            parts.append(checkpoint(values, hidden[part], labels[part], use_reentrant=False))
-        else:
-            parts.append(values(hidden[part], labels[part]))
+    again: Callable[..., TargetLogps] = partial(checkpoint, values, use_reentrant=False)
+    run = again if torch.is_grad_enabled() else values
+    chunks = _chunks(hidden.shape[0], chunk_size or targets_per_chunk(vocabulary, hidden.device))
+    parts = [run(hidden[part], labels[part]) for part in chunks]
     squares = torch.cat([part.log_sum_squares for part in parts]) if with_log_sum_squares else None
     return TargetLogps(torch.cat([part.logps for part in parts]), squares)
 

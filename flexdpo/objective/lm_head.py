@@ -72,10 +72,9 @@ def head_plan(model: nn.Module, device: torch.device | None = None) -> HeadPlan:
 def _settings(base: Any) -> Any:
     """All plain values of a model and its config, and the code that runs: what may decide on what follows the head."""
     plain = (bool, int, float, str, type(None), list, tuple, dict)
-    holders = [base.config, base.config.get_text_config()] if hasattr(base.config, "get_text_config") else [base.config]
     values = [
         repr(value)
-        for holder in (*holders, base)
+        for holder in (*_configs(base.config), base)
         for name, value in vars(holder).items()
         # a policy that is its own reference goes to and fro between its modes, and bookkeeping says nothing of logits
         if isinstance(value, plain) and name != "training" and not name.startswith("_")
@@ -96,10 +95,9 @@ def head_logps(
     *,
     with_log_sum_squares: bool = False,
 ) -> TargetLogps:
-    """Run a model whose head computes log-probabilities of labels instead of logits.
+    """Run a model whose head computes log-probabilities of ``labels``, ``[T]``, instead of logits.
 
-    ``predictors`` and ``labels``, ``[T]`` int64, are the positions that predict, counted through all
-    rows, and what they predict.
+    ``predictors``, ``[T]`` int64, are the positions that predict them, counted through all rows.
     """
     head = head_of(model)
     assert head is not None
@@ -144,11 +142,7 @@ def _held_against(transform: LogitTransform, logps: Tensor, output: Tensor, mode
 
 
 class _Anchored(torch.autograd.Function):
-    """Its first argument, as a function of both: the second, the model's output, gets a gradient of zeros.
-
-    Wrappers such as FSDP prepare the backward pass at the model's output, so what was taken from inside must depend on
-    it.
-    """
+    """Its first argument as a function of the model's output too, where wrappers (FSDP) prepare the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, anchor: Tensor) -> Tensor:
@@ -248,40 +242,25 @@ def _measure(model: nn.Module, device: torch.device) -> HeadPlan:
 def recognise_transform(logits: Tensor, transformed: Tensor, config: Any) -> LogitTransform | None:
     """Recognise what turned ``logits`` into ``transformed``, if it is a scale or a softcap.
 
-    Names of settings differ and are not relied on; the exact constants stand in the config.
+    Names of settings differ and are not relied on; the exact constants, or their reciprocals, stand in the config.
     """
     transformed = transformed.to(logits.dtype)
     if torch.allclose(transformed, logits, rtol=1e-5, atol=1e-6):
         return IDENTITY
-    numbers = _numbers(config)
+    values = {name: value for part in _configs(config) for name, value in vars(part).items()}
+    numbers = {name: float(v) for name, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    factors = [v for name, v in numbers.items() if ("scal" in name or "mult" in name) and v != 0]
     smallest = int(torch.where(logits == 0, torch.inf, logits.abs()).argmin())
-    for softcap in (None, *(value for name, value in numbers.items() if "cap" in name and value > 0)):
+    for softcap in (None, *(v for name, v in numbers.items() if "cap" in name and v > 0)):
         bent = transformed[smallest]
         linear = bent if softcap is None else softcap * torch.atanh(bent / softcap)
-        scale = _exact(float(linear / logits[smallest]), numbers)
-        transform = LogitTransform(scale, softcap)
+        scale = float(linear / logits[smallest])
+        near = [v for v in (1.0, *factors, *(1 / v for v in factors)) if abs(v - scale) <= 1e-5 * abs(scale)]
+        transform = LogitTransform(near[0] if near else scale, softcap)
         if torch.allclose(transform(logits), transformed, rtol=1e-4, atol=1e-5):
             return transform
     return None
 
 
-def _numbers(config: Any) -> dict[str, float]:
-    """Every number of a config and of the text config in it, by name."""
-    configs = [config]
-    if hasattr(config, "get_text_config"):
-        configs.append(config.get_text_config())
-    return {
-        name: float(value)
-        for part in configs
-        for name, value in vars(part).items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool)
-    }
-
-
-def _exact(scale: float, numbers: dict[str, float]) -> float:
-    """The config's own constant for a measured scale, or its reciprocal, where there is one."""
-    constants = [v for name, v in numbers.items() if ("scal" in name or "mult" in name) and v != 0]
-    for candidate in (1.0, *constants, *(1 / v for v in constants)):
-        if abs(candidate - scale) <= 1e-5 * abs(scale):
-            return candidate
-    return scale
+def _configs(config: Any) -> list[Any]:
+    return [config, config.get_text_config()] if hasattr(config, "get_text_config") else [config]

@@ -53,19 +53,11 @@ def response_logps(model: nn.Module, row: Row, *, with_log_sum_squares: bool = F
     logits of a chunk of targets exist at a time, in the backward pass too. A model whose head cannot be used directly
     computes the logits of all targets at once; a warning says so, and why.
 
-    Args:
-        model: A prepared causal LM, wrapped or not (PEFT, DDP, FSDP): the call goes through its own forward.
-        row: A packed row on the model's device. One with ``pieces`` runs piece by piece.
-        with_log_sum_squares: Also compute ``log(sum p^2)`` per target, which WPO's weights need.
+    ``model`` is a prepared causal LM, wrapped or not (PEFT, DDP, FSDP), and runs through its own forward; ``row`` is on
+    its device, and one with ``pieces`` runs piece by piece. WPO's weights need ``with_log_sum_squares``.
 
-    Returns:
-        Sums, lengths and per-target values; differentiable (once) in the model's parameters.
-
-    Raises:
-        FlexdpoError: if the model was not prepared, or the row does not fit it.
-
-    Source:
-        Rafailov et al. 2023, arXiv:2305.18290, Eq. 7.
+    Returns what is differentiable (once) in the model's parameters. Raises ``FlexdpoError`` if the model was not
+    prepared, or the row does not fit it.
     """
     if isinstance(model, DistributedDataParallel) and not torch.is_grad_enabled():
         # processes take part in DDP's broadcasts at their first pass with gradients, in an order of its own; passes
@@ -89,8 +81,8 @@ def response_logps(model: nn.Module, row: Row, *, with_log_sum_squares: bool = F
 
 
 def _from_logits(model: nn.Module, row: Row, obstacle: str, with_log_sum_squares: bool) -> TargetLogps:
-    name = type(base_model(model)).__name__
-    if "logits_to_keep" in inspect.signature(type(base_model(model)).forward).parameters:
+    name, forward = type(base_model(model)).__name__, type(base_model(model)).forward
+    if "logits_to_keep" in inspect.signature(forward).parameters:
         logger.warning_once(
             f"{name}: the logits of all targets are held at once, since {obstacle}; this costs memory, not exactness"
         )
@@ -105,10 +97,7 @@ def _from_logits(model: nn.Module, row: Row, obstacle: str, with_log_sum_squares
 
 
 def sum_targets(targets: Tensor, row: Row, log_sum_squares: Tensor | None = None) -> ResponseLogps:
-    """Sum per-target values into every response that contains the target.
-
-    ``targets`` holds one value per target of the row, ``[T]``.
-    """
+    """Sum values of targets, ``[T]``, into every response that contains the target."""
     members = member_values(targets, row)
     sums = members.new_zeros(len(row.response_paths)).index_add(0, row.member_responses, members)
     # bincount would wait for the device, to learn the largest response
@@ -125,10 +114,7 @@ def member_values(targets: Tensor, row: Row) -> Tensor:
 
 
 def require_finite(sums: Tensor, row: Row, *, model: str = "the policy", where: str = "") -> None:
-    """Refuse log-probabilities that are NaN or infinite; waits for the device once.
-
-    Raises ``FlexdpoError`` naming the example, the response and the value.
-    """
+    """Refuse log-probabilities that are NaN or infinite, by example and response; waits for the device once."""
     finite = torch.isfinite(sums.detach())
     if bool(finite.all()):
         return
@@ -168,9 +154,8 @@ def pair_sums(logps: ResponseLogps, row: Row, ld_alpha: float | None = None) -> 
 def response_weights(logps: ResponseLogps, row: Row) -> Tensor:
     """WPO's weight of each response: how likely the policy is to write it itself.
 
-    The geometric mean over tokens of ``p(token) / sum p^2``: about 1 for responses that the policy would sample.
-
-    Returns ``[R]``, without gradient.
+    The geometric mean over tokens of ``p(token) / sum p^2``, ``[R]`` without gradient: about 1 for responses that the
+    policy would sample.
 
     Source: Zhou et al. 2024, arXiv:2406.11827, Eq. 2, with sampled alignment.
     """

@@ -88,8 +88,7 @@ def ipo_loss(pairs: Pairs, beta: float) -> Tensor:
 
     Source: Azar et al. 2023, arXiv:2310.12036, Eq. 17 (``beta`` is ``tau`` there).
     """
-    off: Tensor = _margins(pairs.scores / pairs.lengths) - 1 / (2 * beta)
-    return off.square()
+    return (_margins(pairs.scores / pairs.lengths) - 1 / (2 * beta)).square()
 
 
 def exo_pair_loss(pairs: Pairs, beta: float, label_smoothing: float) -> Tensor:
@@ -138,7 +137,7 @@ def sppo_hard_loss(pairs: Pairs, beta: float) -> Tensor:
 
     Source: Wu et al. 2024, arXiv:2405.00675, Eq. 4.7 (``1 / beta`` is ``eta`` there).
     """
-    chosen, rejected = pairs.logratios
+    chosen, rejected = pairs.logratios.unbind()
     return (chosen - 0.5 / beta).square() + (rejected + 0.5 / beta).square()
 
 
