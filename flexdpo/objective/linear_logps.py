@@ -126,10 +126,9 @@ def module_logps(
     def values(states: Tensor, wanted: Tensor) -> TargetLogps:
         return logits_logps(transform(_wide(head(states[None])[0])), wanted, with_log_sum_squares=with_log_sum_squares)
 
-    again: Callable[..., TargetLogps] = partial(checkpoint, values, use_reentrant=False)
-    run = again if torch.is_grad_enabled() else values
+    run = partial(checkpoint, values, use_reentrant=False) if torch.is_grad_enabled() else values
     chunks = _chunks(hidden.shape[0], chunk_size or targets_per_chunk(vocabulary, hidden.device))
-    parts = [run(hidden[part], labels[part]) for part in chunks]
+    parts: list[Any] = [run(hidden[part], labels[part]) for part in chunks]
     squares = torch.cat([part.log_sum_squares for part in parts]) if with_log_sum_squares else None
     return TargetLogps(torch.cat([part.logps for part in parts]), squares)
 
