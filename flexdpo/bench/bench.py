@@ -20,8 +20,7 @@ from flexdpo.bench.timing import Times, measure, of_process, paired_ratio
 from flexdpo.bench.trl import Trl
 from flexdpo.bench.variants import Packed, Padded, PaddedLabels, Variant
 from flexdpo.bench.varlen import Varlen
-from flexdpo.estimate.costs import StepSeconds, find_machine, padded_load, row_load, step_seconds
-from flexdpo.estimate.flops import Work
+from flexdpo.estimate.costs import StepSeconds, Work, find_machine, padded_load, row_load, step_seconds
 from flexdpo.estimate.model_shapes import build_model, find_shape, shape_config
 from flexdpo.hf.checkpointing import enable_checkpointing
 from flexdpo.show.table import aligned
@@ -133,7 +132,7 @@ def _variants(
 
 
 def _figures(variant: Variant, times: Times, settings: BenchSettings, size: ModelSize) -> dict[str, Any]:
-    work = sum((variant.work(batch) for batch in range(len(times.steps))), Work(0, 0, 0))
+    work = sum((variant.work(batch) for batch in range(len(times.steps))), Work())
     reference = work.forward_flops(size)
     policy = work.training_flops(size, checkpointing=settings.checkpointing, head_passes=variant.head_passes)
     seconds = {phase: times.quartiles(phase) for phase in PHASES}

@@ -10,7 +10,7 @@ import torch
 
 from flexdpo.bench.variants import Variant
 from flexdpo.errors import FlexdpoError
-from flexdpo.estimate.flops import Work, padded_work
+from flexdpo.estimate.costs import Work, padded_work
 from flexdpo.hf.checkpointing import checkpointing_name
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch.nn.utils.rnn import pad_sequence
 
-from flexdpo.estimate.flops import Work, padded_work, row_work
+from flexdpo.estimate.costs import Work, padded_work, row_work
 from flexdpo.hf.prepare import prepare_model
 from flexdpo.layout.packing import best_fit_decreasing
 from flexdpo.layout.row import Row
@@ -229,7 +229,7 @@ class Packed(Variant):
 
     def work(self, batch: int) -> Work:
         """By the rows, padding not counted."""
-        return sum((row_work(row) for row in self.rows[batch]), Work(0, 0, 0))
+        return sum(map(row_work, self.rows[batch]), Work())
 
 
 def pack_pairs(

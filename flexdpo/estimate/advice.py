@@ -13,25 +13,21 @@ if TYPE_CHECKING:
     from flexdpo.estimate.report import Estimate
 
 # below this a step is not noticeably faster
-WORTH_IT = 1.10
-_MOST_CUT = 0.05
+_WORTH_IT = 1.10
 
 
 def gains_over(features: dict[str, Feature], chosen: Feature) -> dict[str, float]:
     """Over padded training, and over packed training, which computes log-probabilities at the targets too."""
-    return {
-        name: features[other].seconds / chosen.seconds for name, other in (("padded", "padded"), ("packed", "targets"))
-    }
+    baselines = {"padded": "padded", "packed": "targets"}
+    return {name: features[other].seconds / chosen.seconds for name, other in baselines.items()}
 
 
 def advise(estimate: Estimate) -> tuple[bool, tuple[str, ...]]:
     """Say whether it is worth it, and what to do; the verdict comes first."""
     suggestion, repeated, prefixes = estimate.suggestion, estimate.repeated, estimate.prefixes
     features = {feature.name: feature for feature in estimate.features}
-    possible = [features["sharing"]]
-    possible += [features["regrouping"]] * suggestion.regroup_prompts
-    possible += [features["across"]] * (suggestion.sharing == "step")
-    best = gains_over(features, min(possible, key=lambda feature: feature.seconds))
+    possible = ["sharing"] + ["regrouping"] * suggestion.regroup_prompts + ["across"] * (suggestion.sharing == "step")
+    best = gains_over(features, min((features[name] for name in possible), key=lambda feature: feature.seconds))
     lines = [_verdict(best, f"{estimate.tokens.shared_share:.0%} of the tokens are repeated prompts or beginnings")]
     if suggestion.regroup_prompts:
         lines.append(
@@ -51,16 +47,16 @@ def advise(estimate: Estimate) -> tuple[bool, tuple[str, ...]]:
             f"meet in a batch of {estimate.settings.per_device_train_batch_size}, so sharing='step' gains less than "
             "3 %."
         )
-    return max(best.values()) >= WORTH_IT, (*lines, *_data_advice(estimate), *_memory_advice(estimate))
+    return max(best.values()) >= _WORTH_IT, (*lines, *_data_advice(estimate), *_memory_advice(estimate))
 
 
 def _verdict(best: dict[str, float], saved: str) -> str:
-    if best["packed"] >= WORTH_IT:
+    if best["packed"] >= _WORTH_IT:
         return (
             f"Worth it: {saved}, and steps should be {best['packed']:.2f} times faster than packed and "
             f"{best['padded']:.2f} times faster than padded training."
         )
-    if best["padded"] >= WORTH_IT:
+    if best["padded"] >= _WORTH_IT:
         return (
             f"Worth it over padded training only: {saved}. Steps should be {best['padded']:.2f} times faster than "
             f"padded, but just {best['packed']:.2f} times faster than packed training: if you pack already, it is not "
@@ -75,13 +71,12 @@ def _verdict(best: dict[str, float], saved: str) -> str:
 def _data_advice(estimate: Estimate) -> list[str]:
     report, longest, common = estimate.report, estimate.settings.max_length, estimate.prefixes.common_to_all
     lines = []
-    too_long = report.skipped.get("prompt alone fills max_length", 0)
-    if too_long:
+    if too_long := report.skipped.get("prompt alone fills max_length", 0):
         lines.append(
             f"{too_long:,} rows are left out because the prompt alone fills max_length={longest}; raise "
             "max_length to keep them, and prompts that long are where sharing gains most."
         )
-    if report.truncated > _MOST_CUT * report.used:
+    if report.truncated > 0.05 * report.used:
         lines.append(
             f"{report.truncated / report.used:.0%} of the rows are cut to max_length={longest}; raise it "
             "unless that is meant."
@@ -95,7 +90,7 @@ def _data_advice(estimate: Estimate) -> list[str]:
 
 
 def _memory_advice(estimate: Estimate) -> list[str]:
-    memory, suggestion = estimate.memory, estimate.suggestion
+    memory, suggestion, asked = estimate.memory, estimate.suggestion, estimate.settings.training_setup
     free = gigabytes(suggestion.free)
     if not suggestion.fits:
         return [
@@ -103,7 +98,6 @@ def _memory_advice(estimate: Estimate) -> list[str]:
             f"device with {free} has no room for it: shard it over several devices (FSDP, ZeRO-3) or train an adapter."
         ]
     lines = []
-    asked = estimate.settings.training_setup
     changed = ["activation_checkpointing"] * (suggestion.activation_checkpointing and not asked.gradient_checkpointing)
     changed += ["keep_attention"] * (suggestion.keep_attention and not asked.keeps_attention)
     changed += ["precompute_ref_log_probs"] * suggestion.precompute_ref_log_probs
@@ -114,8 +108,7 @@ def _memory_advice(estimate: Estimate) -> list[str]:
             f"Set max_tokens_per_row={suggestion.max_tokens_per_row}: the pairs of a step are then run in rows that "
             "fit into memory, and what is learned stays the same."
         )
-    usable = suggestion.free * (1 - MARGIN)
-    if memory["padded"].total > usable >= memory["shared"].total:
+    if memory["padded"].total > suggestion.free * (1 - MARGIN) >= memory["shared"].total:
         lines.append(
             f"A padded batch of this size would need {gigabytes(memory['padded'].total)} and not fit; the longest "
             f"shared row needs {gigabytes(memory['shared'].total)}."

@@ -1,4 +1,4 @@
-"""How long a step takes, predicted part by part: matrices, attention, what is read and written, logits.
+"""How many multiplications a step needs, and how long it takes: matrices, attention, what is read and written, logits.
 
 A count of multiplications alone is wrong about padded training. Its attention visits every tile of a padded square,
 where a packed row visits the live ones; its logits exist at every position and are read and written several times; and
@@ -11,10 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from flexdpo.attention.block_masks import classify_tiles
 from flexdpo.attention.mask_mods import CAUSAL
 from flexdpo.attention.query_blocks import REREAD_QUERIES, START_COST, plan_query_blocks
 from flexdpo.errors import FlexdpoError, nearest
-from flexdpo.estimate.flops import row_work
+from flexdpo.layout.row import TILE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -96,6 +97,62 @@ def find_machine(name: str) -> Machine:
     return MACHINES[name]
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a batch asks of a model, whatever the model is."""
+
+    tokens: int = 0  # that go through the linear layers
+    scores: int = 0  # query-key pairs per head, by whole tiles
+    targets: int = 0  # positions whose logits are computed
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.tokens + other.tokens, self.scores + other.scores, self.targets + other.targets)
+
+    def forward_flops(self, shape: ModelSize) -> float:
+        """Floating-point operations of one forward pass."""
+        return sum(self._parts(shape))
+
+    def training_flops(
+        self, shape: ModelSize, *, checkpointing: bool, keep_attention: bool = False, head_passes: int
+    ) -> float:
+        """Those of one forward and backward pass, with layers run again as in :func:`step_seconds`.
+
+        ``head_passes`` are 3 where logits are kept for the backward pass, 4 where they are computed again.
+        """
+        linear, attention, head = self._parts(shape)
+        # fused attention computes its scores again in the backward pass: five products where the forward has two
+        attended = 3.5 + (checkpointing and not keep_attention)
+        return (3 + checkpointing) * linear + attended * attention + head_passes * head
+
+    def _parts(self, shape: ModelSize) -> tuple[float, float, float]:
+        linear = 2.0 * (shape.layer_parameters + shape.scan_products) * self.tokens
+        attention = 4.0 * shape.attending * shape.heads * shape.head_dim * self.scores
+        head = 2.0 * shape.hidden * shape.vocabulary * self.targets
+        return linear, attention, head
+
+
+def row_work(row: Row) -> Work:
+    """The work of one packed row, its padding not counted."""
+    # a padding tile holds nothing but padding that sees itself
+    real = -(-row.num_tokens // TILE)
+    tiles = classify_tiles(row.layout, CAUSAL, TILE).non_empty[:, :real, :real]
+    return Work(row.num_tokens, int(tiles.sum()) * TILE**2, int(row.predictors.numel()))
+
+
+def padded_work(groups: Sequence[Group], *, labels_only: bool = False) -> Work:
+    """The work of pairs as one padded batch: every sequence as long as the longest, logits everywhere or at labels."""
+    sequences, longest = _padded_shape(groups)
+    tiles = -(-longest // TILE)
+    targets = sum(ids.size for group in groups for ids in group.response_ids) if labels_only else sequences * longest
+    return Work(sequences * longest, sequences * tiles * (tiles + 1) // 2 * TILE**2, targets)
+
+
+def _padded_shape(groups: Sequence[Group]) -> tuple[int, int]:
+    """Responses, each behind its prompt, and the tokens of the longest of these sequences."""
+    lengths = [group.prompt_ids.size + ids.size for group in groups for ids in group.response_ids]
+    return len(lengths), max(lengths)
+
+
 class Load(NamedTuple):
     """What one forward call asks of a model on a device."""
 
@@ -107,7 +164,7 @@ class Load(NamedTuple):
 
 
 class StepSeconds(NamedTuple):
-    """Predicted seconds of a step's phases; the reference's forward pass, and the policy's forward and backward."""
+    """Seconds of a step's phases: the reference's forward pass, and the policy's forward and backward."""
 
     reference: float
     policy: float
@@ -131,8 +188,7 @@ def row_load(row: Row, shape: ModelSize, machine: Machine) -> Load:
 
 def padded_load(groups: Sequence[Group]) -> Load:
     """The load of groups as one padded batch: every response behind its prompt, as long as the longest."""
-    longest = max(group.prompt_ids.size + max(ids.size for ids in group.response_ids) for group in groups)
-    sequences = sum(len(group.response_ids) for group in groups)
+    sequences, longest = _padded_shape(groups)
     return Load(sequences * longest, sequences * longest**2, sequences * longest, True, True)
 
 
@@ -172,25 +228,18 @@ def _layers_seconds(load: Load, shape: ModelSize, machine: Machine, *, backward:
     speed = machine.attention_backward if backward else machine.attention_forward
     speed *= machine.masked_attention if load.masked else 1.0
     attention = (10.0 if backward else 4.0) * shape.attending * shape.heads * shape.head_dim * load.scores / speed
-    written = (_BACKWARD_WRITES if backward else 1.0) * _elements(shape) * load.tokens
-    return products + attention + written * machine.elementwise
-
-
-def _elements(shape: ModelSize) -> float:
-    """Elements per token that all layers write besides their products.
-
-    Two norms write three each, two sums one; a rotation writes four for queries and keys; the attention's output is
-    written once more in another order; the activation and the gate's product.
-    """
+    # besides products, two norms write three elements each, two sums one; a rotation four for queries and keys; the
+    # attention's output is written once more in another order; the activation and the gate's product
     width, keys = shape.heads * shape.head_dim, shape.key_heads * shape.head_dim
-    return float(shape.layers * (8 * shape.hidden + 5 * width + 4 * keys + 2 * shape.gated_intermediate))
+    elements = shape.layers * (8 * shape.hidden + 5 * width + 4 * keys + 2 * shape.gated_intermediate)
+    written = (_BACKWARD_WRITES if backward else 1.0) * elements * load.tokens
+    return products + attention + written * machine.elementwise
 
 
 def _fresh_bytes(load: Load, shape: ModelSize, machine: Machine) -> float:
     """Bytes that a training step maps anew: of feed-forward layers four tensors forward and four backward."""
-    widths = [(shape.gated_intermediate, 8 * shape.layers)]
-    if load.kept_logits:
-        # the logits, their gradient, and that gradient once more with the last position put back
-        widths.append((shape.vocabulary, 3))
+    # the logits, their gradient, and that gradient once more with the last position put back
+    logits = [(shape.vocabulary, 3)] if load.kept_logits else []
+    widths = [(shape.gated_intermediate, 8 * shape.layers), *logits]
     sizes = [(count, load.tokens * width * machine.element_bytes) for width, count in widths]
     return sum((count * size for count, size in sizes if size >= machine.fresh_from), 0.0)

@@ -11,19 +11,19 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from flexdpo.data.lengths import costs_of
 from flexdpo.data.tokenize import TokenizedPreferences, tokenize_preferences
 from flexdpo.errors import FlexdpoError
 from flexdpo.estimate.advice import advise, gains_over
-from flexdpo.estimate.counts import EpochTokens, Lengths, RepeatedPrompts
 from flexdpo.estimate.features import Layouts, features_of
 from flexdpo.estimate.images import count_images
-from flexdpo.estimate.lengths import RowTokens, count_rows, regrouped_tokens, shared_prefixes
+from flexdpo.estimate.lengths import count_rows, regrouped_tokens, shared_prefixes
 from flexdpo.estimate.model_shapes import find_shape
-from flexdpo.estimate.report import Estimate
+from flexdpo.estimate.report import EpochTokens, Estimate, Lengths, RepeatedPrompts
 from flexdpo.estimate.settings import EstimateSettings
-from flexdpo.estimate.stragglers import Straggler, stragglers_of
+from flexdpo.estimate.stragglers import stragglers_of
 from flexdpo.estimate.suggest import suggest
 from flexdpo.hf.row_dependence import length_limits
 from flexdpo.hf.unwrap import backbone_of, base_model
@@ -34,9 +34,6 @@ from flexdpo.training.row_budget import free_memory
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
-
-# of an H100, the device whose costs are assumed where none is there
-_ASSUMED_MEMORY = 80 * 10**9
 
 
 def estimate_dataset(
@@ -73,9 +70,8 @@ def estimate_dataset(
     if settings.sample is not None and settings.sample < whole:
         chosen = np.random.default_rng(settings.seed).choice(whole, settings.sample, replace=False)
         dataset = dataset.select(np.sort(chosen))
-    tokenised = tokenize_preferences(
-        dataset, tokenizer, max_length=settings.max_length, num_proc=settings.num_proc, name="data"
-    )
+    options: dict[str, Any] = {"max_length": settings.max_length, "num_proc": settings.num_proc, "name": "data"}
+    tokenised = tokenize_preferences(dataset, tokenizer, **options)
     return estimate_tokenised(tokenised, settings, model=size, dataset_rows=whole)
 
 
@@ -96,16 +92,12 @@ def estimate_tokenised(
     model: Any = None,
     dataset_rows: int | None = None,
 ) -> Estimate:
-    """The same for a dataset that was tokenised already.
+    """The same for a dataset that was tokenised already; settings about that have no effect.
 
-    Args:
-        tokenised: From :func:`flexdpo.tokenize_preferences`.
-        settings: What to predict for; those about tokenisation have no effect.
-        model: As in :func:`estimate_dataset`.
-        dataset_rows: Rows of the dataset that this is a sample of.
+    ``dataset_rows`` are the rows of the dataset that this is a sample of.
     """
     settings, size = _sized(settings or EstimateSettings(), model)
-    data = tokenised.dataset
+    data, report = tokenised.dataset, tokenised.report
     counted = count_rows(data, limits=settings.limits)
     labelled = "labels" in data.column_names
     if not counted.edges.any() and not labelled:
@@ -114,36 +106,34 @@ def estimate_tokenised(
             "'chosen' and 'rejected', or a 'label' beside each completion"
         )
     layouts = Layouts.of(data, counted, settings)
+    unshared, shared = int(counted.unshared.sum()), int(counted.distinct.sum())
     # a label belongs to a row's own response, so rows with labels are never merged
-    regrouped = int(counted.distinct.sum()) if labelled else regrouped_tokens(data, counted, limits=settings.limits)
+    regrouped = shared if labelled else regrouped_tokens(data, counted, limits=settings.limits)
     features = features_of(data, counted, layouts, size, settings, regrouped=regrouped)
     by_name = {feature.name: feature for feature in features}
-    setup, packed, shared = settings.training_setup, layouts.longest_packed, layouts.longest_shared
+    across, targets = by_name["across"].tokens, int(counted.targets.sum())
+    setup, longest = settings.training_setup, {"packed": layouts.longest_packed, "shared": layouts.longest_shared}
+    memory = {name: predict_memory(size, row.tokens, setup, targets=row.targets) for name, row in longest.items()}
     estimate = Estimate(
-        report=tokenised.report,
-        dataset_rows=tokenised.report.rows if dataset_rows is None else dataset_rows,
+        report=report,
+        dataset_rows=report.rows if dataset_rows is None else dataset_rows,
         lengths=Lengths.of(counted),
-        tokens=EpochTokens(
-            layouts.padded_tokens,
-            int(counted.unshared.sum()),
-            int(counted.distinct.sum()),
-            regrouped,
-            across=by_name["across"].tokens,
-            targets=int(counted.targets.sum()),
-        ),
+        tokens=EpochTokens(layouts.padded_tokens, unshared, shared, regrouped, across, targets),
         repeated=RepeatedPrompts.of(counted),
         images=count_images(data, size),
         prefixes=shared_prefixes(data, counted),
         features=features,
         speedup=gains_over(by_name, by_name["across" if settings.sharing == "step" else "sharing"]),
         rows_per_batch=layouts.rows_per_batch,
-        memory={
-            "padded": predict_padded_memory(size, layouts.longest_padded, setup),
-            "packed": predict_memory(size, packed.tokens, setup, targets=packed.targets),
-            "shared": predict_memory(size, shared.tokens, setup, targets=shared.targets),
-        },
+        memory={"padded": predict_padded_memory(size, layouts.longest_padded, setup), **memory},
         model=size,
-        stragglers=_stragglers(counted, size, settings, labelled=labelled),
+        stragglers=stragglers_of(
+            costs_of(counted.distinct, size.hidden),
+            settings.processes,
+            per_process=settings.per_device_train_batch_size * settings.gradient_accumulation_steps,
+            balances=bool((counted.edges == 1).all()) and not labelled,
+            seed=settings.seed,
+        ),
         suggestion=suggest(size, settings, layouts, counted, by_name, free=_device_memory(settings)),
         settings=settings,
     )
@@ -151,23 +141,9 @@ def estimate_tokenised(
     return replace(estimate, worth_it=worth_it, advice=advice)
 
 
-def _stragglers(
-    counted: RowTokens, size: ModelSize, settings: EstimateSettings, *, labelled: bool
-) -> tuple[Straggler, ...]:
-    return stragglers_of(
-        costs_of(counted.distinct, size.hidden),
-        settings.processes,
-        per_process=settings.per_device_train_batch_size * settings.gradient_accumulation_steps,
-        balances=bool((counted.edges == 1).all()) and not labelled,
-        seed=settings.seed,
-    )
-
-
 def _device_memory(settings: EstimateSettings) -> int:
     if settings.memory is not None:
         return settings.memory
-    import torch
-
     if settings.device == "cuda" and not torch.cuda.is_available():
-        return _ASSUMED_MEMORY
+        return 80 * 10**9  # of an H100, the device whose costs are assumed where none is there
     return free_memory(settings.device)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from flexdpo.data.tokenize import group_from_row
 from flexdpo.errors import FlexdpoError
-from flexdpo.estimate.costs import Load, find_machine, padded_load, row_load, step_seconds
-from flexdpo.estimate.flops import Work, padded_work, row_work
-from flexdpo.estimate.lengths import classes_of
+from flexdpo.estimate.costs import Load, Work, find_machine, padded_load, padded_work, row_load, row_work, step_seconds
+from flexdpo.estimate.lengths import RowTokens, classes_of
 from flexdpo.layout.groups import Group
 from flexdpo.layout.images import PromptImage
 from flexdpo.layout.packing import MIN_SHARED, best_fit_decreasing, pack
@@ -22,9 +22,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from numpy.typing import NDArray
 
-    from flexdpo.estimate.lengths import RowTokens
     from flexdpo.estimate.settings import EstimateSettings
-    from flexdpo.layout.row import Row
     from flexdpo.training.model_size import ModelSize
 
 _LABELS = {
@@ -35,8 +33,6 @@ _LABELS = {
     "regrouping": "equal prompts regrouped",
     "across": "sharing across the examples of a batch",
 }
-_MOST_SAMPLED_GROUPS = 1024
-_FEWEST_BATCHES = 4
 _LAID_OUT_BATCHES = 512
 # one prompt may have thousands of rows; its first ones tell what merging them gains
 _MOST_ROWS_OF_A_PROMPT = 64
@@ -99,8 +95,7 @@ class Layouts:
         response_tokens = counted.unshared - counted.prompts * counted.responses
         rows = first_rows(counted.distinct[order], size, budget)
         # enough that a ratio of sums is steady; more would take longer than it tells
-        sampled = max(_FEWEST_BATCHES, min(settings.batches, _MOST_SAMPLED_GROUPS // size))
-        groups = _groups_at(dataset, order[: sampled * size])
+        groups = _groups_at(dataset, order[: size * max(4, min(settings.batches, 1024 // size))])
         return cls(
             order=order,
             padded_tokens=int(padded.sum()),
@@ -114,8 +109,7 @@ class Layouts:
 
 def _longest(tokens: NDArray[np.int64], targets: NDArray[np.int64], settings: EstimateSettings) -> LongestRow:
     index = int(tokens.argmax())
-    length, multiple = int(tokens[index]), settings.row_multiple
-    bound = settings.max_tokens_per_row
+    length, multiple, bound = int(tokens[index]), settings.row_multiple, settings.max_tokens_per_row
     if bound is not None and length > bound:
         # rows are filled nearly to the bound, each with its part of the targets
         return LongestRow(bound, int(targets[index] * bound / length))
@@ -138,17 +132,13 @@ def first_rows(distinct: NDArray[np.int64], size: int, budget: int | None) -> li
 
 def _groups_at(dataset: Dataset, indices: NDArray[np.int64]) -> list[Group]:
     """The groups of some rows, in the order of ``indices``; read in the order of the file, which is quicker."""
-    ranked = np.argsort(indices, kind="stable")
-    found: list[Any] = [None] * len(indices)
-    for place, row in zip(ranked.tolist(), dataset.select(indices[ranked].tolist()), strict=True):
+    places, found = np.sort(indices).tolist(), {}
+    for place, row in zip(places, dataset.select(places), strict=True):
         group = group_from_row(row)
         # what they look like changes no count, and reading them takes long
         unread = tuple(PromptImage(image.digest, image.tokens, {}) for image in group.images)
         found[place] = replace(group, images=unread) if unread else group
-    return found
-
-
-# --- one feature after another ---------------------------------------------------------------------------------------
+    return [found[place] for place in indices.tolist()]
 
 
 class _Sample(NamedTuple):
@@ -158,41 +148,30 @@ class _Sample(NamedTuple):
     loads: list[Load]
     head_passes: int = 4
 
-
-class _EpochCost(NamedTuple):
-    """The model and the settings that work is counted for."""
-
-    size: ModelSize
-    settings: EstimateSettings
-
-    def of_rows(self, batches: Iterable[Sequence[Group]], **options: Any) -> _Sample:
-        """What batches ask for as packed rows; ``options`` are those of :func:`flexdpo.pack`."""
-        machine, multiple = find_machine(self.settings.device), self.settings.row_multiple
-        rows: list[Row] = []
+    @classmethod
+    def packed(
+        cls, batches: Iterable[Sequence[Group]], *, size: ModelSize, settings: EstimateSettings, **options: Any
+    ) -> _Sample:
+        """Of batches as packed rows; ``options`` are those of :func:`flexdpo.pack`."""
+        multiple, rows = settings.row_multiple, []
         for groups in batches:
-            budget = self.settings.max_tokens_per_row
+            budget = settings.max_tokens_per_row
             if budget is not None:
                 # groups merged for the comparison may be longer than the rows that were asked for
                 longest = max(group.unshared_tokens for group in groups)
                 budget = max(budget, -(-longest // multiple) * multiple)
-            rows += pack(groups, budget, pad_to_multiple_of=multiple, limits=self.settings.limits, **options)
-        work = sum((row_work(row) for row in rows), Work(0, 0, 0))
-        return _Sample(work, [row_load(row, self.size, machine) for row in rows])
+            rows += pack(groups, budget, pad_to_multiple_of=multiple, limits=settings.limits, **options)
+        loads = [row_load(row, size, find_machine(settings.device)) for row in rows]
+        return cls(sum(map(row_work, rows), Work()), loads)
 
-    def per_token(self, sample: _Sample) -> tuple[float, float]:
-        """Seconds and floating-point operations of a sample for each of its tokens, policy and reference."""
-        settings, work = self.settings, sample.work
+    def per_token(self, size: ModelSize, settings: EstimateSettings) -> tuple[float, float]:
+        """Seconds and floating-point operations for each of its tokens, policy and reference."""
         reference = settings.reference
         again = {"checkpointing": settings.gradient_checkpointing, "keep_attention": settings.keep_attention}
-        seconds = step_seconds(sample.loads, self.size, find_machine(settings.device), reference=reference, **again)
-        flops = work.training_flops(self.size, head_passes=sample.head_passes, **again)
-        flops += work.forward_flops(self.size) if reference else 0.0
-        return seconds.total / work.tokens, flops / work.tokens
-
-    def feature(self, name: str, sample: _Sample, tokens: int, before: Feature | None) -> Feature:
-        """An epoch of so many tokens, for all of which the sample stands."""
-        seconds, flops = (value * tokens for value in self.per_token(sample))
-        return Feature(name, _LABELS[name], tokens, flops, seconds, before.seconds / seconds if before else 1.0)
+        seconds = step_seconds(self.loads, size, find_machine(settings.device), reference=reference, **again)
+        flops = self.work.training_flops(size, head_passes=self.head_passes, **again)
+        flops += self.work.forward_flops(size) if reference else 0.0
+        return seconds.total / self.work.tokens, flops / self.work.tokens
 
 
 def features_of(
@@ -208,36 +187,41 @@ def features_of(
 
     ``regrouped`` are its exact tokens once rows with equal prompts are merged.
     """
-    cost, batches = _EpochCost(size, settings), layouts.sampled
-    unshared, shared = int(counted.unshared.sum()), int(counted.distinct.sum())
-    work = sum((padded_work(batch) for batch in batches), Work(0, 0, 0))
-    padded_batches = _Sample(work, [padded_load(batch) for batch in batches], head_passes=3)
-    padded = cost.feature("padded", padded_batches, layouts.padded_tokens, None)
-    rows = cost.of_rows([[_with(group, (ids,)) for group in batch for ids in group.response_ids] for batch in batches])
-    packing = cost.feature("packing", _with_all_logits(rows), unshared, padded)
-    targets = cost.feature("targets", rows, unshared, packing)
-    rows = cost.of_rows(batches)
-    sharing = cost.feature("sharing", rows, shared, targets)
+    packed = partial(_Sample.packed, size=size, settings=settings)
+
+    def feature(name: str, sample: _Sample, tokens: int, before: Feature | None = None) -> Feature:
+        """An epoch of so many tokens, for all of which the sample stands."""
+        seconds, flops = (value * tokens for value in sample.per_token(size, settings))
+        return Feature(name, _LABELS[name], tokens, flops, seconds, before.seconds / seconds if before else 1.0)
+
+    batches, unshared, shared = layouts.sampled, int(counted.unshared.sum()), int(counted.distinct.sum())
+    rows = _Sample(sum(map(padded_work, batches), Work()), list(map(padded_load, batches)), head_passes=3)
+    padded = feature("padded", rows, layouts.padded_tokens)
+    rows = packed(
+        [replace(group, response_ids=(ids,), edges=()) for group in batch for ids in group.response_ids]
+        for batch in batches
+    )
+    # the same rows with logits at every position, kept for the backward pass
+    loads = [load._replace(targets=load.tokens, kept_logits=True) for load in rows.loads]
+    logits = _Sample(replace(rows.work, targets=rows.work.tokens), loads, head_passes=3)
+    packing = feature("packing", logits, unshared, padded)
+    targets = feature("targets", rows, unshared, packing)
+    rows = packed(batches)
+    sharing = feature("sharing", rows, shared, targets)
     # without a beginning that two rows have in common, sharing across examples changes nothing
     keys = counted.prefix_keys[counted.prompts >= MIN_SHARED]
-    merged = cost.of_rows(batches, sharing="step") if np.unique(keys).size < keys.size else rows
-    across = cost.feature("across", merged, round(shared * merged.work.tokens / rows.work.tokens), sharing)
+    merged = packed(batches, sharing="step") if np.unique(keys).size < keys.size else rows
+    across = feature("across", merged, round(shared * merged.work.tokens / rows.work.tokens), sharing)
     seconds, flops = sharing.seconds * regrouped / shared, sharing.flops * regrouped / shared
     if regrouped < shared:
         # a token costs more or less when rows are merged, since its prompt is longer
         (alone_s, alone_flops), (merged_s, merged_flops) = (
-            cost.per_token(cost.of_rows(each)) for each in _equal_prompts(dataset, counted, settings)
+            packed(each).per_token(size, settings) for each in _equal_prompts(dataset, counted, settings)
         )
         seconds, flops = seconds * merged_s / alone_s, flops * merged_flops / alone_flops
     gain = sharing.seconds / seconds
     regrouping = Feature("regrouping", _LABELS["regrouping"], regrouped, flops, seconds, gain)
     return padded, packing, targets, sharing, regrouping, across
-
-
-def _with_all_logits(sample: _Sample) -> _Sample:
-    """The same rows with logits at every position, kept for the backward pass."""
-    loads = [load._replace(targets=load.tokens, kept_logits=True) for load in sample.loads]
-    return _Sample(Work(sample.work.tokens, sample.work.scores, sample.work.tokens), loads, head_passes=3)
 
 
 def _equal_prompts(
@@ -246,23 +230,15 @@ def _equal_prompts(
     """Batches of all rows of some prompts that occur more than once: row by row, and merged into a group each."""
     numbers, counts = classes_of(counted.prompt_keys)
     repeated = np.random.default_rng(settings.seed).permutation(np.flatnonzero(counts > 1))[:_SAMPLED_PROMPTS]
-    by_prompt: list[list[Group]] = []
-    for number in repeated.tolist():
-        members = np.flatnonzero(numbers == number)[:_MOST_ROWS_OF_A_PROMPT]
-        by_prompt.append([group_from_row(row) for row in dataset.select(members.tolist())])
-    size = settings.per_device_train_batch_size
-    batches = [by_prompt[start : start + size] for start in range(0, len(by_prompt), size)]
-    separate = [[group for groups in batch for group in groups] for batch in batches]
-    return separate, [[_merged(groups) for groups in batch] for batch in batches]
-
-
-def _merged(groups: Sequence[Group]) -> Group:
-    """One group of all distinct responses to a prompt."""
-    responses = {ids.tobytes(): ids for group in groups for ids in group.response_ids}
-    return _with(groups[0], tuple(responses.values()))
-
-
-def _with(group: Group, responses: tuple[NDArray[np.int64], ...]) -> Group:
-    """The prompt of a group with other responses, of which none is preferred."""
-    images, token_id = group.images, group.image_token_id
-    return Group(group.prompt_ids, responses, (), group.name, images=images, image_token_id=token_id)
+    separate: list[list[Group]] = []
+    merged: list[list[Group]] = []
+    for place, number in enumerate(repeated.tolist()):
+        if place % settings.per_device_train_batch_size == 0:
+            separate.append([])
+            merged.append([])
+        rows = dataset.select(np.flatnonzero(numbers == number)[:_MOST_ROWS_OF_A_PROMPT].tolist())
+        groups = list(map(group_from_row, rows))
+        separate[-1] += groups
+        distinct = {ids.tobytes(): ids for group in groups for ids in group.response_ids}
+        merged[-1].append(replace(groups[0], response_ids=tuple(distinct.values()), edges=()))
+    return separate, merged

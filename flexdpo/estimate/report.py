@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from flexdpo.estimate.costs import find_machine
+from flexdpo.estimate.lengths import RowTokens, SharedPrefixes, classes_of
 from flexdpo.show.table import aligned
 from flexdpo.training.memory import gigabytes
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from flexdpo.data.report import DataReport
-    from flexdpo.estimate.counts import EpochTokens, Lengths, RepeatedPrompts
     from flexdpo.estimate.features import Feature
     from flexdpo.estimate.images import ImageCounts
-    from flexdpo.estimate.lengths import SharedPrefixes
     from flexdpo.estimate.settings import EstimateSettings
     from flexdpo.estimate.stragglers import Straggler
     from flexdpo.estimate.suggest import Suggestion
@@ -23,6 +26,75 @@ if TYPE_CHECKING:
     from flexdpo.training.model_size import ModelSize
 
 _WIDTH = 112
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How a number is distributed over rows or responses."""
+
+    mean: float
+    median: int
+    p90: int
+    p99: int
+    most: int
+
+    @classmethod
+    def of(cls, values: NDArray[np.int64]) -> Spread:
+        """The spread of at least one value."""
+        median, p90, p99 = np.quantile(values, [0.5, 0.9, 0.99], method="higher").tolist()
+        return cls(float(values.mean()), int(median), int(p90), int(p99), int(values.max()))
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of the used rows, and how many rows have ``K`` responses."""
+
+    prompt: Spread
+    response: Spread
+    longest: Spread  # a prompt with its longest response
+    unshared: Spread  # a row as an ordinary trainer runs it, its prompt once for each response
+    distinct: Spread  # its trie
+    responses: dict[int, int]
+
+    @classmethod
+    def of(cls, counted: RowTokens) -> Lengths:
+        """The lengths of counted rows."""
+        columns = (counted.prompts, counted.response_tokens, counted.longest, counted.unshared, counted.distinct)
+        numbers, counts = np.unique(counted.responses, return_counts=True)
+        return cls(*map(Spread.of, columns), dict(zip(numbers.tolist(), counts.tolist(), strict=True)))
+
+
+@dataclass(frozen=True)
+class EpochTokens:
+    """Tokens of one epoch, in the order of what is saved. All but ``padded`` and ``across`` are exact."""
+
+    padded: int  # as an ordinary trainer runs them in batches padded to their longest
+    unshared: int  # the same without padding: the trainer's ``tokens/unshared``
+    shared: int  # with every group's prompt once: the trainer's ``tokens/run``, under ``sharing="group"``
+    regrouped: int  # with rows that have the same prompt merged (``regroup_prompts=True``)
+    across: int  # with common beginnings of the examples of a batch shared as well (``sharing="step"``)
+    targets: int  # distinct response tokens, whose log-probabilities are computed
+
+    @property
+    def shared_share(self) -> float:
+        """Share of an ordinary trainer's tokens that are never run, padding not counted."""
+        return 1 - self.shared / self.unshared
+
+
+@dataclass(frozen=True)
+class RepeatedPrompts:
+    """Distinct prompts that occur more than once, the rows that have one, and how many rows have the commonest."""
+
+    prompts: int
+    rows: int
+    most: int
+
+    @classmethod
+    def of(cls, counted: RowTokens) -> RepeatedPrompts:
+        """Those of counted rows."""
+        _, counts = classes_of(counted.prompt_keys)
+        repeated = counts[counts > 1]
+        return cls(int(repeated.size), int(repeated.sum()), int(counts.max()))
 
 
 @dataclass(frozen=True)
@@ -54,9 +126,8 @@ class Estimate:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, with totals beside the parts of memory."""
-        values = asdict(self)
+        values = {**asdict(self), "is_sample": self.is_sample}
         values["tokens"]["shared_share"] = self.tokens.shared_share
-        values["is_sample"] = self.is_sample
         for name, predicted in self.memory.items():
             values["memory"][name]["total"] = predicted.total
         return values
@@ -76,12 +147,8 @@ def _data(estimate: Estimate) -> str:
             f"  a random sample of {report.rows:,} of {estimate.dataset_rows:,} rows; totals are those of the "
             "sample, and fewer equal prompts meet in it than in the whole"
         )
-    equal = "none"
-    if repeated.rows:
-        equal = (
-            f"{repeated.rows:,} rows have one of {repeated.prompts:,} repeated prompts, at most {repeated.most:,} the "
-            "same"
-        )
+    of = f"{repeated.rows:,} rows have one of {repeated.prompts:,} repeated prompts, at most {repeated.most:,} the same"
+    equal = of if repeated.rows else "none"
     beginnings = f"all prompts share {prefixes.common_to_all:,} tokens"
     if prefixes.rows:
         beginnings += (
@@ -96,13 +163,13 @@ def _data(estimate: Estimate) -> str:
 def _lengths(estimate: Estimate) -> str:
     lengths, tokens = estimate.lengths, estimate.tokens
     rows = [["tokens of", "mean", "median", "90 %", "99 %", "most"]]
-    for name, of in (
-        ("a prompt", lengths.prompt),
-        ("a response", lengths.response),
-        ("a row, prompt per response", lengths.unshared),
-        ("a row, distinct", lengths.distinct),
-    ):
-        rows.append([f"  {name}", *(f"{value:,.0f}" for value in (of.mean, of.median, of.p90, of.p99, of.most))])
+    for name, of in {
+        "a prompt": lengths.prompt,
+        "a response": lengths.response,
+        "a row, prompt per response": lengths.unshared,
+        "a row, distinct": lengths.distinct,
+    }.items():
+        rows.append([f"  {name}", *(f"{value:,.0f}" for value in astuple(of))])
     counts = ", ".join(f"{count:,} with {number}" for number, count in lengths.responses.items())
     saved = f"shared: {tokens.shared_share:.1%} of {tokens.unshared:,} tokens, so {tokens.shared:,} are run"
     return "\n".join([aligned(rows), f"responses per prompt: {counts}", saved])
@@ -116,9 +183,8 @@ def _features(estimate: Estimate) -> str:
     for feature in estimate.features:
         if feature.name in ("regrouping", "across") and feature.speedup == 1.0:
             continue
-        over = "" if feature is first else f"{feature.speedup:.2f}"
-        in_all = f"{first.seconds / feature.seconds:.2f}"
-        rows.append([f"  {feature.label}", f"{feature.tokens:,}", f"{feature.flops:.2e}", over, in_all])
+        gains = ["" if feature is first else f"{feature.speedup:.2f}", f"{first.seconds / feature.seconds:.2f}"]
+        rows.append([f"  {feature.label}", f"{feature.tokens:,}", f"{feature.flops:.2e}", *gains])
     return "\n".join([
         f"an epoch of {estimate.model.name} ({parameters} parameters) on {settings.device}, "
         f"{settings.per_device_train_batch_size} rows a batch",
@@ -131,19 +197,18 @@ def _features(estimate: Estimate) -> str:
 def _memory(estimate: Estimate) -> str:
     names = ("weights", "gradients", "optimizer", "reference", "activations", "working", "total")
     rows = [["peak memory of a step", "longest", *names]]
-    for way, predicted in estimate.memory.items():
-        parts = (gigabytes(getattr(predicted, name)) for name in names)
-        rows.append([f"  {way}", f"{predicted.tokens:,}", *parts])
+    for way, of in estimate.memory.items():
+        rows.append([f"  {way}", f"{of.tokens:,}", *(gigabytes(getattr(of, name)) for name in names)])
     return aligned(rows)
 
 
 def _suggested(estimate: Estimate) -> str:
-    suggestion = estimate.suggestion
-    lines = [f"suggested for {gigabytes(suggestion.free)} of memory: {suggestion.options()}"]
-    if suggestion.buckets is not None:
-        lengths = ", ".join(map(str, suggestion.buckets.lengths))
-        lines.append(f"  row lengths to compile kernels for: {lengths} ({suggestion.buckets.waste:.1%} padding)")
-    return "\n".join(lines)
+    suggestion, buckets = estimate.suggestion, estimate.suggestion.buckets
+    line = f"suggested for {gigabytes(suggestion.free)} of memory: {suggestion.options()}"
+    if buckets is None:
+        return line
+    lengths = ", ".join(map(str, buckets.lengths))
+    return f"{line}\n  row lengths to compile kernels for: {lengths} ({buckets.waste:.1%} padding)"
 
 
 def _stragglers(estimate: Estimate) -> str:

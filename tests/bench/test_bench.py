@@ -18,8 +18,7 @@ from flexdpo.bench.variants import Packed, Padded, PaddedLabels, Variant, pack_p
 from flexdpo.bench.varlen import Varlen, document_bounds, within_documents
 from flexdpo.cli import main
 from flexdpo.commands import bench as command
-from flexdpo.estimate.costs import StepSeconds
-from flexdpo.estimate.flops import Work, padded_work, row_work
+from flexdpo.estimate.costs import StepSeconds, Work, padded_work, row_work
 from flexdpo.estimate.model_shapes import HYBRIDS, SHAPES, build_model, find_shape, shape_config
 from flexdpo.hf.checkpointing import enable_checkpointing
 from flexdpo.training.model_size import ModelSize
