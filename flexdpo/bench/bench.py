@@ -5,17 +5,21 @@ from __future__ import annotations
 import datetime
 import platform
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
+from flexdpo.attention.row_mask import Impl
 from flexdpo.attention.settings import KernelSettings, kernel_settings_as
 from flexdpo.bench.kernels import kernel_times
-from flexdpo.bench.profiles import find_profiles
+from flexdpo.bench.profiles import Profile, find_profiles
+from flexdpo.bench.settings import BenchSettings
 from flexdpo.bench.timing import Times, measure, of_process, paired_ratio
 from flexdpo.bench.trl import Trl
 from flexdpo.bench.variants import Packed, Padded, PaddedLabels, Variant
@@ -23,18 +27,9 @@ from flexdpo.bench.varlen import Varlen
 from flexdpo.estimate.costs import StepSeconds, Work, find_machine, padded_load, row_load, step_seconds
 from flexdpo.estimate.model_shapes import build_model, find_shape, shape_config
 from flexdpo.hf.checkpointing import enable_checkpointing
+from flexdpo.layout.groups import Group
 from flexdpo.show.table import aligned
 from flexdpo.training.model_size import ModelSize
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from transformers import PreTrainedModel
-
-    from flexdpo.attention.row_mask import Impl
-    from flexdpo.bench.profiles import Profile
-    from flexdpo.bench.settings import BenchSettings
-    from flexdpo.layout.groups import Group
 
 PHASES = ("total", "policy", "reference")
 

@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Callable
 from functools import partial
 from statistics import median
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from flexdpo.bench.bench import describe_environment
+from flexdpo.bench.settings import BenchSettings
 from flexdpo.bench.timing import timed
 from flexdpo.dropin.plan import PlanKey, plan_batch
 from flexdpo.dropin.rules import Positions
 from flexdpo.dropin.share import share_prefixes, sharing_stats
 from flexdpo.estimate.model_shapes import build_model, shape_config
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch import Tensor
-
-    from flexdpo.bench.settings import BenchSettings
 
 KIND = "completions timed"
 # how many times as long as the longest completion its prompt is, and tokens of that completion: where the padded run

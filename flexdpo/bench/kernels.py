@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from einops import rearrange
+from torch import Tensor
 
 from flexdpo.attention.kernels import packed_attention
 from flexdpo.attention.mask_mods import CAUSAL
@@ -16,16 +18,10 @@ from flexdpo.attention.varlen import plan_for
 from flexdpo.bench.timing import timed
 from flexdpo.bench.variants import pack_pairs
 from flexdpo.bench.varlen import document_bounds, within_documents
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from torch import Tensor
-
-    from flexdpo.layout.groups import Group
-    from flexdpo.layout.row import Row
-    from flexdpo.layout.row_layout import RowLayout
-    from flexdpo.training.model_size import ModelSize
+from flexdpo.layout.groups import Group
+from flexdpo.layout.row import Row
+from flexdpo.layout.row_layout import RowLayout
+from flexdpo.training.model_size import ModelSize
 
 _REPEATS = 5
 

@@ -6,16 +6,13 @@ import json
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from flexdpo.errors import FlexdpoError, nearest
 from flexdpo.layout.groups import Group
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
 
 _LENGTHS = ("median_prompt", "median_response", "max_prompt", "max_length")
 

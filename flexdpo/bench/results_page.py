@@ -7,15 +7,13 @@ work counted.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from flexdpo.bench.profiles import profile_data
 from flexdpo.errors import FlexdpoError
 from flexdpo.show.table import markdown
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
 
 BEGIN = "<!-- results: written by `flexdpo results` from the files of `flexdpo bench`; edits here are lost -->"
 END = "<!-- end of results -->"

@@ -7,24 +7,19 @@ import ctypes
 import re
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import nn
 
+from flexdpo.bench.variants import Variant
 from flexdpo.estimate.costs import StepSeconds
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from numpy.typing import NDArray
-    from torch import nn
-
-    from flexdpo.bench.variants import Variant
-
 
 Result = TypeVar("Result")
 # enough for a median, whatever the time

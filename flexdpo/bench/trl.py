@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from flexdpo.bench.variants import Variant
 from flexdpo.errors import FlexdpoError
 from flexdpo.estimate.costs import Work, padded_work
 from flexdpo.hf.checkpointing import checkpointing_name
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import Tensor
-    from transformers import PreTrainedModel
-
-    from flexdpo.layout.groups import Group
+from flexdpo.layout.groups import Group
 
 
 class Trl(Variant):

@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
 
+from flexdpo.attention.row_mask import Impl
 from flexdpo.estimate.costs import Work, padded_work, row_work
 from flexdpo.hf.prepare import prepare_model
+from flexdpo.layout.groups import Group
 from flexdpo.layout.packing import best_fit_decreasing
 from flexdpo.layout.row import Row
 from flexdpo.layout.trie import Trie
 from flexdpo.objective.linear_logps import linear_logps
 from flexdpo.objective.logps import response_logps
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from torch import Tensor
-    from transformers import PreTrainedModel
-
-    from flexdpo.attention.row_mask import Impl
-    from flexdpo.layout.groups import Group
 
 _BETA = 0.1
 

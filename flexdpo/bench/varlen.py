@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
-from transformers import AttentionInterface, AttentionMaskInterface
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from flexdpo.attention.torch_varlen import torch_varlen
 from flexdpo.bench.variants import Packed
 from flexdpo.errors import FlexdpoError
+from flexdpo.layout.groups import Group
+from flexdpo.layout.row import Row
 from flexdpo.objective.lm_head import head_logps, head_plan
 from flexdpo.objective.logps import sum_targets
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import Tensor, nn
-    from transformers import PreTrainedModel
-
-    from flexdpo.layout.groups import Group
-    from flexdpo.layout.row import Row
 
 ATTN_IMPLEMENTATION = "flexdpo_varlen"
 

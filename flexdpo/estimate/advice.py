@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from flexdpo.estimate.features import Feature
+from flexdpo.estimate.report import Estimate
 from flexdpo.layout.packing import MIN_SHARED
 from flexdpo.training.memory import gigabytes
 from flexdpo.training.row_budget import MARGIN
-
-if TYPE_CHECKING:
-    from flexdpo.estimate.features import Feature
-    from flexdpo.estimate.report import Estimate
 
 # below this a step is not noticeably faster
 _WORTH_IT = 1.10

@@ -8,21 +8,17 @@ here. The units come from timing single operations, or from data sheets; none wa
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from flexdpo.attention.block_masks import classify_tiles
 from flexdpo.attention.mask_mods import CAUSAL
 from flexdpo.attention.query_blocks import REREAD_QUERIES, START_COST, plan_query_blocks
 from flexdpo.errors import FlexdpoError, nearest
-from flexdpo.layout.row import TILE
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
-    from flexdpo.layout.groups import Group
-    from flexdpo.layout.row import Row
-    from flexdpo.training.model_size import ModelSize
+from flexdpo.layout.groups import Group
+from flexdpo.layout.row import TILE, Row
+from flexdpo.training.model_size import ModelSize
 
 
 @dataclass(frozen=True)

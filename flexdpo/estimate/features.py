@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from flexdpo.data.tokenize import group_from_row
 from flexdpo.errors import FlexdpoError
 from flexdpo.estimate.costs import Load, Work, find_machine, padded_load, padded_work, row_load, row_work, step_seconds
 from flexdpo.estimate.lengths import RowTokens, classes_of
+from flexdpo.estimate.settings import EstimateSettings
 from flexdpo.layout.groups import Group
 from flexdpo.layout.images import PromptImage
 from flexdpo.layout.packing import MIN_SHARED, best_fit_decreasing, pack
+from flexdpo.training.model_size import ModelSize
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
     from datasets import Dataset
-    from numpy.typing import NDArray
-
-    from flexdpo.estimate.settings import EstimateSettings
-    from flexdpo.training.model_size import ModelSize
 
 _LABELS = {
     "padded": "padded batches, full logits",

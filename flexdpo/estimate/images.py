@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -10,13 +11,10 @@ import numpy as np
 
 from flexdpo.data.draft import IMAGES_COLUMN
 from flexdpo.data.images import images_of_row, told_of_images
+from flexdpo.training.model_size import ModelSize
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from datasets import Dataset
-
-    from flexdpo.training.model_size import ModelSize
 
 # whose sizes stand for all
 _LOOKED_AT = 8

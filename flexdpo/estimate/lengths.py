@@ -13,6 +13,7 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from flexdpo.data.draft import IMAGES_COLUMN
 from flexdpo.data.images import told_of_images
@@ -21,9 +22,8 @@ from flexdpo.layout.packing import MIN_SHARED
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from numpy.typing import NDArray
 
-    Ints = NDArray[np.int64]
+Ints = NDArray[np.int64]
 
 # bounds memory: a batch of rows is held as flat arrays, several times
 ROWS_PER_BATCH = 1024

@@ -4,26 +4,22 @@ from __future__ import annotations
 
 from dataclasses import asdict, astuple, dataclass
 from textwrap import wrap
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from flexdpo.data.report import DataReport
 from flexdpo.estimate.costs import find_machine
+from flexdpo.estimate.features import Feature
+from flexdpo.estimate.images import ImageCounts
 from flexdpo.estimate.lengths import RowTokens, SharedPrefixes, classes_of
+from flexdpo.estimate.settings import EstimateSettings
+from flexdpo.estimate.stragglers import Straggler
+from flexdpo.estimate.suggest import Suggestion
 from flexdpo.show.table import aligned
-from flexdpo.training.memory import gigabytes
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from flexdpo.data.report import DataReport
-    from flexdpo.estimate.features import Feature
-    from flexdpo.estimate.images import ImageCounts
-    from flexdpo.estimate.settings import EstimateSettings
-    from flexdpo.estimate.stragglers import Straggler
-    from flexdpo.estimate.suggest import Suggestion
-    from flexdpo.training.memory import MemoryPrediction
-    from flexdpo.training.model_size import ModelSize
+from flexdpo.training.memory import MemoryPrediction, gigabytes
+from flexdpo.training.model_size import ModelSize
 
 _WIDTH = 112
 

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from einops import rearrange, reduce
+from numpy.typing import NDArray
 
 from flexdpo.data.balance import partition
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from numpy.typing import NDArray
 
 # steps that are dealt out; the mean over them is told
 _STEPS = 8

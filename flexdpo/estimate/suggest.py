@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from flexdpo.errors import FlexdpoError
-from flexdpo.estimate.features import first_rows
+from flexdpo.estimate.features import Feature, Layouts, first_rows
+from flexdpo.estimate.lengths import RowTokens
+from flexdpo.estimate.settings import EstimateSettings
 from flexdpo.layout.packing import Buckets, choose_buckets
 from flexdpo.layout.row import TILE
+from flexdpo.training.memory import TrainingSetup
+from flexdpo.training.model_size import ModelSize
 from flexdpo.training.row_budget import auto_row_budget
-
-if TYPE_CHECKING:
-    from flexdpo.estimate.features import Feature, Layouts
-    from flexdpo.estimate.lengths import RowTokens
-    from flexdpo.estimate.settings import EstimateSettings
-    from flexdpo.training.memory import TrainingSetup
-    from flexdpo.training.model_size import ModelSize
 
 # a feature that has to be switched on must gain this much to be recommended
 _WORTH_A_SWITCH = 1.03
