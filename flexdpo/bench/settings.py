@@ -11,6 +11,7 @@ from flexdpo.bench.profiles import find_profiles, load_profiles
 from flexdpo.errors import FlexdpoError, nearest
 from flexdpo.estimate.model_shapes import NAMES, require_shape
 from flexdpo.layout.row import tile_multiple
+from flexdpo.objective.loss_types import setting
 
 # on a GPU TRL computes logits at labels only, so that is the padded baseline there to look at
 BASELINES = ("padded", "padded_labels", "packed", "varlen", "trl")
@@ -22,12 +23,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class BenchSettings:
     """What to measure, and how long."""
 
-    device: str = field(default="auto", metadata={"help": "cpu, cuda, or auto: cuda where there is one."})
-    profile: str = field(
-        default="all", metadata={"help": f"Lengths of which dataset: {', '.join(load_profiles())}, or all."}
-    )
-    scale: float = field(default=1.0, metadata={"help": "Factor on every length."})
-    model: str = field(default="tiny", metadata={"help": f"Shape with random weights: {', '.join(NAMES)}."})
+    device: str = setting("auto", "cpu, cuda, or auto: cuda where there is one.")
+    profile: str = setting("all", f"Lengths of which dataset: {', '.join(load_profiles())}, or all.")
+    scale: float = setting(1.0, "Factor on every length.")
+    model: str = setting("tiny", f"Shape with random weights: {', '.join(NAMES)}.")
     baselines: tuple[str, ...] | None = field(
         default=None,
         metadata={
@@ -38,30 +37,20 @@ class BenchSettings:
             "default padded and packed, and on CUDA all but TRL.",
         },
     )
-    pairs: int | None = field(default=None, metadata={"help": "Pairs per step; by default 16 on a CPU, 8 on CUDA."})
-    batches: int | None = field(
-        default=None, metadata={"help": "Different batches of that many pairs; by default 2 on a CPU, 1 on CUDA."}
+    pairs: int | None = setting(None, "Pairs per step; by default 16 on a CPU, 8 on CUDA.")
+    batches: int | None = setting(None, "Different batches of that many pairs; by default 2 on a CPU, 1 on CUDA.")
+    rounds: int = setting(24, "Most measurements of each batch.")
+    seconds: float = setting(40.0, "Per profile: no round but four begins later.")
+    dtype: str | None = setting(None, "float32 or bfloat16; by default float32 on a CPU and bfloat16 on CUDA.")
+    gradient_checkpointing: bool | None = setting(
+        None, "Run layers again in the backward pass; by default for llama-1b and -8b on CUDA."
     )
-    rounds: int = field(default=24, metadata={"help": "Most measurements of each batch."})
-    seconds: float = field(default=40.0, metadata={"help": "Per profile: no round but four begins later."})
-    dtype: str | None = field(
-        default=None, metadata={"help": "float32 or bfloat16; by default float32 on a CPU and bfloat16 on CUDA."}
+    max_tokens_per_row: int | None = setting(None, "Longest packed row in tokens; by default 32768 on CUDA.")
+    lengths: str = setting(
+        "dynamic", "How FlexAttention is compiled: dynamic (one kernel) or bucket (one per row length)."
     )
-    gradient_checkpointing: bool | None = field(
-        default=None,
-        metadata={"help": "Run layers again in the backward pass; by default for llama-1b and -8b on CUDA."},
-    )
-    max_tokens_per_row: int | None = field(
-        default=None, metadata={"help": "Longest packed row in tokens; by default 32768 on CUDA."}
-    )
-    lengths: str = field(
-        default="dynamic",
-        metadata={"help": "How FlexAttention is compiled: dynamic (one kernel) or bucket (one per row length)."},
-    )
-    threads: int = field(
-        default=1, metadata={"help": "Threads on a CPU; several wait for each other where the machine is busy."}
-    )
-    seed: int = field(default=0, metadata={"help": "Of lengths, tokens and weights."})
+    threads: int = setting(1, "Threads on a CPU; several wait for each other where the machine is busy.")
+    seed: int = setting(0, "Of lengths, tokens and weights.")
 
     def __post_init__(self) -> None:
         if self.device == "auto":
@@ -69,12 +58,8 @@ class BenchSettings:
         if self.device not in DEFAULT_BASELINES:
             raise FlexdpoError(f"--device must be cpu or cuda, got {self.device!r}")
         cuda = self.device == "cuda"
-        defaults = {
-            "pairs": 8 if cuda else 16,
-            "batches": 1 if cuda else 2,
-            "baselines": DEFAULT_BASELINES[self.device],
-        }
-        for name, default in defaults.items():
+        defaults = {"pairs": 8 if cuda else 16, "batches": 1 if cuda else 2}
+        for name, default in {**defaults, "baselines": DEFAULT_BASELINES[self.device]}.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
         find_profiles(self.profile)

@@ -1,8 +1,7 @@
 """Counts the tokens of a tokenised dataset, with and without sharing, from its Arrow columns.
 
-No trie is built. The distinct tokens of some sequences are those of all of them less, once the sequences are sorted,
-what each has in common with the one before it; sorting is over responses of one prompt, and the comparison runs over
-a whole batch of rows at once.
+No trie is built: the distinct tokens of some sequences are those of all of them less, once the sequences are sorted,
+what each has in common with the one before it.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,15 +27,11 @@ Ints = NDArray[np.int64]
 
 # bounds memory: a batch of rows is held as flat arrays, several times
 ROWS_PER_BATCH = 1024
-_DIGEST = 8
 
 
 @dataclass(frozen=True, eq=False)
 class RowTokens:
-    """Sizes of the rows of a dataset, one number each.
-
-    Shapes: ``N`` rows, ``R`` responses of all rows; every array but one is ``[N]``.
-    """
+    """Sizes of the ``N`` rows of a dataset, ``[N]`` each but for their ``R`` responses."""
 
     prompts: Ints  # tokens of each prompt
     responses: Ints  # number of responses
@@ -63,18 +59,14 @@ class RowTokens:
 
 
 def count_rows(dataset: Dataset, rows_per_batch: int = ROWS_PER_BATCH, *, limits: Sequence[int] = ()) -> RowTokens:
-    """Count the tokens of every row of a tokenised dataset.
+    """Count the tokens of every row of a tokenised dataset of at least one, so many held at a time.
 
-    Args:
-        dataset: With the columns ``prompt_ids``, ``response_ids`` and ``edges``, at least one row.
-        rows_per_batch: Rows held at a time.
-        limits: Of the model, as in :func:`flexdpo.pack`: sequences on either side of one share no tokens.
+    ``limits`` are the model's, as in :func:`flexdpo.pack`: sequences on either side of one share no tokens.
     """
-    parts: list[RowTokens] = []
-    first: NDArray[np.int32] | None = None
-    for batch in batches(dataset, rows_per_batch):
-        first = batch.prompt_ids[: batch.prompts[0]] if first is None else first
-        parts.append(_count(batch, first, limits))
+    held = batches(dataset, rows_per_batch)
+    batch = next(held)
+    first = batch.prompt_ids[: batch.prompts[0]]
+    parts = [_count(each, first, limits) for each in chain([batch], held)]
     return RowTokens(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in vars(parts[0])})
 
 
@@ -98,14 +90,9 @@ def batches(dataset: Dataset, rows_per_batch: int = ROWS_PER_BATCH) -> Iterator[
         prompts = table.column("prompt_ids").combine_chunks()
         rows = table.column("response_ids").combine_chunks()
         responses = rows.flatten()
-        yield TokenBatch(
-            _told_apart(_values(prompts), _lengths(prompts), table) if pictured else _values(prompts),
-            _lengths(prompts),
-            _values(responses),
-            _lengths(responses),
-            _lengths(rows),
-            _lengths(table.column("edges").combine_chunks()),
-        )
+        ids = _told_apart(_values(prompts), _lengths(prompts), table) if pictured else _values(prompts)
+        edges = _lengths(table.column("edges").combine_chunks())
+        yield TokenBatch(ids, _lengths(prompts), _values(responses), _lengths(responses), _lengths(rows), edges)
 
 
 def _told_apart(ids: NDArray[np.int32], lengths: Ints, table: Any) -> NDArray[np.int32]:
@@ -172,9 +159,10 @@ def _keys(ids: NDArray[np.int32], starts: Ints, lengths: Ints) -> tuple[NDArray[
     raw = memoryview(ids.tobytes())
     whole, beginning = bytearray(), bytearray()
     for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
-        head = blake2b(raw[4 * start : 4 * (start + min(length, MIN_SHARED))], digest_size=_DIGEST)
+        middle = start + min(length, MIN_SHARED)
+        head = blake2b(raw[4 * start : 4 * middle], digest_size=8)
         beginning += head.digest()
-        head.update(raw[4 * (start + min(length, MIN_SHARED)) : 4 * (start + length)])
+        head.update(raw[4 * middle : 4 * (start + length)])
         whole += head.digest()
     return np.frombuffer(bytes(whole), np.uint64), np.frombuffer(bytes(beginning), np.uint64)
 
@@ -185,11 +173,8 @@ def distinct_tokens(ids: NDArray[np.int32], starts: Ints, lengths: Ints, rows: I
     Sequence ``r`` of ``R`` stands at ``starts[r] : starts[r] + lengths[r]`` of ``ids`` and belongs to row ``rows[r]``,
     0 to ``N - 1``, ascending.
     """
-    if not rows.size:
-        return np.zeros(0, dtype=np.int64)
-    counts = np.bincount(rows)
     totals = np.bincount(rows, weights=lengths).astype(np.int64)
-    order = _sorted_within_rows(ids, starts, lengths, rows, counts)
+    order = _sorted_within_rows(ids, starts, lengths, rows)
     starts, lengths = starts[order], lengths[order]
     # only neighbours of the same row are compared
     second = np.flatnonzero(rows[1:] == rows[:-1]) + 1
@@ -198,20 +183,18 @@ def distinct_tokens(ids: NDArray[np.int32], starts: Ints, lengths: Ints, rows: I
     return totals
 
 
-def _sorted_within_rows(ids: NDArray[np.int32], starts: Ints, lengths: Ints, rows: Ints, counts: Ints) -> Ints:
+def _sorted_within_rows(ids: NDArray[np.int32], starts: Ints, lengths: Ints, rows: Ints) -> Ints:
     """An order of the sequences in which those of a row are sorted; of two it does not matter which comes first."""
-    order = np.arange(rows.size)
+    order, counts = np.arange(rows.size), np.bincount(rows)
     many = np.flatnonzero(counts > 2)
-    if not many.size:
-        return order
-    first = np.searchsorted(rows, many)
     # big-endian bytes sort as the numbers do
-    raw = memoryview(ids.astype(">i4").tobytes())
-    for begin, count in zip(first.tolist(), counts[many].tolist(), strict=True):
-        members = range(begin, begin + count)
-        order[begin : begin + count] = sorted(
-            members, key=lambda r: bytes(raw[4 * int(starts[r]) : 4 * int(starts[r] + lengths[r])])
-        )
+    raw = memoryview(ids.astype(">i4").tobytes() if many.size else b"")
+
+    def key(sequence: int) -> bytes:
+        return bytes(raw[4 * int(starts[sequence]) : 4 * int(starts[sequence] + lengths[sequence])])
+
+    for begin, count in zip(np.searchsorted(rows, many).tolist(), counts[many].tolist(), strict=True):
+        order[begin : begin + count] = sorted(range(begin, begin + count), key=key)
     return order
 
 
@@ -239,13 +222,10 @@ def common_lengths(ids: NDArray[np.int32], first: Ints, second: Ints, limit: Int
     return result
 
 
-# --- rows that begin alike -------------------------------------------------------------------------------------------
-
-
 def classes_of(keys: NDArray[np.uint64]) -> tuple[Ints, Ints]:
     """Number the distinct keys in order of value; the number of each key, and how often each number occurs."""
     _, numbers, counts = np.unique(keys, return_inverse=True, return_counts=True)
-    return numbers.reshape(-1).astype(np.int64), counts.astype(np.int64)
+    return numbers, counts
 
 
 def regrouped_tokens(
@@ -282,7 +262,7 @@ class SharedPrefixes:
     largest_tokens: int  # that all of those have in common, 128 or more; 0 where there is none
 
 
-def shared_prefixes(dataset: Dataset, counted: RowTokens, rows_per_batch: int = ROWS_PER_BATCH) -> SharedPrefixes:
+def shared_prefixes(dataset: Dataset, counted: RowTokens) -> SharedPrefixes:
     """Find beginnings of prompts that several rows have in common."""
     common_to_all = int(counted.with_first.min())
     long_enough = np.flatnonzero(counted.prompts >= MIN_SHARED)
@@ -292,5 +272,5 @@ def shared_prefixes(dataset: Dataset, counted: RowTokens, rows_per_batch: int = 
         return SharedPrefixes(common_to_all, 0, 0, 0, 0)
     largest = int(counts.argmax())
     members = long_enough[numbers == largest]
-    tokens = int(count_rows(dataset.select(members.tolist()), rows_per_batch).with_first.min())
+    tokens = int(count_rows(dataset.select(members.tolist())).with_first.min())
     return SharedPrefixes(common_to_all, int(shared.sum()), int(counts[shared].sum()), int(counts[largest]), tokens)

@@ -9,7 +9,10 @@ import torch
 from flexdpo.errors import FlexdpoError, nearest
 from flexdpo.training.model_size import ModelSize
 
-# hidden, feed-forward, layers, heads, key heads, head size, words, tied, model type
+_SIZES = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "vocab_size", "tie_word_embeddings", "model_type",
+)  # fmt: skip
 SHAPES: dict[str, tuple[int, int, int, int, int, int, int, bool, str]] = {
     "tiny": (256, 768, 4, 4, 2, 64, 2048, True, "llama"),
     "llama-160m": (768, 3072, 12, 12, 12, 64, 32000, False, "llama"),
@@ -63,20 +66,7 @@ def shape_config(name: str) -> Any:
         sizes = HYBRIDS[name] | {"hidden_size": 256, "vocab_size": 2048}
         layers = len(sizes["layer_types"])
         return AutoConfig.for_model(**sizes, **ends, name_or_path=name, num_hidden_layers=layers)
-    hidden, intermediate, layers, heads, key_heads, head_dim, vocabulary, tied, model_type = SHAPES[name]
-    return AutoConfig.for_model(
-        model_type,
-        name_or_path=name,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=key_heads,
-        head_dim=head_dim,
-        vocab_size=vocabulary,
-        tie_word_embeddings=tied,
-        **ends,
-    )
+    return AutoConfig.for_model(**dict(zip(_SIZES, SHAPES[name], strict=True)), **ends, name_or_path=name)
 
 
 def find_shape(name: str) -> ModelSize:

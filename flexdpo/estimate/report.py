@@ -57,7 +57,9 @@ class Lengths:
         """The lengths of counted rows."""
         columns = (counted.prompts, counted.response_tokens, counted.longest, counted.unshared, counted.distinct)
         numbers, counts = np.unique(counted.responses, return_counts=True)
-        return cls(*map(Spread.of, columns), dict(zip(numbers.tolist(), counts.tolist(), strict=True)))
+        prompt, response, longest, unshared, distinct = map(Spread.of, columns)
+        responses = dict(zip(numbers.tolist(), counts.tolist(), strict=True))
+        return cls(prompt, response, longest, unshared, distinct, responses)
 
 
 @dataclass(frozen=True)

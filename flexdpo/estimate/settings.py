@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from flexdpo.errors import FlexdpoError
 from flexdpo.estimate.costs import MACHINES, find_machine
 from flexdpo.estimate.model_shapes import SHAPES
 from flexdpo.layout.row import tile_multiple
+from flexdpo.objective.loss_types import setting
 from flexdpo.training.memory import TrainingSetup
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
@@ -16,50 +17,30 @@ _COUNTS = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_to
 
 @dataclass(frozen=True)
 class EstimateSettings:
-    """What to predict for; the names are those of ``DPOConfig``.
+    """What to predict for; the names are those of ``DPOConfig``."""
 
-    Attributes:
-        reference: Whether a reference model runs beside the policy, and its weights are kept.
-        limits: Lengths at which the model's rotary frequencies change, as in :func:`flexdpo.pack`; by default those of
-            the model or config that is given.
-        setup: How the model is trained, for the memory; by default from the above, all weights by AdamW.
-        memory: Bytes of the device; by default what is free on it, or 80 GB for a GPU that is not there.
-        batches: Batches of the sample that are laid out token by token.
-    """
-
-    shape: str = field(
-        default="llama-8b", metadata={"help": f"Sizes to predict for without --model: {', '.join(SHAPES)}."}
+    shape: str = setting("llama-8b", f"Sizes to predict for without --model: {', '.join(SHAPES)}.")
+    device: str = setting("cuda", f"Whose costs to predict with: {', '.join(MACHINES)} (an H100; one core of a Xeon).")
+    dtype: str | None = setting(None, "Of weights: float32 or bfloat16; by default bfloat16 on cuda.")
+    max_length: int | None = setting(1024, "Longest prompt plus response; 0 for no limit.")
+    per_device_train_batch_size: int = setting(8, "Rows of the dataset in a batch.")
+    gradient_accumulation_steps: int = setting(1, "Batches per optimizer step.")
+    max_tokens_per_row: int | None = setting(None, "Longest packed row; by default a batch is one row.")
+    processes: tuple[int, ...] = setting(
+        (), "Say for each of these numbers of processes how long they wait for the slowest: 8 64 1024."
     )
-    device: str = field(
-        default="cuda",
-        metadata={"help": f"Whose costs to predict with: {', '.join(MACHINES)} (an H100; one core of a Xeon)."},
-    )
-    dtype: str | None = field(
-        default=None, metadata={"help": "Of weights: float32 or bfloat16; by default bfloat16 on cuda."}
-    )
-    max_length: int | None = field(default=1024, metadata={"help": "Longest prompt plus response; 0 for no limit."})
-    per_device_train_batch_size: int = field(default=8, metadata={"help": "Rows of the dataset in a batch."})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches per optimizer step."})
-    max_tokens_per_row: int | None = field(
-        default=None, metadata={"help": "Longest packed row; by default a batch is one row."}
-    )
-    processes: tuple[int, ...] = field(
-        default=(),
-        metadata={"help": "Say for each of these numbers of processes how long they wait for the slowest: 8 64 1024."},
-    )
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "Run layers again in the backward pass."})
-    keep_attention: bool = field(
-        default=False, metadata={"help": "Run them again without their attention, whose outputs are kept; on a cpu."}
-    )
-    reference: bool = True
-    sharing: str = field(default="group", metadata={"help": "group, or step: across the examples of a batch too."})
+    gradient_checkpointing: bool = setting(False, "Run layers again in the backward pass.")
+    keep_attention: bool = setting(False, "Run them again without their attention, whose outputs are kept; on a cpu.")
+    reference: bool = True  # one runs beside the policy, and its weights are kept
+    sharing: str = setting("group", "group, or step: across the examples of a batch too.")
+    # lengths at which the model's rotary frequencies change, see ``flexdpo.pack``; by default those of the given model
     limits: tuple[int, ...] = ()
-    setup: TrainingSetup | None = None
-    memory: int | None = None
-    sample: int | None = field(default=None, metadata={"help": "Look at this many rows, drawn at random."})
-    num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
-    batches: int = 48
-    seed: int = field(default=0, metadata={"help": "Of the sample and the order of rows."})
+    setup: TrainingSetup | None = None  # for the memory; by default from the above, all weights by AdamW
+    memory: int | None = None  # bytes of the device; by default those free on it, or 80 GB for a GPU that is not there
+    sample: int | None = setting(None, "Look at this many rows, drawn at random.")
+    num_proc: int | None = setting(None, "Processes that tokenise.")
+    batches: int = 48  # of the sample, that are laid out token by token
+    seed: int = setting(0, "Of the sample and the order of rows.")
 
     def __post_init__(self) -> None:
         find_machine(self.device)
@@ -76,8 +57,7 @@ class EstimateSettings:
         if any(count < 1 for count in self.processes):
             raise FlexdpoError(f"processes must be at least 1 each, got {' '.join(map(str, self.processes))}")
         for name in _COUNTS:
-            value = getattr(self, name)
-            if value is not None and value < 1:
+            if (value := getattr(self, name)) is not None and value < 1:
                 raise FlexdpoError(f"{name} must be at least 1, got {value}")
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from flexdpo.errors import FlexdpoError
 from flexdpo.estimate.features import Feature, Layouts, first_rows
@@ -46,9 +47,7 @@ class Suggestion:
         for name in ("activation_checkpointing", "keep_attention", "precompute_ref_log_probs", "regroup_prompts"):
             if getattr(self, name):
                 words.append(f"--{name} true")
-        if self.sharing != "group":
-            words.append(f"--sharing {self.sharing}")
-        return " ".join(words)
+        return " ".join([*words, f"--sharing {self.sharing}"] if self.sharing != "group" else words)
 
 
 def suggest(
@@ -70,8 +69,7 @@ def suggest(
         bound = most if layouts.longest_shared.tokens * settings.gradient_accumulation_steps > most else None
     buckets: Buckets | None = None
     if settings.device == "cuda":
-        rows = first_rows(counted.distinct[layouts.order], batch, bound)
-        buckets = choose_buckets([length for each in rows for length in each])
+        buckets = choose_buckets(list(chain(*first_rows(counted.distinct[layouts.order], batch, bound))))
     regrouping, across = features["regrouping"], features["across"]
     return Suggestion(
         per_device_train_batch_size=batch,

@@ -63,7 +63,6 @@ def auto_row_budget(
     device: torch.device | str,
     free: int | None = None,
     resident: Collection[str] = (),
-    margin: float = MARGIN,
     multiple: int | None = None,
     longest: int = 0,
     longest_sequence: int | None = None,
@@ -77,7 +76,6 @@ def auto_row_budget(
         free: Bytes that can be used; by default :func:`free_memory` of the device now.
         resident: Which parts are in memory already, and so no longer part of what is free: names of the fields of
             :class:`MemoryPrediction`, for instance ``("weights", "reference")`` once the models have been moved.
-        margin: Share of the free memory that is left alone.
         multiple: The budget is a multiple of this many tokens; by default 128 on CUDA and 1 elsewhere.
         longest: Distinct tokens of the longest example, which must fit.
         longest_sequence: Tokens of the longest sequence, where it is enough that this fits and longer examples run in
@@ -90,7 +88,7 @@ def auto_row_budget(
     size = ModelSize.of(model_or_config)
     unit = multiple or tile_multiple(device)
     free = free_memory(device) if free is None else free
-    usable = int(free * (1 - margin))
+    usable = int(free * (1 - MARGIN))
 
     def needed(tokens: int, setup: TrainingSetup) -> int:
         predicted = predict_memory(size, tokens, setup)

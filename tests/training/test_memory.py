@@ -19,7 +19,7 @@ from flexdpo.hf.checkpointing import checkpointing_name, enable_checkpointing
 from flexdpo.training import row_budget
 from flexdpo.training.memory import TrainingSetup, kept_bytes_per_layer, predict_memory, predict_padded_memory
 from flexdpo.training.model_size import ModelSize
-from flexdpo.training.row_budget import auto_row_budget, free_memory
+from flexdpo.training.row_budget import MARGIN, auto_row_budget, free_memory
 from tests.conftest import CONFIGS, build_model
 from tests.hf.architectures import needs_states
 from tests.images.models import make_model
@@ -101,9 +101,7 @@ def test_states_leave_less_room_in_a_row() -> None:
     without = replace(size, state=0, state_heads=0, state_layers=0)
     setup = TrainingSetup()
     assert size.scan_products > 0
-    with_scan, plain = (
-        auto_row_budget(each, setup, device="cpu", free=GIGABYTE, margin=0.1) for each in (size, without)
-    )
+    with_scan, plain = (auto_row_budget(each, setup, device="cpu", free=GIGABYTE) for each in (size, without))
     assert with_scan < 0.8 * plain
 
 
@@ -198,19 +196,18 @@ def test_the_budget_is_the_largest_that_fits(device) -> None:
     size = ModelSize.of(shape_config("llama-1b"))
     setup = TrainingSetup(2, 2, device_type=device)
     unit = 128 if device == "cuda" else 1
-    budget = auto_row_budget(size, setup, device=device, free=30 * GIGABYTE, margin=0.1)
+    budget, usable = auto_row_budget(size, setup, device=device, free=30 * GIGABYTE), (1 - MARGIN) * 30 * GIGABYTE
     assert budget % unit == 0
-    assert predict_memory(size, budget, setup).total <= 27 * GIGABYTE
-    assert predict_memory(size, budget + unit, setup).total > 27 * GIGABYTE
+    assert predict_memory(size, budget, setup).total <= usable
+    assert predict_memory(size, budget + unit, setup).total > usable
 
 
 def test_what_is_in_memory_already_is_not_counted_again() -> None:
     size, setup = ModelSize.of(shape_config("llama-1b")), TrainingSetup(2, 2)
-    before = auto_row_budget(size, setup, device="cpu", free=30 * GIGABYTE, margin=0)
-    resident = 2 * predict_memory(size, 1, setup).weights
-    after = auto_row_budget(
-        size, setup, device="cpu", free=30 * GIGABYTE - resident, margin=0, resident=("weights", "reference")
-    )
+    before = auto_row_budget(size, setup, device="cpu", free=30 * GIGABYTE)
+    # of what they leave, as of everything, a margin is left alone
+    free = 30 * GIGABYTE - round(2 * predict_memory(size, 1, setup).weights / (1 - MARGIN))
+    after = auto_row_budget(size, setup, device="cpu", free=free, resident=("weights", "reference"))
     assert after == before
 
 
