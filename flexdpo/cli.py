@@ -16,10 +16,7 @@ from flexdpo.errors import FlexdpoError, Interrupted, is_the_disks, nearest
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command.
-
-    Args:
-        argv: The words after ``flexdpo``; by default those of the process.
+    """Run one command: the words after ``flexdpo``, by default those of the process.
 
     Returns:
         The exit code: 0, 2 for something the user can mend, 3 for a model that is refused, 128 + n when signal n ended
@@ -27,7 +24,10 @@ def main(argv: list[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if argv is None and words[:1] == ["train"] and {"-h", "--help"} & set(words):
-        _leave_peft_out()
+        # peft would bring every model along, and the process ends with the help
+        import transformers.utils
+
+        transformers.utils.is_peft_available = lambda *_: False
     shows_traceback = "--traceback" in words
     try:
         with _signals_raise():
@@ -83,16 +83,16 @@ def _refused_by_the_disk(error: OSError) -> int:
     return 2
 
 
-def _leave_peft_out() -> None:
-    """Import transformers' arguments without peft, which brings every model along; the process ends with the help."""
-    import transformers.utils
-
-    transformers.utils.is_peft_available = lambda *_: False
-
-
 def _dispatch(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
-        print(_usage(), end="")
+        width = max(map(len, COMMANDS))
+        print(
+            "usage: flexdpo COMMAND [options]\n\n"
+            "Preference training of Hugging Face models that runs every distinct token once, exactly.\n\ncommands:",
+            *(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()),
+            "\nflexdpo COMMAND --help lists the options; --traceback shows the traceback behind an error.",
+            sep="\n",
+        )
         return 0
     if words[0] in ("-V", "--version"):
         from flexdpo import __version__
@@ -106,24 +106,12 @@ def _dispatch(words: list[str]) -> int:
             "behind an error"
         )
     if command not in COMMANDS:
-        known = list(COMMANDS)
-        raise FlexdpoError(f"unknown command {command!r}{nearest(command, known)}; commands: {', '.join(known)}")
+        hint = nearest(command, list(COMMANDS))
+        raise FlexdpoError(f"unknown command {command!r}{hint}; commands: {', '.join(COMMANDS)}")
     # forked tokenizer threads would warn on every data loader worker
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     module = importlib.import_module(f"flexdpo.commands.{command}")
     try:
-        code: int = module.run(rest)
+        return int(module.run(rest))
     except SystemExit as done:  # how argparse ends a --help
         return int(done.code or 0)
-    return code
-
-
-def _usage() -> str:
-    width = max(map(len, COMMANDS))
-    lines = "\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())
-    return (
-        "usage: flexdpo COMMAND [options]\n\n"
-        "Preference training of Hugging Face models that runs every distinct token once, exactly.\n\n"
-        f"commands:\n{lines}\n\n"
-        "flexdpo COMMAND --help lists the options; --traceback shows the traceback behind an error.\n"
-    )

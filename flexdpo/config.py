@@ -22,7 +22,6 @@ from flexdpo.layout.row import TILE, tile_multiple
 from flexdpo.objective.loss_types import LOSS_TYPES, LossSettings, setting
 from flexdpo.objective.objective import Objective
 
-TRUNCATION_MODES = ("keep_start",)
 _COMPILE_SETTINGS = {"torch_compile": False, "torch_compile_backend": None, "torch_compile_mode": None}
 
 
@@ -33,18 +32,9 @@ class DPOConfig(LossSettings, TrainingArguments):
     All fields of ``transformers.TrainingArguments`` are taken too. ``per_device_train_batch_size`` counts pairs.
     Different from ``TrainingArguments``: ``learning_rate`` is 1e-6, ``logging_steps`` 10, ``bf16`` is on by default
     where the GPU has it, and ``torch_compile`` compiles decoder layers one by one, never the whole model.
-
-    Attributes:
-        compile_layers: Whether ``torch_compile``, ``torch_compile_backend`` or ``torch_compile_mode`` was given. These
-            are emptied then, since transformers would compile the whole model for any of them.
-        layer_compile_options: The backend and mode that were given.
     """
 
-    _VALID_DICT_FIELDS = [  # noqa: RUF012
-        *TrainingArguments._VALID_DICT_FIELDS,
-        "model_init_kwargs",
-        "attn_kernel_options",
-    ]
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "attn_kernel_options"]  # noqa: RUF012
 
     learning_rate: float = setting(1e-6, "Initial learning rate of the optimizer.")
     logging_steps: float = setting(10, "Log every this many optimizer steps; below 1, a share of all steps.")
@@ -165,6 +155,7 @@ class DPOConfig(LossSettings, TrainingArguments):
         "found; never on a CPU unless asked.",
     )
 
+    # what torch_compile and its backend and mode said; they are emptied, since transformers would compile the model
     compile_layers: bool = field(init=False, default=False)
     compiles_unasked: bool = field(init=False, default=False)
     layer_compile_options: dict[str, Any] = field(init=False, default_factory=dict)
@@ -174,7 +165,7 @@ class DPOConfig(LossSettings, TrainingArguments):
         self.loss_type = [loss_type] if isinstance(loss_type, str) else list(loss_type)
         self._check_reference(self.objective())
         resolve_impl(self.attn_impl, torch.device("cpu"))
-        if self.truncation_mode not in TRUNCATION_MODES:
+        if self.truncation_mode != "keep_start":
             raise FlexdpoError(
                 f"truncation_mode={self.truncation_mode!r} is not supported: cutting on the left cuts every response's "
                 "copy of the prompt at another place, so nothing would be shared; use 'keep_start'"
@@ -208,13 +199,13 @@ class DPOConfig(LossSettings, TrainingArguments):
         self.keep_attention = self.keep_attention or (kwargs or {}).get("context_fn") is keep_attention
         self._check_effects()
         wanted = asked.pop("torch_compile")
-        given = any(value is not None for value in asked.values())
+        options = {name.removeprefix("torch_compile_"): value for name, value in asked.items()}
+        self.layer_compile_options = {name: value for name, value in options.items() if value is not None}
+        given = bool(self.layer_compile_options)
         if wanted is False and given:
             raise FlexdpoError("torch_compile=False leaves torch_compile_backend and torch_compile_mode without effect")
         self.compiles_unasked = wanted is None and not given and self.device.type == "cuda" and not self.deepspeed
         self.compile_layers = bool(wanted) or given or self.compiles_unasked
-        options = {name.removeprefix("torch_compile_"): value for name, value in asked.items()}
-        self.layer_compile_options = {name: value for name, value in options.items() if value is not None}
         self.activation_checkpointing_kwargs = checkpoint_arguments(
             kwargs,
             attention=self.keep_attention,
@@ -247,10 +238,7 @@ class DPOConfig(LossSettings, TrainingArguments):
 
     def _check_effects(self) -> None:
         """Refuse what would be accepted and change nothing; values are as transformers has read them."""
-        defaults = {
-            each.name: each.default if each.default_factory is MISSING else each.default_factory()
-            for each in fields(self)
-        }
+        defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(self)}
         for name, reason in WITHOUT_EFFECT.items():
             if name in defaults and getattr(self, name) != defaults[name]:
                 raise FlexdpoError(f"{name}={getattr(self, name)!r} is not supported: {reason}. Leave it out")
@@ -347,9 +335,8 @@ class DPOConfig(LossSettings, TrainingArguments):
             try:
                 self.attn_kernel_options = json.loads(self.attn_kernel_options)
             except json.JSONDecodeError as error:
-                raise FlexdpoError(
-                    f"attn_kernel_options must be JSON, got {self.attn_kernel_options!r} ({error.msg})"
-                ) from error
+                got = f"{self.attn_kernel_options!r} ({error.msg})"
+                raise FlexdpoError(f"attn_kernel_options must be JSON, got {got}") from error
         # what is unknown is refused here and not after the model was loaded
         self.kernel_settings()
 

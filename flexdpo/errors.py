@@ -13,8 +13,7 @@ if TYPE_CHECKING:
 class FlexdpoError(ValueError):
     """Something the caller gave cannot be used; the message names the value, the place and the way out.
 
-    The command line prints the message alone and exits with 2. Anything that is not a ``FlexdpoError`` is a fault of
-    the program and keeps its traceback.
+    The command line prints it alone and exits with 2. Any other error is the program's own fault and keeps its traceback.
     """
 
 

@@ -25,14 +25,12 @@ __all__ = ["SharingCallback", "disable", "enable"]
 
 
 class SharingCallback(TrainerCallback):
-    """Adds what sharing saves to what a trainer logs.
+    """Adds what sharing saves to what a trainer logs, on progress bars and in trackers, not in checkpoints' history.
 
     With every training log, for the batches since the last one, of all models together and of this process alone:
     ``sharing/tokens_in``, ``sharing/tokens_run``, ``sharing/saved`` (0 to 1) and ``sharing/passed_through`` (in
     batches), all without generation, and ``sharing/generation`` (in calls of a model); where there are images also
-    ``sharing/images_in`` and ``sharing/images_encoded``; with the last log of a training run, for all of it. Progress
-    bars and trackers show them; the log history
-    that checkpoints keep is left as it is.
+    ``sharing/images_in`` and ``sharing/images_encoded``; with the last log of a training run, for all of it.
     """
 
     def __init__(self, models: tuple[nn.Module, ...]) -> None:
@@ -42,35 +40,28 @@ class SharingCallback(TrainerCallback):
     @property
     def stats(self) -> SharingStats:
         """What was saved so far on all models."""
-        shared = (sharing_stats(model) for model in self.models if is_shared(model))
-        return sum(shared, SharingStats())
+        return sum((sharing_stats(model) for model in self.models if is_shared(model)), SharingStats())
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Count from here."""
         self._logged = self._at_begin = self.stats
 
-    def on_log(
-        self,
-        args: Any,  # noqa: ARG002
-        state: Any,  # noqa: ARG002
-        control: Any,  # noqa: ARG002
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,  # noqa: ARG002
-    ) -> None:
+    def on_log(self, *_: Any, logs: dict[str, float] | None = None, **__: Any) -> None:
         """Add the saving to ``logs``."""
         if logs is None or not ({"loss", "train_runtime"} & logs.keys()):
             return
         now = self.stats
         since = now - (self._logged if "loss" in logs else self._at_begin)
-        logs["sharing/tokens_in"] = since.tokens_in
-        logs["sharing/tokens_run"] = since.tokens_run
-        logs["sharing/saved"] = round(since.saved, 4)
         generation = since.passed_through["generation"]
-        logs["sharing/passed_through"] = sum(since.passed_through.values()) - generation
-        logs["sharing/generation"] = generation
-        if since.images_in:
-            logs["sharing/images_in"] = since.images_in
-            logs["sharing/images_encoded"] = since.images_encoded
+        told = {
+            "tokens_in": since.tokens_in,
+            "tokens_run": since.tokens_run,
+            "saved": round(since.saved, 4),
+            "passed_through": sum(since.passed_through.values()) - generation,
+            "generation": generation,
+            **({"images_in": since.images_in, "images_encoded": since.images_encoded} if since.images_in else {}),
+        }
+        logs.update({f"sharing/{name}": value for name, value in told.items()})
         self._logged = now
 
 
@@ -88,7 +79,7 @@ def enable(trainer: Any, *, min_gain: float = 1.1, min_prefix: int = 16, impl: I
     ``train()``; the other arguments are those of :func:`flexdpo.share_prefixes`.
 
     Returns:
-        The callback that logs the saving; it has been added to the trainer.
+        The callback that logs the saving, added to the trainer.
 
     Raises:
         UnsupportedModelError: if the policy would not give the ordinary result; then nothing was changed.
@@ -124,11 +115,7 @@ def enable(trainer: Any, *, min_gain: float = 1.1, min_prefix: int = 16, impl: I
 
 
 def disable(trainer: Any) -> None:
-    """Undo :func:`enable`.
-
-    Raises:
-        FlexdpoError: if ``trainer`` is no trainer, or does not share prefixes.
-    """
+    """Undo :func:`enable`; a ``FlexdpoError`` if ``trainer`` is no trainer, or does not share prefixes."""
     models = [model for model in models_of(trainer) if is_shared(model)]
     if not models:
         raise FlexdpoError(f"this {type(trainer).__name__} shares no prefixes; call flexdpo.trl.enable(trainer) first")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from flexdpo.commands.options import OptionParser, TokenizerOptions, one_name, settings_of, writable
 from flexdpo.data.pictures import holds_images
 from flexdpo.errors import FlexdpoError
 from flexdpo.estimate.settings import EstimateSettings
+from flexdpo.objective.loss_types import setting
 from flexdpo.runs.settings import DataSettings
 
 
@@ -16,14 +17,11 @@ from flexdpo.runs.settings import DataSettings
 class EstimateOptions:
     """What the settings themselves hold in other units, and where the figures go."""
 
-    reference_free: bool = field(
-        default=False, metadata={"help": "No reference model runs: its values are precomputed or the loss has none."}
+    reference_free: bool = setting(False, "No reference model runs: its values are precomputed or the loss has none.")
+    memory: float | None = setting(
+        None, "GB of the device; by default what is free on it, or 80 for a GPU that is not here."
     )
-    memory: float | None = field(
-        default=None,
-        metadata={"help": "GB of the device; by default what is free on it, or 80 for a GPU that is not here."},
-    )
-    json: str | None = field(default=None, metadata={"help": "Write every figure to this file."})
+    json: str | None = setting(None, "Write every figure to this file.")
 
 
 def parser() -> OptionParser:

@@ -68,8 +68,9 @@ class OptionParser(argparse.ArgumentParser):
             if "help" not in field.metadata:
                 continue
             names = [f"--{field.metadata.get('option', field.name)}", *field.metadata.get("aliases", ())]
-            kind = _plain_type(hints[field.name])
-            more: dict[str, Any] = {}
+            kind, more = hints[field.name], dict[str, Any]()
+            if get_origin(kind) in (Union, types.UnionType):
+                kind = next(each for each in get_args(kind) if each is not type(None))
             if kind is bool:
                 kind, more = _yes_or_no, {"nargs": "?", "const": True}
             elif get_origin(kind) in (tuple, list):
@@ -80,23 +81,14 @@ class OptionParser(argparse.ArgumentParser):
             )
 
     def read(self, argv: list[str]) -> argparse.Namespace:
-        """Parse ``argv``; the options of ``--config FILE.yaml`` come first, so that the command line wins."""
-        found, unknown = self.parse_known_args(self.with_config(argv))
-        self.refuse_unknown(unknown)
-        return found
-
-    def with_config(self, argv: list[str]) -> list[str]:
-        """The words behind every ``--config FILE.yaml``, with the files' options before them in their order."""
+        """Parse ``argv``; the options of every ``--config FILE.yaml`` come first, so that the command line wins."""
         files = OptionParser(prog=self.prog, add_help=False)
         files.add_argument("--config", action="append", default=[])
         given, rest = files.parse_known_args(argv)
-        return [*(word for file in given.config for word in yaml_options(file)), *rest]
-
-    def refuse_unknown(self, words: list[str]) -> None:
-        """Say why the first of ``words`` is no option here, or which one it may have been meant for."""
-        if not words:
-            return
-        name = words[0].split("=")[0]
+        found, unknown = self.parse_known_args([*(word for file in given.config for word in yaml_options(file)), *rest])
+        if not unknown:
+            return found
+        name = unknown[0].split("=")[0]
         if not name.startswith("-"):
             raise FlexdpoError(f"{name!r} belongs to no option; see {self.prog} --help")
         if reason := reason_against(name):
@@ -161,8 +153,7 @@ def settings_of(cls: type[Settings], found: argparse.Namespace, **more: Any) -> 
     """The settings that were given, lists as tuples; ``more`` are those that have no option of their own name."""
     names = {field.name for field in dataclasses.fields(cls) if "help" in field.metadata}  # type: ignore[arg-type]
     given = {name: value for name, value in vars(found).items() if name in names}
-    lists = {name: tuple(dict.fromkeys(value)) for name, value in given.items() if isinstance(value, list)}
-    return cls(**{**given, **lists, **more})
+    return cls(**{n: tuple(dict.fromkeys(v)) if isinstance(v, list) else v for n, v in given.items()} | more)
 
 
 def writable(name: str | None) -> Path | None:
@@ -173,16 +164,9 @@ def writable(name: str | None) -> Path | None:
     try:
         path.open("a", encoding="utf-8").close()
     except OSError as error:
-        raise FlexdpoError(
-            f"--json {path} cannot be written: {error.strerror}; name a file in a folder that exists"
-        ) from error
+        way_out = "name a file in a folder that exists"
+        raise FlexdpoError(f"--json {path} cannot be written: {error.strerror}; {way_out}") from error
     return path
-
-
-def _plain_type(hint: Any) -> Any:
-    if get_origin(hint) in (Union, types.UnionType):
-        return next(kind for kind in get_args(hint) if kind is not type(None))
-    return hint
 
 
 def _yes_or_no(word: str) -> bool:

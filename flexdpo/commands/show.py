@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from flexdpo.commands.options import OptionParser, TokenizerOptions, one_name, settings_of
 from flexdpo.data.pictures import holds_images
 from flexdpo.errors import FlexdpoError, nearest
 from flexdpo.layout.packing import pack
+from flexdpo.objective.loss_types import setting
 from flexdpo.runs.settings import DataSettings
 from flexdpo.show.overview import VIEWS, overview_figure
 from flexdpo.show.packing import batch_layouts
@@ -24,28 +25,22 @@ if TYPE_CHECKING:
 class ShowSettings:
     """What to draw, and where to."""
 
-    lengths: str | None = field(
-        default=None,
-        metadata={
-            "help": 'A JSON file instead of a dataset: [{"prompt": 12, "responses": [5, 3]}, ...]; [4, [5, 3]] in '
-            "place of a response is a beginning of 4 tokens that two responses share."
-        },
+    lengths: str | None = setting(
+        None,
+        'A JSON file instead of a dataset: [{"prompt": 12, "responses": [5, 3]}, ...]; [4, [5, 3]] in place of a '
+        "response is a beginning of 4 tokens that two responses share.",
     )
-    output: str | None = field(
-        default=None, metadata={"help": "The picture: .png, .pdf, .svg; by default flexdpo-rows.png, without --text."}
-    )
-    text: bool = field(default=False, metadata={"help": "Print it to the terminal."})
-    view: str = field(default="all", metadata={"help": f"One of {', '.join(VIEWS)}."})
-    groups: int = field(default=4, metadata={"help": "Rows of the dataset, or groups of the example, to draw."})
-    first: int = field(default=0, metadata={"help": "First of those rows of the dataset, counted from 0."})
-    max_length: int = field(default=1024, metadata={"help": "Longest prompt plus response; 0 for no limit."})
-    max_tokens_per_row: int | None = field(default=None, metadata={"help": "Longest packed row; by default one row."})
-    sharing: str = field(default="group", metadata={"help": "group, or step: across examples too."})
-    pad_to_multiple_of: int = field(default=1, metadata={"help": "Pad rows to a multiple of this many tokens."})
-    block_size: int | None = field(
-        default=None, metadata={"help": "Side of a tile; by default 128, and less for short rows."}
-    )
-    seed: int = field(default=0, metadata={"help": "Of the built-in example."})
+    output: str | None = setting(None, "The picture: .png, .pdf, .svg; by default flexdpo-rows.png, without --text.")
+    text: bool = setting(False, "Print it to the terminal.")
+    view: str = setting("all", f"One of {', '.join(VIEWS)}.")
+    groups: int = setting(4, "Rows of the dataset, or groups of the example, to draw.")
+    first: int = setting(0, "First of those rows of the dataset, counted from 0.")
+    max_length: int = setting(1024, "Longest prompt plus response; 0 for no limit.")
+    max_tokens_per_row: int | None = setting(None, "Longest packed row; by default one row.")
+    sharing: str = setting("group", "group, or step: across examples too.")
+    pad_to_multiple_of: int = setting(1, "Pad rows to a multiple of this many tokens.")
+    block_size: int | None = setting(None, "Side of a tile; by default 128, and less for short rows.")
+    seed: int = setting(0, "Of the built-in example.")
 
 
 def parser() -> OptionParser:
@@ -69,12 +64,11 @@ def run(argv: list[str]) -> int:
     found.dataset_name = one_name("dataset_name", found.dataset, found.dataset_name)
     settings = settings_of(ShowSettings, found)
     if settings.view not in VIEWS:
-        raise FlexdpoError(
-            f"--view {settings.view!r} is unknown{nearest(settings.view, VIEWS)}; use {', '.join(VIEWS)}"
-        )
+        hint = nearest(settings.view, VIEWS)
+        raise FlexdpoError(f"--view {settings.view!r} is unknown{hint}; use {', '.join(VIEWS)}")
     groups = _groups(settings, settings_of(DataSettings, found), settings_of(TokenizerOptions, found))
-    length, sharing, multiple = settings.max_tokens_per_row, settings.sharing, settings.pad_to_multiple_of
-    row = pack(groups, length, sharing=sharing, pad_to_multiple_of=multiple)[0]
+    length, sharing = settings.max_tokens_per_row, settings.sharing
+    row = pack(groups, length, sharing=sharing, pad_to_multiple_of=settings.pad_to_multiple_of)[0]
     layouts = batch_layouts(groups, length, sharing=sharing)
     size = settings.block_size or None
     if settings.text:

@@ -51,28 +51,26 @@ def parser() -> OptionParser:
     for action in options._actions:
         if action.const is False:  # --no_x, which is --x false
             action.help = argparse.SUPPRESS
-    inherited = _names(TrainingArguments)
-    _show_group(options, "model", _names(ModelSettings))
-    _show_group(options, "data", _names(Job) - _names(ModelSettings))
-    _show_group(options, "preferences", _names(DPOConfig) - inherited)
-    _show_group(options, "the run, most used (transformers.TrainingArguments)", set(_MOST_USED))
-    _show_group(options, "the run, all else (transformers.TrainingArguments)", inherited - set(_MOST_USED))
+    model, job, config, inherited = (
+        {each.name for each in dataclasses.fields(cls) if each.init}
+        for cls in (ModelSettings, Job, DPOConfig, TrainingArguments)
+    )
+    headings = {
+        "model": model,
+        "data": job - model,
+        "preferences": config - inherited,
+        "the run, most used (transformers.TrainingArguments)": set(_MOST_USED),
+        "the run, all else (transformers.TrainingArguments)": inherited - set(_MOST_USED),
+    }
+    for title, names in headings.items():
+        group = options.add_argument_group(title)
+        for action in options._actions:
+            if {f"--{name}" for name in names} & set(action.option_strings):
+                for other in options._action_groups:
+                    if action in other._group_actions:
+                        other._group_actions.remove(action)
+                group._group_actions.append(action)
     return options
-
-
-def _names(cls: type) -> set[str]:
-    return {each.name for each in dataclasses.fields(cls) if each.init}
-
-
-def _show_group(options: OptionParser, title: str, names: set[str]) -> None:
-    """Show the options ``names`` under their own heading in the help."""
-    group = options.add_argument_group(title)
-    for action in options._actions:
-        if {f"--{name}" for name in names} & set(action.option_strings):
-            for other in options._action_groups:
-                if action in other._group_actions:
-                    other._group_actions.remove(action)
-            group._group_actions.append(action)
 
 
 def read(argv: list[str]) -> tuple[Job, DPOConfig, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,35 +23,20 @@ _SWAPS = 300
 _PARTNERS = 16
 
 
+@dataclass(eq=False)
 class BalancedSampler(Sampler[int]):
     """Reorders examples inside each optimizer step, so that its parts, one for each process, cost about the same.
 
     A step is ``accumulation`` times ``num_processes`` consecutive batches of ``batch_size``. It keeps its examples;
     only which process runs which of them changes, and a mean over all processes does not ask. An epoch's last step may
     have fewer batches; what fills none for every process stays where it is.
-
-    Args:
-        sampler: Gives the order.
-        costs: Of each example, ``[N]``.
-        batch_size: Examples of a batch of one process.
-        num_processes: That take one batch each, in turn.
-        accumulation: Batches of a process in a step.
     """
 
-    def __init__(
-        self,
-        sampler: Sampler[int],
-        costs: NDArray[np.float64],
-        *,
-        batch_size: int,
-        num_processes: int,
-        accumulation: int = 1,
-    ) -> None:
-        self.sampler = sampler
-        self.costs = costs
-        self.batch_size = batch_size
-        self.num_processes = num_processes
-        self.accumulation = accumulation
+    sampler: Sampler[int]  # gives the order
+    costs: NDArray[np.float64]  # of each example, ``[N]``
+    batch_size: int  # examples of a batch of one process
+    num_processes: int  # that take one batch each, in turn
+    accumulation: int = 1  # batches of a process in a step
 
     def __len__(self) -> int:
         return len(self.sampler)  # type: ignore[arg-type]
@@ -115,11 +101,7 @@ def partition(costs: Sequence[float] | NDArray[np.float64], count: int) -> NDArr
 
 
 def balance(loader: DataLoader[Any], costs: NDArray[np.float64], num_processes: int, accumulation: int = 1) -> bool:
-    """Put a :class:`BalancedSampler` into a loader that accelerate has prepared for several processes.
-
-    Returns:
-        Whether the loader deals out batches of a sampler, and so could be balanced.
-    """
+    """Put a :class:`BalancedSampler` into a loader accelerate has prepared; whether it deals out a sampler's batches."""
     shard = getattr(loader, "batch_sampler", None)
     batches = getattr(shard, "batch_sampler", None)
     sampler = getattr(batches, "sampler", None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,19 +22,11 @@ def cache_folder(name: str) -> Path:
 
 
 def map_settings(dataset: Dataset, parts: tuple[object, ...], folder: str) -> dict[str, Any]:
-    """Tell ``Dataset.map`` where its result is kept, so that the same work in another process finds it.
+    """Arguments that tell ``Dataset.map`` where its result is kept, so that the same work in another process finds it.
 
-    By itself ``datasets`` keeps the result beside the source's own files, under a name that depends on the pickled
-    function, and forgets what was made of a dataset in memory at the end of the process.
-
-    Args:
-        dataset: The source; its fingerprint stands for its content.
-        parts: All else that decides the result, as plain values.
-        folder: Name of our own folder for what cannot lie beside its source, which may be in memory, or a shared folder
-            that nobody may write to.
-
-    Returns:
-        Keyword arguments of ``Dataset.map``.
+    By itself ``datasets`` names it by the pickled function, and forgets what was made of a dataset in memory. Here its
+    name stands for the source and for ``parts``, all else that decides it as plain values; what cannot lie beside its
+    source, which may be in memory or in a folder that nobody may write to, lies in our own ``folder``.
     """
     from datasets import is_caching_enabled
 
@@ -42,17 +35,11 @@ def map_settings(dataset: Dataset, parts: tuple[object, ...], folder: str) -> di
         return {"new_fingerprint": fingerprint}
     beside = [Path(file["filename"]).parent for file in dataset.cache_files[:1]]
     for place in (*beside, cache_folder(folder)):
-        if _may_write(place):
-            return {"new_fingerprint": fingerprint, "cache_file_name": str(place / f"cache-{fingerprint}.arrow")}
+        with suppress(OSError):
+            place.mkdir(parents=True, exist_ok=True)
+            if os.access(place, os.W_OK):
+                return {"new_fingerprint": fingerprint, "cache_file_name": str(place / f"cache-{fingerprint}.arrow")}
     return {"new_fingerprint": fingerprint, "keep_in_memory": True}
-
-
-def _may_write(folder: Path) -> bool:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return False
-    return os.access(folder, os.W_OK)
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:

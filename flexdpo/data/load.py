@@ -29,14 +29,9 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 _READER_OF_SUFFIX = {
-    ".jsonl": "json",
-    ".ndjson": "json",
-    ".json": "json",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".csv": "csv",
+    ".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv",
     ".tsv": "csv",
-}
+}  # fmt: skip
 
 
 def _open_zstd(path: Path, *args: Any, **kwargs: Any) -> Any:
@@ -52,12 +47,8 @@ def _open_zstd(path: Path, *args: Any, **kwargs: Any) -> Any:
 # what readers of packed files raise
 _BROKEN = (EOFError, zlib.error, lzma.LZMAError)
 _OPENER_OF_SUFFIX: dict[str, Callable[..., Any]] = {
-    "": open,
-    ".gz": gzip.open,
-    ".bz2": bz2.open,
-    ".xz": lzma.open,
-    ".zst": _open_zstd,
-}
+    "": open, ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zstd,
+}  # fmt: skip
 # a JSON document may hold its rows under one of these
 _ROWS_KEYS = ("data", "rows", "examples")
 
@@ -119,7 +110,8 @@ def load_preference_dataset(
     elif path.exists():
         dataset = _load_file(path, split, config_name, streaming)
     elif local_path(name_or_path) is not None:
-        raise FlexdpoError(f"{name_or_path}: no such file or folder{_neighbour(path)}")
+        beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise FlexdpoError(f"{name_or_path}: no such file or folder{nearest(path.name, beside)}")
     else:
         dataset = _load_from_hub(name_or_path, split, config_name, streaming)
     if not streaming and len(cast("Dataset", dataset)) == 0:
@@ -128,28 +120,16 @@ def load_preference_dataset(
     return with_paths_from(dataset, path if path.is_dir() else path.parent) if path.exists() else dataset
 
 
-def _neighbour(path: Path) -> str:
-    """Suggest the entry of the same folder whose name comes closest."""
-    if not path.parent.is_dir():
-        return ""
-    return nearest(path.name, [entry.name for entry in path.parent.iterdir()])
-
-
-def _split_suffixes(path: Path) -> tuple[str, str]:
-    """Return the suffix that names the format and the one that names the compression, ``""`` for none."""
+def _format_of(path: Path) -> tuple[str, str, str | None]:
+    """The suffixes of the format and the compression, ``""`` for none, and the reader, if there is one."""
     packed = path.suffix.lower() if path.suffix.lower() in _OPENER_OF_SUFFIX else ""
-    return (path.with_suffix("") if packed else path).suffix.lower(), packed
-
-
-def _reader_for(path: Path) -> str | None:
-    """Name the reader for a file, or ``None``; Parquet is compressed inside and has no outer suffix."""
-    kind, packed = _split_suffixes(path)
-    reader = _READER_OF_SUFFIX.get(kind)
-    return None if packed and reader == "parquet" else reader
+    kind = (path.with_suffix("") if packed else path).suffix.lower()
+    # Parquet is compressed inside and has no outer suffix
+    return kind, packed, None if packed and kind == ".parquet" else _READER_OF_SUFFIX.get(kind)
 
 
 def _load_file(path: Path, split: str, config_name: str | None, streaming: bool) -> Dataset | IterableDataset:
-    reader = _reader_for(path)
+    kind, packed, reader = _format_of(path)
     if reader is None:
         raise FlexdpoError(
             f"{path}: cannot tell the format from the name; known endings are {', '.join(_READER_OF_SUFFIX)}"
@@ -160,22 +140,22 @@ def _load_file(path: Path, split: str, config_name: str | None, streaming: bool)
         raise FlexdpoError(f"{path}: the file is empty; name another")
     options = _csv_options([path]) if reader == "csv" else {}
     base = split.split("[", maxsplit=1)[0]
-    held = _rows_within(path, base) if _split_suffixes(path)[0] == ".json" else None
+    held = _rows_within(path, packed, base) if kind == ".json" else None
     if held is not None:
         options["data_files"] = {base: str(held)}
-    elif _split_suffixes(path)[1] == ".zst":
+    elif packed == ".zst":
         _open_zstd(path).close()
     files = {"data_files": {"train": str(path)}, **options}
     return _load(str(path), [path], reader, split=split, streaming=streaming, **files)
 
 
-def _rows_within(path: Path, split: str) -> Path | None:
+def _rows_within(path: Path, packed: str, split: str) -> Path | None:
     """The rows that a JSON document holds under ``"data"``, as columns or under the split's name, as a file of lines.
 
     Returns ``None`` for lines, for a list, and for a document that the reader will find fault with.
     """
     try:
-        with _OPENER_OF_SUFFIX[_split_suffixes(path)[1]](path, "rb") as stream:
+        with _OPENER_OF_SUFFIX[packed](path, "rb") as stream:
             if _is_json_lines(stream) and next(stream, b"").strip() and next(stream, b"").strip():
                 return None
             stream.seek(0)
@@ -229,40 +209,31 @@ def _load_folder(path: Path, split: str, config_name: str | None, streaming: boo
     from datasets import DatasetDict, load_from_disk
 
     if not any((path / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
-        files = sorted(file for file in path.rglob("*") if file.is_file() and _reader_for(file))
+        files = sorted(file for file in path.rglob("*") if file.is_file() and _format_of(file)[2])
         if not files:
             raise FlexdpoError(
                 f"{path}: the folder has neither a saved dataset nor files ending in {', '.join(_READER_OF_SUFFIX)}"
             )
-        only_csv = {_split_suffixes(file)[0] for file in files} == {".csv"}
+        only_csv = {_format_of(file)[0] for file in files} == {".csv"}
         options: dict[str, Any] = _csv_options(files) if only_csv else {}
         if any(is_picture(file) for file in path.rglob("*")):
             # the library would look at nothing else
             options["data_files"] = [str(file.resolve()) for file in files]
         # resolved, because a bare folder name such as "json" would mean one of the library's own readers
-        return _load(
-            str(path),
-            files,
-            str(path.resolve()),
-            name=config_name,
-            split=split,
-            streaming=streaming,
-            **options,
-        )
+        options |= {"name": config_name, "split": split, "streaming": streaming}
+        return _load(str(path), files, str(path.resolve()), **options)
     try:
         saved = load_from_disk(str(path))
     except IndexError as error:  # what the library makes of a saved dataset without a single row
         raise FlexdpoError(f"{path}: there are no rows; give a dataset with at least one") from error
     except (OSError, ValueError, KeyError) as error:
         raise FlexdpoError(f"{path}: the saved dataset cannot be read ({first_line(error)})") from error
-    if isinstance(saved, DatasetDict):
-        if split not in saved:
-            raise FlexdpoError(f"{path}: no split {split!r}; found {quoted(saved)}")
-        return saved[split].to_iterable_dataset() if streaming else saved[split]
-    known = dict.fromkeys(["train", *([str(saved.split)] if saved.split else [])])
-    if split not in known:
-        raise FlexdpoError(f"{path}: no split {split!r}; the folder holds a single one, {quoted(known)}")
-    return saved.to_iterable_dataset() if streaming else saved
+    alone = not isinstance(saved, DatasetDict)
+    splits = dict.fromkeys(["train", *([str(saved.split)] if saved.split else [])], saved) if alone else saved
+    if split not in splits:
+        held_there = f"the folder holds a single one, {quoted(splits)}" if alone else f"found {quoted(splits)}"
+        raise FlexdpoError(f"{path}: no split {split!r}; {held_there}")
+    return splits[split].to_iterable_dataset() if streaming else splits[split]
 
 
 def _load_from_hub(name: str, split: str, config_name: str | None, streaming: bool) -> Dataset | IterableDataset:
@@ -291,32 +262,25 @@ def _load(
             if streaming:
                 return cast("IterableDataset", load_dataset(source, streaming=True, **options))
             dataset = cast("Dataset", load_dataset(source, **options))
-            if any(_READER_OF_SUFFIX[_split_suffixes(file)[0]] == "json" for file in files):
+            if any(_format_of(file)[2] == "json" for file in files):
                 # the JSON reader lets bytes through that are not UTF-8, and only a look at the cell trips over them
                 dataset.data.validate(full=True)
     except (DatasetsError, ValueError, OSError, RuntimeError, StopIteration, *_BROKEN) as error:
-        raise FlexdpoError(_why_not_loaded(shown, files, error, note)) from error
+        cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
+        reason = note or f"{type(cause).__name__}: {first_line(cause)}"
+        if fault := next(filter(None, map(_first_json_fault, files)), None):
+            why = f"{fault}; mend it there, or name another file"
+        elif isinstance(error, StopIteration) or "corresponds to no data" in str(error):
+            why = f"{shown}: there are no rows; give a dataset with at least one"
+        elif files:
+            room = "make room, or set HF_HOME to a folder that can be written to"
+            way_out = room if is_the_disks(cause) else "mend the file, or name another"
+            why = f"{shown}: cannot be loaded ({reason}); {way_out}"
+        else:
+            nowhere = f"{shown!r} is no file or folder here, and the Hugging Face hub does not give it"
+            why = f"{nowhere} ({reason}); give another name"
+        raise FlexdpoError(why) from error
     return dataset
-
-
-def _why_not_loaded(shown: str, files: Sequence[Path], error: Exception, note: str) -> str:
-    from datasets.exceptions import DatasetsError
-
-    cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
-    fault = next(filter(None, map(_first_json_fault, files)), None)
-    if fault:
-        return f"{fault}; mend it there, or name another file"
-    if isinstance(error, StopIteration) or "corresponds to no data" in str(error):
-        return f"{shown}: there are no rows; give a dataset with at least one"
-    reason = note or f"{type(cause).__name__}: {first_line(cause)}"
-    if files:
-        way_out = "mend the file, or name another"
-        if is_the_disks(cause):
-            way_out = "make room, or set HF_HOME to a folder that can be written to"
-        return f"{shown}: cannot be loaded ({reason}); {way_out}"
-    return (
-        f"{shown!r} is no file or folder here, and the Hugging Face hub does not give it ({reason}); give another name"
-    )
 
 
 @contextlib.contextmanager
@@ -334,7 +298,7 @@ def _csv_options(files: Sequence[Path]) -> dict[str, Any]:
     """Read every cell as text: a response ``42`` is no number and a response ``None`` is not missing."""
     from datasets import Features, Value
 
-    kind, packed = _split_suffixes(files[0])
+    kind, packed, _ = _format_of(files[0])
     separator = "\t" if kind == ".tsv" else ","
     try:
         with _OPENER_OF_SUFFIX[packed](files[0], "rt", encoding="utf-8-sig", newline="") as stream:
@@ -351,22 +315,18 @@ def _csv_options(files: Sequence[Path]) -> dict[str, Any]:
 
 def _first_json_fault(path: Path) -> str | None:
     """Find the first line of a JSON or JSONL file that is no JSON object, as ``"file, line N: why"``."""
-    kind, packed = _split_suffixes(path)
-    if _READER_OF_SUFFIX.get(kind) != "json":
+    kind, packed, reader = _format_of(path)
+    if reader != "json":
         return None
     try:
         with _OPENER_OF_SUFFIX[packed](path, "rb") as stream:
-            if kind == ".json" and not _is_json_lines(stream):
-                return _document_fault(path, stream.read())
-            for number, line in enumerate(stream, start=1):
-                why = _line_fault(line)
-                if why:
-                    return f"{path}, line {number}: {why}"
+            whole = kind == ".json" and not _is_json_lines(stream)
+            faults = (_fault(text, n, whole) for n, text in enumerate([stream.read()] if whole else stream, start=1))
+            return next((f"{path}, line {fault}" for fault in faults if fault), None)
     except (OSError, *_BROKEN) as error:
         return f"{path}: cannot be read ({first_line(error)})"
     except RecursionError:
         return f"{path}: nested too deeply to be preferences"
-    return None
 
 
 def _is_json_lines(stream: IO[bytes]) -> bool:
@@ -376,22 +336,13 @@ def _is_json_lines(stream: IO[bytes]) -> bool:
     return first.startswith(b"{") and first.endswith(b"}")
 
 
-def _document_fault(path: Path, content: bytes) -> str | None:
+def _fault(content: bytes, line: int, whole: bool) -> str | None:
+    """``"N: why"`` for a whole document, or for a line, which must be an object."""
     try:
-        json.loads(content.decode("utf-8-sig"))
+        text = content.decode("utf-8-sig")
+        value = json.loads(text if whole else text.strip() or "{}")
     except UnicodeDecodeError as error:
-        return f"{path}, line {content.count(chr(10).encode(), 0, error.start) + 1}: not UTF-8 text"
+        return f"{line + content.count(10, 0, error.start)}: not UTF-8 text; convert the file to UTF-8"
     except json.JSONDecodeError as error:
-        return f"{path}, line {error.lineno}: not valid JSON ({error.msg}, column {error.colno})"
-    return None
-
-
-def _line_fault(line: bytes) -> str | None:
-    try:
-        text = line.decode("utf-8-sig").strip()
-        value = json.loads(text) if text else {}
-    except UnicodeDecodeError:
-        return "not UTF-8 text; convert the file to UTF-8"
-    except json.JSONDecodeError as error:
-        return f"not valid JSON ({error.msg}, column {error.colno})"
-    return None if isinstance(value, dict) else f"expected a JSON object, found {found(value)}"
+        return f"{line + error.lineno - 1}: not valid JSON ({error.msg}, column {error.colno})"
+    return None if whole or isinstance(value, dict) else f"{line}: expected a JSON object, found {found(value)}"

@@ -28,36 +28,25 @@ _NUMBERS = ("rows", "used", "truncated", "responses", "cut", "longest")
 
 @dataclass(frozen=True)
 class DataReport:
-    """What became of every row of a dataset; ``used + sum(skipped.values()) == rows``.
-
-    Attributes:
-        skipped: Number of rows left out, by reason (see ``SKIP_REASONS``); reasons that never occurred are absent.
-        first_skipped: The first row left out for each of those reasons, counted from 0.
-        truncated: Used rows of which at least one response was cut to fit ``max_length``.
-        longest: Tokens of the longest used prompt with one response behind it.
-        notes: What else happened to the rows, one sentence each.
-        layout: As what the rows were read, and the columns.
-    """
+    """What became of every row of a dataset; ``used + sum(skipped.values()) == rows``."""
 
     name: str
     rows: int
     used: int
+    # how many were left out for each of ``SKIP_REASONS`` that occurred, and the first row, counted from 0
     skipped: dict[str, int] = field(default_factory=dict)
     first_skipped: dict[str, int] = field(default_factory=dict)
-    truncated: int = 0
-    longest: int = 0
-    notes: tuple[str, ...] = ()
-    layout: str = ""
+    truncated: int = 0  # used rows of which at least one response was cut to fit ``max_length``
+    longest: int = 0  # tokens of the longest used prompt with one response behind it
+    notes: tuple[str, ...] = ()  # what else happened to the rows, one sentence each
+    layout: str = ""  # as what the rows were read, and the columns
 
     def summary(self) -> str:
         """Return one line for people, one for the layout and one for each note."""
         parts = [f"{self.used} of {self.rows} rows used"]
         if self.truncated:
             parts.append(f"{self.truncated} of them cut to max_length")
-        parts += [
-            f"skipped {count} ({reason}, first at row {self.first_skipped[reason]})"
-            for reason, count in self.skipped.items()
-        ]
+        parts += [f"skipped {n} ({why}, first at row {self.first_skipped[why]})" for why, n in self.skipped.items()]
         more = [f"read as {self.layout}"] if self.layout else []
         more += [f"note: {note}" for note in self.notes]
         return "\n  ".join([f"{self.name}: {'; '.join(parts)}", *more])
@@ -105,26 +94,18 @@ class Counts:
         """The account so far; ``whole`` are the rows' uncut lengths, 0 where they are not known."""
         values = {field: self._values[place].tolist() for field, place in self._place.items()}
         rows, used, truncated, responses, cut, longest = (values[field][0] for field in _NUMBERS)
-        skipped = {reason: values[reason] for reason in SKIP_REASONS if values[reason][0]}
+        skipped = {reason: values[reason][0] for reason in SKIP_REASONS if values[reason][0]}
+        first = {reason: values[reason][1] for reason in skipped}
         notes = [f"not read: {quoted(self._settings.unread)}"] if self._settings.unread else []
         if cut:
             keeps = None if whole is None or not whole.any() else fitting_length(whole)
             notes.append(cut_note(cut, responses, self._settings.max_length, keeps))
         for column, text in NOTES.items():
-            number, first = values[column]
+            number, row = values[column]
             if number:
-                notes.append(f"{text} in {number} rows, first at row {first}")
-        return DataReport(
-            name,
-            rows,
-            used,
-            {reason: number for reason, (number, _) in skipped.items()},
-            {reason: first for reason, (_, first) in skipped.items()},
-            truncated,
-            longest,
-            tuple(notes),
-            described(self._settings),
-        )
+                notes.append(f"{text} in {number} rows, first at row {row}")
+        layout = described(self._settings)
+        return DataReport(name, rows, used, skipped, first, truncated, longest, tuple(notes), layout)
 
 
 def merged(name: str, reports: Sequence[DataReport]) -> DataReport:

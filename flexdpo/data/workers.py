@@ -16,11 +16,7 @@ _MARK = f"{FlexdpoError.__module__}.{FlexdpoError.__qualname__}: "
 
 @contextmanager
 def plain_worker_errors(num_workers: int) -> Iterator[None]:
-    """Turn the death of a worker, and a traceback that came out of one as text, into one clear message.
-
-    Raises:
-        FlexdpoError: for both; any other error passes as it is.
-    """
+    """Turn the death of a worker, and a traceback that came out of one as text, into one clear ``FlexdpoError``."""
     try:
         yield
     except FlexdpoError as error:
