@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
 
 
 class FlexdpoError(ValueError):
     """Something the caller gave cannot be used; the message names the value, the place and the way out.
 
-    The command line prints it alone and exits with 2. Any other error is the program's own fault and keeps its traceback.
+    The command line prints it alone and exits with 2. Any other error is the program's fault and keeps its traceback.
     """
 
 

@@ -7,19 +7,16 @@ callbacks.
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from torch import nn
 from transformers import TrainerCallback
 
+from flexdpo.attention.row_mask import Impl
 from flexdpo.dropin.hooks import SharingStats
 from flexdpo.dropin.share import is_shared, share_backbone, sharing_stats, unshare
 from flexdpo.dropin.trainer_models import averages_over_padding, models_of
 from flexdpo.errors import FlexdpoError, UnsupportedModelError
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from flexdpo.attention.row_mask import Impl
 
 __all__ = ["SharingCallback", "disable", "enable"]
 

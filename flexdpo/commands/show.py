@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from flexdpo.commands.options import OptionParser, TokenizerOptions, one_name, settings_of
 from flexdpo.data.pictures import holds_images
 from flexdpo.errors import FlexdpoError, nearest
+from flexdpo.layout.groups import Group
 from flexdpo.layout.packing import pack
 from flexdpo.objective.loss_types import setting
 from flexdpo.runs.settings import DataSettings
@@ -16,9 +16,6 @@ from flexdpo.show.overview import VIEWS, overview_figure
 from flexdpo.show.packing import batch_layouts
 from flexdpo.show.plots import save_figure
 from flexdpo.show.text import overview_text
-
-if TYPE_CHECKING:
-    from flexdpo.layout.groups import Group
 
 
 @dataclass

@@ -9,15 +9,15 @@ import itertools
 import os
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import HfArgumentParser, TrainingArguments
 
 from flexdpo.commands.launch import OPTION, launch_train
 from flexdpo.commands.options import OptionParser
+from flexdpo.config import DPOConfig
 from flexdpo.errors import FlexdpoError
 from flexdpo.runs.settings import Job, ModelSettings
-
-if TYPE_CHECKING:
-    from flexdpo.config import DPOConfig
 
 _MOST_USED = (
     "output_dir", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
@@ -31,9 +31,6 @@ _EXAMPLE_OPTIONS = frozenset({"--output_dir", "--seed", "--overwrite_output_dir"
 @cache
 def parser() -> OptionParser:
     """The options: every field of the model, the data and ``DPOConfig``, in readable groups."""
-    from transformers import HfArgumentParser, TrainingArguments
-
-    from flexdpo.config import DPOConfig
 
     class TrainParser(OptionParser, HfArgumentParser):  # the one parser that knows transformers' field types
         pass

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from einops import rearrange
-from torch.utils.data import Sampler
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from numpy.typing import NDArray
-    from torch.utils.data import DataLoader
-
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Sampler
 
 # a step is dealt once its slowest process is this near to the mean, or so many swaps were made
 _NEAR_ENOUGH = 1.003
@@ -101,7 +96,7 @@ def partition(costs: Sequence[float] | NDArray[np.float64], count: int) -> NDArr
 
 
 def balance(loader: DataLoader[Any], costs: NDArray[np.float64], num_processes: int, accumulation: int = 1) -> bool:
-    """Put a :class:`BalancedSampler` into a loader accelerate has prepared; whether it deals out a sampler's batches."""
+    """Put a :class:`BalancedSampler` into a loader of accelerate's; whether it deals out batches of a sampler."""
     shard = getattr(loader, "batch_sampler", None)
     batches = getattr(shard, "batch_sampler", None)
     sampler = getattr(batches, "sampler", None)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from itertools import islice, takewhile
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
+
+from transformers import PreTrainedTokenizerBase
 
 from flexdpo.data.draft import (
     EMPTY_PROMPT,
@@ -25,11 +28,6 @@ from flexdpo.data.images import reader_of, tokenizer_of
 from flexdpo.data.layouts import LAYOUTS
 from flexdpo.data.pictures import with_undecoded
 from flexdpo.errors import FlexdpoError, first_line
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from transformers import PreTrainedTokenizerBase
 
 
 def tokenize_batch(
@@ -263,8 +261,6 @@ def _with_response(draft: Draft, response: list[Any]) -> list[Any]:
 
 def _renders_text(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a template makes text of messages; a renderer of its own, such as Mistral's, gives token ids."""
-    from transformers import PreTrainedTokenizerBase
-
     return type(tokenizer).apply_chat_template is PreTrainedTokenizerBase.apply_chat_template
 
 

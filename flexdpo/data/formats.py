@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from flexdpo.data.columns import require_nothing_lost
 from flexdpo.data.draft import EMPTY_PROMPT, EMPTY_RESPONSE, TEMPLATE_COLUMNS, TIE, Draft, Settings
 from flexdpo.data.layouts import LAYOUTS
 from flexdpo.data.messages import ASKING, as_messages, decoded, says_nothing, without_nulls
 from flexdpo.errors import FlexdpoError, found, quoted
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
 
 
 def read_row(row: int, values: Mapping[str, Any], settings: Settings) -> Draft:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
-from flexdpo.data.draft import EMPTY_RESPONSE, column_types
+from flexdpo.data.draft import EMPTY_RESPONSE, Draft, column_types
 from flexdpo.errors import FlexdpoError, found
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from datasets import Dataset
-    from numpy.typing import NDArray
-
-    from flexdpo.data.draft import Draft
 
 
 def read_pair_ids(draft: Draft, values: Mapping[str, Any], largest_id: int | None) -> None:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
+from datasets import Dataset
+from numpy.typing import NDArray
 
+from flexdpo.config import DPOConfig
 from flexdpo.data.draft import LABELS_COLUMN
 from flexdpo.data.tokenize import group_from_row
 from flexdpo.errors import FlexdpoError
 from flexdpo.layout.packing import pack
 from flexdpo.layout.trie import Trie
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from datasets import Dataset
-    from numpy.typing import NDArray
-
-    from flexdpo.config import DPOConfig
 
 
 def token_counts(dataset: Dataset, *, shared: bool, limits: Sequence[int] = ()) -> NDArray[np.int64]:

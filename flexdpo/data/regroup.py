@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from hashlib import blake2b
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from datasets import Dataset, Value
 
 from flexdpo.data.cache import map_settings
 from flexdpo.data.draft import IMAGES_COLUMN, LABELS_COLUMN, column_types
 from flexdpo.errors import FlexdpoError
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 _COLUMNS = ["prompt_ids", "response_ids", "edges", "row"]
 
@@ -40,8 +38,6 @@ def regroup_by_prompt(dataset: Dataset, *, max_responses: int | None = None) -> 
         FlexdpoError: if columns are missing, precomputed reference values would no longer fit, ``max_responses`` is
             below 2, or a row prefers a response to itself.
     """
-    from datasets import Dataset, Value
-
     _check(dataset.column_names, max_responses)
     dataset = dataset.with_format(None)
     pictured = [column for column in (IMAGES_COLUMN,) if column in dataset.column_names]

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from flexdpo.data.draft import EMPTY_PROMPT, NOTES, SKIP_REASONS
+from flexdpo.data.draft import EMPTY_PROMPT, NOTES, SKIP_REASONS, Settings
 from flexdpo.data.layouts import described
 from flexdpo.errors import FlexdpoError, quoted
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from numpy.typing import NDArray
-
-    from flexdpo.data.draft import Settings
 
 # more rows without a prompt than this are no oversight: of a column, and of common beginnings
 _MOST_EMPTY = {True: 0.5, False: 0.1}

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from itertools import chain, count, cycle, islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import datasets
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from flexdpo.config import DPOConfig
 from flexdpo.data.draft import IMAGES_COLUMN, LABELS_COLUMN, TOKENISED_COLUMNS, Settings
 from flexdpo.data.encode import tokenize_batch
 from flexdpo.data.images import is_processor
@@ -19,14 +23,6 @@ from flexdpo.data.pictures import undecoded_stream
 from flexdpo.data.report import Counts, DataReport, merged, none_usable, require_prompts
 from flexdpo.data.tokenize import carried_columns, largest_id, require_settings
 from flexdpo.errors import FlexdpoError, first_line
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase, ProcessorMixin
-
-    from flexdpo.config import DPOConfig
 
 _ROWS_AT_ONCE = 64
 # rows of a stream without a usable one before that is an error
@@ -145,14 +141,12 @@ class StreamedPreferences(IterableDataset[dict[str, Any]]):
         ]
         return merged(f"{self.name}, its beginning", each)
 
-    def sample(self, rows: int) -> Dataset:
+    def sample(self, rows: int) -> datasets.Dataset:
         """The first usable rows of the source as a tokenised dataset, to look at before training or to compare by."""
-        from datasets import Dataset
-
         found = list(islice(self._rows(0, self._new_counts()), rows))
         if not found:
             raise none_usable(self.report)
-        return Dataset.from_list(found)
+        return datasets.Dataset.from_list(found)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         if self.closed:
@@ -330,6 +324,4 @@ def settle_config(config: DPOConfig, *, training: bool = True) -> None:
 
 def is_stream(dataset: object) -> bool:
     """Whether this is a ``datasets.IterableDataset``, or a mixture of some."""
-    from datasets import IterableDataset as Stream
-
-    return dataset.streams if isinstance(dataset, Mixture) else isinstance(dataset, Stream)
+    return dataset.streams if isinstance(dataset, Mixture) else isinstance(dataset, datasets.IterableDataset)

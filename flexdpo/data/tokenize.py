@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
 
 from flexdpo.data.cache import map_settings
@@ -24,11 +26,7 @@ from flexdpo.layout.groups import Group
 from flexdpo.objective.unpaired import LabelledGroup
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase, ProcessorMixin
-
 
 logger = logging.get_logger(__name__)
 

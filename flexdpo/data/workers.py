@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from flexdpo.errors import FlexdpoError, first_line
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 _MARK = f"{FlexdpoError.__module__}.{FlexdpoError.__qualname__}: "
 
