@@ -51,33 +51,18 @@ __all__ = [
 ]  # fmt: skip
 
 _LAZY = {
-    "flexdpo.attention.generator": ("attend", "block_mask", "mask_mod"),
-    "flexdpo.attention.remembered": ("keep_attention",),
-    "flexdpo.attention.score_mods": ("alibi_score_mod", "logical_score_mod", "softcap_score_mod"),
-    "flexdpo.config": ("DPOConfig",),
-    "flexdpo.data.load": ("load_preference_dataset",),
-    "flexdpo.data.mixture": ("load_mixture",),
-    "flexdpo.data.regroup": ("regroup_by_prompt",),
-    "flexdpo.data.tokenize": ("tokenize_preferences",),
-    "flexdpo.data.turns": ("step_preferences",),
-    "flexdpo.dropin.share": ("share_prefixes", "sharing_stats", "unshare"),
-    "flexdpo.estimate.estimate": ("estimate_dataset",),
-    "flexdpo.estimate.settings": ("EstimateSettings",),
-    "flexdpo.hf.prepare": ("prepare_model",),
-    "flexdpo.hf.randomness": ("disable_dropout",),
-    "flexdpo.layout.groups": ("Group",),
-    "flexdpo.layout.packing": ("pack",),
-    "flexdpo.layout.row": ("Row", "RowLayout"),
-    "flexdpo.layout.trie": ("Trie",),
-    "flexdpo.objective.logps": ("response_logps",),
-    "flexdpo.proof.probe": ("ParityReport", "parity_probe"),
-    "flexdpo.proof.prove": ("Proof", "prove"),
-    "flexdpo.show.draw": ("draw",),
-    "flexdpo.training.batch": ("PackingCollator",),
-    "flexdpo.training.train_step": ("make_train_step",),
-    "flexdpo.training.trainer": ("DPOTrainer",),
-}
-_MODULE_OF = {name: module for module, names in _LAZY.items() for name in names}
+    "attention.generator": "attend block_mask mask_mod", "attention.remembered": "keep_attention",
+    "attention.score_mods": "alibi_score_mod logical_score_mod softcap_score_mod", "config": "DPOConfig",
+    "data.load": "load_preference_dataset", "data.mixture": "load_mixture", "data.regroup": "regroup_by_prompt",
+    "data.tokenize": "tokenize_preferences", "data.turns": "step_preferences",
+    "dropin.share": "share_prefixes sharing_stats unshare", "estimate.estimate": "estimate_dataset",
+    "estimate.settings": "EstimateSettings", "hf.prepare": "prepare_model", "hf.randomness": "disable_dropout",
+    "layout.groups": "Group", "layout.packing": "pack", "layout.row": "Row RowLayout", "layout.trie": "Trie",
+    "objective.logps": "response_logps", "proof.probe": "ParityReport parity_probe", "proof.prove": "Proof prove",
+    "show.draw": "draw", "training.batch": "PackingCollator", "training.train_step": "make_train_step",
+    "training.trainer": "DPOTrainer",
+}  # fmt: skip
+_MODULE_OF = {name: f"flexdpo.{module}" for module, names in _LAZY.items() for name in names.split()}
 
 _register_when_imported()
 

@@ -73,10 +73,8 @@ def enable(trainer: Any, *, min_gain: float = 1.1, min_prefix: int = 16, impl: I
     0 (``lora_dropout=0``): with dropout in training nothing can be shared.
 
     ``trainer`` is TRL's ``DPOTrainer``, ``RewardTrainer`` or any other ``transformers.Trainer``, before its
-    ``train()``; the other arguments are those of :func:`flexdpo.share_prefixes`.
-
-    Returns:
-        The callback that logs the saving, added to the trainer.
+    ``train()``; the other arguments are those of :func:`flexdpo.share_prefixes`. Returns the callback that logs the
+    saving, added to the trainer.
 
     Raises:
         UnsupportedModelError: if the policy would not give the ordinary result; then nothing was changed.

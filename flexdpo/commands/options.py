@@ -158,15 +158,13 @@ def settings_of(cls: type[Settings], found: argparse.Namespace, **more: Any) -> 
 
 def writable(name: str | None) -> Path | None:
     """The result file of ``--json``, tried now: minutes of work must not end in a missing folder."""
-    if name is None:
-        return None
-    path = Path(name)
     try:
-        path.open("a", encoding="utf-8").close()
+        if name is not None:
+            Path(name).open("a", encoding="utf-8").close()
     except OSError as error:
         way_out = "name a file in a folder that exists"
-        raise FlexdpoError(f"--json {path} cannot be written: {error.strerror}; {way_out}") from error
-    return path
+        raise FlexdpoError(f"--json {name} cannot be written: {error.strerror}; {way_out}") from error
+    return None if name is None else Path(name)
 
 
 def _yes_or_no(word: str) -> bool:

@@ -28,7 +28,9 @@ def read_own_ids(draft: Draft, values: Mapping[str, Any], largest_id: int | None
     if isinstance(own, int) and 0 <= own < 2**63:
         draft.row = own
     draft.prompt_ids = _token_ids(values["prompt_ids"], draft.place, "prompt_ids", largest_id)
-    responses, edges = (_as_lists(values[column]) or [] for column in ("response_ids", "edges"))
+    # a stream may be made of arrays
+    held = (values["response_ids"], values["edges"])
+    responses, edges = ((v.tolist() if isinstance(v, np.ndarray) else v) or [] for v in held)
     for column, value in (("response_ids", responses), ("edges", edges)):
         if not isinstance(value, list):
             raise FlexdpoError(f"{draft.place}, column {column!r}: expected a list of lists, found {found(value)}")
@@ -37,22 +39,13 @@ def read_own_ids(draft: Draft, values: Mapping[str, Any], largest_id: int | None
         draft.skip = EMPTY_RESPONSE
         return
     for edge in edges:
-        known = isinstance(edge, list) and len(edge) == 2 and all(_is_index(end, len(responses)) for end in edge)
-        if not known or edge[0] == edge[1]:
+        ends = edge if isinstance(edge, list) and len(edge) == 2 else [None]
+        if not all(type(end) is int and 0 <= end < len(responses) for end in ends) or edge[0] == edge[1]:
             raise FlexdpoError(
                 f"{draft.place}, column 'edges': {edge} must name two different responses among 0 to "
                 f"{len(responses) - 1}"
             )
     draft.edges = edges
-
-
-def _as_lists(value: Any) -> Any:
-    """Arrays, of which a stream may be made, as lists."""
-    return value.tolist() if isinstance(value, np.ndarray) else value
-
-
-def _is_index(value: object, size: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < size
 
 
 def _token_ids(value: Any, place: str, column: str, largest_id: int | None) -> list[int]:

@@ -18,12 +18,9 @@ from flexdpo.layout.trie import Trie
 
 
 def token_counts(dataset: Dataset, *, shared: bool, limits: Sequence[int] = ()) -> NDArray[np.int64]:
-    """Tokens of each example of a tokenised dataset, ``[N]`` int64.
+    """Tokens of each example of a tokenised dataset, ``[N]`` int64, with its prompt once for each response.
 
-    Args:
-        dataset: The dataset.
-        shared: Count the prompt once (at most what a trie of the example holds), or once for each response.
-        limits: As in :func:`flexdpo.pack`: a prompt whose sequences lie on both sides of one is there twice.
+    With ``shared`` it counts once, at most what a trie holds, or on each side of ``limits`` (see :func:`flexdpo.pack`).
     """
     counts = [np.zeros(0, dtype=np.int64)]
     for table in _tables(dataset):
@@ -58,13 +55,10 @@ def copies_of_prompts(
 def tokens_needed(
     dataset: Dataset, *, unrelated_responses: bool = False, limits: Sequence[int] = ()
 ) -> NDArray[np.int64]:
-    """Most tokens that the trie of each example can hold, ``[N]`` int64.
+    """Most tokens that the trie of each example can hold with ``limits``, as in :func:`token_counts`, ``[N]`` int64.
 
-    Args:
-        dataset: A tokenised dataset.
-        unrelated_responses: Count the longest response of the others too, once for each label, since
-            :func:`~flexdpo.objective.unpaired.with_unrelated_responses` may put as many there.
-        limits: As in :func:`token_counts`; a response of another example may lie on a side of its own.
+    With ``unrelated_responses`` the longest response of the others too, once for each label and on a side of its own:
+    :func:`~flexdpo.objective.unpaired.with_unrelated_responses` may put as many there.
     """
     counts = token_counts(dataset, shared=True, limits=limits)
     if not unrelated_responses or not len(counts):

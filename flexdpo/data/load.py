@@ -14,7 +14,7 @@ import os
 import warnings
 import zlib
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal, cast, overload
+from typing import IO, TYPE_CHECKING, Any
 
 from flexdpo.data.cache import cache_folder
 from flexdpo.data.columns import renamed
@@ -53,28 +53,6 @@ _OPENER_OF_SUFFIX: dict[str, Callable[..., Any]] = {
 _ROWS_KEYS = ("data", "rows", "examples")
 
 
-@overload
-def load_preference_dataset(
-    name_or_path: str,
-    *,
-    split: str = ...,
-    config_name: str | None = ...,
-    streaming: Literal[False] = ...,
-    columns: Mapping[str, str] | None = ...,
-) -> Dataset: ...
-
-
-@overload
-def load_preference_dataset(
-    name_or_path: str,
-    *,
-    split: str = ...,
-    config_name: str | None = ...,
-    streaming: bool,
-    columns: Mapping[str, str] | None = ...,
-) -> Dataset | IterableDataset: ...
-
-
 def load_preference_dataset(
     name_or_path: str,
     *,
@@ -89,8 +67,8 @@ def load_preference_dataset(
         name_or_path: A JSONL, JSON, Parquet, Arrow, CSV or TSV file (JSON and CSV also as .gz, .bz2, .xz or .zst), a
             folder written by ``save_to_disk``, a folder of data files, or a name on the hub. What exists on disk comes
             first. A JSON file is a list of rows, or holds one under ``"data"`` or under the names of splits.
-        split: Which split; a single file, and a folder with one saved dataset, have the one split ``"train"``. Files
-            and hub names also take slices such as ``"train[:10%]"``, unless they are streamed.
+        split: Which split; a single file, and a folder with one saved dataset, have ``"train"`` alone. Files and hub
+            names also take slices such as ``"train[:10%]"``, unless they are streamed.
         config_name: Which configuration of a hub dataset or of a folder of data files.
         streaming: Read the rows as they are needed, without a copy in the cache; a fault in the data then shows only
             when its row is reached.
@@ -114,7 +92,7 @@ def load_preference_dataset(
         raise FlexdpoError(f"{name_or_path}: no such file or folder{nearest(path.name, beside)}")
     else:
         dataset = _load_from_hub(name_or_path, split, config_name, streaming)
-    if not streaming and len(cast("Dataset", dataset)) == 0:
+    if not streaming and len(dataset) == 0:
         raise FlexdpoError(f"{name_or_path}: there are no rows; give a dataset with at least one")
     dataset = renamed(dataset, columns, name_or_path) if columns else dataset
     return with_paths_from(dataset, path if path.is_dir() else path.parent) if path.exists() else dataset
@@ -240,12 +218,13 @@ def _load_from_hub(name: str, split: str, config_name: str | None, streaming: bo
     from datasets import config
 
     unreachable = why_unreachable(name, dataset=True)
-    with contextlib.ExitStack() as stack:
-        if unreachable:
-            # only the local cache can help now; the library would retry the network for half a minute first
-            stack.callback(setattr, config, "HF_HUB_OFFLINE", config.HF_HUB_OFFLINE)
-            config.HF_HUB_OFFLINE = True
+    offline = config.HF_HUB_OFFLINE
+    # only the local cache can help then; the library would retry the network for half a minute first
+    config.HF_HUB_OFFLINE = offline or bool(unreachable)
+    try:
         return _load(name, [], name, note=unreachable, name=config_name, split=split, streaming=streaming)
+    finally:
+        config.HF_HUB_OFFLINE = offline
 
 
 def _load(
@@ -259,10 +238,8 @@ def _load(
         with silent_json_reader(), warnings.catch_warnings():
             # a CSV file whose rows have more cells than its header would be read with its columns shifted
             warnings.filterwarnings("error", message="Length of header or names")
-            if streaming:
-                return cast("IterableDataset", load_dataset(source, streaming=True, **options))
-            dataset = cast("Dataset", load_dataset(source, **options))
-            if any(_format_of(file)[2] == "json" for file in files):
+            dataset = load_dataset(source, streaming=streaming, **options)
+            if not streaming and any(_format_of(file)[2] == "json" for file in files):
                 # the JSON reader lets bytes through that are not UTF-8, and only a look at the cell trips over them
                 dataset.data.validate(full=True)
     except (DatasetsError, ValueError, OSError, RuntimeError, StopIteration, *_BROKEN) as error:

@@ -22,25 +22,41 @@ def regroup_by_prompt(dataset: Dataset, *, max_responses: int | None = None) -> 
     Equal responses become one, and every preference is kept: one that occurs twice counts twice, and two that
     contradict each other both stay. The sum over preferences of any pairwise loss, and its gradient, are those of the
     separate rows. What changes is which preferences meet in an optimizer step: a batch counts groups, and a group
-    brings all of its preferences along. The result is written to the cache; of a dataset larger than memory only row
-    numbers and digests are held.
+    brings all of its preferences along. Of a dataset larger than memory only row numbers and digests are held.
 
     Args:
         dataset: Of :func:`tokenize_preferences`.
-        max_responses: Start another group for a prompt when one would have more distinct responses than this; a row
-            that has more by itself stays whole.
+        max_responses: Start another group for a prompt when one would have more distinct responses than this.
 
     Returns:
-        A dataset in the order of each prompt's first row, with the same columns and ``source_rows``, the rows that each
-        group was made of; ``row`` is the first of them. Columns other than these are dropped.
+        A dataset in the order of each prompt's first row, ``row``, with the same columns and ``source_rows``, the rows
+        that each group was made of.
 
     Raises:
         FlexdpoError: if columns are missing, precomputed reference values would no longer fit, ``max_responses`` is
             below 2, or a row prefers a response to itself.
     """
-    _check(dataset.column_names, max_responses)
+    columns = dataset.column_names
+    missing = [name for name in _COLUMNS if name not in columns]
+    if missing:
+        raise FlexdpoError(
+            f"regrouping needs a tokenised dataset; column {missing[0]!r} is missing among {', '.join(columns)}; pass "
+            "the data through tokenize_preferences first"
+        )
+    reference = [name for name in columns if name.startswith("ref_")]
+    if reference:
+        raise FlexdpoError(
+            f"column {reference[0]!r} holds reference values of the rows as they are; regroup before precomputing them"
+        )
+    if LABELS_COLUMN in columns:
+        raise FlexdpoError(
+            f"column {LABELS_COLUMN!r} holds a label for each response, and equal responses may be labelled otherwise "
+            "in another row; leave regroup_prompts out"
+        )
+    if max_responses is not None and max_responses < 2:
+        raise FlexdpoError(f"max_responses must be at least 2, since a pair has two responses; got {max_responses}")
     dataset = dataset.with_format(None)
-    pictured = [column for column in (IMAGES_COLUMN,) if column in dataset.column_names]
+    pictured = [column for column in (IMAGES_COLUMN,) if column in columns]
     more = {"source_rows": [Value("int64")], **{column: dataset.features[column] for column in pictured}}
     return Dataset.from_dict({"members": _members(dataset, pictured, max_responses)}).map(
         _merge,
@@ -101,24 +117,3 @@ def _merged(examples: list[dict[str, Any]]) -> dict[str, Any]:
             edges.append([numbers[chosen], numbers[rejected]])
     rows = [example["row"] for example in examples]
     return {**examples[0], "response_ids": [*map(list, number_of)], "edges": edges, "source_rows": rows}
-
-
-def _check(columns: list[str], max_responses: int | None) -> None:
-    missing = [name for name in _COLUMNS if name not in columns]
-    if missing:
-        raise FlexdpoError(
-            f"regrouping needs a tokenised dataset; column {missing[0]!r} is missing among {', '.join(columns)}; pass "
-            "the data through tokenize_preferences first"
-        )
-    reference = [name for name in columns if name.startswith("ref_")]
-    if reference:
-        raise FlexdpoError(
-            f"column {reference[0]!r} holds reference values of the rows as they are; regroup before precomputing them"
-        )
-    if LABELS_COLUMN in columns:
-        raise FlexdpoError(
-            f"column {LABELS_COLUMN!r} holds a label for each response, and equal responses may be labelled otherwise "
-            "in another row; leave regroup_prompts out"
-        )
-    if max_responses is not None and max_responses < 2:
-        raise FlexdpoError(f"max_responses must be at least 2, since a pair has two responses; got {max_responses}")

@@ -34,17 +34,15 @@ class StreamedPreferences(IterableDataset[dict[str, Any]]):
     """Tokenised rows of a stream, as :func:`~flexdpo.data.tokenize.tokenize_preferences` makes them, in bounded memory.
 
     Every process and every worker of a ``DataLoader`` reads the whole stream and takes its share of whole batches, so
-    the pairs of each batch do not depend on how many there are: batch ``k`` of one process without workers is batch
-    ``k`` of all. The order is a function of the source, ``seed`` and the epoch, so a run that skips the batches it has
-    seen goes on exactly where it stopped.
+    batch ``k`` of one process without workers is batch ``k`` of all. The order is a function of the source, ``seed``
+    and the epoch, so a run that skips the batches it has seen goes on exactly where it stopped.
 
     A training stream has no end: after the last row it begins again with the next epoch, and a batch may reach across
     the border. A stream for evaluation ends; where the last batch does not fill all processes, the first rows are
     repeated with their number ``row`` turned into ``-1 - row``, so that nobody counts them twice.
 
     Raises:
-        FlexdpoError: for settings, columns or a source that cannot be used; while iterating, for a row of the wrong
-            type or length (with its number) and a source that breaks off.
+        FlexdpoError: for what cannot be used; while iterating, for a row, with its number, or a source that breaks off.
     """
 
     source: Any  # a ``datasets.IterableDataset``, or a mixture of some; shuffled anew each epoch if it was shuffled
@@ -89,7 +87,16 @@ class StreamedPreferences(IterableDataset[dict[str, Any]]):
                 raise FlexdpoError(f"{self.name}: some streams hold labelled responses and others preferences")
             return
         self._parts, self._shares = [self], [None]
-        _require_whole(self.source, self.name)
+        if not is_stream(self.source):
+            raise FlexdpoError(
+                f"{self.name}: expected a datasets.IterableDataset, found {type(self.source).__name__}; pick one "
+                "split, or wrap a Python generator with IterableDataset.from_generator"
+            )
+        if getattr(self.source, "_distributed", None) is not None:
+            raise FlexdpoError(
+                f"{self.name}: the stream was already split by process; give the whole stream to every process, "
+                "batches are shared out here"
+            )
         self.source = undecoded_stream(self.source.with_format(None))
         columns = self.source.column_names
         if columns is None and (columns := next(self._read(), None)) is None:
@@ -269,19 +276,6 @@ class StreamedPreferences(IterableDataset[dict[str, Any]]):
             )
 
 
-def _require_whole(source: Any, name: str) -> None:
-    if not is_stream(source):
-        raise FlexdpoError(
-            f"{name}: expected a datasets.IterableDataset, found {type(source).__name__}; pick one split, or wrap a "
-            "Python generator with IterableDataset.from_generator"
-        )
-    if getattr(source, "_distributed", None) is not None:
-        raise FlexdpoError(
-            f"{name}: the stream was already split by process; give the whole stream to every process, batches are "
-            "shared out here"
-        )
-
-
 def _shuffled(rows: Iterator[dict[str, Any]], size: int, seed: tuple[int, int]) -> Iterator[dict[str, Any]]:
     """Fill a buffer, then hand out a random one of its rows for every row that comes."""
     generator = np.random.default_rng(seed)
@@ -298,9 +292,6 @@ def settle_config(config: DPOConfig, *, training: bool = True) -> None:
     """Refuse settings that need the whole dataset, and have each process read the stream for itself.
 
     accelerate would otherwise read it in the first process and send it around, as it can tensors and not packed rows.
-
-    Raises:
-        FlexdpoError: naming the setting and what to do instead.
     """
     sampling = config.train_sampling_strategy
     needs_everything = {

@@ -34,10 +34,8 @@ logger = logging.get_logger(__name__)
 class TokenizedPreferences(NamedTuple):
     """A tokenised dataset and the account of its rows.
 
-    Attributes:
-        dataset: Columns ``prompt_ids: list[int]``, ``response_ids: list[list[int]]``, ``edges: list[list[int]]`` (pairs
-            ``[chosen, rejected]`` of indices into ``response_ids``) and ``row: int`` (row of the source, from 0).
-        report: How many rows were used, cut and skipped, and why.
+    Its columns are ``prompt_ids: list[int]``, ``response_ids: list[list[int]]``, ``edges: list[list[int]]`` (pairs
+    ``[chosen, rejected]`` of indices into ``response_ids``) and ``row: int`` (row of the source, from 0).
     """
 
     dataset: Dataset
@@ -61,11 +59,7 @@ def largest_id(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> in
 
 
 def require_special_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give a tokenizer without a pad token its EOS token as one: padding is never attended to and never scored.
-
-    Raises:
-        FlexdpoError: if the tokenizer has neither.
-    """
+    """Give a tokenizer without a pad token its EOS token as one: padding is never attended to and never scored."""
     if tokenizer.pad_token is not None:
         return
     if tokenizer.eos_token is None:
@@ -93,15 +87,10 @@ def tokenize_preferences(
     ``tools`` and ``chat_template_kwargs`` are honoured. Text responses end with the EOS token. A response is what
     follows the tokens that the prompt alone and prompt + response have in common.
 
-    Args:
-        dataset: The rows, a ``datasets.Dataset`` or a mixture of some.
-        tokenizer: With BOS or whatever else it adds by default. A processor reads the images of a column ``images`` or
-            ``image`` too, as TRL does: paths, bytes and PIL images.
-        max_length: Most tokens of prompt + response, the response is cut on the right; ``None`` for no limit.
-        truncation_mode: ``"keep_start"``, the only one.
-        max_prompt_length: Most tokens of a prompt, which is cut on the left, once for all its responses.
-        num_proc: Processes that tokenise, ``None`` for this one alone.
-        name: How errors, the progress bar and the report call this dataset.
+    A processor as ``tokenizer`` reads the images of a column ``images`` or ``image`` too, as TRL does: paths, bytes and
+    PIL images. A prompt is cut on its left to ``max_prompt_length`` tokens, once for all its responses, and a response
+    on its right, to ``max_length`` tokens with its prompt; ``None`` is no limit. ``num_proc`` processes tokenise,
+    ``None`` means this one alone; ``name`` is how errors, the progress bar and the report call the dataset.
 
     Returns:
         The usable rows in their order, and a report that counts the others by reason.
