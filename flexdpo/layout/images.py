@@ -138,7 +138,7 @@ class ImageKeys:
 
     def sequences(self, group: Group) -> list[NDArray[np.int64]]:
         """``group.sequences`` with keys in place of image tokens."""
-        keys = self.of_prompt(group)
+        keys = self.of_prompt(group) if group.images else group.prompt_ids
         return [np.concatenate((keys, response)) for response in group.response_ids]
 
     def of_prompt(self, group: Group) -> NDArray[np.int64]:

@@ -7,7 +7,7 @@ values of the pieces on its path, so what is in memory at a time is the longest 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -113,14 +113,11 @@ def _piece(row: Row, tokens: Ints, parent: int, before: list[Piece], multiple: i
     # what is not written over is padding, which stands at position 0 and sees only itself
     places = np.full(layout.length + 1, -1, dtype=np.int64)
     places[tokens] = np.arange(tokens.size)
-    vectors: dict[str, Any] = {
-        name: None if values is None else torch.nn.functional.pad(values, (0, length - len(index)))
-        for name, values in layout.vectors_at(index).items()
-    }
     ends = torch.arange(1, length + 1)[None]
     # a subtree's last token lies in the piece, or the next piece begins behind it and sees all of this one
     last = places[np.minimum(layout.subtree_end[0].numpy()[tokens], tokens[-1] + 1) - 1]
     ends[0, : tokens.size] = torch.from_numpy(last) + 1
+    vectors = layout.vectors_at(index, length - tokens.size)
     own = RowLayout(subtree_end=ends, num_tokens=(tokens.size,), **vectors)
     if parent >= 0:
         own.keys = _behind(before[parent].layout, own)

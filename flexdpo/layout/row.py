@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,10 +34,7 @@ TILE = 128
 
 
 def tile_multiple(device: torch.device | str) -> int:
-    """Rows are padded to a multiple of this many tokens.
-
-    On CUDA whole tiles, which let FlexAttention skip its bounds checks; the CPU path has no tiles.
-    """
+    """What rows are padded to: whole tiles on CUDA, which spares FlexAttention its bounds checks; a CPU has none."""
     return TILE if torch.device(device).type == "cuda" else 1
 
 
@@ -74,12 +71,8 @@ class Row:
         Padding sees only itself; ``limits`` are those of :func:`flexdpo.pack`.
         """
         keys = ImageKeys()
-        sequences = [keys.sequences(group) if group.images else group.sequences for group in groups]
-        return cls.from_tries(
-            groups,
-            [Trie.from_sequences(each, limits=limits) for each in sequences],
-            pad_to_multiple_of=pad_to_multiple_of,
-        )
+        tries = [Trie.from_sequences(keys.sequences(group), limits=limits) for group in groups]
+        return cls.from_tries(groups, tries, pad_to_multiple_of=pad_to_multiple_of)
 
     @classmethod
     def from_tries(
@@ -90,32 +83,29 @@ class Row:
         pad_to_multiple_of: int = 1,
         sizes: Sequence[int] | None = None,
     ) -> Row:
-        """Build one row of token tries that stand side by side.
+        """Build one row of token tries that stand side by side, each of one group or of several that begin alike.
 
-        Args:
-            groups: Those whose sequences the tries hold, in the tries' order; none where ``sizes`` are given.
-            tries: Each of one group, or of several that begin alike.
-            pad_to_multiple_of: The row is padded to a multiple of this many tokens. Padding sees only itself.
-            sizes: Tokens of each sequence before its first target; by default those of the prompts.
+        ``groups`` are those whose sequences the tries hold, in the tries' order; without them ``sizes`` are the tokens
+        of each sequence before its first target, by default those of the prompts.
         """
-        if not tries:
+        offsets = list(accumulate((len(trie) for trie in tries), initial=0))
+        documents = tuple(pairwise(offsets))
+        if offsets[-1] == 0:
             raise FlexdpoError("a row needs at least one group, document or sequence, got none")
         if pad_to_multiple_of < 1:
             raise FlexdpoError(f"pad_to_multiple_of must be at least 1, got {pad_to_multiple_of}")
         sizes = sizes or [group.prompt_ids.size for group in groups for _ in group.response_ids]
-        stops = list(accumulate(len(trie) for trie in tries))
-        starts = [0, *stops[:-1]]
-        length = -(-stops[-1] // pad_to_multiple_of) * pad_to_multiple_of
+        length = -(-offsets[-1] // pad_to_multiple_of) * pad_to_multiple_of
         # what is not written over is padding
         token_ids, parents, position_ids, multiplicity, shortest, longest = np.zeros((6, length), dtype=np.int64)
         subtree_end = np.arange(1, length + 1)
-        for trie, start, stop in zip(tries, starts, stops, strict=True):
+        for trie, (start, stop) in zip(tries, documents, strict=True):
             token_ids[start:stop] = trie.token_ids
             parents[start:stop] = trie.parents + start
             position_ids[start:stop] = trie.depths
             subtree_end[start:stop] = trie.subtree_end + start
-        shortest[: stops[-1]] = np.iinfo(np.int64).max
-        sequences = [path + start for trie, start in zip(tries, starts, strict=True) for path in trie.paths]
+        shortest[: offsets[-1]] = np.iinfo(np.int64).max
+        sequences = [path + start for trie, start in zip(tries, offsets, strict=False) for path in trie.paths]
         for path in sequences:
             multiplicity[path] += 1
             shortest[path] = np.minimum(shortest[path], path.size)
@@ -132,7 +122,7 @@ class Row:
         depths, ends, counts, least, most = (torch.from_numpy(vector)[None] for vector in vectors)
         return cls(
             input_ids=torch.from_numpy(token_ids)[None],
-            layout=RowLayout(depths, ends, (stops[-1],), counts, least, most, images),
+            layout=RowLayout(depths, ends, (offsets[-1],), counts, least, most, images),
             # the prompt's last token predicts the first token of every response
             predictors=torch.from_numpy(parents[targets]),
             labels=torch.from_numpy(token_ids[targets]),
@@ -140,7 +130,7 @@ class Row:
             member_responses=torch.from_numpy(np.repeat(np.arange(len(paths)), [path.size for path in paths])),
             edges=torch.tensor(edges, dtype=torch.int64).reshape(-1, 2),
             groups=tuple(groups),
-            documents=tuple(zip(starts, stops, strict=True)),
+            documents=documents,
             response_paths=paths,
         )
 
@@ -155,16 +145,12 @@ class Row:
         """Build one row from token ids that were never parted into prompts and responses.
 
         All sequences that begin alike share these tokens, in a trie of any depth. Each counts as one response to its
-        first token, so that every later token is a target; the row has no groups and no preferences.
+        first token, so that every later token is a target; the row has no groups and no preferences. ``limits`` are
+        those of :func:`flexdpo.pack`.
 
-        Sequences on either side of one of the lengths ``limits`` share no tokens; see :func:`flexdpo.pack`.
-
-        Raises:
-            FlexdpoError: if a sequence is empty or holds anything but token ids.
+        Raises ``FlexdpoError`` if a sequence is empty or holds anything but token ids.
         """
         arrays = [token_ids_of(sequence, f"sequence {k}") for k, sequence in enumerate(sequences)]
-        if not arrays:
-            raise FlexdpoError("a row needs at least one group, document or sequence, got none")
         trie = Trie.from_sequences(arrays, limits=limits)
         row = cls.from_tries([], [trie], sizes=[1] * len(arrays), pad_to_multiple_of=pad_to_multiple_of)
         # the trie is a forest: what begins differently has nothing in common
@@ -178,8 +164,7 @@ class Row:
     ) -> Row:
         """Build one row of documents side by side that share nothing, whatever they begin with: plain packing.
 
-        Raises:
-            FlexdpoError: if a document is empty or holds anything but token ids.
+        Raises ``FlexdpoError`` if a document is empty or holds anything but token ids.
         """
         arrays = [token_ids_of(document, f"document {k}") for k, document in enumerate(documents)]
         tries = [Trie.from_sequences([array]) for array in arrays]
@@ -190,13 +175,9 @@ class Row:
         """Build one row of which only lengths are known; its token ids are 0, 1, 2, ... in row order.
 
         ``[7, (4, [2, 3]), (4, [(1, [2, 2]), 3])]`` is a document of 7 tokens, one prompt of 4 with two responses, and
-        one whose first two responses have their first token in common.
+        one whose first two responses have their first token in common: ``(tokens, branches)`` to any depth.
 
-        Each document is its tokens, or ``(tokens, branches)`` where the branches behind these tokens are given in the
-        same way, to any depth.
-
-        Raises:
-            FlexdpoError: if a length is no whole number above 0.
+        Raises ``FlexdpoError`` if a length is no whole number above 0.
         """
         return cls.from_sequences(numbered_sequences(lengths), pad_to_multiple_of=pad_to_multiple_of)
 
@@ -299,10 +280,4 @@ def stack_inputs(rows: Sequence[Row]) -> dict[str, Any]:
     """
     layout = RowLayout.stack([row.layout for row in rows])
     input_ids = [torch.nn.functional.pad(row.input_ids, (0, layout.length - row.layout.length)) for row in rows]
-    return {
-        "input_ids": torch.cat(input_ids),
-        "position_ids": layout.position_ids,
-        "attention_mask": layout,
-        "use_cache": False,
-        **(layout.images.inputs if layout.images is not None else {}),
-    }
+    return dataclasses.replace(rows[0], input_ids=torch.cat(input_ids), layout=layout).inputs()

@@ -18,15 +18,11 @@ if TYPE_CHECKING:
 
 _VECTORS = ("position_ids", "subtree_end", "multiplicity", "shortest", "longest")
 # what a model that was not prepared would ask of its attention_mask first
-# fmt: off
-_TENSOR_ATTRIBUTES = frozenset(
-    (
-        "ndim", "shape", "size", "dim", "dtype", "view", "reshape", "sum", "any", "all", "bool", "long",
-        "int", "float", "masked_fill", "eq", "ne", "expand", "unsqueeze", "repeat", "cumsum", "flatten",
-        "contiguous", "type", "transpose", "permute", "squeeze", "half", "bfloat16",
-    )
-)
-# fmt: on
+_TENSOR_ATTRIBUTES = frozenset({
+    "ndim", "shape", "size", "dim", "dtype", "view", "reshape", "sum", "any", "all", "bool", "long", "int", "float",
+    "masked_fill", "eq", "ne", "expand", "unsqueeze", "repeat", "cumsum", "flatten", "contiguous", "type", "transpose",
+    "permute", "squeeze", "half", "bfloat16",
+})  # fmt: skip
 
 
 class RowLayout:
@@ -197,10 +193,11 @@ class RowLayout:
         images = RowImages.stack([each.images for each in padded], [each.position_ids for each in padded])
         return cls(num_tokens=tuple(count for each in padded for count in each.num_tokens), images=images, **known)
 
-    def vectors_at(self, tokens: Tensor) -> dict[str, Any]:
-        """What is known of some tokens, ``[N]`` row indices: all vectors but their subtrees' ends."""
+    def vectors_at(self, tokens: Tensor | slice, missing: int = 0) -> dict[str, Any]:
+        """What is known of some tokens, ``[N]`` row indices, and of padding: all vectors but their subtrees' ends."""
+        pad = torch.nn.functional.pad
         vectors = {name: getattr(self, name) for name in _VECTORS if name != "subtree_end"}
-        return {name: None if each is None else each[:, tokens] for name, each in vectors.items()}
+        return {name: None if each is None else pad(each[:, tokens], (0, missing)) for name, each in vectors.items()}
 
     def padded_to(self, length: int) -> RowLayout:
         """These rows padded to ``length`` tokens."""
@@ -209,25 +206,17 @@ class RowLayout:
             return self
         # padding stands at position 0, sees only itself and belongs to no sequence
         ends = torch.arange(self.length + 1, length + 1, device=self.device).expand(self.batch_size, missing)
-        rest = {name: getattr(self, name) for name in _VECTORS if name != "subtree_end"}
-        padded: dict[str, Any] = {
-            name: None if each is None else torch.nn.functional.pad(each, (0, missing)) for name, each in rest.items()
-        }
+        images = None if self.images is None else self.images.padded(missing)
+        padded = self.vectors_at(slice(None), missing)
         return RowLayout(
-            subtree_end=torch.cat([self.subtree_end, ends], dim=1),
-            num_tokens=self.num_tokens,
-            images=None if self.images is None else self.images.padded(missing),
-            **padded,
+            subtree_end=torch.cat([self.subtree_end, ends], dim=1), num_tokens=self.num_tokens, images=images, **padded
         )
 
     def __getattr__(self, name: str) -> Any:
-        message = (
-            f"a packed row reached a model that was not prepared for it (something asked for "
-            f"attention_mask.{name}); call flexdpo.prepare_model(model) once after loading"
+        raise (FlexdpoError if name in _TENSOR_ATTRIBUTES else AttributeError)(
+            f"a packed row reached a model that was not prepared for it (something asked for attention_mask.{name}); "
+            "call flexdpo.prepare_model(model) once after loading"
         )
-        if name in _TENSOR_ATTRIBUTES:
-            raise FlexdpoError(message)
-        raise AttributeError(message)
 
     def __getitem__(self, _: Any) -> Any:
         return self.__getattr__("view")
