@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -38,12 +37,10 @@ def pack(
     limits: Sequence[int] = (),
     in_pieces: bool = True,
 ) -> list[Row]:
-    """Lay groups out in as few rows as the budget allows.
-
-    Packing decides how the work is laid out, never what is learned: every group lands in exactly one row.
+    """Lay groups out in as few rows as the budget allows, each in exactly one row.
 
     Args:
-        groups: The groups of one optimizer step (or of one forward pass).
+        groups: Those of one optimizer step (or of one forward pass).
         max_tokens_per_row: Longest row, padding included, in tokens; ``None`` puts all groups in one row.
         pad_to_multiple_of: Every row is padded to a multiple of this many tokens.
         buckets: Every row is padded to one of these lengths instead, as far as the budget leaves room for it.
@@ -87,9 +84,7 @@ def row_lengths(
 ) -> list[int]:
     """Lengths of the rows that :func:`pack` makes of some batches, padding not counted; the rows are not made.
 
-    One that would run in pieces counts whole.
-
-    A few hundred batches are enough for :func:`choose_buckets`.
+    One that would run in pieces counts whole. A few hundred batches are enough for :func:`choose_buckets`.
     """
     return [
         sum(len(cluster.trie) for cluster in clusters)
@@ -101,17 +96,11 @@ def row_lengths(
 # --- which groups share a trie, and which tries a row ----------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class _Cluster:
+class _Cluster(NamedTuple):
     """Groups, by index, that share one trie."""
 
     members: list[int]
     trie: Trie
-
-    @classmethod
-    def of(cls, members: list[int], groups: Sequence[Group], limits: Sequence[int], keys: ImageKeys) -> _Cluster:
-        sequences = [keys.sequences(groups[i]) if groups[i].images else groups[i].sequences for i in members]
-        return cls(members, Trie.from_sequences([ids for each in sequences for ids in each], limits=limits))
 
 
 def _planned(
@@ -125,13 +114,18 @@ def _planned(
     """The clusters of each row; one that fits none has a row of its own."""
     if sharing not in SHARING:
         raise FlexdpoError(f"sharing must be one of {SHARING}, got {sharing!r}{nearest(sharing, SHARING)}")
-    relatives: dict[object, list[int]] = {}
     keys = ImageKeys()
+
+    def cluster_of(members: list[int]) -> _Cluster:
+        sequences = [ids for i in members for ids in keys.sequences(groups[i])]
+        return _Cluster(members, Trie.from_sequences(sequences, limits=limits))
+
+    relatives: dict[object, list[int]] = {}
     for i, group in enumerate(groups):
         may_share = sharing == "step" and group.prompt_ids.size >= MIN_SHARED
         prompt = keys.of_prompt(group) if may_share and group.images else group.prompt_ids
         relatives.setdefault(prompt[:MIN_SHARED].tobytes() if may_share else i, []).append(i)
-    clusters = [_Cluster.of(members, groups, limits, keys) for members in relatives.values()]
+    clusters = [cluster_of(members) for members in relatives.values()]
     if max_tokens_per_row is None:
         return [clusters] if clusters else []
     budget = max_tokens_per_row // multiple * multiple
@@ -141,7 +135,7 @@ def _planned(
             fitting.append(cluster)
         else:
             parts = _split(cluster, groups, budget, None if in_pieces else max_tokens_per_row)
-            fitting += [_Cluster.of(part, groups, limits, keys) for part in parts]
+            fitting += map(cluster_of, parts)
     # what runs in pieces leaves no room in its row
     bins = best_fit_decreasing([min(len(cluster.trie), budget) for cluster in fitting], budget)
     return [[fitting[i] for i in members] for members in bins]
@@ -155,7 +149,7 @@ def _split(cluster: _Cluster, groups: Sequence[Group], budget: int, refused: int
     paths = iter(cluster.trie.paths)
     nodes = {i: np.unique(np.concatenate([next(paths) for _ in groups[i].response_ids])) for i in cluster.members}
     parts: list[list[int]] = []
-    covered = np.zeros(len(cluster.trie), dtype=bool)
+    covered = np.empty(0, dtype=np.int64)
     # depth-first order puts those side by side that part last
     for i in sorted(cluster.members, key=lambda i: nodes[i].tolist()):
         if nodes[i].size > budget and refused is not None:
@@ -163,15 +157,13 @@ def _split(cluster: _Cluster, groups: Sequence[Group], budget: int, refused: int
                 f"{groups[i].name} has {nodes[i].size} distinct tokens but max_tokens_per_row={refused} "
                 f"leaves room for {budget}; raise max_tokens_per_row or lower max_length"
             )
-        together = covered.copy()
-        together[nodes[i]] = True
-        if parts and together.sum() <= budget:
+        together = np.union1d(covered, nodes[i])
+        if parts and together.size <= budget:
             parts[-1].append(i)
             covered = together
         else:
             parts.append([i])
-            covered[:] = False
-            covered[nodes[i]] = True
+            covered = nodes[i]
     return [sorted(part) for part in parts]
 
 
@@ -206,19 +198,13 @@ class Buckets:
     waste: float  # share of padding in all tokens run, on the rows these lengths were chosen for
 
     def length_for(self, tokens: int, *, most: int | None = None) -> int:
-        """The length to pad a row of ``tokens`` to.
+        """The length to pad a row of ``tokens`` to, not beyond ``most``, the token budget.
 
         A row longer than all buckets is padded to a multiple of an eighth of the longest, so that even surprises come
         in few lengths.
-
-        ``most`` is the token budget, which padding does not exceed.
         """
-        index = bisect_left(self.lengths, tokens)
-        if index < len(self.lengths):
-            length = self.lengths[index]
-        else:
-            step = _rounded_up(-(-self.lengths[-1] // 8), self.multiple)
-            length = _rounded_up(tokens, step)
+        step = _rounded_up(-(-self.lengths[-1] // 8), self.multiple)
+        length = next((each for each in self.lengths if each >= tokens), _rounded_up(tokens, step))
         if most is not None and length > most:
             return max(most // self.multiple * self.multiple, _rounded_up(tokens, self.multiple))
         return length
@@ -233,43 +219,27 @@ def choose_buckets(
     and where ``max_buckets`` lengths are too few, the best choice of ``max_buckets`` lengths is returned, and its
     ``waste`` says what it costs: one kernel for all lengths (``lengths="dynamic"``) is the way out.
 
-    Args:
-        lengths: Of a sample of rows, as :func:`row_lengths` gives them; the more often one occurs, the more it counts.
-        max_waste: Padding as a share of all tokens run.
-        max_buckets: Most lengths; each compiles kernels for about half a minute on a GPU.
-        multiple: Lengths are multiples of this many tokens.
+    ``lengths`` are those of a sample of rows, as :func:`row_lengths` gives them; the more often one occurs, the more it
+    counts, and the longest fits into the last bucket. Each bucket, a multiple of ``multiple`` tokens, compiles kernels
+    for about half a minute on a GPU.
 
-    Returns:
-        The lengths and their waste. The longest row fits into the last.
-
-    Raises:
-        FlexdpoError: if there are no lengths, or a bound is not positive.
+    Raises ``FlexdpoError`` if there are no lengths, or a bound is not positive.
     """
     if not lengths or min(lengths) < 1:
         raise FlexdpoError(
             "choose_buckets needs the lengths of some rows, each at least 1 token; got none or an empty row"
         )
-    if max_waste <= 0 or max_buckets < 1 or multiple < 1:
+    if min(max_waste, max_buckets, multiple) <= 0:
         raise FlexdpoError(
             f"max_waste, max_buckets and multiple must be above 0, got {max_waste}, {max_buckets}, {multiple}"
         )
     rounded = np.asarray([_rounded_up(length, multiple) for length in lengths])
     sizes, counts = np.unique(rounded, return_counts=True)
-    real = int(sum(lengths))
-    splits = _cheapest_splits(sizes, counts, min(max_buckets, len(sizes)))
-    wastes = [1 - real / total for total, _ in splits]
-    enough = [number for number, waste in enumerate(wastes) if waste <= max_waste]
-    number = enough[0] if enough else int(np.argmin(wastes))
-    return Buckets(tuple(int(sizes[last]) for last in splits[number][1]), multiple, wastes[number])
-
-
-def _cheapest_splits(sizes: NDArray[np.int64], counts: NDArray[np.int64], most: int) -> list[tuple[int, list[int]]]:
-    """For 1, 2, ... ``most`` buckets: the least tokens run in all, and the index of each bucket's size."""
     before = np.concatenate(([0], np.cumsum(counts)))
     # cost[k][j]: rows of the first j sizes in k + 1 buckets, the last of which is as long as size j - 1
     cost = [np.concatenate(([0], sizes * before[1:]))]
     came: list[NDArray[np.int64]] = [np.zeros(len(sizes) + 1, dtype=np.int64)]
-    for _ in range(1, most):
+    for _ in range(1, min(max_buckets, len(sizes))):
         best, start = cost[-1].copy(), np.arange(len(sizes) + 1)
         for j in range(1, len(sizes) + 1):
             totals = cost[-1][:j] + sizes[j - 1] * (before[j] - before[:j])
@@ -277,15 +247,15 @@ def _cheapest_splits(sizes: NDArray[np.int64], counts: NDArray[np.int64], most: 
             best[j] = totals[start[j]]
         cost.append(best)
         came.append(start)
-    splits = []
-    for k in range(most):
-        chosen, j = [], len(sizes)
-        for starts in came[k::-1]:
-            if j > 0:
-                chosen.append(j - 1)
-                j = int(starts[j])
-        splits.append((int(cost[k][-1]), chosen[::-1]))
-    return splits
+    wastes = [1 - int(sum(lengths)) / int(each[-1]) for each in cost]
+    enough = [number for number, waste in enumerate(wastes) if waste <= max_waste]
+    number = enough[0] if enough else int(np.argmin(wastes))
+    chosen, j = [], len(sizes)
+    for starts in came[number::-1]:
+        if j > 0:
+            chosen.append(int(sizes[j - 1]))
+            j = int(starts[j])
+    return Buckets(tuple(chosen[::-1]), multiple, wastes[number])
 
 
 def _rounded_up(value: int, multiple: int) -> int:

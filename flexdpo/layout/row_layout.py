@@ -77,13 +77,11 @@ class RowLayout:
                 f"position_ids and subtree_end must both be [B, S], got {tuple(self.position_ids.shape)} "
                 f"and {tuple(self.subtree_end.shape)}"
             )
-        rows, device = len(self.position_ids), self.position_ids.device
+        (rows, length), device = self.position_ids.shape, self.device
         if len(self.num_tokens) != rows:
             raise FlexdpoError(f"num_tokens must hold one count for each of {rows} rows, got {len(self.num_tokens)}")
         if self.multiplicity is not None and self.multiplicity.shape != self.position_ids.shape:
-            raise FlexdpoError(
-                f"multiplicity must be [B, S]={list(self.position_ids.shape)}, got {list(self.multiplicity.shape)}"
-            )
+            raise FlexdpoError(f"multiplicity must be [B, S]={[rows, length]}, got {list(self.multiplicity.shape)}")
         for name in ("position_ids", "subtree_end", "multiplicity"):
             vector = getattr(self, name)
             if vector is None:
@@ -98,7 +96,6 @@ class RowLayout:
         if device.type != "cpu":
             # a look at the values would wait for the device, and rows are made on the host
             return
-        length = self.length
         index = torch.arange(length)
         wrong = (self.subtree_end <= index) | (self.subtree_end > length) | (self.position_ids < 0)
         if bool(wrong.any()):
@@ -180,10 +177,8 @@ class RowLayout:
         """Put the rows of several layouts into one batch; shorter rows are padded to the longest."""
         if not layouts:
             raise FlexdpoError("a batch needs at least one layout, got none")
-        if len({layout.device for layout in layouts}) > 1:
-            raise FlexdpoError(
-                f"the layouts are on {', '.join(sorted({str(e.device) for e in layouts}))}; move them first"
-            )
+        if len(devices := {str(layout.device) for layout in layouts}) > 1:
+            raise FlexdpoError(f"the layouts are on {', '.join(sorted(devices))}; move them first")
         length = max(layout.length for layout in layouts)
         padded = [layout.padded_to(length) for layout in layouts]
         vectors = {name: [getattr(each, name) for each in padded] for name in _VECTORS}
