@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,6 +26,7 @@ SHARING = ("group", "step")
 # groups that begin alike share a trie only if they do so for a whole tile of attention: merging on less (a BOS token)
 # would tie the whole row together and cost more tiles than it saves tokens
 MIN_SHARED = TILE
+_UNBOUNDED = sys.maxsize
 
 
 def pack(
@@ -60,17 +62,18 @@ def pack(
             ``sharing`` is unknown.
     """
     multiple = pad_to_multiple_of if buckets is None else buckets.multiple
+    most = _UNBOUNDED if max_tokens_per_row is None else max_tokens_per_row
     rows = []
-    for clusters in _planned(groups, max_tokens_per_row, multiple, sharing, limits, in_pieces):
+    for clusters in _planned(groups, most, multiple, sharing, limits, in_pieces):
         tokens = sum(len(cluster.trie) for cluster in clusters)
-        whole = max_tokens_per_row is None or tokens <= max_tokens_per_row // multiple * multiple
-        target = multiple if buckets is None or not whole else buckets.length_for(tokens, most=max_tokens_per_row)
+        whole = tokens <= most // multiple * multiple
+        target = multiple if buckets is None or not whole else buckets.length_for(tokens, most=most)
         numbers = tuple(i for cluster in clusters for i in cluster.members)
         tries = [cluster.trie for cluster in clusters]
         row = Row.from_tries([groups[i] for i in numbers], tries, pad_to_multiple_of=target)
         row.numbers = numbers
-        if max_tokens_per_row is not None and not whole:
-            row.pieces = cut_in_pieces(row, max_tokens_per_row, multiple, name=row.groups[0].name)
+        if not whole:
+            row.pieces = cut_in_pieces(row, most, multiple, name=row.groups[0].name)
         rows.append(row)
     return rows
 
@@ -86,11 +89,9 @@ def row_lengths(
 
     One that would run in pieces counts whole. A few hundred batches are enough for :func:`choose_buckets`.
     """
-    return [
-        sum(len(cluster.trie) for cluster in clusters)
-        for groups in batches
-        for clusters in _planned(groups, max_tokens_per_row, 1, sharing, limits, True)
-    ]
+    most = _UNBOUNDED if max_tokens_per_row is None else max_tokens_per_row
+    rows = [row for groups in batches for row in _planned(groups, most, 1, sharing, limits, True)]
+    return [sum(len(cluster.trie) for cluster in clusters) for clusters in rows]
 
 
 # --- which groups share a trie, and which tries a row ----------------------------------------------------------------
@@ -105,7 +106,7 @@ class _Cluster(NamedTuple):
 
 def _planned(
     groups: Sequence[Group],
-    max_tokens_per_row: int | None,
+    max_tokens_per_row: int,
     multiple: int,
     sharing: str,
     limits: Sequence[int],
@@ -126,8 +127,6 @@ def _planned(
         prompt = keys.of_prompt(group) if may_share and group.images else group.prompt_ids
         relatives.setdefault(prompt[:MIN_SHARED].tobytes() if may_share else i, []).append(i)
     clusters = [cluster_of(members) for members in relatives.values()]
-    if max_tokens_per_row is None:
-        return [clusters] if clusters else []
     budget = max_tokens_per_row // multiple * multiple
     fitting: list[_Cluster] = []
     for cluster in clusters:

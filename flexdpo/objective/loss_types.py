@@ -26,7 +26,7 @@ def setting(default: Any, text: str) -> Any:
 class LossSettings:
     """Settings of the losses, of ``Objective`` and ``DPOConfig`` alike; names and defaults are TRL's where it has them.
 
-    A loss with a setting of its own needs a line here and its name in :data:`_FUNCTIONS`.
+    A loss with a setting of its own needs a line here.
     """
 
     beta: float = setting(0.1, "Strength of the pull towards the reference model; ORPO's lambda.")
@@ -47,14 +47,10 @@ class LossSettings:
     undesirable_weight: float = setting(1.0, "Weight of undesirable responses in the kto loss.")
 
 
-_FUNCTIONS = (
-    losses.sigmoid_loss, losses.hinge_loss, losses.ipo_loss, losses.exo_pair_loss, losses.nca_pair_loss,
-    losses.robust_loss, losses.bco_pair_loss, losses.sppo_hard_loss, losses.aot_loss, losses.aot_unpaired_loss,
-    losses.apo_zero_loss, losses.apo_down_loss, losses.discopop_loss, losses.sigmoid_norm_loss, losses.simpo_loss,
-    losses.orpo_loss, losses.cpo_loss,
-)  # fmt: skip
-# by loss_type; what a loss takes beside the pairs is the setting of that name
-PAIR_LOSSES: Mapping[str, Callable[..., Tensor]] = {each.__name__.removesuffix("_loss"): each for each in _FUNCTIONS}
+# what a loss takes beside the pairs is the setting of that name
+PAIR_LOSSES: Mapping[str, Callable[..., Tensor]] = {
+    name.removesuffix("_loss"): function for name, function in vars(losses).items() if name.endswith("_loss")
+}
 LABELLED_LOSSES = ("kto", "apo_zero_unpaired")
 LOSS_TYPES = (*PAIR_LOSSES, "sft", *LABELLED_LOSSES, "plackett_luce")
 

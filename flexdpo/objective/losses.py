@@ -1,9 +1,9 @@
 """Preference losses on pairs of responses, one small function each.
 
 Shapes: ``E`` preferences (pairs). Log-probabilities are sums over a response, in nats; ``scores`` are log-ratios or
-what another f-divergence makes of them (:mod:`flexdpo.objective.divergences`). Each function returns one value per
-pair, ``[E]``; the objective averages them. ``beta`` is always the strength of the pull towards the reference, or the
-steepness where there is none.
+what another f-divergence makes of them (:mod:`flexdpo.objective.divergences`). Each function ``NAME_loss``, of
+``loss_type`` NAME, returns one value per pair, ``[E]``; the objective averages them. ``beta`` is always the strength of
+the pull towards the reference, or the steepness where there is none.
 """
 
 from __future__ import annotations
@@ -65,11 +65,6 @@ def sigmoid_loss(pairs: Pairs, beta: float, label_smoothing: float = 0.0) -> Ten
     Source: Rafailov et al. 2023, arXiv:2305.18290, Eq. 7; Mitchell 2023, "A note on DPO with noisy preferences".
     """
     return _smoothed_logistic(beta * _margins(pairs.scores), label_smoothing)
-
-
-def sigmoid_norm_loss(pairs: Pairs, beta: float) -> Tensor:
-    """DPO on rewards per token, so that length alone does not win (Lambert et al. 2024, Tulu 3, arXiv:2411.15124)."""
-    return -F.logsigmoid(beta * _margins(pairs.scores / pairs.lengths))
 
 
 def hinge_loss(pairs: Pairs, beta: float) -> Tensor:
@@ -191,6 +186,11 @@ def discopop_loss(pairs: Pairs, beta: float, discopop_tau: float = 0.05) -> Tens
     return torch.sigmoid(-logits / discopop_tau) * -F.logsigmoid(logits) + exponential
 
 
+def sigmoid_norm_loss(pairs: Pairs, beta: float) -> Tensor:
+    """DPO on rewards per token, so that length alone does not win (Lambert et al. 2024, Tulu 3, arXiv:2411.15124)."""
+    return -F.logsigmoid(beta * _margins(pairs.scores / pairs.lengths))
+
+
 def simpo_loss(pairs: Pairs, beta: float, simpo_gamma: float = 0.5, label_smoothing: float = 0.0) -> Tensor:
     """SimPO: mean log-probability per token as reward, no reference, and a margin to win by.
 
@@ -199,14 +199,6 @@ def simpo_loss(pairs: Pairs, beta: float, simpo_gamma: float = 0.5, label_smooth
     Source: Meng et al. 2024, arXiv:2405.14734, Eq. 6.
     """
     return _smoothed_logistic(beta * _margins(pairs.means) - simpo_gamma, label_smoothing)
-
-
-def cpo_loss(pairs: Pairs, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """CPO's preference term: DPO with a uniform reference. The objective adds the likelihood of the chosen responses.
-
-    Source: Xu et al. 2024, arXiv:2401.08417, Eq. 3.
-    """
-    return _smoothed_logistic(beta * _margins(pairs.logps), label_smoothing)
 
 
 def orpo_loss(pairs: Pairs, beta: float) -> Tensor:
@@ -225,3 +217,11 @@ def orpo_loss(pairs: Pairs, beta: float) -> Tensor:
     close = torch.log(-torch.expm1(torch.where(near, x, elsewhere)))
     far = torch.log1p(-torch.exp(torch.where(near, elsewhere, x)))
     return -pairs.means[0] - beta * F.logsigmoid(_margins(pairs.means - torch.where(near, close, far)))
+
+
+def cpo_loss(pairs: Pairs, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """CPO's preference term: DPO with a uniform reference. The objective adds the likelihood of the chosen responses.
+
+    Source: Xu et al. 2024, arXiv:2401.08417, Eq. 3.
+    """
+    return _smoothed_logistic(beta * _margins(pairs.logps), label_smoothing)

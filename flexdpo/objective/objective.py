@@ -95,57 +95,31 @@ class Objective(LossSettings):
 
     # --- the loss ----------------------------------------------------------------------------------------------------
 
-    def row_loss(
-        self, policy: ResponseLogps, reference: Reference, row: Row, totals: BatchTotals, average: Average | None = None
-    ) -> RowLoss:
-        """Compute one row's share of the batch loss; the shares of a batch's rows add up to its loss.
-
-        ``average`` takes the mean of a scalar over all processes, for KTO's KL; by default this process stands alone.
-
-        Raises:
-            FlexdpoError: if something the losses need is missing.
-            RuntimeError: if the losses couple the batch and it has more rows than this one.
-        """
-        if self.couples_batch and row.num_responses != totals.responses:
-            raise RuntimeError(
-                f"loss_type {self._names} couples the batch's {totals.responses} responses but this row has "
-                f"{row.num_responses} of them; use target_gradients over all rows"
-            )
-        return self._loss([policy], [reference], [row], totals, average)
-
-    def target_gradients(
+    def loss(
         self,
         policy: Sequence[ResponseLogps],
         reference: Sequence[Reference],
         rows: Sequence[Row],
         totals: BatchTotals,
         average: Average | None = None,
-    ) -> tuple[RowLoss, tuple[Tensor, ...]]:
-        """Compute the batch's loss and its gradient in every row's targets, ``[T]`` each, from log-probabilities alone.
-
-        The rows' activations may be gone: a first pass over all rows without gradients feeds it, and in a second pass
-        ``(targets * gradient).sum()`` runs backwards for each row.
-        """
-        with torch.enable_grad():
-            leaves = [logps.targets.detach().requires_grad_() for logps in policy]
-            parts = zip(leaves, rows, policy, strict=True)
-            again = [sum_targets(leaf, row, logps.log_sum_squares) for leaf, row, logps in parts]
-            result = self._loss(again, reference, rows, totals, average)
-            gradients = torch.autograd.grad(result.loss, leaves)
-        return result._replace(loss=result.loss.detach()), gradients
-
-    def _loss(
-        self,
-        policy: Sequence[ResponseLogps],
-        reference: Sequence[Reference],
-        rows: Sequence[Row],
-        totals: BatchTotals,
-        average: Average | None,
     ) -> RowLoss:
-        self._require(reference, totals)
-        pairs, pair_weights = self._pairs(policy, reference, rows)
+        """Compute the share that some rows have in the batch loss; the shares of all of a batch's rows add up to it.
+
+        ``average`` takes the mean of a scalar over all processes, for KTO's KL; by default this process stands alone.
+
+        Raises:
+            FlexdpoError: if something the losses need is missing.
+            RuntimeError: if the losses couple the batch and it has more rows than these.
+        """
         groups = [group for row in rows for group in row.groups]
         sums = torch.cat([logps.sums for logps in policy])
+        if self.couples_batch and len(sums) != totals.responses:
+            raise RuntimeError(
+                f"loss_type {self._names} couples the batch's {totals.responses} responses but this row has "
+                f"{len(sums)} of them; use target_gradients over all rows"
+            )
+        self._require(reference, totals)
+        pairs, pair_weights = self._pairs(policy, reference, rows)
         ratios = None if reference[0] is None else sums - torch.cat([_sums(each).to(sums) for each in reference])
         of_labels, metrics = self._labelled(sums, ratios, groups, totals, average) if self.needs_labels else ({}, {})
         if not self.needs_labels or self.needs_pairs:
@@ -171,6 +145,27 @@ class Objective(LossSettings):
             means = torch.cat([logps.means[row.edges[:, 0]] for logps, row in zip(policy, rows, strict=True)])
             terms.append(self.rpo_alpha * -means.sum() / totals.pairs)
         return RowLoss(torch.stack(terms).sum(), metrics)
+
+    def target_gradients(
+        self,
+        policy: Sequence[ResponseLogps],
+        reference: Sequence[Reference],
+        rows: Sequence[Row],
+        totals: BatchTotals,
+        average: Average | None = None,
+    ) -> tuple[RowLoss, tuple[Tensor, ...]]:
+        """Compute the batch's loss and its gradient in every row's targets, ``[T]`` each, from log-probabilities alone.
+
+        The rows' activations may be gone: a first pass over all rows without gradients feeds it, and in a second pass
+        ``(targets * gradient).sum()`` runs backwards for each row.
+        """
+        with torch.enable_grad():
+            leaves = [logps.targets.detach().requires_grad_() for logps in policy]
+            parts = zip(leaves, rows, policy, strict=True)
+            again = [sum_targets(leaf, row, logps.log_sum_squares) for leaf, row, logps in parts]
+            result = self.loss(again, reference, rows, totals, average)
+            gradients = torch.autograd.grad(result.loss, leaves)
+        return result._replace(loss=result.loss.detach()), gradients
 
     # --- from rows to what the losses take ---------------------------------------------------------------------------
 

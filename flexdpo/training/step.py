@@ -102,7 +102,7 @@ class Runner:
                     # its gradient in the model is that of the batch's loss; its value means nothing
                     loss = (policy.targets * gradients[number]).sum()
                 else:
-                    share = objective.row_loss(policy, references[number], row, totals, average=self.average)
+                    share = objective.loss([policy], [references[number]], [row], totals, self.average)
                     loss = share.loss
                     shares.append(share._replace(loss=loss.detach()))
                 if self.router is not None:

@@ -92,7 +92,7 @@ def ours(groups: list[Group], rows: list[Row], objective: Objective, model: Any,
         for row, gradient in zip(rows, slopes, strict=True):
             (run(row).targets * gradient).sum().backward()
         return found.loss, gradients(model)
-    shares = [objective.row_loss(run(row), values, row, totals).loss for row, values in zip(rows, ref, strict=True)]
+    shares = [objective.loss([run(row)], [values], [row], totals).loss for row, values in zip(rows, ref, strict=True)]
     loss = torch.stack(shares).sum()
     loss.backward()
     return loss.detach(), gradients(model)

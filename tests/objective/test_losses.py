@@ -119,7 +119,7 @@ def test_likelihood_terms_by_hand() -> None:
     logps = sum_targets(-column(5, 5, 1, 2, 4, 3, 3, 1), row)
 
     def loss(**settings: Any) -> torch.Tensor:
-        return Objective(**settings).row_loss(logps, logps, row, totals).loss
+        return Objective(**settings).loss([logps], [logps], [row], totals).loss
 
     torch.testing.assert_close(loss(loss_type=("sft",)), column(22 / 6)[0])
     torch.testing.assert_close(loss(rpo_alpha=0.5), column(LN2 + 0.5 * (5 + 3) / 2)[0])

@@ -90,7 +90,7 @@ def packed(
         return found.loss, gradients(model)
     loss = 0.0
     for row, values in zip(rows, ref, strict=True):
-        share = objective.row_loss(run(row), values, row, totals).loss
+        share = objective.loss([run(row)], [values], [row], totals).loss
         share.backward()
         loss = loss + share.detach()
     return loss, gradients(model)
@@ -223,7 +223,7 @@ def test_losses_that_couple_the_batch_refuse_one_row_of_several() -> None:
     row = Row.from_groups(groups[:1])
     logps = response_logps(models()[2], row)
     with pytest.raises(RuntimeError, match="couples the batch's 4 responses but this row has 2"):
-        Objective(("aot",)).row_loss(logps, logps, row, BatchTotals.of(groups))
+        Objective(("aot",)).loss([logps], [logps], [row], BatchTotals.of(groups))
 
 
 def test_the_kl_is_averaged_over_processes() -> None:
@@ -231,8 +231,8 @@ def test_the_kl_is_averaged_over_processes() -> None:
     row, totals = Row.from_groups(groups), BatchTotals.of(groups)
     policy, reference = (response_logps(model, row) for model in models()[2:])
     objective = Objective(("kto",))
-    alone = objective.row_loss(policy, reference, row, totals)
-    shifted = objective.row_loss(policy, reference, row, totals, average=lambda kl: kl.abs() + 2)
+    alone = objective.loss([policy], [reference], [row], totals)
+    shifted = objective.loss([policy], [reference], [row], totals, average=lambda kl: kl.abs() + 2)
     assert float(shifted.metrics["kl"]) >= 2
     assert not torch.isclose(alone.loss, shifted.loss)
 
@@ -245,7 +245,7 @@ def one_pair(**settings: Any) -> Any:
     policy, reference = (response_logps(model, row) for model in models()[2:])
     objective = Objective(**settings)
     reference = reference if objective.needs_reference else None
-    return policy, reference, objective.row_loss(policy, reference, row, BatchTotals.of(row.groups)).metrics
+    return policy, reference, objective.loss([policy], [reference], [row], BatchTotals.of(row.groups)).metrics
 
 
 def test_rewards_are_beta_times_the_log_ratio() -> None:
@@ -275,7 +275,7 @@ def test_labels_log_rewards_of_good_and_bad_responses() -> None:
     group = LabelledGroup(group.prompt_ids, group.response_ids, labels=(True, False, True))
     row = Row.from_groups([group])
     policy, reference = (response_logps(model, row) for model in models()[2:])
-    result = Objective(("apo_zero_unpaired",)).row_loss(policy, reference, row, BatchTotals.of([group]))
+    result = Objective(("apo_zero_unpaired",)).loss([policy], [reference], [row], BatchTotals.of([group]))
     ratios = 0.1 * (policy.sums - reference.sums)
     torch.testing.assert_close(result.metrics["rewards/chosen"], ratios[[0, 2]])
     torch.testing.assert_close(result.metrics["rewards/rejected"], ratios[[1]])
@@ -336,7 +336,7 @@ def test_a_setting_that_is_accepted_has_an_effect(name: str) -> None:
 
     def loss(**settings: Any) -> float:
         base = {"label_smoothing": 0.01} if name == "exo_pair" else {}
-        return float(Objective(name, **base | settings).row_loss(policy, reference, row, totals).loss)
+        return float(Objective(name, **base | settings).loss([policy], [reference], [row], totals).loss)
 
     for field in dataclasses.fields(Objective):
         if isinstance(field.default, float) and not isinstance(field.default, bool):
@@ -351,7 +351,7 @@ def test_a_setting_that_is_accepted_has_an_effect(name: str) -> None:
 def computed(groups: list[Group], with_reference: bool = True, **settings: Any) -> None:
     row = Row.from_groups(groups)
     logps = response_logps(models()[2], row)
-    Objective(**settings).row_loss(logps, logps if with_reference else None, row, BatchTotals.of(groups))
+    Objective(**settings).loss([logps], [logps if with_reference else None], [row], BatchTotals.of(groups))
 
 
 PAIR = Group.from_lists([3], [[4], [5]], name="row 8")
@@ -382,7 +382,7 @@ def test_reference_sums_are_not_enough_for_ld() -> None:
     row = Row.from_groups([PAIR])
     logps = response_logps(models()[2], row)
     with pytest.raises(FlexdpoError, match="ld_alpha weighs the tokens of each pair, so reference sums"):
-        Objective(ld_alpha=0.5).row_loss(logps, logps.sums, row, BatchTotals.of([PAIR]))
+        Objective(ld_alpha=0.5).loss([logps], [logps.sums], [row], BatchTotals.of([PAIR]))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("-inf")])

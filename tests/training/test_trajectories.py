@@ -510,13 +510,13 @@ def test_a_system_prompt_shared_by_a_step_changes_nothing(example, tmp_path) -> 
 
 
 def per_row_averages(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = Objective.row_loss
+    whole = Objective.loss
 
-    def of_the_row(self: Any, policy: Any, reference: Any, row: Any, totals: Any, **settings: Any) -> Any:
-        result = whole(self, policy, reference, row, BatchTotals.of(row.groups), **settings)
+    def of_the_row(self: Any, policy: Any, reference: Any, rows: Any, totals: Any, average: Any) -> Any:
+        result = whole(self, policy, reference, rows, BatchTotals.of(rows[0].groups), average)
         return result._replace(loss=result.loss / 2)
 
-    monkeypatch.setattr(Objective, "row_loss", of_the_row)
+    monkeypatch.setattr(Objective, "loss", of_the_row)
 
 
 def unscaled_accumulation(monkeypatch: pytest.MonkeyPatch) -> None:
