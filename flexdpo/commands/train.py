@@ -106,7 +106,7 @@ def run(argv: list[str]) -> int:
     if job.dry_run:
         from flexdpo.runs.dry_run import dry_run
 
-        print(dry_run(job, config).table())
+        print(dry_run(job, config).table)
         return 0
     from flexdpo.runs.job import run_job
 

@@ -41,7 +41,6 @@ Verdict = Literal["exact", "wrong", "refused", "inconclusive"]
 NOISE_FACTOR, ROUNDINGS = 6.0, 4.0
 # of the error under a wrong mask: exact models stay below 1e-5, wrong ones above 0.2
 _ACCEPTED_SHARE = 1e-4
-_SPECIAL_TOKENS = 8
 # how often the noise is drawn where layers carry a state, and how far draws may differ: a scan hands
 # a rounding on
 _SCAN_DRAWS, _SCAN_SPREAD = 4, 10.0
@@ -51,37 +50,26 @@ _SCAN_DRAWS, _SCAN_SPREAD = 4, 10.0
 class ParityReport:
     """What the probe measured.
 
-    Errors are the largest difference to the unpacked run, relative to the largest entry there.
-
-    Attributes:
-        verdict: ``"exact"``; ``"wrong"``: the results differ; ``"refused"``: a check stopped the model; or
-            ``"inconclusive"``: not even a wrong mask made a difference, so nothing was shown.
-        reason: Why it is not exact; empty where it is.
-        value_error: Of the logits, packed against unpacked.
-        gradient_error: Of the gradients at the embeddings, packed against unpacked.
-        value_noise: Of the logits, unpacked in another batch against unpacked; the largest of several draws where
-            layers carry a state.
-        gradient_noise: The same of the gradients.
-        wrong_value_error: Of the logits under the wrong mask.
-        wrong_gradient_error: Of the gradients under the wrong mask.
-        tokens: Longest sequence of the probe, prompt and response, in tokens.
-        threshold: Largest length at which the model changes what it does, in tokens: a window or chunk of its
-            attention, a limit of its rotary frequencies; 0 where it has none. Where the probe does not reach beyond, a
-            tiny copy of the model was probed too, whose thresholds are short.
-        seconds: Wall time.
+    Errors are the largest difference to the unpacked run, relative to the largest entry there, of the logits and of the
+    gradients at the embeddings.
     """
 
+    # ``"refused"``: a check stopped the model; ``"inconclusive"``: not even a wrong mask made a difference
     verdict: Verdict
-    reason: str = ""
-    value_error: float = float("nan")
+    reason: str = ""  # why it is not exact
+    value_error: float = float("nan")  # packed
     gradient_error: float = float("nan")
+    # unpacked in another batch; the largest of several draws where layers carry a state
     value_noise: float = float("nan")
     gradient_noise: float = float("nan")
-    wrong_value_error: float = float("nan")
+    wrong_value_error: float = float("nan")  # packed, under the wrong mask
     wrong_gradient_error: float = float("nan")
-    tokens: int = 0
+    tokens: int = 0  # longest sequence of the probe, prompt and response
+    # largest length at which the model changes what it does: a window or chunk of its attention, a limit of its rotary
+    # frequencies; 0 where it has none. Where the probe does not reach beyond, a tiny copy of the model was probed too,
+    # whose thresholds are short
     threshold: int = 0
-    seconds: float = 0.0
+    seconds: float = 0.0  # wall time
 
     @property
     def exact(self) -> bool:
@@ -94,31 +82,21 @@ def parity_probe(model: nn.Module, *, max_tokens: int = 2048, seed: int = 0) -> 
 
     The model is prepared for packed rows if it was not; its weights, gradients and training mode stay as they are.
 
-    Args:
-        model: A ``PreTrainedModel``, or a ``PeftModel`` around one, on any device. In half precision the comparison is
-            blunter; a float32 or float64 model gives the sharper answer.
-        max_tokens: Longest sequence, prompt and response, in tokens. It is a little longer than the model's largest
-            threshold where this and the model's position limit allow.
-        seed: Chooses the random tokens.
-
-    Returns:
-        The measured errors and the verdict; a model that is refused gets a report too, not an error.
-
-    Raises:
-        FlexdpoError: if ``model`` is not a Hugging Face model.
+    ``model`` is a ``PreTrainedModel``, or a ``PeftModel`` around one, on any device; half precision makes comparisons
+    blunter. The longest sequence, prompt and response, has at most ``max_tokens``, and is a little longer than the
+    model's largest threshold where this and its position limit allow. ``seed`` chooses the random tokens. A model that
+    is refused gets a report too, not an error; ``FlexdpoError`` if it is none of Hugging Face's.
     """
     started = time.perf_counter()
     base = unwrap_model(model)
-    reason = refusal_reason(backbone_of(base))
-    if reason is None:
-        try:
-            report = _compare(model, max_tokens, seed)
-            if report.exact and report.threshold >= report.tokens:
-                report = _with_short_thresholds(base, report, seed)
-        except UnsupportedModelError as error:
-            reason = str(error)
-    if reason is not None:
-        report = ParityReport("refused", reason)
+    try:
+        if (reason := refusal_reason(backbone_of(base))) is not None:
+            raise UnsupportedModelError(reason)
+        report = _compare(model, max_tokens, seed)
+        if report.exact and report.threshold >= report.tokens:
+            report = _with_short_thresholds(base, report, seed)
+    except UnsupportedModelError as error:
+        report = ParityReport("refused", str(error))
     return replace(report, seconds=time.perf_counter() - started)
 
 
@@ -222,13 +200,10 @@ def _probe_row(base: Any, length: int, seed: int, limits: Sequence[int], *, stat
     """
     generator = np.random.default_rng(seed)
     vocabulary = int(base.get_input_embeddings().weight.shape[0])
-    # special tokens come first and, for images and the like, last
-    low = _SPECIAL_TOKENS if vocabulary > 4 * _SPECIAL_TOKENS else 0
-    high = vocabulary - low
+    low = 8 if vocabulary > 32 else 0  # special tokens come first and, for images and the like, last
 
-    def tokens(count: int) -> list[int]:
-        drawn: list[int] = generator.integers(low, high, count).tolist()
-        return drawn
+    def tokens(count: int) -> Any:
+        return generator.integers(low, vocabulary - low, count).tolist()
 
     response = length // 3
     prompt = length - response
@@ -332,8 +307,7 @@ def _scores(logits: Tensor, seed: int) -> Tensor:
 def _unpacked(model: Any, row: Row, *, rounding: float = 0.0, draw: int = 0) -> _Outcome:
     """One sequence at a time; with ``rounding`` beside another one, which is padded, and rounded otherwise."""
     logits, gradients = [], []
-    sequences = [sequence for group in row.groups for sequence in group.sequences]
-    for number, sequence in enumerate(sequences):
+    for number, sequence in enumerate(sequence for group in row.groups for sequence in group.sequences):
         ids = torch.from_numpy(sequence)[None].to(row.input_ids.device)
         inputs = beside_another(ids) if rounding else {"input_ids": ids}
         with _embeddings_captured(unwrap_model(model), rounding, draw) as captured:
@@ -352,12 +326,12 @@ def beside_another(ids: Tensor) -> dict[str, Tensor]:
 def _packed(model: Any, row: Row, layout: RowLayout) -> _Outcome:
     with _embeddings_captured(unwrap_model(model)) as captured:
         all_logits = model(**{**row.inputs(), "attention_mask": layout}).logits[0]
-    logits = [all_logits[path] for path in [path_of(row, response) for response in range(row.num_responses)]]
+    logits = [all_logits[path_of(row, response)] for response in range(row.num_responses)]
     score = torch.stack([_scores(each, number) for number, each in enumerate(logits)]).sum()
     return _Outcome(torch.cat(logits).detach(), _gradient(score, captured)[0, : row.num_tokens])
 
 
-def _gradient(score: Tensor, captured: list[Tensor]) -> Tensor:
+def _gradient(score: Tensor, captured: list[Tensor]) -> Any:
     """That of a score at what was embedded, ``[B, L, H]``."""
     if len(captured) != 1:
         raise FlexdpoError(
@@ -365,9 +339,7 @@ def _gradient(score: Tensor, captured: list[Tensor]) -> Tensor:
         )
     # not autograd.grad, which reentrant checkpoints do not know
     score.backward()
-    gradient = captured[0].grad
-    assert gradient is not None
-    return gradient
+    return captured[0].grad
 
 
 def summed_by_token(gradients: dict[int, Tensor], row: Row) -> Tensor:
@@ -379,6 +351,4 @@ def summed_by_token(gradients: dict[int, Tensor], row: Row) -> Tensor:
 
 
 def _errors(got: _Outcome, want: _Outcome) -> tuple[float, float]:
-    pairs = ((got.logits, want.logits), (got.gradients, want.gradients))
-    values, gradients = (token_error([pair]) for pair in pairs)
-    return values, gradients
+    return token_error([(got.logits, want.logits)]), token_error([(got.gradients, want.gradients)])

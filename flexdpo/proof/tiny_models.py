@@ -10,12 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-_LAYERS = 4
-_VOCABULARY = 256
-_WIDTH = 256
-_WINDOW = 8
-# more parameters than this in a cut model mean that some size was not found
-_MOST_PARAMETERS = 100_000_000
+_LAYERS, _WINDOW, _WIDTH, _VOCABULARY = 4, 8, 256, 256
 # fmt: off
 # of states: their heads and widths go with the hidden size, their own sizes and the chunks of their scans do not
 _STATE_HEADS = re.compile(r"^(swa_\w+|(?!\w*(attention|key_value))\w*)_heads$|^num_query_groups$")
@@ -33,8 +28,9 @@ _CAPS = {
     "floor_scale": _WINDOW, "original_max_position_embeddings": 2 * _WINDOW,
     "vocab_size_per_layer_input": _VOCABULARY, "unpadded_vocab_size": _VOCABULARY,
     "hidden_size_per_layer_input": 16, **_STATE_CAPS,
+    "num_experts": 8, "num_local_experts": 8, "n_routed_experts": 8, "moe_num_experts": 8, "num_experts_per_tok": 8,
+    "n_group": 1, "topk_group": 1,
 }
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers")
 # fmt: on
 
@@ -46,19 +42,14 @@ def tiny_model(config: Any, *, seed: int = 0, trust_remote_code: bool = False) -
     share a key, their grouping. The weights are drawn so that attention matters: with the usual small ones the
     attention of a tiny model does next to nothing, and no test of it means anything.
 
-    Args:
-        config: A transformers config; it is not changed.
-        seed: Chooses the weights.
-        trust_remote_code: Whether to run model code that comes with the config.
-
-    Raises:
-        ValueError: if the cut model would still be large; and whatever the model class says about the cut config.
+    ``ValueError`` if the cut model would still be large; and whatever the model class says about the cut config.
     """
     cut = shrunk_config(config)
     with torch.device("meta"):
         outline = AutoModelForCausalLM.from_config(cut, trust_remote_code=trust_remote_code)
     parameters = sum(parameter.numel() for parameter in outline.parameters())
-    if parameters > _MOST_PARAMETERS:
+    if parameters > 100_000_000:
+        # some size was not found
         raise ValueError(f"a tiny {type(outline).__name__} would still have {parameters:,} parameters")
     with torch.random.fork_rng(devices=[]):
         # not the generators of devices, which nothing would put back
@@ -108,11 +99,6 @@ def shrunk_config(config: Any) -> Any:
     for rope in _rope_settings(text):
         if rope.get("original_max_position_embeddings", 0) > 2 * _WINDOW:
             rope["original_max_position_embeddings"] = 2 * _WINDOW
-    for name in _EXPERTS:
-        _cap(text, name, 8)
-    _cap(text, "num_experts_per_tok", 8)
-    for name in ("n_group", "topk_group"):
-        _cap(text, name, 1)
     for other in (getattr(cut, name, None) for name in getattr(cut, "sub_configs", {})):
         if other is not None and other is not text:
             # images and sounds take no part in a packed row
@@ -141,9 +127,10 @@ def _cap(config: Any, name: str, size: int) -> None:
 def _cut_layers(config: Any) -> None:
     """Keep a few layers, of every type that the model has."""
     types = list(getattr(config, "layer_types", None) or ())
-    count = _layer_count(config)
-    if count is None:
+    counted = [name for name in _LAYER_COUNTS if isinstance(getattr(config, name, None), int)]
+    if not counted:
         return
+    count = getattr(config, counted[0])
     kept = sorted(range(count), key=lambda i: (i != types.index(types[i]) if types else 0, i))[:_LAYERS]
     kept.sort()
     # whatever has one entry per layer loses the same entries
@@ -152,20 +139,14 @@ def _cut_layers(config: Any) -> None:
             setattr(config, name, [kept.index(i) for i in value if i in kept])
         elif isinstance(value, list | tuple) and len(value) == count:
             setattr(config, name, [value[i] for i in kept])
-    for name in _LAYER_COUNTS:
-        if isinstance(getattr(config, name, None), int):
-            setattr(config, name, len(kept))
+    for name in counted:
+        setattr(config, name, len(kept))
     # layers of a type that comes once in a while come once among these
     for name, period in list(vars(config).items()):
         if name.endswith("_layer_period") and isinstance(period, int) and period > len(kept):
             setattr(config, name, len(kept))
             offset = name.removesuffix("period") + "offset"
             setattr(config, offset, getattr(config, offset, 0) % len(kept))
-
-
-def _layer_count(config: Any) -> int | None:
-    counts = (getattr(config, name, None) for name in _LAYER_COUNTS)
-    return next((count for count in counts if isinstance(count, int)), None)
 
 
 def _cut_states(config: Any, hidden: int) -> None:
@@ -180,12 +161,10 @@ def _cut_states(config: Any, hidden: int) -> None:
 
 def _cut_heads(config: Any) -> None:
     """Keep four query heads of their own size, and their number per key head as far as four allow."""
-    heads = getattr(config, "num_attention_heads", None)
-    hidden = getattr(config, "hidden_size", None)
-    if not isinstance(heads, int) or not isinstance(hidden, int) or heads <= 4:
-        return
-    key_heads = getattr(config, "num_key_value_heads", None)
-    config.hidden_size = hidden // heads * 4
-    config.num_attention_heads = 4
-    if isinstance(key_heads, int):
-        config.num_key_value_heads = max(1, 4 * key_heads // heads)
+    names = ("num_attention_heads", "num_key_value_heads", "hidden_size")
+    heads, key_heads, hidden = (getattr(config, name, None) for name in names)
+    if isinstance(heads, int) and isinstance(hidden, int) and heads > 4:
+        config.hidden_size = hidden // heads * 4
+        config.num_attention_heads = 4
+        if isinstance(key_heads, int):
+            config.num_key_value_heads = max(1, 4 * key_heads // heads)

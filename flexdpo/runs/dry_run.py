@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -30,35 +29,17 @@ from flexdpo.training.row_budget import auto_row_budget
 from flexdpo.training.run_data import require_fit
 
 
-@dataclass(frozen=True)
-class DryRun:
-    """What a run would do."""
+class DryRun(NamedTuple):
+    """What a run would do: tokens, gain and advice with the run's own settings; and these, and a step, in words."""
 
-    estimate: Estimate  # tokens, gain and advice, with the run's own settings
-    max_tokens_per_row: int | None  # chosen where the run says ``auto``
-    rows_per_step: float  # forward passes of the policy per optimizer step and process, on average
-    steps_per_epoch: int
-    memory: int  # predicted bytes at the peak
-
-    def table(self) -> str:
-        """The estimate, and what a step consists of."""
-        budget = (
-            "one row for a batch" if self.max_tokens_per_row is None else f"rows of {self.max_tokens_per_row} tokens"
-        )
-        return (
-            f"{self.estimate.table()}\n\n"
-            f"dry run: {self.steps_per_epoch:,} optimizer steps an epoch, {self.rows_per_step:.1f} rows a step "
-            f"({budget}), about {gigabytes(self.memory)} of memory; nothing was trained"
-        )
+    estimate: Estimate
+    table: str
 
 
 def dry_run(job: Job, config: DPOConfig) -> DryRun:
     """Do all of a run that needs no weights: read, tokenise, check, pack and predict.
 
-    The model is made without memory, so that one which would be refused is refused here.
-
-    Raises:
-        FlexdpoError: for whatever would stop the run before its first step.
+    The model is made without memory. ``FlexdpoError`` for whatever would stop the run before its first step.
     """
     if job.dataset_streaming:
         raise FlexdpoError(
@@ -109,9 +90,8 @@ def _without_weights(job: Job, config: DPOConfig, *, images: bool) -> nn.Module:
 
 
 def _as_dtype(value: Any) -> torch.dtype:
-    if isinstance(value, torch.dtype):
-        return value
-    found = getattr(torch, str(value or "float32").removeprefix("torch."), None)
+    name = str(value or "float32").removeprefix("torch.")
+    found = value if isinstance(value, torch.dtype) else getattr(torch, name, None)
     if not isinstance(found, torch.dtype):
         raise FlexdpoError(f"--dtype {value!r} is no dtype; use float32, bfloat16 or float16")
     return found
@@ -120,17 +100,19 @@ def _as_dtype(value: Any) -> torch.dtype:
 def _predict(tokenised: TokenizedPreferences, model: nn.Module, job: Job, config: DPOConfig) -> DryRun:
     runs_reference = config.objective().needs_reference and not config.precompute_ref_log_probs
     setup = TrainingSetup.from_arguments(
-        config,
-        model,
-        reference=runs_reference and not job.use_peft,
-        **shards_of(config),
+        config, model, reference=runs_reference and not job.use_peft, **shards_of(config)
     )
+    budget: Any = config.max_tokens_per_row
+    if budget == "auto":
+        budget = auto_row_budget(model, setup, device=config.device, multiple=config.row_multiple)
+    accumulated, size = config.gradient_accumulation_steps, config.per_device_train_batch_size
     settings = EstimateSettings(
         device="cuda" if config.device.type == "cuda" else "cpu",
         dtype="float32" if setup.compute_bytes == 4 else "bfloat16",
         max_length=config.max_length,
-        per_device_train_batch_size=config.per_device_train_batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        max_tokens_per_row=budget,
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=accumulated,
         gradient_checkpointing=setup.gradient_checkpointing,
         keep_attention=setup.keeps_attention,
         reference=runs_reference,
@@ -138,16 +120,13 @@ def _predict(tokenised: TokenizedPreferences, model: nn.Module, job: Job, config
         setup=setup,
         seed=config.seed,
     )
-    budget: Any = config.max_tokens_per_row
-    if budget == "auto":
-        budget = auto_row_budget(model, setup, device=config.device, multiple=config.row_multiple)
-    estimate = estimate_tokenised(tokenised, replace(settings, max_tokens_per_row=budget), model=model)
-    per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
-    longest = estimate.memory["shared"]
+    estimate = estimate_tokenised(tokenised, settings, model=model)
+    steps = -(-len(tokenised.dataset) // (size * accumulated * config.world_size))
+    rows = "one row for a batch" if budget is None else f"rows of {budget} tokens"
+    memory = predict_memory(model, estimate.memory["shared"].tokens, setup).total
     return DryRun(
-        estimate=estimate,
-        max_tokens_per_row=budget,
-        rows_per_step=estimate.rows_per_batch * config.gradient_accumulation_steps,
-        steps_per_epoch=-(-len(tokenised.dataset) // per_step),
-        memory=predict_memory(model, longest.tokens, setup).total,
+        estimate,
+        f"{estimate.table()}\n\n"
+        f"dry run: {steps:,} optimizer steps an epoch, {estimate.rows_per_batch * accumulated:.1f} rows a step "
+        f"({rows}), about {gigabytes(memory)} of memory; nothing was trained",
     )

@@ -28,9 +28,7 @@ from flexdpo.training.trainer import DPOTrainer
 
 logger = logging.get_logger(__name__)
 
-METRICS_FILE = "metrics.jsonl"
-CURVES_FILE = "training.png"
-MASK_FILE = "mask.png"
+METRICS_FILE, CURVES_FILE, MASK_FILE = "metrics.jsonl", "training.png", "mask.png"
 
 
 def run_job(job: Job, config: DPOConfig, given: Mapping[str, Any]) -> str:
@@ -67,8 +65,7 @@ def _run(job: Job, config: DPOConfig, given: Mapping[str, Any], output: Path) ->
     if trainer.is_world_process_zero() and not config.resume_from_checkpoint:
         write_run_file(output, given, trainer)
     # a model that is sharded when training begins cannot be evaluated before it
-    sharded = is_sharded(config)
-    before = trainer.evaluate() if eval_data is not None and not sharded else {}
+    before = trainer.evaluate() if eval_data is not None and not is_sharded(config) else {}
     wanted = config.metric_for_best_model
     if before and wanted and not {wanted, f"eval_{wanted}"} & before.keys():
         raise FlexdpoError(
@@ -80,8 +77,7 @@ def _run(job: Job, config: DPOConfig, given: Mapping[str, Any], output: Path) ->
     trainer.train(resume_from_checkpoint={"true": True, "false": None}.get(checkpoint.lower(), checkpoint))
     after = trainer.evaluate() if eval_data is not None else {}
     trainer.save_model()
-    figures = figures_of(trainer, before, after)
-    trainer.figures = figures
+    trainer.figures = figures = figures_of(trainer, before, after)
     trainer.create_model_card()
     if trainer.is_world_process_zero():
         _draw(trainer, [*history, *trainer.state.log_history], output)
@@ -118,9 +114,8 @@ def _draw(trainer: DPOTrainer, history: list[dict[str, Any]], output: Path) -> N
 def require_output_dir(config: DPOConfig, *, overwrite: bool) -> Path:
     """Return the output folder, which this run holds; refuse one that holds something unless that was asked for."""
     output = Path(str(config.output_dir))
-    resuming = bool(config.resume_from_checkpoint)
     holds_something = output.is_dir() and any(path.name != LOCK_FILE for path in output.iterdir())
-    if holds_something and not (overwrite or resuming) and config.process_index == 0:
+    if holds_something and not (overwrite or config.resume_from_checkpoint) and config.process_index == 0:
         raise FlexdpoError(
             f"--output_dir {output} is not empty; name another, add --overwrite_output_dir, or continue the run in it "
             "with --resume_from_checkpoint true"
@@ -133,8 +128,8 @@ def draw_example_mask(trainer: DPOTrainer, path: Path, groups: int = 3) -> None:
     data = trainer.train_dataset
     if isinstance(data, StreamedPreferences):
         data = data.sample(groups)
-    collate = PackingCollator(pad_to_multiple_of=trainer.args.row_multiple)
-    batch = collate([data[i] for i in range(min(groups, len(data)))])["batch"]
+    few = [data[i] for i in range(min(groups, len(data)))]
+    batch = PackingCollator(pad_to_multiple_of=trainer.args.row_multiple)(few)["batch"]
     draw(batch.rows[0], path=path, block_size=TILE)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from flexdpo.errors import FlexdpoError
 from flexdpo.hf.names import adapter_base
+from flexdpo.objective.loss_types import setting
 
 if TYPE_CHECKING:
     from flexdpo.config import DPOConfig
@@ -135,12 +136,10 @@ class ModelSettings:
 class DataSettings:
     """Which preferences. Names as in TRL."""
 
-    dataset_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "Preferences: a .jsonl, .json, .parquet or .csv file, a folder of them, a folder saved with "
-            "save_to_disk, or a hub name."
-        },
+    dataset_name: str | None = setting(
+        None,
+        "Preferences: a .jsonl, .json, .parquet or .csv file, a folder of them, a folder saved with save_to_disk, or a "
+        "hub name.",
     )
     dataset_config: str | None = field(
         default=None, metadata={"help": "Configuration of a hub dataset.", "aliases": ["--config_name"]}
@@ -205,25 +204,17 @@ class DataSettings:
 class Job(DataSettings, ModelSettings):
     """A model, and which preferences it is to learn."""
 
-    dataset_test_split: str | None = field(
-        default=None, metadata={"help": "Split of the same dataset to evaluate on, before and after."}
+    dataset_test_split: str | None = setting(None, "Split of the same dataset to evaluate on, before and after.")
+    eval_dataset_name: str | None = setting(None, "Another file, folder or hub name to evaluate on, before and after.")
+    dataset_streaming: bool = setting(
+        False, "Read the datasets as they are needed instead of loading them; set max_steps."
     )
-    eval_dataset_name: str | None = field(
-        default=None, metadata={"help": "Another file, folder or hub name to evaluate on, before and after."}
+    test_split_size: float | None = setting(
+        None, "Share of the training rows to hold out and evaluate on, before and after."
     )
-    dataset_streaming: bool = field(
-        default=False,
-        metadata={"help": "Read the datasets as they are needed instead of loading them; set max_steps."},
-    )
-    test_split_size: float | None = field(
-        default=None, metadata={"help": "Share of the training rows to hold out and evaluate on, before and after."}
-    )
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Write into output_dir though it is not empty."}
-    )
-    dry_run: bool = field(
-        default=False,
-        metadata={"help": "Tokenise, pack, predict tokens, memory and gain, and stop before any weight is loaded."},
+    overwrite_output_dir: bool = setting(False, "Write into output_dir though it is not empty.")
+    dry_run: bool = setting(
+        False, "Tokenise, pack, predict tokens, memory and gain, and stop before any weight is loaded."
     )
 
     def require_names(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
@@ -19,10 +20,10 @@ from flexdpo.training.trainer import DPOTrainer
 
 @dataclass(frozen=True)
 class StepTimes:
-    """One optimizer step on the same pairs, with and without prefix sharing.
+    """One optimizer step on the same pairs, with and without prefix sharing; seconds are medians.
 
     Unshared means every response behind its own copy of the prompt and otherwise the same: packed without padding,
-    log-probabilities at the targets only. Seconds are medians.
+    log-probabilities at the targets only.
     """
 
     shared: float
@@ -45,33 +46,30 @@ def measure_step_times(trainer: DPOTrainer, rounds: int) -> StepTimes:
 
     The weights stay as they are.
     """
-    data, size = trainer.train_dataset, trainer.args.per_device_train_batch_size
+    data, args = trainer.train_dataset, trainer.args
+    size, untimed = args.per_device_train_batch_size, 2  # first calls allocate and compile
     # a learning rate of zero does all the work of a step and changes nothing
     optimizer = torch.optim.AdamW(trainer.model.parameters(), lr=0.0)
-    seconds: dict[str, list[float]] = {"shared": [], "unshared": []}
-    gaps, laying_out = [], []
-    untimed = 2  # first calls allocate and compile
+    seconds, gaps = defaultdict[str, list[float]](list), []
+
+    def step(batch: PackedBatch) -> float:
+        backward = torch.Tensor.backward
+        result = run_batch(
+            trainer.model, batch, trainer.objective, reference=trainer.reference_logps, backward=backward
+        )
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(result.loss)
+
     for turn in trange(rounds + untimed, desc="Timing steps, shared and unshared"):
         examples = [data[(turn * size + i) % len(data)] for i in range(size)]
         collated, taken = timed(partial(trainer.data_collator, examples), torch.device("cpu"))
-        shared = collated["batch"]
-        laying_out.append(taken)
-        batches = {"shared": shared, "unshared": unshared_batch(shared, trainer.args.row_multiple)}
+        seconds["laying out"].append(taken)
+        batches = {"shared": collated["batch"], "unshared": unshared_batch(collated["batch"], args.row_multiple)}
         losses = {}
         for kind in sorted(batches, reverse=bool(turn % 2)):
-            batch = batches[kind].to(trainer.args.device)
-            losses[kind], taken = timed(partial(_step, trainer, optimizer, batch), trainer.args.device)
-            if turn >= untimed:
-                seconds[kind].append(taken)
+            losses[kind], taken = timed(partial(step, batches[kind].to(args.device)), args.device)
+            seconds[kind].append(taken)
         gaps.append(abs(losses["shared"] - losses["unshared"]))
-    return StepTimes(median(seconds["shared"]), median(seconds["unshared"]), max(gaps), median(laying_out[untimed:]))
-
-
-def _step(trainer: DPOTrainer, optimizer: torch.optim.Optimizer, batch: PackedBatch) -> float:
-    """Run one step and return its loss."""
-    result = run_batch(
-        trainer.model, batch, trainer.objective, reference=trainer.reference_logps, backward=torch.Tensor.backward
-    )
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return float(result.loss)
+    medians = {kind: median(each[untimed:]) for kind, each in seconds.items()}
+    return StepTimes(medians["shared"], medians["unshared"], max(gaps), medians["laying out"])
