@@ -12,7 +12,7 @@ from flexdpo.layout.groups import Group
 from flexdpo.layout.packing import pack
 from flexdpo.objective.loss_types import setting
 from flexdpo.runs.settings import DataSettings
-from flexdpo.show.overview import VIEWS, overview_figure
+from flexdpo.show.draw import VIEWS, overview_figure
 from flexdpo.show.packing import batch_layouts
 from flexdpo.show.plots import save_figure
 from flexdpo.show.text import overview_text
@@ -61,11 +61,12 @@ def run(argv: list[str]) -> int:
     found.dataset_name = one_name("dataset_name", found.dataset, found.dataset_name)
     settings = settings_of(ShowSettings, found)
     if settings.view not in VIEWS:
-        hint = nearest(settings.view, VIEWS)
-        raise FlexdpoError(f"--view {settings.view!r} is unknown{hint}; use {', '.join(VIEWS)}")
+        raise FlexdpoError(
+            f"--view {settings.view!r} is unknown{nearest(settings.view, VIEWS)}; use {', '.join(VIEWS)}"
+        )
     groups = _groups(settings, settings_of(DataSettings, found), settings_of(TokenizerOptions, found))
-    length, sharing = settings.max_tokens_per_row, settings.sharing
-    row = pack(groups, length, sharing=sharing, pad_to_multiple_of=settings.pad_to_multiple_of)[0]
+    length, sharing, multiple = settings.max_tokens_per_row, settings.sharing, settings.pad_to_multiple_of
+    row = pack(groups, length, sharing=sharing, pad_to_multiple_of=multiple)[0]
     layouts = batch_layouts(groups, length, sharing=sharing)
     size = settings.block_size or None
     if settings.text:
@@ -78,7 +79,8 @@ def run(argv: list[str]) -> int:
 
 
 def _groups(settings: ShowSettings, data: DataSettings, tokens: TokenizerOptions) -> list[Group]:
-    from flexdpo.show.sources import example_groups, groups_of_dataset, read_lengths
+    from flexdpo.data.tokenize import group_from_row, tokenize_preferences
+    from flexdpo.show.sources import example_groups, read_lengths
 
     named = data.dataset_name is not None or bool(data.datasets)
     if named and settings.lengths is not None:
@@ -93,10 +95,11 @@ def _groups(settings: ShowSettings, data: DataSettings, tokens: TokenizerOptions
         raise FlexdpoError(
             "a dataset needs --tokenizer NAME, since its tokens depend on it; give that, or --model_name_or_path NAME"
         )
-    found = data.train_data()
+    found, first = data.train_data(), settings.first
     tokenizer, longest = tokens.load_tokenizer(images=holds_images(found)), settings.max_length or None
-    groups, report = groups_of_dataset(
-        found, tokenizer, max_length=longest, first=settings.first, groups=settings.groups
-    )
-    print(report.summary())
-    return groups
+    if not 0 <= first < len(found):
+        raise FlexdpoError(f"--first {first}: the dataset has the rows 0 to {len(found) - 1}")
+    some = found.select(range(first, min(first + settings.groups, len(found))))
+    tokenised = tokenize_preferences(some, tokenizer, max_length=longest, name="data")
+    print(tokenised.report.summary())
+    return [group_from_row(row) for row in tokenised.dataset]

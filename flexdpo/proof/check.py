@@ -20,7 +20,6 @@ from flexdpo.hf.unwrap import backbone_of
 from flexdpo.proof.probe import ParityReport, parity_probe
 from flexdpo.proof.tiny_models import tiny_model
 
-EXIT_EXACT, EXIT_REFUSED = 0, 3
 # a saved model up to this size is probed as it is; a larger one through a tiny model of the same kind
 _LARGEST_LOADED = 500 * 2**20
 # of a config's entries
@@ -57,7 +56,7 @@ def run_check(
     there is no config under that name.
     """
     result = check_model(name_or_path, trust_remote_code=trust_remote_code, revision=revision)
-    code = EXIT_REFUSED if result.verdict == "refused" else EXIT_EXACT
+    code = 3 if result.verdict == "refused" else 0
     if not json:
         return _screen(result), code
     plain = asdict(result)
@@ -75,13 +74,8 @@ def check_model(name_or_path: str, *, trust_remote_code: bool = False, revision:
     name_or_path = adapter_base(name_or_path) or name_or_path
     config = _load_config(name_or_path, trust_remote_code, revision)
     outline = _outline(config, trust_remote_code)
-    found = CheckResult(
-        name_or_path,
-        type(outline).__name__,
-        config.model_type,
-        "accepted",
-        features=[*_features(config), *mixing_ways(backbone_of(outline))],
-    )
+    features = [*_features(config), *mixing_ways(backbone_of(outline))]
+    found = CheckResult(name_or_path, type(outline).__name__, config.model_type, "accepted", features=features)
     reason = refusal_reason(backbone_of(outline))
     if reason is not None:
         return replace(found, verdict="refused", reason=reason)

@@ -13,7 +13,7 @@ import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -35,6 +35,8 @@ from flexdpo.proof.rounding import CoarsestRounding, rounded_otherwise, token_er
 from flexdpo.proof.tiny_models import tiny_model
 
 Verdict = Literal["exact", "wrong", "refused", "inconclusive"]
+# logits ``[L, V]`` of every token of every sequence, and gradients at the embeddings of the row, ``[S, H]``
+_Outcome = tuple[Tensor, Tensor]
 
 # how many times the measured noise an error may be, since another kernel rounds in other places; and what it may always
 # be, in units of the dtype's rounding, since noise that measures 0 is luck
@@ -98,13 +100,6 @@ def parity_probe(model: nn.Module, *, max_tokens: int = 2048, seed: int = 0) -> 
     except UnsupportedModelError as error:
         report = ParityReport("refused", str(error))
     return replace(report, seconds=time.perf_counter() - started)
-
-
-class _Outcome(NamedTuple):
-    """Logits ``[L, V]`` and embedding gradients ``[L, H]`` of every token of every sequence, in order."""
-
-    logits: Tensor
-    gradients: Tensor
 
 
 def _with_short_thresholds(base: Any, report: ParityReport, seed: int) -> ParityReport:
@@ -277,9 +272,13 @@ def stock_attention(base: Any) -> Iterator[None]:
             backbone.set_attn_implementation(before)
 
 
-@contextlib.contextmanager
-def _embeddings_captured(base: Any, rounding: float = 0.0, draw: int = 0) -> Iterator[list[Tensor]]:
-    """Collect what the embedding puts out, cut off from its weights: what arrives there passed through every layer."""
+def _run(
+    model: Any, inputs: dict[str, Any], paths: dict[int, Any], rounding: float = 0.0, draw: int = 0
+) -> tuple[list[Tensor], Tensor]:
+    """Logits at paths of the first row, and their gradient at what the embedding put out, cut off from its weights.
+
+    What arrives there passed through every layer.
+    """
     captured: list[Tensor] = []
 
     def capture(module: nn.Module, args: Any, output: Tensor) -> Tensor:  # noqa: ARG001
@@ -291,29 +290,34 @@ def _embeddings_captured(base: Any, rounding: float = 0.0, draw: int = 0) -> Ite
         # some models scale what they get in place, which a leaf does not allow
         return leaf.clone()
 
-    handle = base.get_input_embeddings().register_forward_hook(capture)
+    handle = unwrap_model(model).get_input_embeddings().register_forward_hook(capture)
     try:
-        yield captured
+        found = model(**inputs).logits[0]
     finally:
         handle.remove()
-
-
-def _scores(logits: Tensor, seed: int) -> Tensor:
-    """Weigh every logit at random: the gradient then says on what each of them depends."""
-    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(seed)).to(logits)
-    return (weights * logits).sum() / logits.shape[-1]
+    if len(captured) != 1:
+        raise FlexdpoError(
+            f"the model used its input embedding {len(captured)} times in one forward; the parity probe needs once"
+        )
+    logits, scores = [found[path] for path in paths.values()], []
+    for seed, each in zip(paths, logits, strict=True):
+        # every logit is weighed at random: the gradient then says on what each of them depends
+        weights = torch.randn(each.shape, generator=torch.Generator().manual_seed(seed)).to(each)
+        scores.append((weights * each).sum() / each.shape[-1])
+    # not autograd.grad, which reentrant checkpoints do not know
+    torch.stack(scores).sum().backward()
+    return [each.detach() for each in logits], captured[0].grad[0]  # type: ignore[index]
 
 
 def _unpacked(model: Any, row: Row, *, rounding: float = 0.0, draw: int = 0) -> _Outcome:
     """One sequence at a time; with ``rounding`` beside another one, which is padded, and rounded otherwise."""
-    logits, gradients = [], []
+    logits, gradients = [], {}
     for number, sequence in enumerate(sequence for group in row.groups for sequence in group.sequences):
         ids = torch.from_numpy(sequence)[None].to(row.input_ids.device)
         inputs = beside_another(ids) if rounding else {"input_ids": ids}
-        with _embeddings_captured(unwrap_model(model), rounding, draw) as captured:
-            logits.append(model(**inputs, use_cache=False).logits[0])
-        gradients.append(_gradient(_scores(logits[-1], number), captured)[0])
-    return _Outcome(torch.cat(logits).detach(), summed_by_token(dict(enumerate(gradients)), row))
+        one, gradients[number] = _run(model, {**inputs, "use_cache": False}, {number: slice(None)}, rounding, draw)
+        logits += one
+    return torch.cat(logits), summed_by_token(gradients, row)
 
 
 def beside_another(ids: Tensor) -> dict[str, Tensor]:
@@ -324,22 +328,9 @@ def beside_another(ids: Tensor) -> dict[str, Tensor]:
 
 
 def _packed(model: Any, row: Row, layout: RowLayout) -> _Outcome:
-    with _embeddings_captured(unwrap_model(model)) as captured:
-        all_logits = model(**{**row.inputs(), "attention_mask": layout}).logits[0]
-    logits = [all_logits[path_of(row, response)] for response in range(row.num_responses)]
-    score = torch.stack([_scores(each, number) for number, each in enumerate(logits)]).sum()
-    return _Outcome(torch.cat(logits).detach(), _gradient(score, captured)[0, : row.num_tokens])
-
-
-def _gradient(score: Tensor, captured: list[Tensor]) -> Any:
-    """That of a score at what was embedded, ``[B, L, H]``."""
-    if len(captured) != 1:
-        raise FlexdpoError(
-            f"the model used its input embedding {len(captured)} times in one forward; the parity probe needs once"
-        )
-    # not autograd.grad, which reentrant checkpoints do not know
-    score.backward()
-    return captured[0].grad
+    paths = {response: path_of(row, response) for response in range(row.num_responses)}
+    logits, gradient = _run(model, {**row.inputs(), "attention_mask": layout}, paths)
+    return torch.cat(logits), gradient[: row.num_tokens]
 
 
 def summed_by_token(gradients: dict[int, Tensor], row: Row) -> Tensor:
@@ -351,4 +342,4 @@ def summed_by_token(gradients: dict[int, Tensor], row: Row) -> Tensor:
 
 
 def _errors(got: _Outcome, want: _Outcome) -> tuple[float, float]:
-    return token_error([(got.logits, want.logits)]), token_error([(got.gradients, want.gradients)])
+    return token_error([(got[0], want[0])]), token_error([(got[1], want[1])])

@@ -51,7 +51,7 @@ def dry_run(job: Job, config: DPOConfig) -> DryRun:
     name, trusted = str(job.model_name_or_path), {"trust_remote_code": config.trust_remote_code, **revision}
     images = holds_images(data) and sees(model_loading.load_config(name, **trusted))
     tokenizer = (model_loading.load_processor if images else model_loading.load_tokenizer)(name, **trusted)
-    model = _without_weights(job, config, images=images)
+    model = _without_weights(job, config, trusted, images=images)
     model_loading.require_vocabulary(model, tokenizer_of(tokenizer))
     how = {name: getattr(config, name) for name in ("max_length", "truncation_mode", "max_prompt_length")}
     tokenised = tokenize_preferences(data, tokenizer, num_proc=config.dataset_num_proc, **how)
@@ -66,11 +66,10 @@ def dry_run(job: Job, config: DPOConfig) -> DryRun:
     return _predict(tokenised, model, job, config)
 
 
-def _without_weights(job: Job, config: DPOConfig, *, images: bool) -> nn.Module:
+def _without_weights(job: Job, config: DPOConfig, trusted: dict[str, Any], *, images: bool) -> nn.Module:
     kwargs, given = job.load_kwargs(config), str(job.model_name_or_path)
     name = adapter_base(given) or given
-    revision = {key: kwargs[key] for key in ("revision",) if key in kwargs}
-    read = model_loading.load_config(given, trust_remote_code=config.trust_remote_code, **revision)
+    read = model_loading.load_config(given, **trusted)
     dtype = getattr(read, "dtype", None) if kwargs.get("dtype") == "auto" else kwargs.get("dtype")
     try:
         with torch.device("meta"):

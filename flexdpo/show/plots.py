@@ -20,8 +20,7 @@ Curves = dict[str, NDArray[np.float64]]
 
 INK = "#1f2937"
 _TRAIN_COLOUR, _EVAL_COLOUR = "#2b6cb0", "#c2410c"
-_ACCURACY, _MARGIN = "rewards/accuracies", "rewards/margins"
-_QUANTITIES = {"loss": ("loss",), "rewards": (_ACCURACY, _MARGIN)}
+_QUANTITIES = {"loss": ("loss",), "rewards": ("rewards/accuracies", "rewards/margins")}
 
 
 def new_figure(width: float, height: float, dpi: int) -> Figure:

@@ -1,4 +1,4 @@
-"""What to draw: groups from a file of lengths, from the first rows of a dataset, or from the built-in example."""
+"""What to draw: groups from a file of lengths, or from the built-in example."""
 
 from __future__ import annotations
 
@@ -8,11 +8,6 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
-
-from flexdpo.data.report import DataReport
-from flexdpo.data.tokenize import group_from_row, tokenize_preferences
 from flexdpo.errors import FlexdpoError, found
 from flexdpo.layout.groups import Group
 
@@ -79,17 +74,6 @@ def _run(value: Any, place: str, ids: Iterator[int]) -> list[int]:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST_TOKENS:
         raise FlexdpoError(f"{place}: expected a number of tokens from 1 to {MOST_TOKENS:,}, found {found(value)}")
     return [next(ids) for _ in range(value)]
-
-
-def groups_of_dataset(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None, first: int = 0, groups: int = 4
-) -> tuple[list[Group], DataReport]:
-    """Tokenise a few rows of a dataset, from row ``first`` on, as training would, and report on them."""
-    if not 0 <= first < len(dataset):
-        raise FlexdpoError(f"--first {first}: the dataset has the rows 0 to {len(dataset) - 1}")
-    some = dataset.select(range(first, min(first + groups, len(dataset))))
-    data = tokenize_preferences(some, tokenizer, max_length=max_length, name="data")
-    return [group_from_row(row) for row in data.dataset], data.report
 
 
 def example_groups(groups: int = 4, seed: int = 0) -> list[Group]:
