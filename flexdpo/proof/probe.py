@@ -119,7 +119,9 @@ def _compare(model: nn.Module, max_tokens: int, seed: int) -> ParityReport:
     base = unwrap_model(model)
     limits = length_limits(backbone_of(base))
     threshold = max(_largest_window(base), *(limit for limit in limits.limits if limit != limits.open_end), 0)
-    length = _document_length(base, threshold, max_tokens)
+    # beyond the threshold, within what the model and the caller allow
+    limit = getattr(backbone_of(base).config, "max_position_embeddings", None) or max_tokens
+    length = max(min(threshold + 24, limit, max_tokens), 24)
     if limits.open_end is not None:
         length = min(length, limits.open_end)
     stateful = bool(mixers_of(backbone_of(base)))
@@ -179,12 +181,6 @@ def _largest_window(base: Any) -> int:
     plain = {CONVOLUTION, "selective_scan_fn", *FUSED, *STEPS}
     chunked = any(kind is None or not kind.understood or not kind.names <= plain for kind in kinds)
     return max(size for size in (*sizes, SCAN_CHUNK if chunked else 0) if isinstance(size, int))
-
-
-def _document_length(base: Any, threshold: int, max_tokens: int) -> int:
-    """Tokens of a prompt with one response: beyond the threshold, within what the model and the caller allow."""
-    limit = getattr(backbone_of(base).config, "max_position_embeddings", None) or max_tokens
-    return max(min(threshold + 24, limit, max_tokens), 24)
 
 
 def _probe_row(base: Any, length: int, seed: int, limits: Sequence[int], *, stateful: bool = False) -> Row:

@@ -94,21 +94,18 @@ def shrunk_config(config: Any) -> Any:
     _cut_heads(text)
     if isinstance(hidden, int):
         _cut_states(text, hidden)
-    for name, size in _CAPS.items():
-        _cap(text, name, size)
+    _cap(text, _CAPS)
     for rope in _rope_settings(text):
         if rope.get("original_max_position_embeddings", 0) > 2 * _WINDOW:
             rope["original_max_position_embeddings"] = 2 * _WINDOW
     for other in (getattr(cut, name, None) for name in getattr(cut, "sub_configs", {})):
         if other is not None and other is not text:
             # images and sounds take no part in a packed row
-            for name in (*_LAYER_COUNTS, "encoder_layers", "num_blocks"):
-                _cap(other, name, 1)
-    for each in {id(c): c for c in (cut, text)}.values():
-        _cap(each, "vocab_size", _VOCABULARY)
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            # a pad token's embedding gets no gradient, so it is one that no probe draws
-            _cap(each, name, _VOCABULARY - 1)
+            _cap(other, dict.fromkeys((*_LAYER_COUNTS, "encoder_layers", "num_blocks"), 1))
+    for each in (cut, text):
+        # a pad token's embedding gets no gradient, so it is one that no probe draws
+        special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), _VOCABULARY - 1)
+        _cap(each, {"vocab_size": _VOCABULARY, **special})
     return cut
 
 
@@ -118,10 +115,11 @@ def _rope_settings(config: Any) -> list[dict[str, Any]]:
     return [found, *(each for each in found.values() if isinstance(each, dict))]
 
 
-def _cap(config: Any, name: str, size: int) -> None:
-    value = getattr(config, name, None)
-    if isinstance(value, int) and not isinstance(value, bool) and value > size:
-        setattr(config, name, size)
+def _cap(config: Any, sizes: dict[str, int]) -> None:
+    for name, size in sizes.items():
+        value = getattr(config, name, None)
+        if isinstance(value, int) and not isinstance(value, bool) and value > size:
+            setattr(config, name, size)
 
 
 def _cut_layers(config: Any) -> None:

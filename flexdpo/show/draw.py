@@ -1,7 +1,9 @@
-"""The picture of a row under any mask, for whoever makes one of their own."""
+"""The picture of a row under any mask; and one of everything: its tries, its mask, and how a batch is packed."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,10 +14,15 @@ from flexdpo.attention.mask_mods import MaskMod
 from flexdpo.errors import FlexdpoError, found
 from flexdpo.layout.row import Row
 from flexdpo.show.mask_image import TOKENS_DRAWN_SINGLY, draw_mask_panel, row_title
+from flexdpo.show.packing import BatchLayout, draw_packing_panel, packing_height
 from flexdpo.show.plots import INK, new_figure, save_figure
+from flexdpo.show.trie import draw_trie_panel, trie_height
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+VIEWS = ("all", "trie", "mask", "packing")
+_WIDTH, _MASK, _HEADING, _AXIS = 7.5, 7.1, 0.42, 0.5
 
 
 def draw(
@@ -33,10 +40,7 @@ def draw(
     ``window``, ``chunk`` and ``mask_function`` are those of :func:`flexdpo.mask_mod`, the last drawn for head 0. Above
     stands ``title``, by default the numbers of documents and tokens. A tile has ``block_size`` tokens to a side, by
     default 128, and fewer for a row of less than eight of them. With a ``path`` the picture is written as well, in the
-    format of its ending, ``.png`` for instance.
-
-    Returns:
-        A matplotlib figure, which a notebook shows, unknown to pyplot.
+    format of its ending, ``.png`` for instance. The matplotlib figure is unknown to pyplot; a notebook shows it.
 
     Raises:
         FlexdpoError: as :func:`flexdpo.mask_mod`; if a mask other than the row's own is to be drawn for more than 2048
@@ -59,4 +63,27 @@ def draw(
     figure.text(0.1, 0.966, row_title(row) if title is None else title, fontsize=11, color=INK)
     if path is not None:
         save_figure(figure, path)
+    return figure
+
+
+def overview_figure(
+    row: Row, layouts: Sequence[BatchLayout], *, view: str = "all", block_size: int | None = None
+) -> Figure:
+    """Draw a row and its batch's layouts, or one of :data:`VIEWS`; tiles are those of :func:`flexdpo.draw`."""
+    batch = "A batch, laid out three ways (area is work)"
+    panels = {
+        "trie": ("The tries of the row", trie_height(row), partial(draw_trie_panel, row=row)),
+        "mask": (row_title(row), _MASK, partial(draw_mask_panel, row=row, block_size=block_size)),
+        "packing": (batch, packing_height(layouts), partial(draw_packing_panel, layouts=layouts)),
+    }
+    shown = [panel for name, panel in panels.items() if view in ("all", name)]
+    top = total = sum(height + _HEADING + _AXIS for _, height, _ in shown)
+    figure = new_figure(_WIDTH, total, dpi=160)
+    for title, height, draw_panel in shown:
+        figure.text(0.1, (top - 0.27) / total, title, fontsize=11, color=INK)
+        top -= _HEADING
+        bottom = top - height
+        place = figure.add_gridspec(1, 1, left=0.1, right=0.985, top=top / total, bottom=bottom / total)[0]
+        draw_panel(figure, place)
+        top = bottom - _AXIS
     return figure

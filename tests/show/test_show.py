@@ -14,7 +14,7 @@ from flexdpo.layout.groups import Group
 from flexdpo.layout.packing import pack
 from flexdpo.layout.row import Row
 from flexdpo.show import mask_image
-from flexdpo.show.draw import draw
+from flexdpo.show.draw import draw, overview_figure
 from flexdpo.show.mask_image import (
     EMPTY,
     FIRST_RESPONSE,
@@ -29,7 +29,6 @@ from flexdpo.show.mask_image import (
     tile_kinds,
     token_kinds,
 )
-from flexdpo.show.overview import overview_figure
 from flexdpo.show.packing import batch_layouts
 from flexdpo.show.plots import save_figure
 from flexdpo.show.sources import example_groups, read_lengths
