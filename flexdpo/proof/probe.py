@@ -126,13 +126,19 @@ def _compare(model: nn.Module, max_tokens: int, seed: int) -> ParityReport:
         length = min(length, limits.open_end)
     stateful = bool(mixers_of(backbone_of(base)))
     row = _probe_row(base, length, seed, limits.limits, stateful=stateful).to(base.device)
+    # every token sees all that stand before it in the row: responses and documents mix
+    layout = row.layout
+    ends = torch.full_like(layout.subtree_end, layout.length)
+    leaking = RowLayout(
+        layout.position_ids, ends, layout.num_tokens, layout.multiplicity, layout.shortest, layout.longest
+    )
     with _without_dropout(model), torch.enable_grad():
         with stock_attention(base), CoarsestRounding() as rounding:
             want = _unpacked(model, row)
         noise = _noise(model, row, want, rounding.eps, 0)
         prepare_model(model, impl=getattr(base, "_flexdpo_impl", "auto"))
-        packed = _errors(_packed(model, row, row.layout), want)
-        wrong = _errors(_packed(model, row, _leaking(row.layout)), want)
+        packed = _errors(_packed(model, row, layout), want)
+        wrong = _errors(_packed(model, row, leaking), want)
         for draw in range(1, _SCAN_DRAWS if stateful else 1):
             loud = (_SCAN_SPREAD * noise[0], _SCAN_SPREAD * noise[1])
             # more draws only where they may still decide
@@ -215,12 +221,6 @@ def _probe_row(base: Any, length: int, seed: int, limits: Sequence[int], *, stat
         responses = [[one, *tokens(3)], [other, *tokens(2)]]
         groups += [Group.from_lists(tokens(n), responses, [(0, 1)]) for n in (4, 8, *nearly)]
     return Row.from_groups(groups, pad_to_multiple_of=16, limits=limits)
-
-
-def _leaking(layout: RowLayout) -> RowLayout:
-    """Let every token see all that stand before it in the row: responses and documents mix."""
-    ends = torch.full_like(layout.subtree_end, layout.length)
-    return RowLayout(layout.position_ids, ends, layout.num_tokens, layout.multiplicity, layout.shortest, layout.longest)
 
 
 def path_of(row: Row, response: int) -> Tensor:

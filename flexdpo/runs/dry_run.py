@@ -70,11 +70,15 @@ def _without_weights(job: Job, config: DPOConfig, trusted: dict[str, Any], *, im
     kwargs, given = job.load_kwargs(config), str(job.model_name_or_path)
     name = adapter_base(given) or given
     read = model_loading.load_config(given, **trusted)
-    dtype = getattr(read, "dtype", None) if kwargs.get("dtype") == "auto" else kwargs.get("dtype")
+    dtype = wanted = getattr(read, "dtype", None) if kwargs.get("dtype") == "auto" else kwargs.get("dtype")
+    if not isinstance(wanted, torch.dtype):
+        dtype = getattr(torch, str(wanted or "float32").removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype):
+        raise FlexdpoError(f"--dtype {wanted!r} is no dtype; use float32, bfloat16 or float16")
     try:
         with torch.device("meta"):
             model: nn.Module = auto_class(read, images=images).from_config(
-                read, trust_remote_code=config.trust_remote_code, dtype=_as_dtype(dtype)
+                read, trust_remote_code=config.trust_remote_code, dtype=dtype
             )
     except (ValueError, TypeError, KeyError) as error:
         raise FlexdpoError(f"cannot make a causal LM of {name!r}: {first_line(error)}") from error
@@ -86,14 +90,6 @@ def _without_weights(job: Job, config: DPOConfig, trusted: dict[str, Any], *, im
         model = add_adapter(model, job.peft_config())
     prepare_model(model, impl=config.attn_impl)  # type: ignore[arg-type]
     return model
-
-
-def _as_dtype(value: Any) -> torch.dtype:
-    name = str(value or "float32").removeprefix("torch.")
-    found = value if isinstance(value, torch.dtype) else getattr(torch, name, None)
-    if not isinstance(found, torch.dtype):
-        raise FlexdpoError(f"--dtype {value!r} is no dtype; use float32, bfloat16 or float16")
-    return found
 
 
 def _predict(tokenised: TokenizedPreferences, model: nn.Module, job: Job, config: DPOConfig) -> DryRun:

@@ -17,10 +17,8 @@ from flexdpo.show.plots import INK, ink_on, style_axes
 HIDDEN, PADDING, PROMPT, IMAGE, SHARED, FIRST_RESPONSE = range(6)
 EMPTY, PARTIAL, FULL = range(3)  # what a tile of the BlockMask is
 # longer rows are drawn as averages over squares of tokens, about this many to a side
-TOKENS_DRAWN_SINGLY = 2048
-SQUARES_PER_SIDE = 1024
-TILES_MARKED_SINGLY = 40
-LEGEND_RESPONSES = 8
+TOKENS_DRAWN_SINGLY, SQUARES_PER_SIDE = 2048, 1024
+TILES_MARKED_SINGLY, LEGEND_RESPONSES = 40, 8
 
 _KIND_COLOURS = ("#ffffff", "#9ca3af", "#3f6fa8", "#b3423a", "#7a4fa3")
 _KIND_NAMES = ("hidden", "padding (sees only itself)", "prompt", "image", "shared by responses")
@@ -32,7 +30,6 @@ class TokenKinds(NamedTuple):
 
     kinds: NDArray[np.int64]  # PADDING, PROMPT, IMAGE, SHARED (in several responses) or FIRST_RESPONSE + k, [S]
     documents: NDArray[np.int64]  # number of the document each token belongs to, [S]; -1 at padding
-    num_responses: int  # the largest number of responses in one document
 
 
 def token_kinds(row: Row) -> TokenKinds:
@@ -51,7 +48,7 @@ def token_kinds(row: Row) -> TokenKinds:
             responses_seen[document] += 1
             listed[path] += 1
     kinds[listed > 1] = SHARED
-    return TokenKinds(kinds, documents, max(responses_seen, default=0))
+    return TokenKinds(kinds, documents)
 
 
 def mask_categories(row: Row) -> NDArray[np.int64]:
@@ -121,22 +118,22 @@ def kind_name(kind: int) -> str:
     return _KIND_NAMES[kind] if kind < FIRST_RESPONSE else f"response {kind - FIRST_RESPONSE}"
 
 
-def token_colours(tokens: TokenKinds) -> NDArray[np.float32]:
-    """Give every token its colour, ``[S, 3]`` in 0 to 1; every second document is paler."""
-    colours = _palette(tokens.num_responses)[tokens.kinds]
+def token_colours(tokens: TokenKinds, last: int | None = None) -> NDArray[np.float32]:
+    """The colour of every token, ``[S, 3]`` in 0 to 1, among kinds up to ``last``; every second document is paler."""
+    colours = _palette(int(tokens.kinds.max()) if last is None else last)[tokens.kinds]
     odd = (tokens.documents >= 0) & (tokens.documents % 2 == 1)
     colours[odd] += 0.38 * (1 - colours[odd])
     return colours.astype(np.float32)
 
 
-def _palette(num_responses: int) -> NDArray[np.float64]:
-    """The colour of every kind of token, ``[FIRST_RESPONSE + num_responses, 3]`` or more."""
+def _palette(last: int) -> NDArray[np.float64]:
+    """The colour of every kind of token up to the ``last`` at least, ``[K, 3]``."""
     from matplotlib import colormaps
     from matplotlib.colors import to_rgb
 
     responses: Any = _RESPONSE_COLOURS
-    if num_responses > len(responses):
-        responses = colormaps["turbo"](np.linspace(0.3, 0.95, num_responses))
+    if (count := last + 1 - FIRST_RESPONSE) > len(responses):
+        responses = colormaps["turbo"](np.linspace(0.3, 0.95, count))
     return np.array([to_rgb(colour) for colour in (*_KIND_COLOURS, *responses)])
 
 
@@ -222,8 +219,8 @@ def _draw_legend(axes: Any, tokens: TokenKinds, tiles: NDArray[np.int64] | None,
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    palette, many = _palette(tokens.num_responses), tokens.num_responses > LEGEND_RESPONSES
-    last = FIRST_RESPONSE + tokens.num_responses - 1
+    last = int(tokens.kinds.max())
+    palette, many = _palette(last), last - FIRST_RESPONSE >= LEGEND_RESPONSES
     entries: list[Any] = [
         Patch(color=palette[kind], label=("... to " if many and kind == last else "") + kind_name(kind))
         for kind in sorted(set(tokens.kinds.tolist()), key=lambda kind: (kind == PADDING, kind))

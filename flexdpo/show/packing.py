@@ -20,7 +20,7 @@ class BatchLayout(NamedTuple):
     """A batch laid out one way: its sequences or rows, padding included."""
 
     name: str  # ``"padded"``, ``"packed"`` or ``"packed and shared"``
-    lanes: tuple[TokenKinds, ...]
+    lanes: list[TokenKinds]
 
     @property
     def slots(self) -> int:
@@ -49,32 +49,28 @@ def batch_layouts(
     """
     unshared = [group.unshared_tokens for group in groups]
     budget = max(-(-sum(unshared) // 4), *unshared) if max_tokens_per_row is None else max_tokens_per_row
-    shared = [_numbered_as_in_batch(row) for row in pack(groups, budget, sharing=sharing)]
-    # one for all, so that the colours agree
-    most = max(*(lane.num_responses for lane in shared), *(len(group.response_ids) for group in groups))
     sequences = []
     for number, group in enumerate(groups):
         for k, ids in enumerate(group.response_ids):
             kinds = np.repeat([PROMPT, FIRST_RESPONSE + k], [group.prompt_ids.size, ids.size])
             if group.images:
                 kinds[: group.prompt_ids.size][group.prompt_ids == group.image_token_id] = IMAGE
-            sequences.append(TokenKinds(kinds, np.full(kinds.size, number), most))
+            sequences.append(TokenKinds(kinds, np.full(kinds.size, number)))
     lengths = [lane.kinds.size for lane in sequences]
     longest = max(lengths)
     # the unshared responses of a group may be too long together, so each finds its own place
     bins = best_fit_decreasing(lengths, max(budget, longest))
     return [
-        BatchLayout("padded", tuple(_joined([lane], longest) for lane in sequences)),
-        BatchLayout("packed", tuple(_joined([sequences[i] for i in members]) for members in bins)),
-        BatchLayout("packed and shared", tuple(lane._replace(num_responses=most) for lane in shared)),
+        BatchLayout("padded", [_joined([lane], longest) for lane in sequences]),
+        BatchLayout("packed", [_joined([sequences[i] for i in members]) for members in bins]),
+        BatchLayout("packed and shared", [_numbered_as_in_batch(row) for row in pack(groups, budget, sharing=sharing)]),
     ]
 
 
 def _joined(lanes: Sequence[TokenKinds], length: int = 0) -> TokenKinds:
     """Lanes one behind the other, and padding up to ``length`` tokens."""
-    kinds, documents, most = zip(*lanes, strict=True)
-    padding = np.full((2, max(0, length - sum(map(len, kinds)))), [[PADDING], [-1]])
-    return TokenKinds(np.concatenate([*kinds, padding[0]]), np.concatenate([*documents, padding[1]]), most[0])
+    padding = np.full((2, max(0, length - sum(lane.kinds.size for lane in lanes))), [[PADDING], [-1]])
+    return TokenKinds(*np.concatenate([*lanes, padding], axis=1))
 
 
 def _numbered_as_in_batch(row: Row) -> TokenKinds:
@@ -92,25 +88,24 @@ def packing_height(layouts: Sequence[BatchLayout]) -> float:
 
 
 def draw_packing_panel(figure: Any, place: Any, layouts: Sequence[BatchLayout]) -> None:
-    """Draw layouts of one batch below each other on one scale of tokens, :func:`packing_height` inches high."""
-    axes = figure.add_subplot(place)
-    y = 0.0
+    """Draw layouts of one batch below each other on one scale of tokens, :func:`packing_height` inches high.
+
+    Tokens are bars, one for each stretch of one kind in one document.
+    """
+    axes, top = figure.add_subplot(place), 0.0
+    lanes = [lane for layout in layouts for lane in layout.lanes]
+    last = max(int(lane.kinds.max()) for lane in lanes)
     for layout in layouts:
-        axes.text(0, y + 0.9, layout.title(), fontsize=8.5, color=INK, ha="left", va="center_baseline")
+        axes.text(0, top + 0.9, layout.title(), fontsize=8.5, color=INK, ha="left", va="center_baseline")
         for number, lane in enumerate(layout.lanes):
-            _draw_lane(axes, lane, y + _GAP - 0.35 + number)
-        y += _GAP + len(layout.lanes)
-    axes.set(xlim=(0, max(lane.kinds.size for layout in layouts for lane in layout.lanes)), ylim=(y, 0))
+            (kinds, documents), y = lane, top + _GAP - 0.35 + number
+            breaks = np.flatnonzero((np.diff(kinds) != 0) | (np.diff(documents) != 0)) + 1
+            starts = np.array([0, *breaks])
+            faces = np.where(kinds[starts, None] == PADDING, (0.92, 0.93, 0.95), token_colours(lane, last)[starts])
+            spans = np.stack([starts, np.diff(starts, append=kinds.size)], axis=1)
+            axes.broken_barh(spans, (y, 0.8), facecolors=faces, linewidth=0)
+            borders = breaks[documents[breaks] != documents[breaks - 1]]
+            axes.vlines(borders, y, y + 0.8, color="white", linewidth=1.2)
+        top += _GAP + len(layout.lanes)
+    axes.set(xlim=(0, max(lane.kinds.size for lane in lanes)), ylim=(top, 0))
     style_axes(axes, "tokens", lanes=True)
-
-
-def _draw_lane(axes: Any, lane: TokenKinds, y: float) -> None:
-    """Draw the tokens of a lane as bars, one for each stretch of one kind in one document."""
-    kinds, documents, _ = lane
-    breaks = np.flatnonzero((np.diff(kinds) != 0) | (np.diff(documents) != 0)) + 1
-    starts = np.array([0, *breaks])
-    faces = np.where(kinds[starts, None] == PADDING, (0.92, 0.93, 0.95), token_colours(lane)[starts])
-    spans = np.stack([starts, np.diff(starts, append=kinds.size)], axis=1)
-    axes.broken_barh(spans, (y, 0.8), facecolors=faces, linewidth=0)
-    borders = breaks[documents[breaks] != documents[breaks - 1]]
-    axes.vlines(borders, y, y + 0.8, color="white", linewidth=1.2)

@@ -115,8 +115,15 @@ def draw_training_curves(history: Iterable[Mapping[str, Any]], path: str | Path)
         axes = [figure.add_subplot(grid[:, column] if len(keys) == 1 else grid[0, column])]
         if len(keys) == 2:
             axes.append(figure.add_subplot(grid[1, column], sharex=axes[0]))
-            _mark_chance(axes[0])
-            axes[1].set_ylabel("margin", fontsize=9)
+            axes[0].axhline(0.5, color="#6b7280", linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+            axes[0].annotate(
+                "chance", (1.0, 0.5), xycoords=("axes fraction", "data"), xytext=(-2, 2), textcoords="offset points",
+                ha="right", fontsize=7, color="#6b7280",
+            )  # fmt: skip
+            axes[0].set_ylim(-0.03, 1.03)
+            axes[0].tick_params(labelbottom=False)
+            for place, label in zip(axes, ("accuracy", "margin"), strict=True):
+                place.set_ylabel(label, fontsize=9)
         for place, key in zip(axes, keys, strict=True):
             _draw_curves(place, curves, key)
         next(place for place in axes if place.get_legend_handles_labels()[0]).legend(fontsize=8, frameon=False)
@@ -139,15 +146,3 @@ def _draw_curves(axes: Any, curves: Curves, key: str) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
-
-
-def _mark_chance(axes: Any) -> None:
-    """Prepare the axes of an accuracy."""
-    axes.axhline(0.5, color="#6b7280", linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
-    axes.annotate(
-        "chance", (1.0, 0.5), xycoords=("axes fraction", "data"), xytext=(-2, 2), textcoords="offset points",
-        ha="right", fontsize=7, color="#6b7280",
-    )  # fmt: skip
-    axes.set_ylim(-0.03, 1.03)
-    axes.set_ylabel("accuracy", fontsize=9)
-    axes.tick_params(labelbottom=False)

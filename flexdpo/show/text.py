@@ -79,7 +79,7 @@ def _packing_text(layouts: Sequence[BatchLayout], width: int) -> str:
     lines = []
     for layout in layouts:
         lines.append(layout.title())
-        for kinds, *_ in layout.lanes:
+        for kinds, _ in layout.lanes:
             # of several tokens the most frequent kind
             parts = [kinds[start : start + step] for start in range(0, kinds.size, step)]
             lines.append(_marked(int(np.bincount(part).argmax()) for part in parts))

@@ -37,7 +37,7 @@ class Run:
 def trie_runs(row: Row) -> list[Run]:
     """Cut the real tokens of a row into runs, parents before children, and place them on lanes."""
     segments, positions = Segments.of(row.layout), row.position_ids[0].tolist()
-    kinds, documents, _ = token_kinds(row)
+    kinds, documents = token_kinds(row)
     starts = np.union1d(segments.starts, np.flatnonzero(np.diff(kinds[: row.num_tokens])) + 1)
     parents = (np.searchsorted(starts, segments.parent_tokens()[starts], side="right") - 1).tolist()
     # a lane for each leaf, a gap between documents, and every other run in the middle of its children

@@ -71,10 +71,10 @@ def dense_mask(row: Row) -> np.ndarray:
 
 
 def test_token_kinds_of_a_trie_of_depth_two():
-    kinds, documents, num_responses = token_kinds(depth_two_row())
+    kinds, documents = token_kinds(depth_two_row())
     assert kinds.tolist() == DEPTH_TWO
     assert documents.tolist() == [0] * 9 + [1] * 5 + [-1] * 2
-    assert num_responses == 3
+    assert kinds.max() == FIRST_RESPONSE + 3 - 1
 
 
 def test_categories_equal_a_loop_over_the_definition():
@@ -353,7 +353,7 @@ def test_layouts_of_a_batch_hold_its_tokens(tmp_path):
 def test_groups_that_share_a_trie_have_the_responses_of_all(tmp_path):
     groups = [Group.from_lists(list(range(200)), [[300 + 2 * n], [301 + 2 * n]]) for n in range(4)]
     padded, _, shared = batch_layouts(groups, 3_000, sharing="step")
-    assert {lane.num_responses for lane in (*padded.lanes, *shared.lanes)} == {8}
+    assert shared.lanes[0].kinds.max() == FIRST_RESPONSE + 8 - 1
     save_figure(overview_figure(pack(groups, sharing="step")[0], [padded, shared]), tmp_path / "view.png")
 
 
