@@ -79,9 +79,9 @@ def check_model(name_or_path: str, *, trust_remote_code: bool = False, revision:
     reason = refusal_reason(backbone_of(outline))
     if reason is not None:
         return replace(found, verdict="refused", reason=reason)
-    weights = list(Path(name_or_path).expanduser().glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in Path(name_or_path).expanduser().glob("*.safetensors"))
     try:
-        if weights and sum(file.stat().st_size for file in weights) <= _LARGEST_LOADED:
+        if 0 < size <= _LARGEST_LOADED:
             probed, load = "saved model", AutoModelForCausalLM.from_pretrained
             model = load(name_or_path, dtype=torch.float32, trust_remote_code=trust_remote_code)
         else:
@@ -93,9 +93,6 @@ def check_model(name_or_path: str, *, trust_remote_code: bool = False, revision:
         return replace(found, reason=f"no tiny model could be run ({first_line(error)})")
     verdict: Any = {"exact": "exact", "inconclusive": "accepted"}.get(report.verdict, "refused")
     return replace(found, verdict=verdict, reason=report.reason, probed=probed, probe=report)
-
-
-# --- what is loaded --------------------------------------------------------------------------------------------------
 
 
 def _load_config(name_or_path: str, trust_remote_code: bool, revision: str) -> Any:
@@ -126,9 +123,6 @@ def _outline(config: Any, trust_remote_code: bool) -> Any:
         if "Unrecognized configuration class" in reason:
             reason = "transformers has no causal language model of this kind"
         raise FlexdpoError(f"cannot build a {config.model_type!r} model: {reason}") from error
-
-
-# --- what is said ----------------------------------------------------------------------------------------------------
 
 
 def _features(config: Any) -> list[str]:

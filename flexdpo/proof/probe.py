@@ -174,9 +174,6 @@ def _judge(
     return "exact", ""
 
 
-# --- what is run -----------------------------------------------------------------------------------------------------
-
-
 def _largest_window(base: Any) -> int:
     config = backbone_of(base).config
     # Llama 4 scales its queries from floor_scale on
@@ -227,9 +224,6 @@ def path_of(row: Row, response: int) -> Tensor:
     """Row indices of a whole sequence, prompt included: the last token of a response and its ancestors."""
     last = int(row.response_paths[response][-1])
     return (row.subtree_end[0, : last + 1] > last).nonzero()[:, 0]
-
-
-# --- how it is run ---------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager

@@ -100,23 +100,20 @@ def _predict(tokenised: TokenizedPreferences, model: nn.Module, job: Job, config
     budget: Any = config.max_tokens_per_row
     if budget == "auto":
         budget = auto_row_budget(model, setup, device=config.device, multiple=config.row_multiple)
-    accumulated, size = config.gradient_accumulation_steps, config.per_device_train_batch_size
+    same = ("max_length", "per_device_train_batch_size", "gradient_accumulation_steps", "sharing", "seed")
     settings = EstimateSettings(
+        **{name: getattr(config, name) for name in same},
         device="cuda" if config.device.type == "cuda" else "cpu",
         dtype="float32" if setup.compute_bytes == 4 else "bfloat16",
-        max_length=config.max_length,
         max_tokens_per_row=budget,
-        per_device_train_batch_size=size,
-        gradient_accumulation_steps=accumulated,
         gradient_checkpointing=setup.gradient_checkpointing,
         keep_attention=setup.keeps_attention,
         reference=runs_reference,
-        sharing=config.sharing,
         setup=setup,
-        seed=config.seed,
     )
     estimate = estimate_tokenised(tokenised, settings, model=model)
-    steps = -(-len(tokenised.dataset) // (size * accumulated * config.world_size))
+    accumulated = config.gradient_accumulation_steps
+    steps = -(-len(tokenised.dataset) // (config.per_device_train_batch_size * accumulated * config.world_size))
     rows = "one row for a batch" if budget is None else f"rows of {budget} tokens"
     memory = predict_memory(model, estimate.memory["shared"].tokens, setup).total
     return DryRun(

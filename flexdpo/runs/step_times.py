@@ -20,11 +20,7 @@ from flexdpo.training.trainer import DPOTrainer
 
 @dataclass(frozen=True)
 class StepTimes:
-    """One optimizer step on the same pairs, with and without prefix sharing; seconds are medians.
-
-    Unshared means every response behind its own copy of the prompt and otherwise the same: packed without padding,
-    log-probabilities at the targets only.
-    """
+    """One optimizer step on the same pairs, packed with and without prefix sharing; seconds are medians."""
 
     shared: float
     unshared: float
@@ -42,10 +38,7 @@ def unshared_batch(batch: PackedBatch, pad_to_multiple_of: int = 1) -> PackedBat
 
 
 def measure_step_times(trainer: DPOTrainer, rounds: int) -> StepTimes:
-    """Time whole optimizer steps, shared and unshared in alternation, on the trainer's model and first batches.
-
-    The weights stay as they are.
-    """
+    """Time steps, shared and unshared in alternation, on the trainer's first batches; its weights stay as they are."""
     data, args = trainer.train_dataset, trainer.args
     size, untimed = args.per_device_train_batch_size, 2  # first calls allocate and compile
     # a learning rate of zero does all the work of a step and changes nothing

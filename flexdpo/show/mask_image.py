@@ -91,14 +91,28 @@ def draw_mask_panel(
     two tiles also shows what a kernel makes of them; they are of :func:`picture_block_size` where no size is given.
     """
     tokens = token_kinds(row)
-    colours = token_colours(tokens)
-    block_size = picture_block_size(len(colours)) if block_size is None else block_size
-    tiles = tile_kinds(row, block_size, visible) if len(colours) >= 2 * block_size else None
+    colours, length = token_colours(tokens), row.layout.length
+    block_size = picture_block_size(length) if block_size is None else block_size
+    tiles = tile_kinds(row, block_size, visible) if length >= 2 * block_size else None
     grid = place.subgridspec(
         3, 3, width_ratios=(1, 0.024, 0.075), height_ratios=(0.075, 0.024, 1), wspace=0.02, hspace=0.02
     )
     axes = figure.add_subplot(grid[2, 0])
-    _draw_cells(axes, row, colours, visible)
+    step = 1 if length <= TOKENS_DRAWN_SINGLY or visible is not None else -(-length // SQUARES_PER_SIDE)
+    if step == 1:
+        hidden = (mask_categories(row) == HIDDEN if visible is None else ~visible)[:, :, None]
+        image = np.where(hidden, np.float32(1), colours[None])
+    else:
+        image = averaged_cells(row, colours, step)
+    reach = len(image) * step
+    axes.imshow(image, extent=(0, reach, reach, 0), aspect="auto", interpolation="nearest" if length <= 300 else None)
+    if length <= 64:
+        for lines in (axes.hlines, axes.vlines):
+            # below the marks of the tiles
+            lines(np.arange(1, length), 0, length, color="white", linewidth=0.7, zorder=0.5)
+    axes.set(xlim=(0, length), ylim=(length, 0))
+    axes.set_ylabel("query token (index in the row)", fontsize=9, color=INK)
+    style_axes(axes, "key token (index in the row)")
     if tiles is not None:
         _draw_tiles(axes, tiles, block_size)
     for start, end in row.documents:
@@ -149,25 +163,6 @@ def averaged_cells(row: Row, colours: NDArray[np.float32], step: int) -> NDArray
         painted = 1 - (visible[:, None] / widths[band]) * (1 - colours)  # white where hidden
         image[band] = np.add.reduceat(painted, starts) / widths[:, None]
     return image
-
-
-def _draw_cells(axes: Any, row: Row, colours: NDArray[np.float32], visible: NDArray[np.bool_] | None) -> None:
-    length = row.layout.length
-    step = 1 if length <= TOKENS_DRAWN_SINGLY or visible is not None else -(-length // SQUARES_PER_SIDE)
-    if step == 1:
-        hidden = (mask_categories(row) == HIDDEN if visible is None else ~visible)[:, :, None]
-        image = np.where(hidden, np.float32(1), colours[None])
-    else:
-        image = averaged_cells(row, colours, step)
-    reach = len(image) * step
-    axes.imshow(image, extent=(0, reach, reach, 0), aspect="auto", interpolation="nearest" if length <= 300 else None)
-    if length <= 64:
-        for lines in (axes.hlines, axes.vlines):
-            # below the marks of the tiles
-            lines(np.arange(1, length), 0, length, color="white", linewidth=0.7, zorder=0.5)
-    axes.set(xlim=(0, length), ylim=(length, 0))
-    axes.set_ylabel("query token (index in the row)", fontsize=9, color=INK)
-    style_axes(axes, "key token (index in the row)")
 
 
 def _draw_tiles(axes: Any, tiles: NDArray[np.int64], block_size: int) -> None:
