@@ -61,12 +61,11 @@ def run(argv: list[str]) -> int:
     found.dataset_name = one_name("dataset_name", found.dataset, found.dataset_name)
     settings = settings_of(ShowSettings, found)
     if settings.view not in VIEWS:
-        raise FlexdpoError(
-            f"--view {settings.view!r} is unknown{nearest(settings.view, VIEWS)}; use {', '.join(VIEWS)}"
-        )
+        hint = nearest(settings.view, VIEWS)
+        raise FlexdpoError(f"--view {settings.view!r} is unknown{hint}; use {', '.join(VIEWS)}")
     groups = _groups(settings, settings_of(DataSettings, found), settings_of(TokenizerOptions, found))
-    length, sharing, multiple = settings.max_tokens_per_row, settings.sharing, settings.pad_to_multiple_of
-    row = pack(groups, length, sharing=sharing, pad_to_multiple_of=multiple)[0]
+    length, sharing = settings.max_tokens_per_row, settings.sharing
+    row = pack(groups, length, sharing=sharing, pad_to_multiple_of=settings.pad_to_multiple_of)[0]
     layouts = batch_layouts(groups, length, sharing=sharing)
     size = settings.block_size or None
     if settings.text:
