@@ -44,12 +44,11 @@ class Group:
             if response.size == 0:
                 raise FlexdpoError(f"{self.name}: response {k} has no tokens; drop it or append the EOS token")
         for chosen, rejected in self.edges:
-            for end in (chosen, rejected):
-                if not 0 <= end < len(self.response_ids):
-                    raise FlexdpoError(
-                        f"{self.name}: edge ({chosen}, {rejected}) names response {end}, "
-                        f"but the group has responses 0 to {len(self.response_ids) - 1}"
-                    )
+            if missing := [end for end in (chosen, rejected) if not 0 <= end < len(self.response_ids)]:
+                raise FlexdpoError(
+                    f"{self.name}: edge ({chosen}, {rejected}) names response {missing[0]}, "
+                    f"but the group has responses 0 to {len(self.response_ids) - 1}"
+                )
             if chosen == rejected:
                 raise FlexdpoError(f"{self.name}: edge ({chosen}, {rejected}) prefers a response to itself")
 

@@ -105,12 +105,7 @@ class _Cluster(NamedTuple):
 
 
 def _planned(
-    groups: Sequence[Group],
-    max_tokens_per_row: int,
-    multiple: int,
-    sharing: str,
-    limits: Sequence[int],
-    in_pieces: bool,
+    groups: Sequence[Group], most: int, multiple: int, sharing: str, limits: Sequence[int], in_pieces: bool
 ) -> list[list[_Cluster]]:
     """The clusters of each row; one that fits none has a row of its own."""
     if sharing not in SHARING:
@@ -127,14 +122,11 @@ def _planned(
         prompt = keys.of_prompt(group) if may_share and group.images else group.prompt_ids
         relatives.setdefault(prompt[:MIN_SHARED].tobytes() if may_share else i, []).append(i)
     clusters = [cluster_of(members) for members in relatives.values()]
-    budget = max_tokens_per_row // multiple * multiple
+    budget = most // multiple * multiple
     fitting: list[_Cluster] = []
-    for cluster in clusters:
-        if len(cluster.trie) <= budget:
-            fitting.append(cluster)
-        else:
-            parts = _split(cluster, groups, budget, None if in_pieces else max_tokens_per_row)
-            fitting += map(cluster_of, parts)
+    for each in clusters:
+        whole = len(each.trie) <= budget
+        fitting += [each] if whole else map(cluster_of, _split(each, groups, budget, None if in_pieces else most))
     # what runs in pieces leaves no room in its row
     bins = best_fit_decreasing([min(len(cluster.trie), budget) for cluster in fitting], budget)
     return [[fitting[i] for i in members] for members in bins]
@@ -167,21 +159,17 @@ def _split(cluster: _Cluster, groups: Sequence[Group], budget: int, refused: int
 
 
 def best_fit_decreasing(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Place each length, longest first, into the fullest bin that still has room for it.
-
-    Returns the indices in each bin, in increasing order; bins ordered by their first index.
-    """
+    """Place each length, longest first, into the fullest bin with room for it; bins hold their indices in order."""
     bins: list[list[int]] = []
     room: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         fitting = [(space, number) for number, space in enumerate(room) if space >= lengths[index]]
-        if fitting:
-            _, number = min(fitting)
-            bins[number].append(index)
-            room[number] -= lengths[index]
-        else:
-            bins.append([index])
-            room.append(budget - lengths[index])
+        _, number = min(fitting, default=(budget, len(bins)))
+        if not fitting:
+            bins.append([])
+            room.append(budget)
+        bins[number].append(index)
+        room[number] -= lengths[index]
     return sorted(sorted(members) for members in bins)
 
 

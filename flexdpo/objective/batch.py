@@ -55,8 +55,7 @@ class ReferenceLogps(NamedTuple):
     pair_sums: Tensor | None = None
 
 
-Reference: TypeAlias = "Tensor | ResponseLogps | ReferenceLogps | None"
-"""The reference's log-probabilities of a row: sums ``[R]``, or more where ``ld_alpha`` needs it."""
+Reference: TypeAlias = "ResponseLogps | ReferenceLogps | None"
 
 
 class RowLoss(NamedTuple):

@@ -18,20 +18,10 @@ import torch
 from flexdpo.errors import FlexdpoError
 from flexdpo.layout.groups import numbered
 from flexdpo.layout.row import on_device
-from flexdpo.objective import listwise, losses, unpaired
-from flexdpo.objective.batch import BatchTotals, Reference, ReferenceLogps, RowLoss, supervised_responses
+from flexdpo.objective import listwise, loss_types, losses, unpaired
+from flexdpo.objective.batch import BatchTotals, Reference, RowLoss, supervised_responses
 from flexdpo.objective.logps import ResponseLogps, pair_sums, response_weights, sum_targets
-from flexdpo.objective.loss_types import (
-    COUPLING,
-    LABELLED_LOSSES,
-    PAIR_LOSSES,
-    PER_BATCH,
-    PER_TOKEN,
-    REFERENCE_FREE,
-    LossSettings,
-    check_losses,
-    pair_loss,
-)
+from flexdpo.objective.loss_types import LABELLED_LOSSES, PAIR_LOSSES, LossSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,14 +43,14 @@ class Objective(LossSettings):
         given: Any = self.loss_type
         if isinstance(given, str):
             self.loss_type = (given,)
-        check_losses(self.loss_type, self.loss_weights, self)
+        loss_types.check_losses(self.loss_type, self.loss_weights, self)
 
     # --- what the losses need ----------------------------------------------------------------------------------------
 
     @cached_property
     def needs_reference(self) -> bool:
         """Whether any of the losses compares with a reference model."""
-        return any(name not in REFERENCE_FREE for name in self.loss_type)
+        return any(name not in loss_types.REFERENCE_FREE for name in self.loss_type)
 
     @cached_property
     def needs_pairs(self) -> bool:
@@ -85,13 +75,13 @@ class Objective(LossSettings):
     @cached_property
     def couples_batch(self) -> bool:
         """Whether a row's gradient depends on the batch's other rows, so that several rows take two passes."""
-        return any(name in COUPLING for name in self.loss_type)
+        return any(name in loss_types.COUPLING for name in self.loss_type)
 
     @property
     def is_mean_over_pairs(self) -> bool:
         """Whether the loss of several processes is a mean over their pairs, whichever of them runs which pair."""
-        normalised_otherwise = self.needs_labels or self.rpo_alpha is not None
-        return not (self.couples_batch or normalised_otherwise or PER_BATCH & set(self.loss_type))
+        otherwise = self.couples_batch or self.needs_labels or self.rpo_alpha is not None
+        return not (otherwise or loss_types.PER_BATCH & set(self.loss_type))
 
     # --- the loss ----------------------------------------------------------------------------------------------------
 
@@ -120,14 +110,15 @@ class Objective(LossSettings):
             )
         self._require(reference, totals)
         pairs, pair_weights = self._pairs(policy, reference, rows)
-        ratios = None if reference[0] is None else sums - torch.cat([_sums(each).to(sums) for each in reference])
+        others = [each.sums.detach().to(sums) for each in reference if each is not None]
+        ratios = sums - torch.cat(others) if others else None
         of_labels, metrics = self._labelled(sums, ratios, groups, totals, average) if self.needs_labels else ({}, {})
         if not self.needs_labels or self.needs_pairs:
             metrics |= self._pair_metrics(pairs, ratios is not None)
         terms = []
         for name, weight in zip(self.loss_type, self.loss_weights or (1.0,) * len(self.loss_type), strict=True):
             if name in PAIR_LOSSES:
-                term = (pair_loss(name, pairs, self) * pair_weights).sum() / totals.pairs
+                term = (loss_types.pair_loss(name, pairs, self) * pair_weights).sum() / totals.pairs
                 if name == "cpo" and self.cpo_alpha:
                     term = term + self.cpo_alpha * _supervised(sums, groups, totals)
             elif name == "sft":
@@ -175,16 +166,14 @@ class Objective(LossSettings):
                 f"loss_type {self._names} needs reference log-probabilities, got none; give a reference model, "
                 "precompute them, or use a reference-free loss (simpo, orpo, cpo, sft)"
             )
-        missing = "use loss_type='sft' for prompt and completion data"
+        missing = ""
         if (self.needs_pairs or "plackett_luce" in self.loss_type) and totals.pairs == 0:
+            missing = "preferences, but the batch has no chosen and rejected responses"
+        elif self.needs_labels and totals.labelled == 0:
+            missing = "labelled responses, but the batch has no labels and no preferences"
+        if missing:
             raise FlexdpoError(
-                f"loss_type {self._names} needs preferences, but the batch has no chosen and rejected responses; "
-                f"{missing}"
-            )
-        if self.needs_labels and totals.labelled == 0:
-            raise FlexdpoError(
-                f"loss_type {self._names} needs labelled responses, but the batch has no labels and no preferences; "
-                f"{missing}"
+                f"loss_type {self._names} needs {missing}; use loss_type='sft' for prompt and completion data"
             )
 
     def _pairs(
@@ -207,8 +196,8 @@ class Objective(LossSettings):
         if isinstance(reference, ResponseLogps):
             return pair_sums(reference, row, self.ld_alpha).to(like).detach()
         if self.ld_alpha is None:
-            return _sums(reference).to(like)[row.edges]
-        if not isinstance(reference, ReferenceLogps) or reference.pair_sums is None:
+            return reference.sums.to(like)[row.edges]
+        if reference.pair_sums is None:
             raise FlexdpoError(
                 "ld_alpha weighs the tokens of each pair, so reference sums per response are not enough; compute them "
                 "again with this ld_alpha"
@@ -247,7 +236,7 @@ class Objective(LossSettings):
         own: Tensor | None = None
         if with_reference:
             own = pairs.logratios
-        elif any(name in PER_TOKEN for name in self.loss_type):
+        elif any(name in loss_types.PER_TOKEN for name in self.loss_type):
             own = pairs.means
         elif "cpo" in self.loss_type:
             own = pairs.logps
@@ -265,12 +254,6 @@ class Objective(LossSettings):
     @property
     def _names(self) -> str:
         return ", ".join(self.loss_type)
-
-
-def _sums(reference: Reference) -> Tensor:
-    """Reference sums per response, ``[R]``, without gradient."""
-    assert reference is not None
-    return (reference if isinstance(reference, torch.Tensor) else reference.sums).detach()
 
 
 def _supervised(sums: Tensor, groups: Sequence[Group], totals: BatchTotals) -> Tensor:

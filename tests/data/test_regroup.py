@@ -95,7 +95,7 @@ def test_gradients_are_those_of_the_separate_rows(name: str) -> None:
         groups = [group_from_row(row) for row in dataset]
         row, totals = Row.from_groups(groups), BatchTotals.of(groups)
         with torch.no_grad():
-            ref = response_logps(reference, row).sums if objective.needs_reference else None
+            ref = response_logps(reference, row) if objective.needs_reference else None
         objective.loss([response_logps(model, row)], [ref], [row], totals).loss.backward()
         found = [p.grad.clone() for p in model.parameters()]
         model.zero_grad()

@@ -382,7 +382,7 @@ def test_reference_sums_are_not_enough_for_ld() -> None:
     row = Row.from_groups([PAIR])
     logps = response_logps(models()[2], row)
     with pytest.raises(FlexdpoError, match="ld_alpha weighs the tokens of each pair, so reference sums"):
-        Objective(ld_alpha=0.5).loss([logps], [logps.sums], [row], BatchTotals.of([PAIR]))
+        Objective(ld_alpha=0.5).loss([logps], [ReferenceLogps(logps.sums)], [row], BatchTotals.of([PAIR]))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
