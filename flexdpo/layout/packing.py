@@ -94,9 +94,6 @@ def row_lengths(
     return [sum(len(cluster.trie) for cluster in clusters) for clusters in rows]
 
 
-# --- which groups share a trie, and which tries a row ----------------------------------------------------------------
-
-
 class _Cluster(NamedTuple):
     """Groups, by index, that share one trie."""
 
@@ -171,9 +168,6 @@ def best_fit_decreasing(lengths: Sequence[int], budget: int) -> list[list[int]]:
         bins[number].append(index)
         room[number] -= lengths[index]
     return sorted(sorted(members) for members in bins)
-
-
-# --- row lengths -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Trie:
-    """A forest of distinct tokens in depth-first order.
-
-    Shapes: ``N`` distinct tokens.
-    """
+    """A forest of ``N`` distinct tokens in depth-first order."""
 
     token_ids: NDArray[np.int64]  # the token at each node, ``[N]`` int64
     # index of the token before it, ``-1`` at a root, ``[N]`` int64; a parent predicts its children
@@ -43,12 +40,9 @@ class Trie:
     ) -> Trie:
         """Merge sequences by their common beginnings; siblings keep the order in which they first appear.
 
-        Equal sequences end at the same node, and a sequence that begins another one ends inside it.
-
-        Sequences ``[L_i]`` on either side of one of the increasing lengths ``limits`` share nothing, since their tokens
-        differ in a model that goes by the length. Without ``share`` none do, and the forest has a tree for each.
-
-        Time and memory are linear in the number of tokens times the branching depth.
+        Equal sequences end at the same node, and a sequence that begins another one ends inside it. Sequences on either
+        side of one of the increasing lengths ``limits`` share nothing, since their tokens differ in a model that goes
+        by the length; without ``share`` none do. Time and memory are linear in the tokens times the branching depth.
         """
         sequences = [np.asarray(sequence, dtype=np.int64) for sequence in sequences]
         nodes = np.empty((4, sum(sequence.size for sequence in sequences)), dtype=np.int64)

@@ -21,9 +21,8 @@ if TYPE_CHECKING:
 def ranking_of(group: Group) -> tuple[int, ...]:
     """Return the responses of a group from best to worst, as its edges rank them, without those that no edge names.
 
-    The edges must leave no question open: all pairs of a ranking do, and so do its neighbours alone.
-
-    Raises ``FlexdpoError`` if the edges contradict each other, or leave the order of two responses open.
+    Raises ``FlexdpoError`` if the edges contradict each other, or leave the order of two responses open; all pairs of a
+    ranking leave nothing open, and neither do its neighbours alone.
     """
     better: dict[int, set[int]] = {}
     for chosen, rejected in group.edges:
@@ -53,10 +52,7 @@ def plackett_luce_loss(ranked_rewards: Tensor) -> Tensor:
     """DPO on a ranking: at every place, the best of the responses that are left must win against all of them.
 
     ``ranked_rewards``, ``[N, K]``, are the implicit rewards of ``N`` rankings of ``K`` responses, from best to worst.
-
-    Returns ``[N]``; for ``K = 2`` equal to the sigmoid loss, ``ln(K!)`` where policy and reference agree.
-
-    Source: Rafailov et al. 2023, arXiv:2305.18290, Eq. 20.
+    Returns ``[N]``; for ``K = 2`` the sigmoid loss. Source: Rafailov et al. 2023, arXiv:2305.18290, Eq. 20.
     """
     of_those_left = ranked_rewards.flip(1).logcumsumexp(dim=1).flip(1)
     return (of_those_left - ranked_rewards).sum(dim=1)

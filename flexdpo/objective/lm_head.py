@@ -199,9 +199,6 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Tensor]) -> Itera
                     module.forward = replacement.own
 
 
-# --- what follows the head -------------------------------------------------------------------------------------------
-
-
 def _measure(model: nn.Module, device: torch.device) -> HeadPlan:
     head = head_of(model)
     if head is None:

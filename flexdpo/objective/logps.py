@@ -129,37 +129,28 @@ def require_finite(sums: Tensor, row: Row, *, model: str = "the policy", where: 
 
 
 def pair_sums(logps: ResponseLogps, row: Row, ld_alpha: float | None = None) -> Tensor:
-    """Return the log-probability of each preference's chosen and rejected response.
+    """Return the log-probability of each preference's chosen and rejected response, ``[E, 2]`` in nats.
 
     ``ld_alpha`` weighs the tokens beyond the length of the pair's shorter response, so that length itself is learned
-    less; ``None`` and 1 weigh all tokens alike, 0 looks at equal lengths only.
-
-    Returns ``[E, 2]`` in nats.
-
-    Source: Liu et al. 2024 (LD-DPO), arXiv:2409.06411.
+    less; ``None`` and 1 weigh all tokens alike, 0 looks at equal lengths only (LD-DPO, Liu et al. 2024,
+    arXiv:2409.06411).
     """
     sums = logps.sums[row.edges]
     if ld_alpha is None:
         return sums
     # memberships stand response by response, so the beginning of a response is a difference of running sums
-    running = member_values(logps.targets, row).cumsum(dim=0)
-    running = torch.cat([running.new_zeros(1), running])
-    starts = logps.lengths.cumsum(dim=0) - logps.lengths
-    first = starts[row.edges]
+    running = torch.nn.functional.pad(member_values(logps.targets, row).cumsum(dim=0), (1, 0))
+    first = (logps.lengths.cumsum(dim=0) - logps.lengths)[row.edges]
     shared = logps.lengths[row.edges].amin(dim=1, keepdim=True)
-    beginnings = running[first + shared] - running[first]
-    return ld_alpha * sums + (1 - ld_alpha) * beginnings
+    return ld_alpha * sums + (1 - ld_alpha) * (running[first + shared] - running[first])
 
 
 def response_weights(logps: ResponseLogps, row: Row) -> Tensor:
-    """WPO's weight of each response: how likely the policy is to write it itself.
+    """WPO's weight of each response, ``[R]`` without gradient: about 1 for those that the policy would sample.
 
-    The geometric mean over tokens of ``p(token) / sum p^2``, ``[R]`` without gradient: about 1 for responses that the
-    policy would sample.
-
-    Source: Zhou et al. 2024, arXiv:2406.11827, Eq. 2, with sampled alignment.
+    The geometric mean over tokens of ``p(token) / sum p^2``: Zhou et al. 2024, arXiv:2406.11827, Eq. 2, with sampled
+    alignment.
     """
     if logps.log_sum_squares is None:
         raise FlexdpoError("use_weighting needs response_logps(..., with_log_sum_squares=True)")
-    aligned = sum_targets(logps.targets.detach() - logps.log_sum_squares, row)
-    return aligned.means.exp()
+    return sum_targets(logps.targets.detach() - logps.log_sum_squares, row).means.exp()

@@ -60,9 +60,9 @@ def _smoothed_logistic(logits: Tensor, label_smoothing: float) -> Tensor:
 def sigmoid_loss(pairs: Pairs, beta: float, label_smoothing: float = 0.0) -> Tensor:
     """DPO: the log-odds that the chosen response wins, under the implicit rewards.
 
-    ``label_smoothing``, in ``[0, 0.5)``, is the probability that a preference was labelled the wrong way round (cDPO).
+    ``label_smoothing``, in ``[0, 0.5)``, is the probability that a preference was labelled the wrong way round.
 
-    Source: Rafailov et al. 2023, arXiv:2305.18290, Eq. 7; Mitchell 2023, "A note on DPO with noisy preferences".
+    Source: Rafailov et al. 2023, arXiv:2305.18290, Eq. 7; Mitchell 2023, "A note on DPO with noisy preferences" (cDPO).
     """
     return _smoothed_logistic(beta * _margins(pairs.scores), label_smoothing)
 
@@ -89,9 +89,7 @@ def ipo_loss(pairs: Pairs, beta: float) -> Tensor:
 def exo_pair_loss(pairs: Pairs, beta: float, label_smoothing: float) -> Tensor:
     """EXO for pairs: reverse KL from the policy's preference to the smoothed label.
 
-    ``label_smoothing`` must be above 0, since its logarithm is taken.
-
-    Source: Ji et al. 2024, arXiv:2402.00856, Eq. 16.
+    ``label_smoothing`` must be above 0, since its logarithm is taken. Source: Ji et al. 2024, arXiv:2402.00856, Eq. 16.
     """
     logits = beta * _margins(pairs.scores)
     wins = torch.sigmoid(logits) * (F.logsigmoid(logits) - math.log1p(-label_smoothing))
@@ -100,29 +98,20 @@ def exo_pair_loss(pairs: Pairs, beta: float, label_smoothing: float) -> Tensor:
 
 
 def nca_pair_loss(pairs: Pairs, beta: float) -> Tensor:
-    """NCA for pairs: each response against noise, so that the chosen likelihood itself is kept up.
-
-    Source: Chen et al. 2024, arXiv:2402.05369, the preference-data loss NCA with K = 2.
-    """
+    """NCA with K = 2: each response against noise, so that the chosen is kept up (Chen et al. 2024, arXiv:2402.05369)."""
     chosen, rejected = beta * pairs.logratios
     return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
 
 
 def robust_loss(pairs: Pairs, beta: float, label_smoothing: float) -> Tensor:
-    """DPO made unbiased under labels that are flipped with a known probability; may be negative.
-
-    Source: Ray Chowdhury et al. 2024, arXiv:2403.00409.
-    """
+    """DPO made unbiased under flipped labels; may be negative (Ray Chowdhury et al. 2024, arXiv:2403.00409)."""
     logits = beta * _margins(pairs.scores)
     clean, flipped = -F.logsigmoid(logits), -F.logsigmoid(-logits)
     return ((1 - label_smoothing) * clean - label_smoothing * flipped) / (1 - 2 * label_smoothing)
 
 
 def bco_pair_loss(pairs: Pairs, beta: float) -> Tensor:
-    """BCO for pairs: a classifier whose logit is the implicit reward, with its threshold at 0.
-
-    Source: Jung et al. 2024, arXiv:2404.04656, without the reward shift.
-    """
+    """BCO for pairs: a classifier on the implicit reward, without its shift (Jung et al. 2024, arXiv:2404.04656)."""
     chosen, rejected = beta * pairs.logratios
     return -F.logsigmoid(chosen) - F.logsigmoid(-rejected)
 
@@ -139,47 +128,32 @@ def sppo_hard_loss(pairs: Pairs, beta: float) -> Tensor:
 def aot_loss(pairs: Pairs, beta: float, label_smoothing: float = 0.0) -> Tensor:
     """AOT on paired data: the policy's margins must dominate the reference's, quantile by quantile.
 
-    Couples all pairs of the batch: both sets of margins are sorted, so value ``i`` belongs to a quantile, not to pair
-    ``i``.
+    Couples the batch: both sets of margins are sorted, so value ``i`` belongs to a quantile, not to pair ``i``.
 
-    Source: Melnyk et al. 2024, arXiv:2406.05882, paired variant with the logistic loss.
+    Source: Melnyk et al. 2024, arXiv:2406.05882, with the logistic loss.
     """
     policy, reference = (_margins(logps).sort().values for logps in (pairs.logps, pairs.ref_logps))
     return _smoothed_logistic(beta * (policy - reference), label_smoothing)
 
 
 def aot_unpaired_loss(pairs: Pairs, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """AOT on unpaired data: chosen log-ratios must dominate rejected ones, quantile by quantile.
-
-    Couples all pairs of the batch, like :func:`aot_loss`.
-
-    Source: Melnyk et al. 2024, arXiv:2406.05882, unpaired variant with the logistic loss.
-    """
+    """AOT on unpaired data: chosen log-ratios must dominate rejected ones; the rest is as in :func:`aot_loss`."""
     return _smoothed_logistic(beta * _margins(pairs.logratios.sort(dim=1).values), label_smoothing)
 
 
 def apo_zero_loss(pairs: Pairs, beta: float) -> Tensor:
-    """APO-zero: chosen likelihood up, rejected likelihood down; for answers better than the model's own.
-
-    Source: D'Oosterlinck et al. 2024, arXiv:2408.06266, Eq. 7.
-    """
+    """APO-zero: chosen up, rejected down; for answers better than the model's own (arXiv:2408.06266, Eq. 7)."""
     chosen, rejected = beta * pairs.logratios
     return torch.sigmoid(-chosen) + torch.sigmoid(rejected)
 
 
 def apo_down_loss(pairs: Pairs, beta: float) -> Tensor:
-    """APO-down: both likelihoods down, the rejected one more; for answers worse than the model's own.
-
-    Source: D'Oosterlinck et al. 2024, arXiv:2408.06266, Eq. 8.
-    """
+    """APO-down: both down, the rejected more; for answers worse than the model's own (arXiv:2408.06266, Eq. 8)."""
     return torch.sigmoid(beta * pairs.logratios[0]) + torch.sigmoid(-beta * _margins(pairs.logratios))
 
 
 def discopop_loss(pairs: Pairs, beta: float, discopop_tau: float = 0.05) -> Tensor:
-    """DiscoPOP: a blend of logistic and exponential loss, found by search.
-
-    Source: Lu et al. 2024, arXiv:2406.08414, Eq. 5 (log-ratio modulated loss).
-    """
+    """DiscoPOP: a blend of logistic and exponential loss, found by search (Lu et al. 2024, arXiv:2406.08414, Eq. 5)."""
     logits = beta * _margins(pairs.scores)
     # the exponential is weighed inside of its exponent: far on the wrong side it would be 0 times infinity
     exponential = torch.exp(F.logsigmoid(logits / discopop_tau) - logits)
@@ -192,11 +166,9 @@ def sigmoid_norm_loss(pairs: Pairs, beta: float) -> Tensor:
 
 
 def simpo_loss(pairs: Pairs, beta: float, simpo_gamma: float = 0.5, label_smoothing: float = 0.0) -> Tensor:
-    """SimPO: mean log-probability per token as reward, no reference, and a margin to win by.
+    """SimPO: mean log-probability per token as reward, no reference, and a margin ``simpo_gamma`` to win by.
 
-    ``beta`` is 2.0 to 2.5 in the paper; ``simpo_gamma`` is the margin that the chosen reward must lead by.
-
-    Source: Meng et al. 2024, arXiv:2405.14734, Eq. 6.
+    ``beta`` is 2.0 to 2.5 in the paper. Source: Meng et al. 2024, arXiv:2405.14734, Eq. 6.
     """
     return _smoothed_logistic(beta * _margins(pairs.means) - simpo_gamma, label_smoothing)
 

@@ -45,8 +45,6 @@ class Objective(LossSettings):
             self.loss_type = (given,)
         loss_types.check_losses(self.loss_type, self.loss_weights, self)
 
-    # --- what the losses need ----------------------------------------------------------------------------------------
-
     @cached_property
     def needs_reference(self) -> bool:
         """Whether any of the losses compares with a reference model."""
@@ -82,8 +80,6 @@ class Objective(LossSettings):
         """Whether the loss of several processes is a mean over their pairs, whichever of them runs which pair."""
         otherwise = self.couples_batch or self.needs_labels or self.rpo_alpha is not None
         return not (otherwise or loss_types.PER_BATCH & set(self.loss_type))
-
-    # --- the loss ----------------------------------------------------------------------------------------------------
 
     def loss(
         self,
@@ -157,8 +153,6 @@ class Objective(LossSettings):
             result = self.loss(again, reference, rows, totals, average)
             gradients = torch.autograd.grad(result.loss, leaves)
         return result._replace(loss=result.loss.detach()), gradients
-
-    # --- from rows to what the losses take ---------------------------------------------------------------------------
 
     def _require(self, reference: Sequence[Reference], totals: BatchTotals) -> None:
         if self.needs_reference and any(values is None for values in reference):

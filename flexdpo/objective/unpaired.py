@@ -115,12 +115,10 @@ def kto_loss(logratios: Tensor, desirable: Tensor, kl: Tensor | float, beta: flo
 
     ``logratios`` ``[N]`` are policy minus reference in nats; ``kl`` estimates ``KL(policy || reference)`` in nats, at
     least 0, a scalar without gradient (:func:`kto_kl`); ``beta`` is risk aversion, and pull towards the reference;
-    ``weights`` are those of desirable and of undesirable responses. With a KL of 0 it is APO-zero on single labels.
+    ``weights`` are those of desirable and of undesirable responses. Returns ``[N]``.
 
-    Returns ``[N]``.
-
-    Source: Ethayarajh et al. 2024, arXiv:2402.01306, the default KTO loss; D'Oosterlinck et al. 2024,
-    arXiv:2408.06266, Eq. 7, term by term.
+    Source: Ethayarajh et al. 2024, arXiv:2402.01306, the default KTO loss. With a KL of 0 it is APO-zero on single
+    labels: D'Oosterlinck et al. 2024, arXiv:2408.06266, Eq. 7, term by term.
     """
     one = torch.ones_like(logratios)
     signs, weight = (torch.where(desirable, good * one, bad * one) for good, bad in ((1.0, -1.0), weights))
