@@ -50,9 +50,7 @@ class Row:
     layout: RowLayout  # positions and subtree ends, ``[1, S]`` each
     predictors: Tensor  # row index of the token that predicts each target, ``[T]``
     labels: Tensor  # the token predicted, ``[T]``
-    # target index of each membership, ``[M]``; a beginning that two responses share exists once as a target and is
-    # listed by both
-    member_targets: Tensor
+    member_targets: Tensor  # target of each membership, ``[M]``; one that two responses share is listed by both
     member_responses: Tensor  # response index of each membership, ``[M]``
     edges: Tensor  # preferences as response indices ``(chosen, rejected)``, ``[E, 2]``
     groups: tuple[Group, ...]  # the groups of this row, in row order; their responses are numbered through
@@ -275,8 +273,7 @@ def stack_inputs(rows: Sequence[Row]) -> dict[str, Any]:
     """The keyword arguments that run several rows as one batch: ``model(**stack_inputs(rows))``.
 
     Row ``b`` of the output belongs to ``rows[b]``, whose indices (``predictors``, ``response_paths``) hold in it as
-    they are; what lies behind ``rows[b].layout.length`` is padding. One longer row does the same work in one
-    kernel call; a batch of rows is for whoever wants a fixed row length.
+    they are; what lies behind ``rows[b].layout.length`` is padding. One longer row does the same work.
     """
     layout = RowLayout.stack([row.layout for row in rows])
     input_ids = [torch.nn.functional.pad(row.input_ids, (0, layout.length - row.layout.length)) for row in rows]

@@ -31,8 +31,7 @@ class RowLayout:
     It travels as the model's ``attention_mask``. A prepared model takes it out before its forward; any other model
     that reads its mask stops with an error, instead of running the row as one long sequence.
 
-    Not a dataclass: FSDP looks into the dataclasses among a module's inputs and makes copies of them, and a copy is
-    another row.
+    Not a dataclass: FSDP makes copies of the dataclasses among a module's inputs, and a copy is another row.
 
     Shapes: ``B`` rows, ``S`` tokens per row; tensors are ``[B, S]`` int64.
     """
@@ -72,15 +71,13 @@ class RowLayout:
         return f"RowLayout({self.batch_size} rows of {self.length}, {self.num_tokens} real tokens, on {self.device})"
 
     def _check(self) -> None:
-        if self.position_ids.ndim != 2 or self.position_ids.shape != self.subtree_end.shape:
-            raise FlexdpoError(
-                f"position_ids and subtree_end must both be [B, S], got {tuple(self.position_ids.shape)} "
-                f"and {tuple(self.subtree_end.shape)}"
-            )
-        (rows, length), device = self.position_ids.shape, self.device
+        shape, ends, device = tuple(self.position_ids.shape), tuple(self.subtree_end.shape), self.device
+        if len(shape) != 2 or shape != ends:
+            raise FlexdpoError(f"position_ids and subtree_end must both be [B, S], got {shape} and {ends}")
+        rows, length = shape
         if len(self.num_tokens) != rows:
             raise FlexdpoError(f"num_tokens must hold one count for each of {rows} rows, got {len(self.num_tokens)}")
-        if self.multiplicity is not None and self.multiplicity.shape != self.position_ids.shape:
+        if self.multiplicity is not None and self.multiplicity.shape != shape:
             raise FlexdpoError(f"multiplicity must be [B, S]={[rows, length]}, got {list(self.multiplicity.shape)}")
         for name in ("position_ids", "subtree_end", "multiplicity"):
             vector = getattr(self, name)
@@ -179,8 +176,7 @@ class RowLayout:
             raise FlexdpoError("a batch needs at least one layout, got none")
         if len(devices := {str(layout.device) for layout in layouts}) > 1:
             raise FlexdpoError(f"the layouts are on {', '.join(sorted(devices))}; move them first")
-        length = max(layout.length for layout in layouts)
-        padded = [layout.padded_to(length) for layout in layouts]
+        padded = [layout.padded_to(max(each.length for each in layouts)) for layout in layouts]
         vectors = {name: [getattr(each, name) for each in padded] for name in _VECTORS}
         known: dict[str, Any] = {
             name: None if any(part is None for part in parts) else torch.cat(parts) for name, parts in vectors.items()

@@ -25,14 +25,9 @@ def token_ids_of(sequence: Any, name: str) -> NDArray[np.int64]:
 
 
 def numbered_sequences(lengths: Sequence[Any]) -> list[NDArray[np.int64]]:
-    """Every path from a root to a leaf of a forest of lengths, its tokens numbered depth first.
-
-    The lengths are those of :meth:`flexdpo.Row.from_lengths`.
-    """
+    """Every path from root to leaf of a forest (:meth:`flexdpo.Row.from_lengths`), its tokens numbered depth first."""
     sequences: list[NDArray[np.int64]] = []
-    nothing = np.empty(0, dtype=np.int64)
-    pending = [(node, nothing) for node in reversed(lengths)]
-    known = 0
+    pending, known = [(node, np.empty(0, dtype=np.int64)) for node in reversed(lengths)], 0
     while pending:
         node, before = pending.pop()
         tokens, branches = node if isinstance(node, tuple | list) and len(node) == 2 else (node, ())
@@ -44,8 +39,6 @@ def numbered_sequences(lengths: Sequence[Any]) -> list[NDArray[np.int64]]:
             raise FlexdpoError(f"the branches behind {tokens} tokens must be a list of lengths, got {found(branches)}")
         path = np.concatenate((before, np.arange(known, known + int(tokens))))
         known += int(tokens)
-        if branches:
-            pending += [(branch, path) for branch in reversed(branches)]
-        else:
-            sequences.append(path)
+        pending += [(branch, path) for branch in reversed(branches)]
+        sequences += [] if branches else [path]
     return sequences

@@ -98,7 +98,7 @@ def exo_pair_loss(pairs: Pairs, beta: float, label_smoothing: float) -> Tensor:
 
 
 def nca_pair_loss(pairs: Pairs, beta: float) -> Tensor:
-    """NCA with K = 2: each response against noise, so that the chosen is kept up (Chen et al. 2024, arXiv:2402.05369)."""
+    """NCA with K = 2: each response against noise, which keeps the chosen up (Chen et al. 2024, arXiv:2402.05369)."""
     chosen, rejected = beta * pairs.logratios
     return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
 
