@@ -54,11 +54,8 @@ def build_block_mask(
     of their positions: none that holds an allowed pair is missing and every full tile is full, but a tile may count as
     partial though its ``mask_mod`` allows nothing in it. An unknown mask function makes every tile in reach partial.
 
-    Shapes: ``B`` rows, ``S`` tokens, ``M`` tiles of queries and ``N`` of keys.
-
-    ``block_size`` is the side of a tile in tokens, or its queries and its keys.
-
-    Returns a BlockMask with ``[B, 1, M, N]`` indices and the kind's ``mask_mod``, in time and memory ``O(B (S + M N))``
+    ``block_size`` is the side of a tile in tokens, or its queries and its keys. Returns a BlockMask of ``M`` tiles of
+    queries and ``N`` of keys with ``[B, 1, M, N]`` indices, in time and memory ``O(B (S + M N))``.
     """
     non_empty, full = classify_tiles(layout, kind, block_size)
     partial = non_empty & ~full

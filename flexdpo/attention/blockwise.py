@@ -45,25 +45,18 @@ def blockwise_attention(inputs: AttentionInputs, row_mask: RowMask) -> Tensor:
     # torch's own CPU kernel returns what its backward needs, and takes a mask
     fused = query.device.type == "cpu" and softcap is None and head_dim == value.shape[-1]
     fused = fused and row_mask.score_mod is None
-    plan = _Plan(heads * head_dim, MAX_QUERIES if fused else _narrower(row_mask, heads))
+    width, max_queries = heads * head_dim, MAX_QUERIES if fused else _narrower(row_mask, heads)
     memo, kind = row_mask.layout.memo, row_mask.kind
-    memo_key = ("query blocks", kind.name, kind.size, kind.blocks, plan)
-    if memo_key not in memo:
-        blocks = plan_query_blocks(row_mask.layout, kind, width=plan.width, max_queries=plan.max_queries)
-        memo[memo_key] = blocks, sum(block.num_scores for block in blocks) <= KEPT_SCORES
-    blocks, keeps_masks = memo[memo_key]
-    run = _Run(row_mask, plan, blocks, keeps_masks, heads, fused, scaling, softcap)
+    plan_key = ("query blocks", kind.name, kind.size, kind.blocks, width, max_queries)
+    if plan_key not in memo:
+        planned = plan_query_blocks(row_mask.layout, kind, width=width, max_queries=max_queries)
+        memo[plan_key] = planned, sum(block.num_scores for block in planned) <= KEPT_SCORES
+    blocks, keeps_masks = memo[plan_key]
+    run = _Run(row_mask, plan_key, blocks, keeps_masks, heads, fused, scaling, softcap)
     if row_mask.score_mod is not None:
         return _attend_with_score_mod(query, key, value, sinks, run)
     output: Tensor = _BlockwiseAttention.apply(query, key, value, sinks, run)
     return output
-
-
-class _Plan(NamedTuple):
-    """What :func:`flexdpo.attention.query_blocks.plan_query_blocks` is asked for."""
-
-    width: int
-    max_queries: int
 
 
 def _narrower(row_mask: RowMask, heads: int) -> int:
@@ -73,15 +66,6 @@ def _narrower(row_mask: RowMask, heads: int) -> int:
         memo["deepest"] = int(row_mask.layout.position_ids.max()) + 1
     deepest: int = memo["deepest"]
     return max(16, min(MAX_QUERIES, FORMULA_SCORES // (heads * deepest)))
-
-
-# --- the masks of blocks ---------------------------------------------------------------------------------------------
-
-
-def _indices(block: QueryBlock, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Row indices of a block's queries, and of its keys among all keys."""
-    keys = [torch.arange(start, stop, device=device) for start, stop in block.key_runs]
-    return torch.arange(block.start - block.before, block.stop - block.before, device=device), torch.cat(keys)
 
 
 def bias_between(row_mask: RowMask, row: int, q_idx: Tensor, kv_idx: Tensor, dtype: torch.dtype, heads: int) -> Tensor:
@@ -115,15 +99,12 @@ def block_score_mod(row_mask: RowMask, row: int, q_idx: Tensor, kv_idx: Tensor) 
     return lambda scores: modified_scores(score_mod, scores, batch, q_idx, kv_idx)
 
 
-# --- forward and backward --------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, eq=False)
 class _Run:
     """What the blocks of one call have in common."""
 
     row_mask: RowMask
-    plan: _Plan
+    plan_key: tuple[Any, ...]  # what the blocks follow from, besides the row
     blocks: list[QueryBlock]
     keeps_masks: bool  # for all layers
     heads: int
@@ -131,17 +112,34 @@ class _Run:
     scaling: float | None
     softcap: float | None
 
+    def indices(self, block: QueryBlock) -> tuple[Tensor, Tensor]:
+        """Row indices of a block's queries, and of its keys among all keys."""
+        device = self.row_mask.layout.device
+        keys = [torch.arange(start, stop, device=device) for start, stop in block.key_runs]
+        return torch.arange(block.start - block.before, block.stop - block.before, device=device), torch.cat(keys)
+
     def bias(self, number: int, dtype: torch.dtype) -> Tensor:
         """What :func:`bias_between` the queries and the keys of block ``number`` is."""
-        kept = self.row_mask.biases.get((self.plan, dtype), {})
+        kept = self.row_mask.biases.get((self.plan_key, dtype), {})
         if number in kept:
             return kept[number]
         block = self.blocks[number]
-        q_idx, kv_idx = _indices(block, self.row_mask.layout.position_ids.device)
-        bias = bias_between(self.row_mask, block.row, q_idx, kv_idx, dtype, self.heads)
+        bias = bias_between(self.row_mask, block.row, *self.indices(block), dtype, self.heads)
         if bias.ndim == 2 and self.keeps_masks:
-            self.row_mask.biases.setdefault((self.plan, dtype), {})[number] = bias
+            self.row_mask.biases.setdefault((self.plan_key, dtype), {})[number] = bias
         return bias
+
+    def part(self, number: int, query: Tensor, key: Tensor, value: Tensor) -> _Part:
+        """The heads of block ``number``."""
+        block, groups = self.blocks[number], query.shape[1] // key.shape[1]
+
+        def gathered(x: Tensor) -> Tensor:
+            runs = [x[block.row, :, start:stop] for start, stop in block.key_runs]
+            return repeat(runs[0] if len(runs) == 1 else torch.cat(runs, dim=1), "h k d -> h g k d", g=groups)
+
+        bias = self.bias(number, query.dtype)
+        bias = bias if bias.ndim == 2 else _grouped(bias, key.shape[1])
+        return _Part(_grouped(query[block.place], key.shape[1]), gathered(key), gathered(value), bias)
 
 
 class _Part(NamedTuple):
@@ -152,17 +150,6 @@ class _Part(NamedTuple):
     value: Tensor
     bias: Tensor
 
-    @classmethod
-    def of(cls, run: _Run, number: int, query: Tensor, key: Tensor, value: Tensor) -> _Part:
-        block, groups = run.blocks[number], query.shape[1] // key.shape[1]
-        bias = run.bias(number, query.dtype)
-        return cls(
-            _grouped(query[block.row, :, block.start - block.before : block.stop - block.before], key.shape[1]),
-            repeat(_gathered(key, block), "h k d -> h g k d", g=groups),
-            repeat(_gathered(value, block), "h k d -> h g k d", g=groups),
-            bias if bias.ndim == 2 else _grouped(bias, key.shape[1]),
-        )
-
 
 def _grouped(heads: Tensor, key_heads: int) -> Tensor:
     return rearrange(heads, "(h g) ... -> h g ...", h=key_heads)
@@ -170,11 +157,6 @@ def _grouped(heads: Tensor, key_heads: int) -> Tensor:
 
 def _flat(grouped: Tensor) -> Tensor:
     return rearrange(grouped, "h g ... -> (h g) ...")
-
-
-def _gathered(x: Tensor, block: QueryBlock) -> Tensor:
-    runs = [x[block.row, :, start:stop] for start, stop in block.key_runs]
-    return runs[0] if len(runs) == 1 else torch.cat(runs, dim=1)
 
 
 class _BlockwiseAttention(torch.autograd.Function):
@@ -190,15 +172,17 @@ class _BlockwiseAttention(torch.autograd.Function):
             wide = torch.promote_types(query.dtype, torch.float32)
             lse, blocks = query.new_empty(batch, heads, length, dtype=wide) if run.fused else None, run.blocks
         for number, block in enumerate(blocks):
-            part = _Part.of(run, number, query, key, value)
-            here = (block.row, slice(None), slice(block.start - block.before, block.stop - block.before))
+            part, here = run.part(number, query, key, value), block.place
             if lse is None:
                 output[here] = _flat(_plain_block(part, run, sinks))
             else:
                 attended, norm = _flash(*part[:3], 0.0, False, attn_mask=part.bias, scale=run.scaling)
                 output[here], lse[here] = _flat(attended), _flat(norm)
         if blocks and lse is not None and sinks is not None:
-            lse = _let_sinks_in_(output, lse, sinks)
+            # one sink per head shares the softmax and carries no value. With this output and this normaliser the
+            # kernel's own backward gives the gradients of a softmax that has the sink
+            without, lse = lse, torch.logaddexp(lse, sinks.to(lse.dtype)[None, :, None])
+            output.mul_((without - lse).exp()[..., None].to(output.dtype))
         if remembered.kept is not None:
             remembered.kept.append((output.detach(), lse))
         ctx.run = run
@@ -215,8 +199,7 @@ class _BlockwiseAttention(torch.autograd.Function):
         if sinks is not None:
             to_sinks = torch.zeros_like(sinks) if lse is None else _sink_gradient(gradient, output, lse, sinks)
         for number, block in enumerate(run.blocks):
-            part = _Part.of(run, number, query, key, value)
-            here = (block.row, slice(None), slice(block.start - block.before, block.stop - block.before))
+            part, here = run.part(number, query, key, value), block.place
             grad = _grouped(gradient[here], key.shape[1])
             if lse is None:
                 found = _plain_gradients(part, run, sinks, grad)
@@ -242,16 +225,6 @@ def _scatter_add_(total: Tensor, gradient: Tensor, block: QueryBlock) -> None:
         offset += stop - start
 
 
-def _let_sinks_in_(output: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
-    """Share the softmax with one sink per head, which carries no value: scales ``output`` in place, returns the norm.
-
-    With this output and this normaliser the kernel's own backward gives the gradients of a softmax that has the sink.
-    """
-    with_sink = torch.logaddexp(lse, sinks.to(lse.dtype)[None, :, None])
-    output.mul_((lse - with_sink).exp()[..., None].to(output.dtype))
-    return with_sink
-
-
 def _sink_gradient(gradient: Tensor, output: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
     weight = (sinks.to(lse.dtype)[None, :, None] - lse).exp()
     delta = (gradient.to(lse.dtype) * output.to(lse.dtype)).sum(dim=-1)
@@ -272,14 +245,11 @@ def _plain_block(
 
 def _plain_gradients(part: _Part, run: _Run, sinks: Tensor | None, gradient: Tensor) -> tuple[Tensor, ...]:
     """Run a block again with gradients, so that no block's scores outlive it."""
-    query, key, value = (x.detach().requires_grad_() for x in part[:3])
-    sink_leaf = None if sinks is None else sinks.detach().requires_grad_()
+    leaves = [x.detach().requires_grad_() for x in (*part[:3], sinks) if x is not None]
+    query, key, value, *sink = leaves
     with torch.enable_grad():
-        attended = _plain_block(_Part(query, key, value, part.bias), run, sink_leaf)
-    return torch.autograd.grad(attended, [query, key, value, *([] if sink_leaf is None else [sink_leaf])], gradient)
-
-
-# --- with a score_mod ------------------------------------------------------------------------------------------------
+        attended = _plain_block(_Part(query, key, value, part.bias), run, sink[0] if sink else None)
+    return torch.autograd.grad(attended, leaves, gradient)
 
 
 def _attend_with_score_mod(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, run: _Run) -> Tensor:
@@ -291,9 +261,8 @@ def _attend_with_score_mod(query: Tensor, key: Tensor, value: Tensor, sinks: Ten
 
     def attend(number: int, *inputs: Tensor) -> Tensor:
         block = run.blocks[number]
-        score_mod = block_score_mod(run.row_mask, block.row, *_indices(block, query.device))
-        part = _Part.of(run, number, *inputs[:3])
-        return _flat(_plain_block(part, run, sinks, score_mod))
+        score_mod = block_score_mod(run.row_mask, block.row, *run.indices(block))
+        return _flat(_plain_block(run.part(number, *inputs), run, sinks, score_mod))
 
     rows: list[list[Tensor]] = [[] for _ in range(query.shape[0])]
     for number, block in enumerate(run.blocks):

@@ -3,8 +3,6 @@
 torch compiles a function anew when its inputs change in kind, gives up after eight times, and then runs FlexAttention's
 dense version without a word. Here every mask kind, gradient mode and length has a function of its own, so that none
 gets near the limit, the whole graph is asked for, so that giving up raises, and the number of kernels is bounded.
-
-Shapes: ``B`` rows, ``Hq`` query heads, ``Hkv`` key heads, ``S`` tokens, ``D`` and ``Dv`` head sizes.
 """
 
 from __future__ import annotations
@@ -52,18 +50,20 @@ def run_flex(inputs: AttentionInputs, row_mask: RowMask) -> Tensor:
     query, key, value, scaling, softcap, sinks = inputs
     if query.device.type == "cpu":
         _require_cpu_forward(inputs, row_mask)
-    options = dict(row_mask.settings.kernel_options)
+    # a score_mod costs in every tile, so a model without softcap gets none
+    score_mod = row_mask.score_mod
+    if softcap is not None:
+        bounded = softcap_score_mod(softcap)
+        score_mod = bounded if score_mod is None else composed_score_mod(bounded, score_mod)
     kwargs: dict[str, Any] = {
         "block_mask": row_mask.block_mask,
         "scale": scaling,
-        "score_mod": _score_mod(row_mask, softcap),
+        "score_mod": score_mod,
         "enable_gqa": query.shape[1] != key.shape[1],
-        "kernel_options": options or None,
+        "kernel_options": dict(row_mask.settings.kernel_options) or None,
     }
-    if torch.compiler.is_compiling():
-        # a compiled model compiles its attention along with the rest
-        attend: Callable[..., Any] = flex_attention
-    else:
+    attend: Callable[..., Any] = flex_attention  # a compiled model compiles its attention along with the rest
+    if not torch.compiler.is_compiling():
         call = AttentionCall.of(inputs)
         attend = _kernel_for(kernel_key_of(call, row_mask, query.device.type, grad=wants_gradients(inputs)), row_mask)
     if sinks is None:
@@ -74,13 +74,6 @@ def run_flex(inputs: AttentionInputs, row_mask: RowMask) -> Tensor:
     # its logarithm keeps the digits of the gradient where the share is near 1, as it is for a sink with little mass
     share = F.logsigmoid(aux.lse - sinks.to(aux.lse.dtype)[None, :, None]).exp()
     return (output * share[..., None]).to(query.dtype)
-
-
-def _score_mod(row_mask: RowMask, softcap: float | None) -> ScoreMod | None:
-    # a score_mod costs in every tile, so a model without softcap gets none
-    if softcap is None or row_mask.score_mod is None:
-        return row_mask.score_mod if softcap is None else softcap_score_mod(softcap)
-    return composed_score_mod(softcap_score_mod(softcap), row_mask.score_mod)
 
 
 def _code_of(score_mod: ScoreMod | None) -> object:

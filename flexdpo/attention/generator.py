@@ -23,15 +23,9 @@ from flexdpo.attention.score_mods import ScoreMod
 from flexdpo.errors import FlexdpoError, first_line, found
 from flexdpo.layout.row import TILE, Row, RowLayout
 
-__all__ = ["attend", "block_mask", "mask_mod"]
-
 
 def mask_mod(
-    row: Row | RowLayout,
-    *,
-    window: int | None = None,
-    chunk: int | None = None,
-    mask_function: MaskMod | None = None,
+    row: Row | RowLayout, *, window: int | None = None, chunk: int | None = None, mask_function: MaskMod | None = None
 ) -> MaskMod:
     """Which token of a row may attend to which: itself and its ancestors, as far as the model looks back.
 
@@ -42,14 +36,10 @@ def mask_mod(
         mask_function: A mask of the model's own, ``(batch, head, q_position, kv_position) -> bool`` on 0-d tensors,
             evaluated at logical positions and intersected with the row's.
 
-    Returns:
-        ``(batch, head, q_idx, kv_idx) -> bool`` on indices of the row, as FlexAttention takes it.
-
-    Raises:
-        FlexdpoError: if more than one of ``window``, ``chunk`` and ``mask_function`` is given, or one makes no mask.
+    Returns ``(batch, head, q_idx, kv_idx) -> bool`` on indices of the row, as FlexAttention takes it. Raises
+    ``FlexdpoError`` if more than one of ``window``, ``chunk`` and ``mask_function`` is given, or one makes no mask.
     """
-    layout = _layout_of(row)
-    return mask_mod_for(layout, _kind_of(layout, window, chunk, mask_function))
+    return mask_mod_for(*_mask_of(row, window, chunk, mask_function))
 
 
 def block_mask(
@@ -62,24 +52,15 @@ def block_mask(
 ) -> BlockMask:
     """The BlockMask of :func:`mask_mod`, made from one number per token without looking at any pair of tokens.
 
-    Args:
-        row: A packed row, or the layout of a batch of them.
-        window: As in :func:`mask_mod`.
-        chunk: As in :func:`mask_mod`.
-        mask_function: As in :func:`mask_mod`; every tile that the row leaves open is evaluated.
-        block_size: Side of a tile in tokens, or its queries and its keys.
+    With a ``mask_function`` every tile that the row leaves open is evaluated. ``block_size`` is the side of a tile in
+    tokens, or its queries and its keys; other arguments and errors are those of :func:`mask_mod`.
 
-    Returns:
-        For ``torch.nn.attention.flex_attention.flex_attention``, on the row's device.
-
-    Raises:
-        FlexdpoError: as :func:`mask_mod`, or if ``block_size`` is not positive.
+    Returns what ``torch.nn.attention.flex_attention.flex_attention`` takes, on the row's device.
     """
-    layout = _layout_of(row)
     sides = (block_size,) if isinstance(block_size, int) else block_size
     if min(sides) < 1:
         raise FlexdpoError(f"block_size must be at least 1 token, got {block_size}")
-    return build_block_mask(layout, _kind_of(layout, window, chunk, mask_function), block_size=block_size)
+    return build_block_mask(*_mask_of(row, window, chunk, mask_function), block_size=block_size)
 
 
 def attend(
@@ -111,6 +92,9 @@ def attend(
         window: As in :func:`mask_mod`.
         chunk: As in :func:`mask_mod`.
         mask_function: As in :func:`mask_mod`.
+        window: As in :func:`mask_mod`.
+        chunk: As in :func:`mask_mod`.
+        mask_function: As in :func:`mask_mod`.
         softcap: Scores become ``softcap * tanh(score / softcap)``.
         sinks: One extra logit per query head that takes part in the softmax and carries no value, ``[Hq]``.
         score_mod: Any other change of the scores, after the softcap, as FlexAttention takes it:
@@ -119,94 +103,67 @@ def attend(
         impl: ``"flex"``, ``"varlen"`` (FlashAttention, CUDA in half precision), ``"sdpa"`` (pieces, any device), or
             ``"auto"``.
 
-    Returns:
-        ``[B, Hq, S, Dv]`` in the dtype of ``query``. A query that the mask leaves no key, not even itself, gets zeros.
-
-    Raises:
-        FlexdpoError: if shapes or devices do not fit the row, masks as in :func:`mask_mod`, or the kernel that was
-            asked for cannot do this.
+    Returns ``[B, Hq, S, Dv]`` in the dtype of ``query``; a query that the mask leaves no key, not even itself, gets
+    zeros. Raises ``FlexdpoError`` if shapes or devices do not fit the row, masks as in :func:`mask_mod`, or the kernel
+    that was asked for cannot do this.
     """
-    layout = _layout_of(row)
-    _require_tensors(layout, query=query, key=key, value=value, sinks=sinks)
+    layout, kind = _mask_of(row, window, chunk, mask_function)
+    for name, tensor in {"query": query, "key": key, "value": value, "sinks": sinks}.items():
+        _require_tensor(name, tensor, layout.device)
     if softcap is not None and not softcap > 0:
         raise FlexdpoError(f"softcap must be above 0, got {softcap}; leave it out for scores without a bound")
-    row_mask = row_mask_for(layout, _kind_of(layout, window, chunk, mask_function), impl)
+    row_mask = row_mask_for(layout, kind, impl)
     if score_mod is not None:
-        _require_score(score_mod, layout)
+        answer = _asked("score_mod", score_mod, layout.device, torch.zeros(1, device=layout.device))
+        if answer is not None and (answer.ndim or not answer.is_floating_point()):
+            raise FlexdpoError(
+                "score_mod must return a score, a 0-d float tensor, for (score, batch, head, q_idx, kv_idx), "
+                f"got {found(answer)}"
+            )
         row_mask = dataclasses.replace(row_mask, score_mod=score_mod)
     return packed_attention(query, key, value, row_mask, scaling=scale, softcap=softcap, sinks=sinks)
 
 
-# --- what may be given -----------------------------------------------------------------------------------------------
-
-
-def _require_tensors(layout: RowLayout, **tensors: Tensor | None) -> None:
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != layout.device:
-            raise FlexdpoError(
-                f"{name} is on {tensor.device} and the row on {layout.device}; move the row once with "
-                f"row.to({str(tensor.device)!r})"
-            )
-        if name != "sinks" and (tensor is None or tensor.ndim != 4):
-            shape = found(tensor) if tensor is None else list(tensor.shape)
-            raise FlexdpoError(f"{name} must be [rows, heads, tokens, head size], got {shape}")
-
-
-def _layout_of(row: Row | RowLayout) -> RowLayout:
-    if isinstance(row, RowLayout):
-        return row
-    if isinstance(row, Row):
-        return row.layout
-    raise FlexdpoError(
-        f"a row must be a flexdpo.Row (Row.from_groups, from_sequences, from_documents or from_lengths makes one) or a "
-        f"flexdpo.RowLayout, got {found(row)}"
-    )
-
-
-def _kind_of(layout: RowLayout, window: int | None, chunk: int | None, mask_function: MaskMod | None) -> MaskKind:
-    given = {"window": window, "chunk": chunk, "mask_function": mask_function}
-    names = [name for name, value in given.items() if value is not None]
-    if len(names) > 1:
+def _require_tensor(name: str, tensor: Tensor | None, device: torch.device) -> None:
+    if tensor is not None and tensor.device != device:
         raise FlexdpoError(
-            f"give one of window, chunk and mask_function, got {' and '.join(names)}; a mask_function may hold them all"
+            f"{name} is on {tensor.device} and the row on {device}; move the row once with "
+            f"row.to({str(tensor.device)!r})"
+        )
+    if name != "sinks" and (tensor is None or tensor.ndim != 4):
+        shape = found(tensor) if tensor is None else list(tensor.shape)
+        raise FlexdpoError(f"{name} must be [rows, heads, tokens, head size], got {shape}")
+
+
+def _mask_of(row: Any, window: Any, chunk: Any, mask_function: MaskMod | None) -> tuple[RowLayout, MaskKind]:
+    if not isinstance(row, Row | RowLayout):
+        raise FlexdpoError(
+            f"a row must be a flexdpo.Row (Row.from_groups, from_sequences, from_documents or from_lengths makes one) "
+            f"or a flexdpo.RowLayout, got {found(row)}"
+        )
+    layout = row if isinstance(row, RowLayout) else row.layout
+    given = {"window": window, "chunk": chunk, "mask_function": mask_function}
+    given = {name: value for name, value in given.items() if value is not None}
+    if len(given) > 1:
+        raise FlexdpoError(
+            f"give one of window, chunk and mask_function, got {' and '.join(given)}; a mask_function may hold them all"
         )
     if mask_function is not None:
-        _require_mask(mask_function, layout)
-        return MaskKind("other", function=mask_function)
-    for name, size in (("window", window), ("chunk", chunk)):
-        if size is None:
-            continue
+        answer = _asked("mask_function", mask_function, layout.device)
+        if answer is not None and answer.dtype != torch.bool:
+            raise FlexdpoError(
+                "mask_function must return a bool tensor for (batch, head, q_position, kv_position), "
+                f"got {found(answer)}"
+            )
+        return layout, MaskKind("other", function=mask_function)
+    for name, size in given.items():
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise FlexdpoError(f"{name} must be a number of tokens, at least 1, got {size!r}")
-        return MaskKind("sliding" if name == "window" else "chunked", size)
-    return CAUSAL
+        return layout, MaskKind("sliding" if name == "window" else "chunked", size)
+    return layout, CAUSAL
 
 
-def _require_mask(function: Any, layout: RowLayout) -> None:
-    """Ask a mask function about one pair, as kernels will about all."""
-    answer = _asked("mask_function", function, *_zeros(layout, 4))
-    if answer is not None and answer.dtype != torch.bool:
-        raise FlexdpoError(
-            f"mask_function must return a bool tensor for (batch, head, q_position, kv_position), got {found(answer)}"
-        )
-
-
-def _require_score(function: Any, layout: RowLayout) -> None:
-    """Ask a score function about one score."""
-    score = torch.zeros((), device=layout.device)
-    answer = _asked("score_mod", function, score, *_zeros(layout, 4))
-    if answer is not None and (answer.ndim or not answer.is_floating_point()):
-        raise FlexdpoError(
-            "score_mod must return a score, a 0-d float tensor, for (score, batch, head, q_idx, kv_idx), "
-            f"got {found(answer)}"
-        )
-
-
-def _zeros(layout: RowLayout, count: int) -> list[Tensor]:
-    return [torch.zeros((), dtype=torch.int64, device=layout.device) for _ in range(count)]
-
-
-def _asked(name: str, function: Any, *arguments: Tensor) -> Tensor | None:
+def _asked(name: str, function: Any, device: torch.device, *score: Tensor) -> Tensor | None:
     """What a function says of one pair of tokens; ``None`` inside a graph, where tracing it asks already."""
     if not callable(function):
         raise FlexdpoError(f"{name} must be a function, got {found(function)}")
@@ -214,10 +171,10 @@ def _asked(name: str, function: Any, *arguments: Tensor) -> Tensor | None:
         return None
     with torch.no_grad():
         try:
-            answers: Tensor = torch.vmap(function)(*(argument[None] for argument in arguments))
+            answers: Tensor = torch.vmap(function)(*score, *torch.zeros(4, 1, dtype=torch.int64, device=device))
             return answers[0]
         except Exception as error:
             raise FlexdpoError(
                 f"{name} cannot be evaluated at one pair of tokens ({first_line(error)}); it takes 0-d tensors on "
-                f"{arguments[0].device}, and chooses with torch.where instead of Python's if"
+                f"{device}, and chooses with torch.where instead of Python's if"
             ) from error

@@ -28,8 +28,6 @@ from flexdpo.attention.selftest import is_compared, require_correct_kernel
 from flexdpo.attention.varlen import require_varlen, varlen_attention
 from flexdpo.errors import FlexdpoError
 
-__all__ = ["packed_attention", "softmax_attention"]
-
 
 def packed_attention(
     query: Tensor,
@@ -44,14 +42,16 @@ def packed_attention(
     """Attend within the branches of a batch of packed rows.
 
     The mask brings a score_mod of the model's own and its kernel along; the other arguments are those of
-    :class:`~flexdpo.attention.inputs.AttentionInputs`.
-    Under autocast the inputs take autocast's dtype, as in ``scaled_dot_product_attention``.
+    :class:`~flexdpo.attention.inputs.AttentionInputs`. Under autocast these take autocast's dtype, as in SDPA.
 
     Returns ``[B, Hq, S, Dv]`` in the dtype of ``query``, or in autocast's. Raises ``FlexdpoError`` if the shapes do not
     fit the layout, the kernel that was asked for cannot do this, or its self-test found it wrong.
     """
     _require_shapes(query, key, value, row_mask, sinks)
-    query, key, value = (_laid_out(x) for x in _in_one_dtype(query, key, value))
+    if torch.is_autocast_enabled(device := query.device.type) and query.dtype != torch.float64:
+        # rotary embeddings are computed in float32, so queries and keys come wider than values
+        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
+    query, key, value = (_laid_out(x) for x in (query, key, value))
     inputs = AttentionInputs(query, key, value, scaling, softcap, sinks)
     if row_mask.layout.share is not None:
         attended: Tensor = share_attention(packed_attention, inputs, row_mask)
@@ -158,15 +158,6 @@ def _laid_out(x: Tensor) -> Tensor:
     return x.contiguous() if shared or x.stride(-1) != 1 else x
 
 
-def _in_one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    # rotary embeddings are computed in float32, so under autocast queries and keys come wider than values
-    device = query.device.type
-    if torch.is_autocast_enabled(device) and query.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-        return query.to(dtype), key.to(dtype), value.to(dtype)
-    return query, key, value
-
-
 _paused = torch.compiler.disable(blockwise_attention)
 # around a graph that broke off, Dynamo would compile the comparison too
 _compare = torch.compiler.disable(require_correct_kernel)
@@ -191,10 +182,8 @@ def _whole(inputs: AttentionInputs, row_mask: RowMask) -> Tensor:
     if softcap is None and sinks is None and row_mask.score_mod is None:
         gqa = query.shape[1] != key.shape[1]
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scaling, enable_gqa=gqa)
-    score_mod = None
-    if row_mask.score_mod is not None:
-        index = torch.arange(length, device=device)
-        score_mod = partial(
-            modified_scores, row_mask.score_mod, batch=torch.arange(batch, device=device), q_idx=index, kv_idx=index
-        )
+    rows, index = torch.arange(batch, device=device), torch.arange(length, device=device)
+    score_mod = row_mask.score_mod and partial(
+        modified_scores, row_mask.score_mod, batch=rows, q_idx=index, kv_idx=index
+    )
     return softmax_attention(inputs, bias, score_mod=score_mod)

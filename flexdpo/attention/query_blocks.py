@@ -53,6 +53,11 @@ class QueryBlock(NamedTuple):
         """Queries times keys."""
         return (self.stop - self.start) * self.num_keys
 
+    @property
+    def place(self) -> tuple[int, slice, slice]:
+        """Where the queries stand among those of all rows and heads, ``[B, H, S]``."""
+        return self.row, slice(None), slice(self.start - self.before, self.stop - self.before)
+
 
 def plan_query_blocks(
     layout: RowLayout, kind: MaskKind, *, width: int = 512, max_queries: int = MAX_QUERIES
@@ -72,9 +77,12 @@ def plan_query_blocks(
     blocks = []
     for row in range(len(ends)):
         cuts = _cuts(ends[row], seen.num_tokens[row], max_queries, before)
-        chosen = _cheapest(cuts, _live_counts(ends[row], cuts, kind), START_COST // width, max_queries)
+        ended = np.cumsum(np.bincount(ends[row], minlength=ends[row].size + 1))
+        # how many earlier tokens the token behind each cut sees: those begun and not yet ended
+        live = np.asarray(cuts) - ended[cuts]
+        live = np.minimum(live, kind.size) if kind.size else live
         document = _document_starts(ends[row])
-        for start, stop in pairwise(chosen):
+        for start, stop in pairwise(_cheapest(cuts, live.tolist(), START_COST // width, max_queries)):
             keys = _earlier_keys(ends[row], positions[row], document[start], start, stop, kind)
             last = stop if ahead is None else int(ahead[row, start:stop].max())
             blocks.append(QueryBlock(row, start, stop, _runs(keys, start, last), before))
@@ -82,10 +90,7 @@ def plan_query_blocks(
 
 
 def _cuts(ends: Ints, num_tokens: int, max_queries: int, before: int) -> list[int]:
-    """Where the row may be cut, both ends included: where branches and documents begin, and on a grid between.
-
-    Its tokens stand behind ``before`` others, which are not queries.
-    """
+    """Where a row behind ``before`` keys may be cut, both ends included: at branches, and on a grid between."""
     closest = max(1, min(_CLOSEST, max_queries // 2))
     grid = min(_GRID, max_queries - closest + 1)
     branches = np.flatnonzero(np.diff(ends[before:num_tokens])) + before + 1
@@ -99,43 +104,26 @@ def _cuts(ends: Ints, num_tokens: int, max_queries: int, before: int) -> list[in
     return cuts if cuts[-1] == length else [*cuts, length]
 
 
-def _live_counts(ends: Ints, cuts: list[int], kind: MaskKind) -> Ints:
-    """At each cut, how many earlier tokens the token behind it sees: those begun and not yet ended."""
-    ended = np.cumsum(np.bincount(ends, minlength=ends.size + 1))
-    live: Ints = np.asarray(cuts) - ended[cuts]
-    return np.minimum(live, kind.size) if kind.size else live
-
-
-def _cheapest(cuts: list[int], live: Ints, start_cost: int, max_queries: int) -> list[int]:
+def _cheapest(cuts: list[int], earlier: list[int], start_cost: int, max_queries: int) -> list[int]:
     """The subset of ``cuts`` with the least cost in all, by dynamic programming over the last block."""
-    earlier = live.tolist()
     best, came_from = [0], [0]
     for stop in range(1, len(cuts)):
-        cost, begin = min(
-            (best[start] + _cost(cuts[stop] - cuts[start], earlier[start]) + start_cost, start)
-            for start in _reachable(cuts, earlier, stop, max_queries)
-        )
+        found = []
+        # from the cut before, always, and from those that a block may reach up from
+        for start in range(stop - 1, -1, -1):
+            queries = cuts[stop] - cuts[start]
+            scores = queries * (queries + earlier[start])
+            if start < stop - 1 and (queries > max_queries or scores > MAX_SCORES):
+                break
+            cost = (queries + REREAD_QUERIES) * (queries + earlier[start])
+            found.append((best[start] + cost + start_cost, start))
+        cost, begin = min(found)
         best.append(cost)
         came_from.append(begin)
     chosen = [len(cuts) - 1]
     while chosen[-1] > 0:
         chosen.append(came_from[chosen[-1]])
     return [cuts[index] for index in reversed(chosen)]
-
-
-def _cost(queries: int, earlier: int) -> int:
-    return (queries + REREAD_QUERIES) * (queries + earlier)
-
-
-def _reachable(cuts: list[int], earlier: list[int], stop: int, max_queries: int) -> range:
-    """From which cuts a block may reach up to cut number ``stop``; always from the one before."""
-    start = stop - 1
-    while start > 0:
-        queries = cuts[stop] - cuts[start - 1]
-        if queries > max_queries or queries * (queries + earlier[start - 1]) > MAX_SCORES:
-            break
-        start -= 1
-    return range(start, stop)
 
 
 def _document_starts(ends: Ints) -> Ints:

@@ -31,27 +31,17 @@ def softcap_score_mod(softcap: float) -> ScoreMod:
 def alibi_score_mod(slopes: Tensor, positions: Row | RowLayout | Tensor) -> ScoreMod:
     """Subtract ``slope * distance`` from every score, with the distance taken between logical positions.
 
-    Args:
-        slopes: One slope per query head, ``[Hq]``, float, on the row's device; may be trained.
-        positions: The row, or its logical positions, ``[B, S]`` int64.
-
-    Source:
-        Press et al. 2022, arXiv:2108.12409, section 3.
+    ``slopes`` has one per query head, ``[Hq]``, float, on the row's device, and may be trained. ``positions`` is the
+    row, or its logical positions, ``[B, S]`` int64. Source: Press et al. 2022, arXiv:2108.12409, section 3.
     """
-
-    def alibi(score: Tensor, batch: Any, head: Any, q_position: Any, kv_position: Any) -> Tensor:  # noqa: ARG001
-        biased: Tensor = score - slopes[head] * (q_position - kv_position)
-        return biased
-
-    return logical_score_mod(positions, alibi)
+    return logical_score_mod(positions, lambda score, _, head, q, kv: score - slopes[head] * (q - kv))
 
 
 def logical_score_mod(positions: Row | RowLayout | Tensor, function: ScoreMod) -> ScoreMod:
     """Evaluate a score function that was written for one sequence at the logical positions of a packed row.
 
-    Args:
-        positions: The row, or its logical positions, ``[B, S]`` int64.
-        function: Takes a score, the row of the batch, the query head and two positions, all 0-d, and returns a score.
+    ``positions`` is the row, or its logical positions, ``[B, S]`` int64. ``function`` takes a score, the row of the
+    batch, the query head and two positions, all 0-d, and returns a score.
     """
     position_ids = positions if isinstance(positions, Tensor) else positions.position_ids
 
@@ -73,17 +63,10 @@ def composed_score_mod(first: ScoreMod, second: ScoreMod) -> ScoreMod:
 def modified_scores(score_mod: ScoreMod, scores: Tensor, batch: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
     """Evaluate a ``score_mod`` as FlexAttention does, one score at a time, under vmap.
 
-    Shapes: ``B`` rows, ``H`` query heads, ``Q`` queries, ``K`` keys.
+    ``scores`` are ``[B, H, Q, K]``: rows, query heads, queries and keys, whose row indices are ``batch`` ``[B]``,
+    ``q_idx`` ``[Q]`` and ``kv_idx`` ``[K]``, int64.
 
-    Args:
-        score_mod: Of any make.
-        scores: ``[B, H, Q, K]``.
-        batch: Which row of the batch each one is, ``[B]`` int64.
-        q_idx: Row indices of the queries, ``[Q]`` int64.
-        kv_idx: Row indices of the keys, ``[K]`` int64.
-
-    Returns:
-        ``[B, H, Q, K]``, differentiable in the scores and in what the ``score_mod`` captured.
+    Returns ``[B, H, Q, K]``, differentiable in the scores and in what the ``score_mod`` captured.
     """
     every = score_mod
     for in_dims in ((0, None, None, None, 0), (0, None, None, 0, None), (0, None, 0, None, None)):

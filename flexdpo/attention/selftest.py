@@ -5,8 +5,6 @@ own making. So the first row that trains is run twice: through the kernel and th
 What the definition itself loses in the kernel's dtype is the unit of the error budget. A layer that ``torch.compile``
 turns into one graph has FlexAttention inside of it, out of reach; there the same kernel, under the same mask and with
 the same options, is compared by itself before the layer first runs (:func:`require_correct_call`).
-
-Shapes: ``B`` rows, ``Hq`` query heads, ``Hkv`` key heads, ``S`` tokens, ``D`` and ``Dv`` head sizes.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ from flexdpo.attention.row_mask import RowMask
 from flexdpo.errors import FlexdpoError
 from flexdpo.layout.row import RowLayout
 
-AttentionKernel = Callable[[AttentionInputs, "RowMask"], "Tensor"]
+AttentionKernel = Callable[[AttentionInputs, RowMask], Tensor]
 
 # a kernel may lose this many times what the formula loses in the same dtype, and this share of the largest value
 BUDGET_FACTOR, BUDGET_SHARE = 4.0, 1e-5
@@ -63,9 +61,6 @@ class SelfTestReport:
     def wrong(self) -> list[Comparison]:
         """The tensors that are over budget."""
         return [found for found in self.comparisons if not found.error <= found.budget]
-
-
-# --- the dense version -----------------------------------------------------------------------------------------------
 
 
 def _random_inputs(call: AttentionCall, layout: RowLayout, queries: Tensor) -> tuple[AttentionInputs, Tensor]:
@@ -144,9 +139,6 @@ def _dense(
     return found
 
 
-# --- the comparison --------------------------------------------------------------------------------------------------
-
-
 def compare_kernel(
     shape: Shape,
     row_mask: RowMask,
@@ -167,7 +159,7 @@ def compare_kernel(
     device = row_mask.layout.device.type
     call = AttentionCall(shape, scaling, softcap, sinks)
     # a checkpoint around the layer that calls would drop what the comparison saves for its own backward pass
-    keep = torch.autograd.graph.saved_tensors_hooks(_unchanged, _unchanged)
+    keep = torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved)
     with torch.autocast(device, enabled=False), torch.set_grad_enabled(grad), keep:
         queries = _compared_queries(row_mask.layout)
         inputs, direction = _random_inputs(call, row_mask.layout, queries)
@@ -185,10 +177,6 @@ def compare_kernel(
     return SelfTestReport(shape, row_mask.layout.length, comparisons)
 
 
-def _unchanged(saved: Tensor) -> Tensor:
-    return saved
-
-
 def _compare(name: str, found: Tensor, plain: Tensor, exact: Tensor) -> Comparison:
     error = (found.to(exact.dtype) - exact).abs().max()
     dense_error = (plain.to(exact.dtype) - exact).abs().max()
@@ -196,8 +184,6 @@ def _compare(name: str, found: Tensor, plain: Tensor, exact: Tensor) -> Comparis
     finite = bool(torch.isfinite(found).all())
     return Comparison(name, float(error) if finite else float("inf"), float(dense_error), float(budget))
 
-
-# --- at the first row that trains ------------------------------------------------------------------------------------
 
 _passed: set[tuple[str, KernelKey, Shape]] = set()
 

@@ -39,8 +39,7 @@ class KernelSettings:
     self_test: bool = True
 
     def __post_init__(self) -> None:
-        if self.lengths not in get_args(Lengths):
-            known = get_args(Lengths)
+        if self.lengths not in (known := get_args(Lengths)):
             raise FlexdpoError(f"lengths must be one of {known}, got {self.lengths!r}{nearest(self.lengths, known)}")
         if self.max_kernels < 1:
             raise FlexdpoError(f"max_kernels must be at least 1, got {self.max_kernels}")
@@ -69,8 +68,6 @@ class KernelSettings:
 
 
 class _InForce(threading.local):
-    """Each thread's own: of two models that run at once, one may be told otherwise than the other."""
-
     settings: KernelSettings = KernelSettings()
 
 

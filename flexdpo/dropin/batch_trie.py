@@ -1,9 +1,8 @@
 """The token trie of a padded batch, found on the device where the batch lies.
 
-:mod:`flexdpo.layout.trie` walks over lists of sequences. Here the sequences are the rows of a padded tensor, and all is
-done by whole-tensor operations: rows are sorted, so that rows with equal beginnings stand next to each other; a row
-then adds to the trie what it does not have in common with the row above it. Read row by row, the added tokens are the
-trie in depth-first order.
+:mod:`flexdpo.layout.trie` walks over lists of sequences. Here rows of a padded tensor are sorted, so that those with
+equal beginnings stand next to each other; a row then adds to the trie what it does not have in common with the row
+above it. Read row by row, the added tokens are the trie in depth-first order.
 
 Shapes: ``N`` rows, ``T`` places per row, ``S`` distinct tokens.
 """
@@ -52,10 +51,7 @@ class BatchTrie:
 
 
 def row_spans(attention_mask: Tensor) -> RowSpans:
-    """Find where the real tokens of each row begin and how many there are.
-
-    ``attention_mask``, ``[N, T]`` of any dtype, is nonzero at real tokens.
-    """
+    """Find the real tokens of each row, at which ``attention_mask``, ``[N, T]`` of any dtype, is nonzero."""
     real = attention_mask != 0
     lengths = real.sum(dim=1)
     # the first of several equal maxima
@@ -68,10 +64,8 @@ def row_spans(attention_mask: Tensor) -> RowSpans:
 def sequence_places(position_ids: Tensor) -> Tensor:
     """Where the sequences stand that rows of a batch hold one behind the other.
 
-    A sequence begins where positions do not go on by one, as in ``transformers.masking_utils``.
-
-    ``position_ids`` are ``[N, T]``. Returns places of the flattened batch, ``n * T + t``, a row per sequence and -1
-    behind its end, ``[M, L]`` int64.
+    One begins where ``position_ids``, ``[N, T]``, do not go on by one, as in ``transformers.masking_utils``. Returns
+    places of the flattened batch, ``n * T + t``, a row per sequence and -1 behind its end, ``[M, L]`` int64.
     """
     begins = torch.ones_like(position_ids, dtype=torch.bool)
     begins[:, 1:] = position_ids.diff(dim=1) != 1
@@ -101,9 +95,7 @@ def sort_batch(input_ids: Tensor, spans: RowSpans, *, min_prefix: int = 1) -> So
 
     ``input_ids`` are ``[N, T]`` int64, not negative, without gaps; or keys that hold each token with its position, so
     that equal tokens at different positions are not merged. Rows that have fewer than ``min_prefix`` tokens in common
-    share none of them.
-
-    Returns the ranks and what neighbours share. Work is ``N * N * T`` comparisons, memory is bounded.
+    share none of them. Work is ``N * N * T`` comparisons, memory is bounded.
     """
     if input_ids.ndim != 2 or input_ids.shape[0] == 0:
         raise FlexdpoError(f"input_ids must be [N, T] with at least one row, got {list(input_ids.shape)}")
@@ -112,47 +104,31 @@ def sort_batch(input_ids: Tensor, spans: RowSpans, *, min_prefix: int = 1) -> So
     moved = input_ids.gather(1, (column + spans.starts[:, None]).clamp_(max=columns - 1))
     # behind its end a row holds what is less than every token, so that a beginning of another row comes before it
     moved = torch.where(column < spans.lengths[:, None], moved, -1)
-    order, shared = _ranks(moved)
-    lengths = spans.lengths[order]
-    shared = torch.minimum(shared, lengths)
-    shared = torch.where(shared < min_prefix, 0, shared)
-    return SortedBatch(order, spans.starts[order], lengths, shared, columns)
-
-
-def _ranks(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The order that sorts rows by their tokens, and what each has in common with the one before it, ``[N]`` each."""
-    count, columns = rows.shape
-    first_difference = _first_differences(rows)
-    number = torch.arange(count, device=rows.device)
+    first_difference = _first_differences(moved)
+    number = torch.arange(len(moved), device=moved.device)
     at = first_difference.clamp(max=columns - 1)
-    mine, other = rows.gather(1, at), rows.T.gather(0, at)
-    equal = first_difference == columns
-    comes_before = torch.where(equal, number < number[:, None], other < mine)
+    mine, other = moved.gather(1, at), moved.T.gather(0, at)
+    comes_before = torch.where(first_difference == columns, number < number[:, None], other < mine)
     order = comes_before.sum(dim=1).argsort()
-    shared = first_difference[order, order.roll(1)]
+    lengths = spans.lengths[order]
+    shared = torch.minimum(first_difference[order, order.roll(1)], lengths)
     # nothing stands above the first rank
-    return order, torch.where(number == 0, 0, shared)
+    shared = torch.where((number == 0) | (shared < min_prefix), 0, shared)
+    return SortedBatch(order, spans.starts[order], lengths, shared, columns)
 
 
 def _first_differences(rows: Tensor) -> Tensor:
     """The first column where two rows differ, ``T`` where none does, for every pair, ``[N, N]``."""
-    count, columns = rows.shape
-    at_once = max(1, _COMPARED // (count * columns))
     found = []
-    for some in rows.split(at_once):
+    for some in rows.split(max(1, _COMPARED // rows.numel())):
         differs = (some[:, None, :] != rows[None, :, :]).byte()
-        first = differs.argmax(dim=2)
-        found.append(torch.where(differs.amax(dim=2) > 0, first, columns))
+        found.append(torch.where(differs.amax(dim=2) > 0, differs.argmax(dim=2), rows.shape[1]))
     return torch.cat(found)
 
 
 def trie_of(batch: SortedBatch, num_tokens: int) -> BatchTrie:
-    """Read a sorted batch as a trie.
-
-    With ``num_tokens``, which is ``int(batch.num_tokens)``, no operation here waits for the device.
-    """
+    """Read a sorted batch as a trie. Given ``int(batch.num_tokens)``, no operation here waits for the device."""
     order, starts, lengths, shared, columns = batch
-    rows = order.shape[0]
     device = order.device
     column = torch.arange(columns, device=device)
     real = column < lengths[:, None]
@@ -173,23 +149,13 @@ def trie_of(batch: SortedBatch, num_tokens: int) -> BatchTrie:
 
     def collected(values: Tensor) -> Tensor:
         room = torch.zeros(num_tokens + 1, dtype=torch.int64, device=device)
-        return room.scatter_(0, slot, values.expand(rows, columns).reshape(-1))[:num_tokens]
+        return room.scatter_(0, slot, values.expand(len(order), columns).reshape(-1))[:num_tokens]
 
     members = torch.zeros(num_tokens + 1, dtype=torch.int64, device=device)
     members.scatter_add_(0, torch.where(real, nodes, num_tokens).reshape(-1), torch.ones_like(slot))
-    return BatchTrie(
-        sources=collected(place),
-        depths=collected(column),
-        subtree_end=collected(ends),
-        multiplicity=members[:num_tokens],
-        nodes=_at_their_places(torch.where(real, nodes, -1), batch),
-    )
-
-
-def _at_their_places(values: Tensor, batch: SortedBatch) -> Tensor:
-    """Undo the sorting and the moving to the left; -1 where padding stands."""
-    column = torch.arange(batch.columns, device=values.device)
-    back = column - batch.starts[:, None]
-    inside = (back >= 0) & (back < batch.lengths[:, None])
-    moved = torch.where(inside, values.gather(1, back.clamp(0, batch.columns - 1)), -1)
-    return torch.empty_like(moved).index_copy_(0, batch.order, moved)
+    # undoes the sorting and the moving to the left
+    back = column - starts[:, None]
+    inside = (back >= 0) & (back < lengths[:, None])
+    moved = torch.where(inside, nodes.gather(1, back.clamp(0, columns - 1)), -1)
+    placed = torch.empty_like(moved).index_copy_(0, order, moved)
+    return BatchTrie(collected(place), collected(column), collected(ends), members[:num_tokens], placed)

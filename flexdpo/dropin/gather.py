@@ -74,10 +74,8 @@ class SharedBatch:
         """Put what a model returned for the row where it would have stood for the padded batch.
 
         ``output`` is a tensor ``[1, S, ...]`` or ``[S, ...]`` with one entry per token, or any nesting of mappings,
-        lists and tuples of such. Anything that is not a tensor stays as it is.
-
-        Returns the same nesting with tensors ``[N, T, ...]`` or ``[N * T, ...]``, 0 at padding. Mappings are changed in
-        place. Raises ``UnsupportedModelError`` if a tensor has not one entry per token.
+        lists and tuples of such. Returns the same nesting with tensors ``[N, T, ...]`` or ``[N * T, ...]``, 0 at
+        padding; mappings are changed in place. Raises ``UnsupportedModelError`` if a tensor has other entries.
         """
         placed: dict[int, Any] = {}
         if self.images is not None and isinstance(output, Mapping):
@@ -104,8 +102,8 @@ class SharedBatch:
 
     def _placed_tensor(self, values: Tensor) -> Tensor:
         length = self.layout.length
-        one_row = tuple(values.shape[:2]) == (1, length)
-        if not one_row and tuple(values.shape[:1]) != (length,):
+        one_row = values.shape[:2] == (1, length)
+        if not one_row and values.shape[:1] != (length,):
             raise UnsupportedModelError(
                 f"the model returned a tensor of shape {list(values.shape)} for a packed row of {length} tokens; "
                 "flexdpo cannot tell what it would be for the padded batch, so ask for less "
@@ -140,8 +138,7 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, nodes: Tensor) -> Tensor:
         ctx.save_for_backward(nodes)
         ctx.length, ctx.dtype = values.shape[0], values.dtype
-        gathered = values.index_select(0, rearrange(nodes.clamp(min=0), "n t -> (n t)"))
-        placed: Tensor = rearrange(gathered, "(n t) ... -> n t ...", n=nodes.shape[0])
+        placed: Tensor = values.index_select(0, nodes.clamp(min=0).reshape(-1)).unflatten(0, nodes.shape)
         padding = (nodes < 0).reshape(nodes.shape + (1,) * (placed.ndim - nodes.ndim))
         return placed.masked_fill_(padding, 0)
 

@@ -49,8 +49,7 @@ class SharingStats:
     batches_shared: int = 0  # batches that ran as one packed row
     images_in: int = 0  # images of all batches
     images_encoded: int = 0  # images that the model encoded instead; of a batch that passed through, all
-    # batches that ran as if flexdpo were not there, by reason; the reasons are explained in
-    # :data:`flexdpo.dropin.rules.REASONS`
+    # batches that ran as if flexdpo were not there, by reason, one of :data:`flexdpo.dropin.rules.REASONS`
     passed_through: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -132,9 +131,6 @@ def sharing_of(backbone: nn.Module) -> Sharing | None:
     return found if isinstance(found, Sharing) else None
 
 
-# --- the hooks -------------------------------------------------------------------------------------------------------
-
-
 class _Running(NamedTuple):
     """A shared batch in progress."""
 
@@ -158,9 +154,7 @@ _in_thread = _InThread()
 
 # what follows from the data cannot be in a graph; a compiled model pauses here
 @torch.compiler.disable
-def _share_batch(
-    backbone: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+def _share_batch(backbone: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     sharing: Sharing = backbone._flexdpo_sharing
     if being_asked():
         return None
@@ -271,9 +265,6 @@ def _for_any_length(sharing: Sharing, batch: SharedBatch) -> KernelSettings:
     if settings.lengths != "auto" or resolve_impl(sharing.impl, batch.input_ids.device) != "flex":
         return settings
     return replace(settings, lengths="dynamic")
-
-
-# --- the plan --------------------------------------------------------------------------------------------------------
 
 
 class _Batch(NamedTuple):

@@ -6,6 +6,7 @@ Which of the two a layer runs is told by the mask it is given, so that a checkpo
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -38,38 +39,31 @@ def implementation_over(stock: str) -> str:
     # transformers takes a name with "flash" in it for FlashAttention itself, and one with a slash for an address
     name = f"{ATTN_IMPLEMENTATION}_over_{stock.replace('flash', 'fa').replace('/', '_')}"
     if name not in ALL_ATTENTION_FUNCTIONS:
-        AttentionInterface.register(name, _attention_over(stock))
-        AttentionMaskInterface.register(name, _mask_over(stock))
+        AttentionInterface.register(name, functools.partial(_attention_over, stock))
+        AttentionMaskInterface.register(name, functools.partial(_mask_over, stock))
     return name
 
 
-def _mask_over(stock: str) -> Callable[..., Any]:
-    def mask(*args: Any, **kwargs: Any) -> Any:
-        if packed_forward() is not None:
-            return flexdpo_mask(*args, **kwargs)
-        return ALL_MASK_ATTENTION_FUNCTIONS[stock](*args, **kwargs)
-
-    return mask
+def _mask_over(stock: str, *args: Any, **kwargs: Any) -> Any:
+    mask = ALL_MASK_ATTENTION_FUNCTIONS[stock] if packed_forward() is None else flexdpo_mask
+    return mask(*args, **kwargs)
 
 
-def _attention_over(stock: str) -> Callable[..., Any]:
-    def attention(
-        module: nn.Module, query: Any, key: Any, value: Any, attention_mask: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        if row_mask_of(attention_mask) is not None or packed_forward() is not None:
-            return flexdpo_attention(module, query, key, value, attention_mask, *args, **kwargs)
+def _attention_over(
+    stock: str, module: nn.Module, query: Any, key: Any, value: Any, attention_mask: Any, *args: Any, **kwargs: Any
+) -> Any:
+    attend: Callable[..., Any] = flexdpo_attention
+    if row_mask_of(attention_mask) is None and packed_forward() is None:
         attend = _eager_attention_of(module) if stock == "eager" else ALL_ATTENTION_FUNCTIONS[stock]
-        return attend(module, query, key, value, attention_mask, *args, **kwargs)
-
-    return attention
+    return attend(module, query, key, value, attention_mask, *args, **kwargs)
 
 
 def _eager_attention_of(module: nn.Module) -> Callable[..., Any]:
     """The eager attention of the file a model's attention is written in; transformers registers none."""
     for made_by in type(module).__mro__:
-        found: Callable[..., Any] | None = getattr(sys.modules[made_by.__module__], "eager_attention_forward", None)
-        if found is not None:
-            return found
+        if found := getattr(sys.modules[made_by.__module__], "eager_attention_forward", None):
+            eager: Callable[..., Any] = found
+            return eager
     raise UnsupportedModelError(
         f"the file of {type(module).__name__} has no eager_attention_forward; load the model with "
         "attn_implementation='sdpa' before sharing prefixes"

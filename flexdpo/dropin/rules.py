@@ -54,22 +54,19 @@ _OTHER_MEDIA = ("pixel_values_videos", "image_sizes_videos", "video_", "num_fram
 # architectures whose positions were measured to be relative: equal results wherever a row begins. Others are taken for
 # absolute, since rotary embeddings alone prove nothing: a norm behind them, or a scale by position, undoes it
 # fmt: off
-_RELATIVE = frozenset(
-    (
-        "afmoe", "apertus", "arcee", "aria_text", "axk1", "bamba", "bitnet", "cohere", "cohere2", "cohere2_moe",
-        "cohere_compass_text", "cwm", "dbrx", "deepseek_v2", "deepseek_v3", "diffllama", "dots1", "emu3_text_model",
-        "ernie4_5", "ernie4_5_moe", "exaone4", "exaone_moe", "falcon_h1", "flex_olmo", "flint", "gemma", "gemma2",
-        "gemma3_text", "gemma4_text", "glm", "glm4", "glm4_moe", "glm4_moe_lite", "gpt_neox", "gpt_oss", "granite",
-        "granite_swa",
-        "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared", "helium", "hrm_text", "hy_v3",
-        "hyperclovax", "internlm3", "iquestcoder", "jais2", "jamba", "jetmoe", "kolibri1", "laguna", "lfm2", "lfm2_moe",
-        "llama", "longcat_flash", "mellum", "mimo_v2_flash", "minicpm3", "minimax_m2", "ministral", "mistral",
-        "mixtral", "mllama_text_model", "modernbert-decoder", "moshi", "nanochat", "nemotron", "nemotron_h", "olmo",
-        "olmo2", "olmo3", "olmo_hybrid", "olmoe", "persimmon", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3",
-        "qwen3_5_text", "qwen3_moe", "qwen3_next", "seed_oss", "smollm3", "solar_open", "stablelm", "starcoder2",
-        "vaultgemma", "youtu", "zamba2",
-    )
-)
+_RELATIVE = frozenset({
+    "afmoe", "apertus", "arcee", "aria_text", "axk1", "bamba", "bitnet", "cohere", "cohere2", "cohere2_moe",
+    "cohere_compass_text", "cwm", "dbrx", "deepseek_v2", "deepseek_v3", "diffllama", "dots1", "emu3_text_model",
+    "ernie4_5", "ernie4_5_moe", "exaone4", "exaone_moe", "falcon_h1", "flex_olmo", "flint", "gemma", "gemma2",
+    "gemma3_text", "gemma4_text", "glm", "glm4", "glm4_moe", "glm4_moe_lite", "gpt_neox", "gpt_oss", "granite",
+    "granite_swa", "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared", "helium", "hrm_text",
+    "hy_v3", "hyperclovax", "internlm3", "iquestcoder", "jais2", "jamba", "jetmoe", "kolibri1", "laguna", "lfm2",
+    "lfm2_moe", "llama", "longcat_flash", "mellum", "mimo_v2_flash", "minicpm3", "minimax_m2", "ministral", "mistral",
+    "mixtral", "mllama_text_model", "modernbert-decoder", "moshi", "nanochat", "nemotron", "nemotron_h", "olmo",
+    "olmo2", "olmo3", "olmo_hybrid", "olmoe", "persimmon", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3",
+    "qwen3_5_text", "qwen3_moe", "qwen3_next", "seed_oss", "smollm3", "solar_open", "stablelm", "starcoder2",
+    "vaultgemma", "youtu", "zamba2",
+})
 # fmt: on
 # transformers renamed the argument in 5.24, and takes the older names still
 _CACHES = ("cache", "past_key_values", "cache_params")

@@ -7,6 +7,7 @@ returns back at the padded places. Everything above the backbone (heads, losses,
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,11 +27,11 @@ from flexdpo.hf.prepare import prepare_model
 from flexdpo.hf.unwrap import backbone_of, unwrap_model, unwrapped
 
 
+@dataclass(eq=False)
 class PrefixSharing:
     """Sharing in force on a model; as a context manager it ends with the ``with`` block."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    model: nn.Module
 
     @property
     def stats(self) -> SharingStats:
@@ -45,10 +46,7 @@ class PrefixSharing:
         return self
 
     def __exit__(self, *error: object) -> None:
-        unshare(self.model)
-
-
-# --- on and off ------------------------------------------------------------------------------------------------------
+        self.unshare()
 
 
 def share_prefixes(
@@ -62,39 +60,28 @@ def share_prefixes(
     rounding. What cannot be shared exactly (a cache, attention weights, dropout in training), or is not worth it, runs
     as before and is counted by :func:`sharing_stats`.
 
-    Right, left and two-sided padding are shared, and so are rows that hold several sequences one behind the other, told
-    apart by ``position_ids`` that begin again, ``[1, T]`` or ``[N, T]``, as others pack them. Where positions are
-    absolute (GPT-2), or the caller's own, tokens are shared that agree in their positions too: with padding on the
-    left, completions of one prompt, or all that begin alike if the caller's positions come from the mask.
-
-    A cache is not made for a shared batch: outside of training mode, calls are shared that say ``use_cache=False``.
+    Padding may stand on either side, and rows may hold several sequences one behind the other, told apart by
+    ``position_ids`` that begin again, ``[1, T]`` or ``[N, T]``. Where positions are absolute (GPT-2), or the caller's
+    own, tokens are shared that agree in their positions too. A cache is not made for a shared batch: outside of
+    training mode, calls are shared that say ``use_cache=False``.
 
     Args:
         model: A ``PreTrainedModel`` with any head, or a ``PeftModel`` around one; before DDP, FSDP or
-            ``torch.compile`` wrap it.
+            ``torch.compile`` wrap it. It is changed in place.
         min_gain: Padded places per token that would be run, ``N * T / S``, below which a batch passes through.
         min_prefix: Rows with fewer tokens than this in common share none of them: a common BOS saves nothing and ties
             all rows of the batch together.
         impl: As in :func:`flexdpo.prepare_model`.
 
-    Returns:
-        A handle with ``stats`` and ``unshare()`` that is also a context manager. The model itself is changed in place.
-
-    Raises:
-        UnsupportedModelError: if the model would not give the ordinary result.
-        FlexdpoError: if the model is shared already, wrapped or compiled, or an argument is out of range.
+    Raises ``UnsupportedModelError`` if the model would not give the ordinary result, and ``FlexdpoError`` if it is
+    shared already, wrapped or compiled, or an argument is out of range.
     """
     _require_bare(model)
     return share_backbone(model, min_gain=min_gain, min_prefix=min_prefix, impl=impl)
 
 
 def share_backbone(
-    model: nn.Module,
-    *,
-    min_gain: float = 1.1,
-    min_prefix: int = 16,
-    impl: Impl = "auto",
-    scores_only: bool = False,
+    model: nn.Module, *, min_gain: float = 1.1, min_prefix: int = 16, impl: Impl = "auto", scores_only: bool = False
 ) -> PrefixSharing:
     """:func:`share_prefixes` for a model that a trainer may have sharded in place already.
 
@@ -164,9 +151,6 @@ def is_shared(model: nn.Module) -> bool:
     return sharing_of(input_module_of(unwrap_model(unwrapped(model)))) is not None
 
 
-# --- which part, and in which order ----------------------------------------------------------------------------------
-
-
 def input_module_of(base: PreTrainedModel) -> PreTrainedModel:
     """Return the part of a model that takes token ids from its head.
 
@@ -195,21 +179,16 @@ def _require_bare(model: Any) -> None:
             f"this {type(getattr(model, '_orig_mod', model)).__name__} is compiled already; call "
             "flexdpo.share_prefixes(model) first and torch.compile after it"
         )
-    sharded = _is_fully_sharded(model)
-    if inner is not model or sharded:
-        wrapper = "FSDP2 (fully_shard)" if sharded else type(model).__name__
+    wrapper = None if inner is model else type(model).__name__
+    if torch.distributed.is_available():
+        from torch.distributed.fsdp import FSDPModule
+
+        wrapper = "FSDP2 (fully_shard)" if isinstance(model, FSDPModule) else wrapper
+    if wrapper is not None:
         raise FlexdpoError(
             f"the model is wrapped by {wrapper} already; call flexdpo.share_prefixes(model) on the bare model and "
             "wrap it after that"
         )
-
-
-def _is_fully_sharded(model: Any) -> bool:
-    if not torch.distributed.is_available():
-        return False
-    from torch.distributed.fsdp import FSDPModule
-
-    return isinstance(model, FSDPModule)
 
 
 def _is_compiled(model: Any) -> bool:

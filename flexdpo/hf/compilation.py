@@ -36,11 +36,7 @@ def compile_decoder_layers(model: nn.Module, *, dynamic: bool = True, **options:
         dynamic: One compiled layer for all row lengths; with ``False`` one for each, for rows padded to few lengths.
         options: For ``torch.compile``: ``mode``, ``backend``, ``options``.
 
-    Returns:
-        How many layers were found.
-
-    Raises:
-        FlexdpoError: if the model keeps its layers nowhere that is known.
+    Returns how many layers were found. Raises ``FlexdpoError`` if the model keeps them nowhere that is known.
     """
     layers = decoder_layers(model)
     if layers is None:

@@ -139,16 +139,21 @@ def remove_layout_hooks(module: nn.Module) -> None:
         part.__dict__.pop("_flexdpo_mixes", None)
 
 
-def _take_layout(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+def _take_layout(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     layout = kwargs.get("attention_mask")
     if not isinstance(layout, RowLayout):
         if any(isinstance(arg, RowLayout) for arg in args):
             raise FlexdpoError("pass a row by name, model(**row.inputs()); its layout came as a positional argument")
-        _run_without_layout(module)
+        _forget_interrupted(module)
+        # a held layout is kept from a model that runs without one: its own backbone inherits it, nobody else does
+        if _forwards.stack and not any(part is module for part in _forwards.stack[-1].module.modules()):
+            _forwards.stack.append(PackedForward(module, None, "auto"))
         return None if (whole := _with_all_positions(module, kwargs)) is kwargs else (args, whole)
-    _require_single_owner(module)
+    if getattr(module, "_is_replica", False):
+        raise UnsupportedModelError(
+            "nn.DataParallel runs replicas in threads that would share one layout; start one process per GPU with "
+            "torchrun or accelerate launch"
+        )
     _require_match(layout, args, kwargs)
     _require_known_inputs(module, layout, kwargs)
     limits: LengthLimits = module._flexdpo_limits  # type: ignore[assignment]
@@ -179,15 +184,6 @@ def _with_all_positions(module: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     if isinstance(kept, int) and kept and module.get_output_embeddings() is None:
         return dict(kwargs, logits_to_keep=0)
     return kwargs
-
-
-def _run_without_layout(module: nn.Module) -> None:
-    """Keep a held layout from a model that runs without one: its own backbone inherits it, nobody else does."""
-    if not _forwards.stack:
-        return
-    _forget_interrupted(module)
-    if _forwards.stack and not any(part is module for part in _forwards.stack[-1].module.modules()):
-        _forwards.stack.append(PackedForward(module, None, "auto"))
 
 
 def _forget_interrupted(module: nn.Module) -> None:
@@ -251,14 +247,6 @@ def _require_mixed(module: Any, forward: PackedForward) -> None:
         )
 
 
-def _require_single_owner(module: nn.Module) -> None:
-    if getattr(module, "_is_replica", False):
-        raise UnsupportedModelError(
-            "nn.DataParallel runs replicas in threads that would share one layout; start one process per GPU with "
-            "torchrun or accelerate launch"
-        )
-
-
 def _require_match(layout: RowLayout, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     candidates = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1])
     tokens = next((tensor for tensor in candidates if tensor is not None), None)
@@ -308,12 +296,10 @@ def _require_known_inputs(module: nn.Module, layout: RowLayout, kwargs: dict[str
 
 
 # fmt: off
-_TEXT_INPUTS = frozenset(
-    (
-        "input_ids", "inputs_embeds", "position_ids", "cache_position", "token_type_ids", "mm_token_type_ids",
-        "logits_to_keep", "num_items_in_batch",
-    )
-)
+_TEXT_INPUTS = frozenset({
+    "input_ids", "inputs_embeds", "position_ids", "cache_position", "token_type_ids", "mm_token_type_ids",
+    "logits_to_keep", "num_items_in_batch",
+})
 # fmt: on
 
 
@@ -323,10 +309,8 @@ def _two_dimensional_mask(module: Any, layout: RowLayout, kwargs: dict[str, Any]
     A mixture-of-experts model weighs the router's choice at each token by this mask in its auxiliary loss, and in
     nothing else. There a shared token counts as often as the ordinary run repeats it, so that the loss is the same.
     """
-    wants_router = kwargs.get("output_router_logits")
-    if wants_router is None:
-        wants_router = getattr(module.config, "output_router_logits", False)
-    if not wants_router:
+    asked = kwargs.get("output_router_logits")
+    if not (getattr(module.config, "output_router_logits", False) if asked is None else asked):
         stateful = module._flexdpo_mixing.stateful and not torch.compiler.is_compiling()
         return mask_of_row(layout) if stateful else _real_tokens(layout)
     if layout.multiplicity is None:
@@ -358,10 +342,8 @@ def layout_of_mask(mask: Tensor) -> RowLayout | None:
 
 
 def _real_tokens(layout: RowLayout) -> Tensor:
-    """Return a 2-D attention mask, 1 at the tokens of the row and 0 at its padding, ``[B, S]`` int64.
-
-    Computed from the vectors, not from ``num_tokens``, whose every new value would compile a compiled model again.
-    """
-    index = torch.arange(layout.position_ids.shape[1], device=layout.position_ids.device)
+    """Return a 2-D attention mask, 1 at the tokens of the row and 0 at its padding, ``[B, S]`` int64."""
+    # from the vectors and not from num_tokens, whose every new value would compile a compiled model again
+    index = torch.arange(layout.position_ids.shape[1], device=layout.device)
     # a padding token stands at position 0 and nothing descends from it; a root always has descendants
     return ((layout.position_ids > 0) | (layout.subtree_end > index + 1)).long()

@@ -35,13 +35,10 @@ from flexdpo.layout.row import RowLayout
 # what models hand to every attention function and what changes nothing in it: the mask already knows the window,
 # and positions were applied before
 # fmt: off
-HARMLESS_KWARGS = frozenset(
-    (
-        "position_ids", "cache_position", "use_cache", "sliding_window", "output_hidden_states",
-        "output_router_logits", "num_items_in_batch", "return_dict", "logits_to_keep", "past_key_values",
-        "cache", "layer_idx",
-    )
-)
+HARMLESS_KWARGS = frozenset({
+    "position_ids", "cache_position", "use_cache", "sliding_window", "output_hidden_states", "output_router_logits",
+    "num_items_in_batch", "return_dict", "logits_to_keep", "past_key_values", "cache", "layer_idx",
+})
 # fmt: on
 # what the stock functions do besides, along the path to each leaf too
 _STOCK_KWARGS = frozenset(("position_bias", "sinks"))
@@ -56,38 +53,21 @@ _LOOKS_AHEAD = (
 
 
 @as_mask_function
-def flexdpo_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int = 0,
-    kv_offset: int = 0,
-    mask_function: Callable[..., Tensor] = causal_mask_function,
-    attention_mask: Tensor | None = None,
-    **kwargs: Any,
-) -> Any:
+def flexdpo_mask(**kwargs: Any) -> Any:
     """Return the mask of one kind: a BlockMask for the row being run, or without a row transformers' SDPA mask.
 
     The arguments are those of ``transformers.masking_utils.sdpa_mask``.
     """
     forward = packed_forward()
     if forward is None or forward.layout is None:
-        return sdpa_mask(
-            batch_size=batch_size,
-            q_length=q_length,
-            kv_length=kv_length,
-            q_offset=q_offset,
-            kv_offset=kv_offset,
-            mask_function=mask_function,
-            attention_mask=attention_mask,
-            **kwargs,
-        )
-    layout = forward.layout
-    if (batch_size, q_length, kv_length) != (*layout.position_ids.shape, layout.position_ids.shape[1]):
+        return sdpa_mask(**kwargs)
+    layout, mask_function = forward.layout, kwargs.get("mask_function", causal_mask_function)
+    rows, queries, keys = kwargs["batch_size"], kwargs["q_length"], kwargs["kv_length"]
+    if (rows, queries, keys) != (*layout.position_ids.shape, layout.position_ids.shape[1]):
         raise FlexdpoError(
             f"the layout is for {layout.batch_size} rows of {layout.length} tokens, but "
-            f"{type(forward.module).__name__} asks for a mask of {batch_size} rows with {q_length} queries and "
-            f"{kv_length} keys; a packed row cannot be combined with a cache or with extra tokens (prompt tuning)"
+            f"{type(forward.module).__name__} asks for a mask of {rows} rows with {queries} queries and {keys} keys; "
+            "a packed row cannot be combined with a cache or with extra tokens (prompt tuning)"
         )
     if mask_function is bidirectional_mask_function:
         raise UnsupportedModelError(_LOOKS_AHEAD)
@@ -120,23 +100,16 @@ def mask_kind_of(mask_function: Callable[..., Any]) -> MaskKind:
     if len(parts) == 2 and "block_sequence_ids" in (blocks := _closure(parts[1], "blockwise_overlay")):
         return replace(mask_kind_of(parts[0]), blocks=_has_blocks(blocks["block_sequence_ids"]))
     parts = _closure(mask_function, "and_masks").get("mask_functions", ())
-    if len(parts) == 2 and isinstance(window := _window_of(parts[1]), int):
-        inner = mask_kind_of(parts[0])
-        if inner.name == "causal":
+    for one, other in (parts, parts[::-1]) if len(parts) == 2 else ():
+        window = _closure(one, "sliding_window_overlay").get("sliding_window")
+        if isinstance(window, int) and (inner := mask_kind_of(other)).name == "causal":
             return replace(inner, name="sliding", size=window)
-    if len(parts) == 2 and parts[1] is causal_mask_function:
-        if isinstance(window := _window_of(parts[0]), int):
-            return MaskKind("sliding", window)
-        chunk_size = _closure(parts[0], "chunked_overlay").get("chunk_size")
-        if isinstance(chunk_size, int):
+        chunk_size = _closure(one, "chunked_overlay").get("chunk_size")
+        if isinstance(chunk_size, int) and other is causal_mask_function:
             return MaskKind("chunked", chunk_size)
     _require_positions_only(mask_function)
     _require_causal(mask_function)
     return MaskKind("other", function=mask_function)
-
-
-def _window_of(mask_function: Callable[..., Any]) -> Any:
-    return _closure(mask_function, "sliding_window_overlay").get("sliding_window")
 
 
 def _has_blocks(block_sequence_ids: Tensor) -> bool:
@@ -204,9 +177,8 @@ def _closure(function: Callable[..., Any], factory: str) -> dict[str, Any]:
     made_by = getattr(function, "__qualname__", "").split(".<locals>")[0]
     if function.__module__ != "transformers.masking_utils" or made_by != factory:
         return {}
-    cells = getattr(function, "__closure__", None) or ()
-    names = function.__code__.co_freevars
-    return {name: cell.cell_contents for name, cell in zip(names, cells, strict=True)}
+    cells = zip(function.__code__.co_freevars, getattr(function, "__closure__", None) or (), strict=True)
+    return {name: cell.cell_contents for name, cell in cells}
 
 
 # --- the attention function ------------------------------------------------------------------------------------------
@@ -221,30 +193,19 @@ def flexdpo_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     softcap: float | None = None,
-    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend along the branches of the row, or without a row as transformers' SDPA and eager functions do.
 
-    Shapes: ``B`` rows, ``Hq``/``Hkv`` heads, ``S`` tokens, ``D``/``Dv`` head sizes.
+    ``query``, ``key``, ``value``, ``scaling``, ``softcap`` and the sinks, ``s_aux``, are those of
+    :class:`~flexdpo.attention.inputs.AttentionInputs`, ``attention_mask`` is what :func:`flexdpo_mask` returned. On a
+    packed row ``dropout`` must be 0, since shared tokens cannot be dropped differently for each response, and anything
+    else is refused unless it is known to change nothing.
 
-    Args:
-        module: The attention module that calls.
-        query: ``[B, Hq, S, D]``.
-        key: ``[B, Hkv, S, D]``.
-        value: ``[B, Hkv, S, Dv]``.
-        attention_mask: What :func:`flexdpo_mask` returned.
-        dropout: Must be 0 on a packed row: shared tokens cannot be dropped differently for each response.
-        scaling: Factor on the scores.
-        softcap: Soft bound of the scores.
-        s_aux: Attention sinks, ``[Hq]``.
-        kwargs: Anything else is refused on a packed row unless it is known to change nothing.
-
-    Returns:
-        ``([B, S, Hq, Dv], None)``, as transformers expects.
+    Returns ``([B, S, Hq, Dv], None)``, as transformers expects.
     """
-    row_mask = row_mask_of(attention_mask)
-    forward = packed_forward()
+    sinks = kwargs.pop("s_aux", None)
+    row_mask, forward = row_mask_of(attention_mask), packed_forward()
     row = None if forward is None else forward.layout
     if attention_mask is None and row is not None and query.shape[:2] == key.shape[:2] == row.position_ids.shape:
         # over parts of each token, as its states at earlier layers, and not over the row
@@ -257,9 +218,10 @@ def flexdpo_attention(
     if row_mask is None:
         if runs_along_paths():
             _refuse_unknown(module, dropout, {name: kwargs[name] for name in kwargs.keys() - _STOCK_KWARGS})
-        return _stock_attention(
-            module, query, key, value, attention_mask, dropout, scaling, softcap=softcap, s_aux=s_aux, **kwargs
-        )
+        # those of each query have a name of their own
+        sinks = kwargs.pop("sinks", None) if sinks is None else sinks
+        inputs = AttentionInputs(query, key, value, scaling, softcap, sinks)
+        return _stock_attention(module, inputs, attention_mask, dropout, kwargs)
     if forward is not None:
         # a flag and not a count, which a compiled layer would be traced again for
         forward.attention_ran = True
@@ -267,7 +229,7 @@ def flexdpo_attention(
     query = scaled_by_position(module, query, row_mask.layout)
     if row_mask.layout.kept is not None:
         key, value = row_mask.layout.kept.behind_path(module, key, value, row_mask.layout.path)
-    output = packed_attention(query, key, value, row_mask, scaling=scaling, softcap=softcap, sinks=s_aux)
+    output = packed_attention(query, key, value, row_mask, scaling=scaling, softcap=softcap, sinks=sinks)
     if forward is not None and not torch.compiler.is_compiling() and is_compared(row_mask, query.device):
         forward.mark_tested(torch.is_grad_enabled())
     return rearrange(output, "b h s d -> b s h d").contiguous(), None
@@ -291,27 +253,15 @@ def _refuse_unknown(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -
 
 
 def _stock_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float,
-    scaling: float | None,
-    *,
-    softcap: float | None,
-    s_aux: Tensor | None,
-    sinks: Tensor | None = None,
-    **kwargs: Any,
+    module: nn.Module, inputs: AttentionInputs, attention_mask: Tensor | None, dropout: float, kwargs: dict[str, Any]
 ) -> tuple[Tensor, None]:
     """What transformers would do: its SDPA function, and the formula where SDPA has no softcap and no sinks."""
-    # those of each query
-    s_aux = sinks if s_aux is None else s_aux
+    query, key, value, scaling, softcap, sinks = inputs
     if isinstance(attention_mask, RowLayout):
         raise FlexdpoError(
             "a packed row reached a model that was not prepared for it; call flexdpo.prepare_model(model)"
         )
-    if softcap is None and s_aux is None:
+    if softcap is None and sinks is None:
         output, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -329,6 +279,5 @@ def _stock_attention(
         bias = bias.masked_fill_(~attention_mask, torch.finfo(query.dtype).min)
     if kwargs.get("position_bias") is not None:
         bias = bias + kwargs["position_bias"]
-    inputs = AttentionInputs(query, key, value, scaling, softcap, s_aux)
     output = softmax_attention(inputs, bias, dropout=dropout)
     return rearrange(output, "b h s d -> b s h d").contiguous(), None

@@ -19,22 +19,12 @@ def local_path(name: str) -> Path | None:
     """
     path = Path(name).expanduser()
     file = path.with_suffix("") if path.suffix.lower() in _PACKED_ENDINGS else path
-    looks_local = (
-        name.startswith((".", "~", "/", os.sep))
-        or name.count("/") > 1
-        or "\\" in name
-        or file.suffix.lower() in _DATA_ENDINGS
-    )
-    return path if looks_local or path.exists() else None
+    looks_local = name.startswith((".", "~", "/", os.sep)) or name.count("/") > 1 or "\\" in name
+    return path if looks_local or file.suffix.lower() in _DATA_ENDINGS or path.exists() else None
 
 
 def require_saved(name: str, *needed: str) -> None:
-    """Say at once that a local folder holds no model, instead of asking a hub for it.
-
-    Args:
-        name: A path or a hub name.
-        needed: Files of which one must be there.
-    """
+    """Say at once that a local folder has none of the files ``needed``, instead of asking a hub for it."""
     path = local_path(name)
     if path is None or any((path / file).is_file() for file in needed):
         return
@@ -48,11 +38,7 @@ def require_saved(name: str, *needed: str) -> None:
 
 
 def adapter_base(name: str) -> str | None:
-    """The model that a folder's adapter belongs to; ``None`` where the folder holds a model, or the name is a hub's.
-
-    Raises:
-        FlexdpoError: if the adapter does not say.
-    """
+    """The model that a folder's adapter belongs to; ``None`` where the folder holds a model, or the name is a hub's."""
     path = local_path(name)
     file = None if path is None else path / "adapter_config.json"
     if file is None or not file.is_file() or (file.parent / "config.json").is_file():

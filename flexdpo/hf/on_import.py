@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -44,20 +45,12 @@ def _register(models: ModuleType) -> None:
     A module of ours may be in the middle of its own import when transformers' models are imported by it.
     """
     masks = importlib.import_module("transformers.masking_utils")
-    models.AttentionInterface.register("flexdpo", _attention)
-    masks.AttentionMaskInterface.register("flexdpo", _mask)
+    models.AttentionInterface.register("flexdpo", partial(_ours, "flexdpo_attention"))
+    masks.AttentionMaskInterface.register("flexdpo", partial(_ours, "flexdpo_mask"))
 
 
-def _attention(*args: Any, **kwargs: Any) -> Any:
-    from flexdpo.hf.interface import flexdpo_attention
-
-    return flexdpo_attention(*args, **kwargs)
-
-
-def _mask(*args: Any, **kwargs: Any) -> Any:
-    from flexdpo.hf.interface import flexdpo_mask
-
-    return flexdpo_mask(*args, **kwargs)
+def _ours(name: str, *args: Any, **kwargs: Any) -> Any:
+    return getattr(importlib.import_module("flexdpo.hf.interface"), name)(*args, **kwargs)
 
 
 def register_when_imported() -> None:

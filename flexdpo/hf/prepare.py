@@ -31,12 +31,8 @@ def prepare_model(model: nn.Module, *, impl: Impl = "auto") -> nn.Module:
         impl: ``"auto"``, ``"flex"`` (compiled FlexAttention), ``"varlen"`` (FlashAttention along root paths: half
             precision on CUDA, no softcap, no sinks) or ``"sdpa"`` (chunks of queries, with a CPU backward).
 
-    Returns:
-        The same model.
-
-    Raises:
-        UnsupportedModelError: if the model would not give the ordinary result.
-        FlexdpoError: if ``model`` is not a Hugging Face model, or ``impl`` is unknown.
+    Returns the same model. Raises ``UnsupportedModelError`` if it would not give the ordinary result, ``FlexdpoError``
+    if it is no Hugging Face model or ``impl`` is unknown.
     """
     resolve_impl(impl, torch.device("cpu"))
     base: Any = unwrap_model(model)
@@ -61,10 +57,7 @@ def prepare_model(model: nn.Module, *, impl: Impl = "auto") -> nn.Module:
 
 
 def register() -> None:
-    """Make ``attn_implementation="flexdpo"`` known to transformers, and change nothing else there.
-
-    A model loaded with the name alone runs as transformers' own until it is prepared.
-    """
+    """Make the name known to transformers: a model loaded with it runs as transformers' own until it is prepared."""
     AttentionInterface.register(ATTN_IMPLEMENTATION, flexdpo_attention)
     AttentionMaskInterface.register(ATTN_IMPLEMENTATION, flexdpo_mask)
 

@@ -36,5 +36,5 @@ def as_mask_function(function: Callable[..., Any]) -> Callable[..., Any]:
 def sdpa_mask(**kwargs: Any) -> Any:
     """Transformers' SDPA mask, by the arguments of :func:`as_mask_function`'s function."""
     if _MASKS_TAKE_POSITIONS:
-        del kwargs["q_length"], kwargs["q_offset"]
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("q_length", "q_offset")}
     return masking_utils.sdpa_mask(**kwargs)
