@@ -65,37 +65,12 @@ def block_mask_mod(subtree_end: Tensor, block_end: Tensor) -> MaskMod:
     return mask_mod
 
 
-def sliding_window_mask_mod(visible: MaskMod, position_ids: Tensor, window: Tensor) -> MaskMod:
-    """Of what is ``visible`` let a token see the nearest ``window`` tokens, itself included, and those ahead of it.
-
-    ``window`` is a 0-d int64 tensor: as a Python int every new value would compile a new kernel.
-    """
-
-    def mask_mod(batch: Any, head: Any, q_idx: Any, kv_idx: Any) -> Tensor:
-        near = position_ids[batch, q_idx] - position_ids[batch, kv_idx] < window
-        return visible(batch, head, q_idx, kv_idx) & near
-
-    return mask_mod
-
-
-def chunked_mask_mod(subtree_end: Tensor, position_ids: Tensor, chunk_size: Tensor) -> MaskMod:
-    """Let a token see the ancestors that stand in its own chunk of ``chunk_size`` logical positions (0-d tensor)."""
-    tree = tree_mask_mod(subtree_end)
-
-    def mask_mod(batch: Any, head: Any, q_idx: Any, kv_idx: Any) -> Tensor:
-        same = position_ids[batch, q_idx] // chunk_size == position_ids[batch, kv_idx] // chunk_size
-        return tree(batch, head, q_idx, kv_idx) & same
-
-    return mask_mod
-
-
-def composed_mask_mod(subtree_end: Tensor, position_ids: Tensor, function: MaskMod) -> MaskMod:
-    """Intersect the tree with a model's own mask function, evaluated at logical positions."""
-    tree = tree_mask_mod(subtree_end)
+def composed_mask_mod(visible: MaskMod, position_ids: Tensor, function: MaskMod) -> MaskMod:
+    """Of what is ``visible`` let a token see what a mask function allows, evaluated at logical positions."""
 
     def mask_mod(batch: Any, head: Any, q_idx: Any, kv_idx: Any) -> Tensor:
         own = function(batch, head, position_ids[batch, q_idx], position_ids[batch, kv_idx])
-        return tree(batch, head, q_idx, kv_idx) & own
+        return visible(batch, head, q_idx, kv_idx) & own
 
     return mask_mod
 
@@ -118,12 +93,14 @@ def mask_mod_for(layout: RowLayout, kind: MaskKind) -> MaskMod:
         visible = block_mask_mod(layout.subtree_end, layout.block_end())
     if kind.name == "causal":
         return visible
-    if kind.name == "other":
-        if kind.function is None:
-            raise ValueError("a mask kind named 'other' needs its function")
-        return composed_mask_mod(layout.subtree_end, layout.position_ids, kind.function)
-    # written by the device itself: a tensor made of a Python number is copied to it, and waits for all work before
+    # a tensor, as a Python number every new value would compile a kernel; written by the device itself, since one made
+    # of a Python number is copied to it, and waits for all work before
     size = torch.full((), kind.size, dtype=torch.int64, device=layout.device)
+    function = kind.function
     if kind.name == "sliding":
-        return sliding_window_mask_mod(visible, layout.position_ids, size)
-    return chunked_mask_mod(layout.subtree_end, layout.position_ids, size)
+        function = lambda _batch, _head, q, kv: q - kv < size  # noqa: E731 (a table's entry)
+    elif kind.name == "chunked":
+        function = lambda _batch, _head, q, kv: q // size == kv // size
+    if function is None:
+        raise ValueError("a mask kind named 'other' needs its function")
+    return composed_mask_mod(visible, layout.position_ids, function)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,17 +18,19 @@ _HALVES = (torch.bfloat16, torch.float16)
 WAY_OUT = "use impl='flex' (attn_impl='flex'), or 'auto'"
 
 
+class Sequences(NamedTuple):
+    """Where sequences stand, one after the other."""
+
+    query_starts: Tensor  # where each sequence's queries begin, and the end of the last, ``[N + 1]`` int32
+    # the same of its keys, ``[N + 1]`` int32. Another tensor even where all lengths are equal: torch takes one tensor
+    # given twice for self-attention, which it may run by a kernel that aligns at the beginnings.
+    key_starts: Tensor
+    longest_query: int  # most queries of a sequence
+    longest_key: int  # most keys of a sequence
+
+
 def torch_varlen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    query_starts: Tensor,
-    key_starts: Tensor,
-    longest_query: int,
-    longest_key: int,
-    *,
-    window: int = 0,
-    scaling: float | None = None,
+    query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, *, window: int = 0, scaling: float | None = None
 ) -> Tensor:
     """Causal attention within sequences, whose last query and last key stand at the same place.
 
@@ -39,10 +41,7 @@ def torch_varlen(
         query: ``[Tq, Hq, D]``, contiguous.
         key: ``[Tk, Hkv, D]``, contiguous; ``Hkv`` divides ``Hq``.
         value: ``[Tk, Hkv, D]``, contiguous.
-        query_starts: Where each sequence's queries begin, and ``Tq``, ``[N + 1]`` int32.
-        key_starts: The same of its keys. The very tensor ``query_starts`` for self-attention only.
-        longest_query: Most queries of a sequence.
-        longest_key: Most keys of a sequence.
+        sequences: Where they stand.
         window: A query sees this many keys, its own included; 0 for all before it.
         scaling: Factor on the scores, ``D ** -0.5`` by default.
 
@@ -62,10 +61,7 @@ def torch_varlen(
         query,
         key,
         value,
-        query_starts,
-        key_starts,
-        longest_query,
-        longest_key,
+        *sequences,
         scale=scaling,
         # so many before a query, and none behind it
         window_size=(window - 1, 0) if window else (-1, 0),

@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from flexdpo.attention.inputs import AttentionInputs
 from flexdpo.attention.row_mask import RowMask
-from flexdpo.attention.torch_varlen import WAY_OUT, require_flash, torch_varlen
+from flexdpo.attention.torch_varlen import WAY_OUT, Sequences, require_flash, torch_varlen
 from flexdpo.errors import FlexdpoError, UnsupportedModelError
 from flexdpo.layout.row import RowLayout
 
@@ -39,12 +39,7 @@ class VarlenPlan(NamedTuple):
     counts: tuple[int, ...]
     # which tokens of the batch stand in each sequence's root path, counted through all rows, ``[Tk]`` int64
     keys: Tensor
-    query_starts: Tensor  # where each sequence's queries begin, and the end of the last, ``[N + 1]`` int32
-    # the same of its keys, ``[N + 1]`` int32. Another tensor even where all lengths are equal: torch takes one tensor
-    # given twice for self-attention, which it may run by a kernel that aligns at the beginnings.
-    key_starts: Tensor
-    longest_query: int  # most queries of a sequence
-    longest_key: int  # most keys of a sequence
+    sequences: Sequences
     consecutive: bool  # whether every root path stands at consecutive positions, as a window needs
 
 
@@ -71,10 +66,7 @@ def varlen_attention(inputs: AttentionInputs, row_mask: RowMask) -> Tensor:
         _joined(flat_query, plan, batch),
         _Gather.apply(flat_key, plan.keys),
         _Gather.apply(flat_value, plan.keys),
-        plan.query_starts,
-        plan.key_starts,
-        plan.longest_query,
-        plan.longest_key,
+        plan.sequences,
         window=window,
         scaling=inputs.scaling,
     )
@@ -179,15 +171,10 @@ def plan_sequences(layout: RowLayout) -> VarlenPlan:
             num_queries.append(stop - start)
             consecutive = consecutive and bool((np.diff(positions[row, path]) == 1).all())
     num_keys = [path.size for path in keys]
-    return VarlenPlan(
-        tuple(counts),
-        _sent(np.concatenate(keys) if keys else np.empty(0, np.int64), layout.device),
-        _sent(_starts(num_queries), layout.device),
-        _sent(_starts(num_keys), layout.device),
-        max(num_queries, default=0),
-        max(num_keys, default=0),
-        consecutive,
-    )
+    indices = _sent(np.concatenate(keys) if keys else np.empty(0, np.int64), layout.device)
+    query_starts, key_starts = (_sent(_starts(sizes), layout.device) for sizes in (num_queries, num_keys))
+    sequences = Sequences(query_starts, key_starts, max(num_queries, default=0), max(num_keys, default=0))
+    return VarlenPlan(tuple(counts), indices, sequences, consecutive)
 
 
 def _count_before_lone(ends: Ints) -> int:

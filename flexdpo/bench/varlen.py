@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from flexdpo.attention.torch_varlen import torch_varlen
+from flexdpo.attention.torch_varlen import Sequences, torch_varlen
 from flexdpo.bench.variants import Packed
 from flexdpo.errors import FlexdpoError
 from flexdpo.layout.groups import Group
@@ -45,7 +45,7 @@ def within_documents(
     bounds, longest = documents
     query, key, value = (rearrange(x, "1 head token size -> token head size").contiguous() for x in (query, key, value))
     # the same tensor twice, so that torch takes cuDNN where that is the faster one
-    return torch_varlen(query, key, value, bounds, bounds, longest, longest, scaling=scaling)[None]
+    return torch_varlen(query, key, value, Sequences(bounds, bounds, longest, longest), scaling=scaling)[None]
 
 
 class Varlen(Packed):

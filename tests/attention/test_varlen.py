@@ -185,10 +185,10 @@ def test_a_plan_by_hand() -> None:
     plan = plan_for(row.layout)
     assert plan.counts == (13,)
     # prompt and first response are one run; then the other response
-    assert plan.query_starts.tolist() == [0, 5, 8, 12, 13]
-    assert plan.key_starts.tolist() == [0, 5, 11, 15, 18]
+    assert plan.sequences.query_starts.tolist() == [0, 5, 8, 12, 13]
+    assert plan.sequences.key_starts.tolist() == [0, 5, 11, 15, 18]
     assert plan.keys.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 5, 6, 7, 8, 9, 10, 11, 8, 9, 12]
-    assert (plan.longest_query, plan.longest_key) == (5, 6)
+    assert plan.sequences[2:] == (5, 6)
     assert plan_for(row.layout) is plan
 
 
@@ -216,7 +216,7 @@ def test_a_layout_that_was_moved_is_planned_where_it_came_from() -> None:
     # on the device itself the numbers could not be read
     plan = plan_for(moved)
     assert plan.counts == plan_for(layout).counts
-    assert plan.keys.device.type == plan.query_starts.device.type == "meta"
+    assert plan.keys.device.type == plan.sequences.query_starts.device.type == "meta"
 
 
 # --- whole models ----------------------------------------------------------------------------------------------------

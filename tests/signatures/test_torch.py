@@ -154,7 +154,8 @@ def test_varlen_attn_gets_what_it_takes(release: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
     monkeypatch.setattr(torch_varlen, "require_flash", lambda query: None)
     query, key, starts = torch.zeros(3, 4, 8), torch.zeros(3, 2, 8), torch.tensor([0, 3], dtype=torch.int32)
-    torch_varlen.torch_varlen(query, key, key, starts, starts.clone(), 3, 3, window=2, scaling=0.5)
+    sequences = torch_varlen.Sequences(starts, starts.clone(), 3, 3)
+    torch_varlen.torch_varlen(query, key, key, sequences, window=2, scaling=0.5)
     (arguments,) = seen
     assert (arguments["window_size"], arguments["scale"]) == ((1, 0), 0.5)
     assert arguments.get("enable_gqa", True) is True
