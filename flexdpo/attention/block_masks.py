@@ -59,13 +59,10 @@ def build_block_mask(
     """
     non_empty, full = classify_tiles(layout, kind, block_size)
     partial = non_empty & ~full
-    (kv_count, kv_indices), (full_kv_count, full_kv_indices) = _ordered(partial), _ordered(full)
     # left to itself, torch would find the queries of each key tile by sorting again
     block_mask: BlockMask = RowBlockMask.from_kv_blocks(
-        kv_num_blocks=kv_count,
-        kv_indices=kv_indices,
-        full_kv_num_blocks=full_kv_count,
-        full_kv_indices=full_kv_indices,
+        *_ordered(partial),
+        *_ordered(full),
         BLOCK_SIZE=block_size,
         mask_mod=mask_mod_for(layout, kind),
         seq_lengths=(layout.position_ids.shape[1], (layout.keys or layout).position_ids.shape[1]),

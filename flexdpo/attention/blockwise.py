@@ -2,15 +2,13 @@
 
 Each block (:mod:`flexdpo.attention.query_blocks`) runs on its own, and its gradients are added into those of the whole
 row in place. Letting autograd do that would allocate and add a whole row of zeros for every block.
-
-Shapes: ``B`` rows, ``Hq`` query heads, ``Hkv`` key heads, ``S`` tokens, ``D`` and ``Dv`` head sizes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +32,7 @@ KEPT_SCORES = 1 << 24
 # scores of all heads that a block may hold where no fused kernel hides them
 FORMULA_SCORES = 1 << 21
 
+_Part = tuple[Tensor, Tensor, Tensor, Tensor]
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -45,8 +44,12 @@ def blockwise_attention(inputs: AttentionInputs, row_mask: RowMask) -> Tensor:
     # torch's own CPU kernel returns what its backward needs, and takes a mask
     fused = query.device.type == "cpu" and softcap is None and head_dim == value.shape[-1]
     fused = fused and row_mask.score_mod is None
-    width, max_queries = heads * head_dim, MAX_QUERIES if fused else _narrower(row_mask, heads)
-    memo, kind = row_mask.layout.memo, row_mask.kind
+    memo, kind, width, max_queries = row_mask.layout.memo, row_mask.kind, heads * head_dim, MAX_QUERIES
+    if not fused:
+        # every head's scores exist at once: the fewer queries, the more keys one may see
+        if "deepest" not in memo:
+            memo["deepest"] = int(row_mask.layout.position_ids.max()) + 1
+        max_queries = max(16, min(MAX_QUERIES, FORMULA_SCORES // (heads * memo["deepest"])))
     plan_key = ("query blocks", kind.name, kind.size, kind.blocks, width, max_queries)
     if plan_key not in memo:
         planned = plan_query_blocks(row_mask.layout, kind, width=width, max_queries=max_queries)
@@ -57,15 +60,6 @@ def blockwise_attention(inputs: AttentionInputs, row_mask: RowMask) -> Tensor:
         return _attend_with_score_mod(query, key, value, sinks, run)
     output: Tensor = _BlockwiseAttention.apply(query, key, value, sinks, run)
     return output
-
-
-def _narrower(row_mask: RowMask, heads: int) -> int:
-    """Queries per block where every head's scores exist at once: the fewer, the more keys one may see."""
-    memo = row_mask.layout.memo
-    if "deepest" not in memo:
-        memo["deepest"] = int(row_mask.layout.position_ids.max()) + 1
-    deepest: int = memo["deepest"]
-    return max(16, min(MAX_QUERIES, FORMULA_SCORES // (heads * deepest)))
 
 
 def bias_between(row_mask: RowMask, row: int, q_idx: Tensor, kv_idx: Tensor, dtype: torch.dtype, heads: int) -> Tensor:
@@ -130,7 +124,7 @@ class _Run:
         return bias
 
     def part(self, number: int, query: Tensor, key: Tensor, value: Tensor) -> _Part:
-        """The heads of block ``number``."""
+        """Query, key, value and bias of block ``number``, the first three ``[Hkv, Hq / Hkv, tokens, D]``."""
         block, groups = self.blocks[number], query.shape[1] // key.shape[1]
 
         def gathered(x: Tensor) -> Tensor:
@@ -139,16 +133,7 @@ class _Run:
 
         bias = self.bias(number, query.dtype)
         bias = bias if bias.ndim == 2 else _grouped(bias, key.shape[1])
-        return _Part(_grouped(query[block.place], key.shape[1]), gathered(key), gathered(value), bias)
-
-
-class _Part(NamedTuple):
-    """The heads of one block, query heads grouped by the key head they share: ``[Hkv, Hq / Hkv, tokens, D]``."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    bias: Tensor
+        return _grouped(query[block.place], key.shape[1]), gathered(key), gathered(value), bias
 
 
 def _grouped(heads: Tensor, key_heads: int) -> Tensor:
@@ -176,7 +161,7 @@ class _BlockwiseAttention(torch.autograd.Function):
             if lse is None:
                 output[here] = _flat(_plain_block(part, run, sinks))
             else:
-                attended, norm = _flash(*part[:3], 0.0, False, attn_mask=part.bias, scale=run.scaling)
+                attended, norm = _flash(*part[:3], 0.0, False, attn_mask=part[3], scale=run.scaling)
                 output[here], lse[here] = _flat(attended), _flat(norm)
         if blocks and lse is not None and sinks is not None:
             # one sink per head shares the softmax and carries no value. With this output and this normaliser the
@@ -208,7 +193,7 @@ class _BlockwiseAttention(torch.autograd.Function):
             else:
                 attended, norm = _grouped(output[here], key.shape[1]), _grouped(lse[here], key.shape[1])
                 found = _flash_backward(
-                    grad, *part[:3], attended, norm, 0.0, False, attn_mask=part.bias, scale=run.scaling
+                    grad, *part[:3], attended, norm, 0.0, False, attn_mask=part[3], scale=run.scaling
                 )
             to_query[here] = _flat(found[0])
             _scatter_add_(to_key, found[1], block)
@@ -248,7 +233,7 @@ def _plain_gradients(part: _Part, run: _Run, sinks: Tensor | None, gradient: Ten
     leaves = [x.detach().requires_grad_() for x in (*part[:3], sinks) if x is not None]
     query, key, value, *sink = leaves
     with torch.enable_grad():
-        attended = _plain_block(_Part(query, key, value, part.bias), run, sink[0] if sink else None)
+        attended = _plain_block((query, key, value, part[3]), run, sink[0] if sink else None)
     return torch.autograd.grad(attended, leaves, gradient)
 
 

@@ -12,11 +12,7 @@ from flexdpo.attention.inputs import AttentionInputs
 
 
 def softmax_attention(
-    inputs: AttentionInputs,
-    bias: Tensor,
-    *,
-    score_mod: Callable[[Tensor], Tensor] | None = None,
-    dropout: float = 0.0,
+    inputs: AttentionInputs, bias: Tensor, *, score_mod: Callable[[Tensor], Tensor] | None = None, dropout: float = 0.0
 ) -> Tensor:
     """Attend by the formula, for what SDPA cannot do; the scores are held in memory.
 

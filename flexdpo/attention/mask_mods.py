@@ -96,11 +96,12 @@ def mask_mod_for(layout: RowLayout, kind: MaskKind) -> MaskMod:
     # a tensor, as a Python number every new value would compile a kernel; written by the device itself, since one made
     # of a Python number is copied to it, and waits for all work before
     size = torch.full((), kind.size, dtype=torch.int64, device=layout.device)
-    function = kind.function
-    if kind.name == "sliding":
-        function = lambda _batch, _head, q, kv: q - kv < size  # noqa: E731 (a table's entry)
-    elif kind.name == "chunked":
-        function = lambda _batch, _head, q, kv: q // size == kv // size
+    functions: dict[str, MaskMod | None] = {
+        "sliding": lambda _batch, _head, q, kv: q - kv < size,
+        "chunked": lambda _batch, _head, q, kv: q // size == kv // size,
+        "other": kind.function,
+    }
+    function = functions[kind.name]
     if function is None:
         raise ValueError("a mask kind named 'other' needs its function")
     return composed_mask_mod(visible, layout.position_ids, function)

@@ -81,11 +81,22 @@ def plan_query_blocks(
         # how many earlier tokens the token behind each cut sees: those begun and not yet ended
         live = np.asarray(cuts) - ended[cuts]
         live = np.minimum(live, kind.size) if kind.size else live
-        document = _document_starts(ends[row])
+        # for each token, the first of its document: nothing before that reaches beyond
+        index = np.arange(ends[row].size)
+        reach = np.concatenate(([0], np.maximum.accumulate(ends[row])[:-1]))
+        document = np.maximum.accumulate(np.where(reach <= index, index, 0))
         for start, stop in pairwise(_cheapest(cuts, live.tolist(), START_COST // width, max_queries)):
-            keys = _earlier_keys(ends[row], positions[row], document[start], start, stop, kind)
+            behind = slice(document[start], start)
+            # what some query sees, as far as branches and distance tell
+            visible = ends[row, behind] > start
+            if kind.size:
+                near = int(positions[row, start:stop].min())
+                oldest = near // kind.size * kind.size if kind.name == "chunked" else near - kind.size + 1
+                visible &= positions[row, behind] >= oldest
             last = stop if ahead is None else int(ahead[row, start:stop].max())
-            blocks.append(QueryBlock(row, start, stop, _runs(keys, start, last), before))
+            keys = np.concatenate((np.flatnonzero(visible) + document[start], np.arange(start, last)))
+            runs = np.split(keys, np.flatnonzero(np.diff(keys) > 1) + 1)
+            blocks.append(QueryBlock(row, start, stop, tuple((int(run[0]), int(run[-1]) + 1) for run in runs), before))
     return blocks
 
 
@@ -124,35 +135,3 @@ def _cheapest(cuts: list[int], earlier: list[int], start_cost: int, max_queries:
     while chosen[-1] > 0:
         chosen.append(came_from[chosen[-1]])
     return [cuts[index] for index in reversed(chosen)]
-
-
-def _document_starts(ends: Ints) -> Ints:
-    """For each token, the first token of its document: nothing before that reaches beyond."""
-    index = np.arange(ends.size)
-    reach = np.concatenate(([0], np.maximum.accumulate(ends)[:-1]))
-    starts: Ints = np.maximum.accumulate(np.where(reach <= index, index, 0))
-    return starts
-
-
-def _earlier_keys(ends: Ints, positions: Ints, document: int, start: int, stop: int, kind: MaskKind) -> Ints:
-    """Tokens before ``start`` that some query of ``[start, stop)`` sees, as far as branches and distance tell."""
-    visible = ends[document:start] > start
-    if kind.size:
-        nearest_query = int(positions[start:stop].min())
-        oldest = nearest_query // kind.size * kind.size if kind.name == "chunked" else nearest_query - kind.size + 1
-        visible &= positions[document:start] >= oldest
-    found: Ints = np.flatnonzero(visible) + document
-    return found
-
-
-def _runs(earlier: Ints, start: int, stop: int) -> tuple[tuple[int, int], ...]:
-    """Neighbouring keys as ``(first, past the last)``, with those of ``[start, stop)`` at the end."""
-    if not earlier.size:
-        return ((start, stop),)
-    breaks = np.flatnonzero(np.diff(earlier) > 1) + 1
-    firsts = [int(earlier[0]), *earlier[breaks].tolist()]
-    lasts = [*earlier[breaks - 1].tolist(), int(earlier[-1])]
-    runs = [(first, last + 1) for first, last in zip(firsts, lasts, strict=True)]
-    if runs[-1][1] == start:
-        return (*runs[:-1], (runs[-1][0], stop))
-    return (*runs, (start, stop))

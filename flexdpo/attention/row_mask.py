@@ -48,8 +48,8 @@ def row_mask_for(layout: RowLayout, kind: MaskKind, impl: Impl = "auto") -> RowM
     # an unknown mask function is a new object at every forward and may close over anything, so it is built anew
     # and a compiled model makes its masks inside its graph: a memo that fills up would compile it again
     keeps = kind.name != "other" and not torch.compiler.is_compiling()
-    memo_key = (kind, resolved) if keeps else None
-    if memo_key is not None and memo_key in layout.memo:
+    memo_key = (kind, resolved)
+    if keeps and memo_key in layout.memo:
         found: RowMask = layout.memo[memo_key]
         # a checkpoint that runs the model again does so in a thread of the backward pass, with what the first run had
         if found.settings == kernel_settings() or torch._C._current_graph_task_id() != -1:
@@ -60,7 +60,7 @@ def row_mask_for(layout: RowLayout, kind: MaskKind, impl: Impl = "auto") -> RowM
     if not row_mask.traced:
         # what BlockMask.to() returns is a new object with the same mask_mod: offloading moves every layer's inputs
         setattr(block_mask.mask_mod, _ATTRIBUTE, row_mask)
-    if memo_key is not None:
+    if keeps:
         layout.memo[memo_key] = row_mask
     return row_mask
 

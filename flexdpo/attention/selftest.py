@@ -140,14 +140,7 @@ def _dense(
 
 
 def compare_kernel(
-    shape: Shape,
-    row_mask: RowMask,
-    *,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    sinks: bool = False,
-    grad: bool = True,
-    attend: AttentionKernel = run_flex,
+    call: AttentionCall, row_mask: RowMask, *, grad: bool = True, attend: AttentionKernel = run_flex
 ) -> SelfTestReport:
     """Run a kernel and the dense definition on random inputs under a row's own mask, and measure the difference.
 
@@ -157,7 +150,6 @@ def compare_kernel(
     Returns errors and budgets of the output and, with ``grad``, of the gradients.
     """
     device = row_mask.layout.device.type
-    call = AttentionCall(shape, scaling, softcap, sinks)
     # a checkpoint around the layer that calls would drop what the comparison saves for its own backward pass
     keep = torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved)
     with torch.autocast(device, enabled=False), torch.set_grad_enabled(grad), keep:
@@ -174,7 +166,7 @@ def compare_kernel(
         if grad:
             found |= dict(zip(_GRADIENTS, torch.autograd.grad(output, wanted, direction), strict=False))
     comparisons = tuple(_compare(name, found[name], plain[name], exact[name]) for name in exact)
-    return SelfTestReport(shape, row_mask.layout.length, comparisons)
+    return SelfTestReport(call.shape, row_mask.layout.length, comparisons)
 
 
 def _compare(name: str, found: Tensor, plain: Tensor, exact: Tensor) -> Comparison:
@@ -214,15 +206,13 @@ def require_correct_call(
     device = row_mask.layout.device
     if not is_compared(row_mask, device):
         return
-    shape, scaling, softcap, sinks = call
+    shape = call.shape
     key = kernel_key_of(call, row_mask, device.type, grad=grad)
     if (row_mask.impl, key, shape) in _passed:
         return
     if row_mask.impl == "flex" and row_mask.settings.backend == "FLASH" and device.type == "cuda":
-        require_flash(FlashCall(shape.head_dim, shape.value_dim, shape.dtype, sinks, grad), device)
-    report = compare_kernel(
-        shape, row_mask, scaling=scaling, softcap=softcap, sinks=sinks, grad=grad, attend=attend or run_flex
-    )
+        require_flash(FlashCall(shape.head_dim, shape.value_dim, shape.dtype, call.sinks, grad), device)
+    report = compare_kernel(call, row_mask, grad=grad, attend=attend or run_flex)
     if report.wrong:
         raise FlexdpoError(_complaint(report, row_mask, device))
     _passed.add((row_mask.impl, key, shape))

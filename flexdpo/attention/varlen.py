@@ -100,9 +100,6 @@ def _obstacle(inputs: AttentionInputs, row_mask: RowMask) -> str | None:
     return None
 
 
-# --- gathering and putting back --------------------------------------------------------------------------------------
-
-
 class _Gather(torch.autograd.Function):
     """``x[index]``. A shared token's gradients are added up in float32 or better: half would round at each addition."""
 
@@ -143,9 +140,6 @@ def _with_lone_tokens(output: Tensor, value: Tensor, plan: VarlenPlan, heads: in
 
 def _own_values(value: Tensor, heads: int) -> Tensor:
     return value.repeat_interleave(heads // value.shape[1], dim=1)
-
-
-# --- planning --------------------------------------------------------------------------------------------------------
 
 
 def plan_for(layout: RowLayout) -> VarlenPlan:

@@ -1,7 +1,4 @@
-"""What runs around the forward of a backbone that shares prefixes.
-
-Shapes: ``N`` rows of a padded batch, ``T`` places per row, ``S`` tokens of the packed row.
-"""
+"""What runs around the forward of a backbone that shares prefixes."""
 
 from __future__ import annotations
 
@@ -20,13 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from flexdpo.attention.row_mask import Impl, resolve_impl
 from flexdpo.attention.settings import KernelSettings, exchange_kernel_settings, kernel_settings
 from flexdpo.dropin.gather import SharedBatch
-from flexdpo.dropin.images import (
-    BatchImages,
-    ImageKnowledge,
-    find_images,
-    image_count,
-    without_image_inputs,
-)
+from flexdpo.dropin.images import BatchImages, ImageKnowledge, find_images, image_count, without_image_inputs
 from flexdpo.dropin.plan import PlanKey, plan_batch
 from flexdpo.dropin.rules import OF_THE_LOSS, REASONS, Positions, may_hold_sequences, reason_by_arguments
 from flexdpo.hf.draws import being_asked
@@ -44,7 +35,7 @@ class SharingStats:
     loss or a score is made of; generation is counted in calls alone.
     """
 
-    tokens_in: int = 0  # places of all padded batches that the backbone was given, ``N * T`` each, padding included
+    tokens_in: int = 0  # places of all padded batches that the backbone was given, padding included
     tokens_run: int = 0  # tokens that it ran instead; for a batch that passed through, all its places
     batches_shared: int = 0  # batches that ran as one packed row
     images_in: int = 0  # images of all batches

@@ -169,9 +169,6 @@ def _require_token_types(named: dict[str, Any], is_image: Tensor, real: Tensor) 
             _require(same, "token_types")
 
 
-# --- one by one ------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, eq=False)
 class _Image:
     """What the model is given of one image."""
@@ -240,9 +237,6 @@ def _checksum(value: Tensor) -> Tensor:
 
 def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
-
-
-# --- tokens ----------------------------------------------------------------------------------------------------------
 
 
 def _runs(rows: NDArray[np.int64], columns: NDArray[np.int64]) -> list[NDArray[np.int64]]:

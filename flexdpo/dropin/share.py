@@ -174,7 +174,11 @@ def _require_shared(input_module: nn.Module) -> Sharing:
 def _require_bare(model: Any) -> None:
     """Stop where the model is not the bare one: one rule for all wrappers."""
     inner: Any = unwrapped(model)
-    if isinstance(model, OptimizedModule) or (inner is model and _is_compiled(inner)):
+    parts: set[Any] = set()
+    if inner is model and (isinstance(model, PreTrainedModel) or hasattr(model, "get_base_model")):
+        base = unwrap_model(model)
+        parts = {model, base, input_module_of(base), backbone_of(base)}
+    if isinstance(model, OptimizedModule) or any(part._compiled_call_impl is not None for part in parts):
         raise FlexdpoError(
             f"this {type(getattr(model, '_orig_mod', model)).__name__} is compiled already; call "
             "flexdpo.share_prefixes(model) first and torch.compile after it"
@@ -189,10 +193,3 @@ def _require_bare(model: Any) -> None:
             f"the model is wrapped by {wrapper} already; call flexdpo.share_prefixes(model) on the bare model and "
             "wrap it after that"
         )
-
-
-def _is_compiled(model: Any) -> bool:
-    if not isinstance(model, PreTrainedModel) and not hasattr(model, "get_base_model"):
-        return False
-    base = unwrap_model(model)
-    return any(part._compiled_call_impl is not None for part in (model, base, input_module_of(base), backbone_of(base)))

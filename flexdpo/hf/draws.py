@@ -25,9 +25,6 @@ _TOKENS = (11, 12)
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 
 
-# --- the states of the generators ------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, eq=False)
 class RandomState:
     """The states of the generators that every module may draw from: torch's on each device, numpy's and Python's.
@@ -102,9 +99,6 @@ def _put_back(generator: Any, state: Any) -> None:
         generator.set_state(state)
 
 
-# --- asking ----------------------------------------------------------------------------------------------------------
-
-
 class Answer(NamedTuple):
     """What a forward did."""
 
@@ -176,11 +170,7 @@ def being_asked() -> bool:
 
 
 def ask(
-    model: nn.Module,
-    inputs: dict[str, Any] | None = None,
-    *,
-    torch_only: bool = False,
-    forced: float | None = None,
+    model: nn.Module, inputs: dict[str, Any] | None = None, *, torch_only: bool = False, forced: float | None = None
 ) -> Answer:
     """Run a model and see who draws.
 

@@ -23,12 +23,7 @@ from flexdpo.attention.row_mask import Impl
 from flexdpo.errors import FlexdpoError, UnsupportedModelError
 from flexdpo.hf.draws import RandomState, in_thread
 from flexdpo.hf.randomness import refuse_draws
-from flexdpo.hf.row_dependence import (
-    BufferVersions,
-    LengthLimits,
-    refuse_statistics,
-    require_own_lengths,
-)
+from flexdpo.hf.row_dependence import BufferVersions, LengthLimits, refuse_statistics, require_own_lengths
 from flexdpo.layout.row import RowLayout
 
 ATTN_IMPLEMENTATION = "flexdpo"

@@ -89,9 +89,6 @@ def _add_what_images_need(
     return args, added
 
 
-# --- features --------------------------------------------------------------------------------------------------------
-
-
 class _HandedOut:
     """A part's ``get_image_features``, which on a packed row gives one feature for each image token."""
 
@@ -213,9 +210,6 @@ def _for_each_token(features: Any, index: Tensor, images: RowImages, model: str)
     if one:
         return given if features.ndim == 2 else given[None]
     return [given]
-
-
-# --- positions -------------------------------------------------------------------------------------------------------
 
 
 def rope_positions(part: Any, input_ids: Tensor, layout: RowLayout) -> Tensor:

@@ -49,9 +49,6 @@ _LOOKS_AHEAD = (
 )
 
 
-# --- the mask function -----------------------------------------------------------------------------------------------
-
-
 @as_mask_function
 def flexdpo_mask(**kwargs: Any) -> Any:
     """Return the mask of one kind: a BlockMask for the row being run, or without a row transformers' SDPA mask.
@@ -179,9 +176,6 @@ def _closure(function: Callable[..., Any], factory: str) -> dict[str, Any]:
         return {}
     cells = zip(function.__code__.co_freevars, getattr(function, "__closure__", None) or (), strict=True)
     return {name: cell.cell_contents for name, cell in cells}
-
-
-# --- the attention function ------------------------------------------------------------------------------------------
 
 
 def flexdpo_attention(

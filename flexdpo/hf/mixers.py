@@ -89,9 +89,6 @@ def _row_mask(stock: Callable[..., Any]) -> Callable[..., Any]:
     return mask
 
 
-# --- the mixer -------------------------------------------------------------------------------------------------------
-
-
 def _mixing_forward(stock: Callable[..., Any], found: MixerClass) -> Callable[..., Any]:
     @functools.wraps(stock)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -174,9 +171,6 @@ def _layout_of(mixer: nn.Module, inputs: tuple[Any, ...]) -> RowLayout | None:
             "tell the row; use a checkpoint that keeps the mask (gradient_checkpointing=True does)"
         )
     return layout
-
-
-# --- its kernels -----------------------------------------------------------------------------------------------------
 
 
 def _along_trie(name: str, stock: Callable[..., Any]) -> Callable[..., Any]:

@@ -56,11 +56,6 @@ def prepare_model(model: nn.Module, *, impl: Impl = "auto") -> nn.Module:
     return model
 
 
-def register() -> None:
-    """Make the name known to transformers: a model loaded with it runs as transformers' own until it is prepared."""
-    AttentionInterface.register(ATTN_IMPLEMENTATION, flexdpo_attention)
-    AttentionMaskInterface.register(ATTN_IMPLEMENTATION, flexdpo_mask)
-
-
 # whoever gets here has imported transformers' models already
-register()
+AttentionInterface.register(ATTN_IMPLEMENTATION, flexdpo_attention)
+AttentionMaskInterface.register(ATTN_IMPLEMENTATION, flexdpo_mask)

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 WAY_OUT = "call flexdpo.disable_dropout(model), which sets every rate to 0 that can be, or train it without flexdpo"
 
-# --- setting to zero -------------------------------------------------------------------------------------------------
-
 
 def disable_dropout(model: nn.Module) -> Callable[[], None]:
     """Set to 0 whatever makes a model draw random numbers in training: dropout, layer drop, jitter, noise.
@@ -214,9 +212,6 @@ def _named(model: nn.Module, draws: Counter[str], when: str) -> str:
     rates += [f"p={p}" for p in sorted({m.p for m in model.modules() if isinstance(m, _DropoutNd) and m.p > 0})]
     settings = f" (above 0: {', '.join(rates[:6])})" if rates else ""
     return f"{shown}{more} draw{s} random numbers {when}{settings}"
-
-
-# --- watching --------------------------------------------------------------------------------------------------------
 
 
 def refuse_draws(module: PreTrainedModel, before: RandomState, now: RandomState, inputs: dict[str, Any]) -> None:

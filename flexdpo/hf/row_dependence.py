@@ -135,9 +135,6 @@ def _same(some: list[Tensor], others: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
 
 
-# --- on a packed row -------------------------------------------------------------------------------------------------
-
-
 def require_own_lengths(limits: LengthLimits, layout: RowLayout, model: str) -> None:
     """Refuse a row whose tokens would have other frequencies in each of their sequences.
 
@@ -219,9 +216,6 @@ def scaled_by_position(module: Any, query: Tensor, layout: RowLayout) -> Tensor:
     factor = scale(layout.position_ids) / scale(index)
     scaled: Tensor = query * rearrange(factor, "b s -> b 1 s 1")
     return scaled.to(query.dtype)
-
-
-# --- statistics of the batch -----------------------------------------------------------------------------------------
 
 
 def refuse_statistics(module: Any, before: BufferVersions, after: BufferVersions) -> None:

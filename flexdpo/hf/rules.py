@@ -41,15 +41,10 @@ def refusal_reason(backbone: PreTrainedModel) -> str | None:
     """Say why a backbone cannot be exact, by its class and config alone; ``None`` where nothing speaks against it."""
     if not type(backbone)._can_set_attn_implementation():
         return "its attention does not go through transformers' attention interface"
-    if not NAMES_KERNELS and _carries_state(backbone):
+    stateful = _STATEFUL_LAYER_TYPES.intersection(getattr(backbone.config, "layer_types", None) or ())
+    if not NAMES_KERNELS and (stateful or getattr(backbone, "_is_stateful", False) or mixers_of(backbone)):
         return "it carries a recurrent state in row order, which flexdpo follows from transformers 5.15 on, if at all"
     return _mixing_reason(backbone) or _position_reason(backbone)
-
-
-def _carries_state(backbone: PreTrainedModel) -> bool:
-    types = set(getattr(backbone.config, "layer_types", None) or ())
-    stateful = bool(types & _STATEFUL_LAYER_TYPES) or getattr(backbone, "_is_stateful", False)
-    return stateful or bool(mixers_of(backbone))
 
 
 def _mixing_reason(backbone: PreTrainedModel) -> str | None:

@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 from flexdpo import Group, Row, RowLayout, pack
 from flexdpo.attention import flex, selftest
 from flexdpo.attention.block_masks import build_block_mask
-from flexdpo.attention.inputs import Shape
+from flexdpo.attention.inputs import AttentionCall, Shape
 from flexdpo.attention.kernels import packed_attention
 from flexdpo.attention.mask_mods import CAUSAL, MaskKind
 from flexdpo.attention.row_mask import Impl, RowMask, row_mask_for
@@ -60,7 +60,7 @@ def mask(length: int, kind: MaskKind = CAUSAL, seed: int = 0, impl: Impl = "flex
 
 def assert_right(shape: Shape, row_mask: RowMask, **options) -> None:
     kernel = varlen_attention if row_mask.impl == "varlen" else flex.run_flex
-    report = compare_kernel(shape, row_mask, attend=kernel, **options)
+    report = compare_kernel(AttentionCall(shape, **options), row_mask, attend=kernel)
     assert report.wrong == []
 
 
@@ -170,7 +170,7 @@ def test_flash_is_right_or_refused() -> None:
     with kernel_settings_as(KernelSettings(kernel_options=FLASH)):
         row_mask = mask(2048)
         heads = [torch.randn(1, h, 2048, 128, device="cuda", dtype=BF16, requires_grad=True) for h in (8, 2, 2)]
-        report = compare_kernel(Shape(8, 2, 128, 128, BF16), row_mask)
+        report = compare_kernel(AttentionCall(Shape(8, 2, 128, 128, BF16)), row_mask)
         if report.wrong:
             with pytest.raises(ValueError, match=r"backend FLASH\) and dense attention disagree"):
                 packed_attention(*heads, row_mask)

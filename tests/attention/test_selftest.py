@@ -12,7 +12,7 @@ from flexdpo.attention import row_mask as row_mask_module
 from flexdpo.attention.blockwise import blockwise_attention
 from flexdpo.attention.flash import FlashCall
 from flexdpo.attention.flex import run_flex
-from flexdpo.attention.inputs import AttentionInputs, Shape
+from flexdpo.attention.inputs import AttentionCall, AttentionInputs, Shape
 from flexdpo.attention.mask_mods import CAUSAL, MaskKind
 from flexdpo.attention.row_mask import RowMask, row_mask_for
 from flexdpo.attention.selftest import compare_kernel, require_correct_kernel
@@ -41,7 +41,7 @@ def mask(kind: MaskKind = CAUSAL, impl: str = "sdpa") -> RowMask:
 @pytest.mark.parametrize("kind", [CAUSAL, MaskKind("sliding", 30)], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("extras", [{}, {"softcap": 2.0}, {"sinks": True}, {"softcap": 2.0, "sinks": True}], ids=str)
 def test_a_right_kernel_passes(shape: Shape, kind: MaskKind, extras: dict) -> None:
-    report = compare_kernel(shape, mask(kind), attend=blockwise_attention, **extras)
+    report = compare_kernel(AttentionCall(shape, **extras), mask(kind), attend=blockwise_attention)
     assert [found.name for found in report.comparisons[:4]] == ["output", "dQ", "dK", "dV"]
     assert len(report.comparisons) == (5 if "sinks" in extras else 4)
     assert report.wrong == []
@@ -51,7 +51,7 @@ def test_a_right_kernel_passes(shape: Shape, kind: MaskKind, extras: dict) -> No
 
 def test_the_compiled_forward_passes() -> None:
     with torch.no_grad():
-        report = compare_kernel(SHAPES[0], mask(impl="flex"), grad=False, attend=run_flex)
+        report = compare_kernel(AttentionCall(SHAPES[0]), mask(impl="flex"), grad=False, attend=run_flex)
     assert [found.name for found in report.comparisons] == ["output"]
     assert report.wrong == []
 
@@ -92,7 +92,7 @@ def not_a_number(inputs, row_mask):
 )
 @pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
 def test_a_wrong_kernel_is_found(shape: Shape, kernel, names: list[str]) -> None:
-    report = compare_kernel(shape, mask(), attend=kernel)
+    report = compare_kernel(AttentionCall(shape), mask(), attend=kernel)
     assert [found.name for found in report.wrong] == names
 
 
@@ -221,7 +221,7 @@ def test_inputs_are_drawn_where_the_kernel_runs(monkeypatch) -> None:
     monkeypatch.setattr(torch, "Generator", recorded)
     row_mask = mask()
     with HostCopies() as copies:
-        compare_kernel(SHAPES[1], row_mask, attend=blockwise_attention)
+        compare_kernel(AttentionCall(SHAPES[1]), row_mask, attend=blockwise_attention)
     assert made == [row_mask.layout.device]
     assert len(copies.drawn) == 4
     assert None not in copies.drawn
@@ -235,18 +235,18 @@ def test_a_long_row_is_compared_at_queries_of_every_tile(monkeypatch, kernel: tu
     assert len(queries) <= 24
     # 8 of each tile of 128
     assert torch.bincount(queries // 128).tolist() == [8, 8, 8]
-    assert compare_kernel(SHAPES[1], row_mask, attend=blockwise_attention, sinks=True).wrong == []
+    assert compare_kernel(AttentionCall(SHAPES[1], sinks=True), row_mask, attend=blockwise_attention).wrong == []
     which, name = kernel
-    report = compare_kernel(SHAPES[1], row_mask, attend=without_gradient_in_a_tile(which))
+    report = compare_kernel(AttentionCall(SHAPES[1]), row_mask, attend=without_gradient_in_a_tile(which))
     assert [found.name for found in report.wrong] == [name]
-    assert compare_kernel(SHAPES[1], row_mask, attend=not_a_number).wrong != []
+    assert compare_kernel(AttentionCall(SHAPES[1]), row_mask, attend=not_a_number).wrong != []
 
     def infinite_elsewhere(inputs, row_mask):
         output = blockwise_attention(inputs, row_mask)
         place = next(k for k in range(output.shape[2]) if k not in queries)
         return output.index_fill(2, torch.tensor([place]), float("inf"))
 
-    assert compare_kernel(SHAPES[1], row_mask, attend=infinite_elsewhere).wrong[0].name == "output"
+    assert compare_kernel(AttentionCall(SHAPES[1]), row_mask, attend=infinite_elsewhere).wrong[0].name == "output"
 
 
 # --- FlashAttention-4 -------------------------------------------------------------------------------------------------

@@ -146,7 +146,7 @@ def test_the_self_tests_comparison_passes_and_finds_a_leak(dtype: torch.dtype, k
     groups = [Group.from_lists([1] * 90, [[2 + k] * 9 for k in range(16)], []), *odd_groups(np.random.default_rng(0))]
     row_mask = row_mask_for(Row.from_groups(groups, pad_to_multiple_of=128).layout, kind, "varlen")
     shape = Shape(4, 2, 16, 16, dtype)
-    assert compare_kernel(shape, row_mask, attend=varlen_attention).wrong == []
+    assert compare_kernel(AttentionCall(shape), row_mask, attend=varlen_attention).wrong == []
 
     def from_the_beginning(*args: Any, scale: Any = None, window_size: Any = None, enable_gqa: Any = None) -> Any:
         """Causal from the first key on, as cuDNN aligns."""
@@ -160,7 +160,7 @@ def test_the_self_tests_comparison_passes_and_finds_a_leak(dtype: torch.dtype, k
         return definition(query, *first, *bounds, scale=scale, window_size=window_size, enable_gqa=enable_gqa)
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", from_the_beginning)
-    wrong = compare_kernel(shape, row_mask, attend=varlen_attention).wrong
+    wrong = compare_kernel(AttentionCall(shape), row_mask, attend=varlen_attention).wrong
     assert {"output", "dQ", "dK", "dV"} == {found.name for found in wrong}
 
 

@@ -11,7 +11,7 @@ import torch
 
 from flexdpo import Group, Row, RowLayout
 from flexdpo.attention import flex
-from flexdpo.attention.inputs import Shape
+from flexdpo.attention.inputs import AttentionCall, Shape
 from flexdpo.attention.mask_mods import CAUSAL, MaskKind
 from flexdpo.attention.row_mask import RowMask, row_mask_for
 from flexdpo.attention.selftest import compare_kernel
@@ -49,7 +49,7 @@ class Case:
         if self.fault is not None:
             self.fault(row_mask)
         shape = Shape(*self.heads, self.head_dim, self.head_dim, self.dtype)
-        report = compare_kernel(shape, row_mask, softcap=self.softcap, sinks=self.sinks)
+        report = compare_kernel(AttentionCall(shape, None, self.softcap, self.sinks), row_mask)
         mask = row_mask.block_mask
         return {
             "tokens": report.length,
