@@ -20,10 +20,7 @@ from flexdpo.layout.row import TILE, RowLayout
 
 
 class RowBlockMask(BlockMask):
-    """The BlockMask of packed rows, which a model must hand to its attention as it is.
-
-    A model that computes its own scores would add its mask to them; that stops with the reason.
-    """
+    """The BlockMask of packed rows, which a model must hand to its attention as it is; adding it to scores raises."""
 
     def __getitem__(self, index: Any) -> RowBlockMask:
         """All of the mask, by slices that leave nothing out; a part of it would no longer know its row."""

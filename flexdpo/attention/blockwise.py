@@ -65,9 +65,8 @@ def blockwise_attention(inputs: AttentionInputs, row_mask: RowMask) -> Tensor:
 def bias_between(row_mask: RowMask, row: int, q_idx: Tensor, kv_idx: Tensor, dtype: torch.dtype, heads: int) -> Tensor:
     """0 where a query of a row may attend to a key and ``-inf`` elsewhere.
 
-    ``q_idx`` ``[queries]`` and ``kv_idx`` ``[keys]`` are row indices, int64.
-
-    Returns ``[queries, keys]``, or ``[heads, queries, keys]`` where a mask function tells query heads apart.
+    ``q_idx`` ``[queries]`` and ``kv_idx`` ``[keys]`` are row indices, int64. Returns ``[queries, keys]``, or
+    ``[heads, queries, keys]`` where a mask function tells query heads apart.
     """
     mask_mod: MaskMod = row_mask.block_mask.mask_mod
     device = q_idx.device

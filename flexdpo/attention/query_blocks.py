@@ -65,10 +65,8 @@ def plan_query_blocks(
     """Cut a batch of rows into blocks, so that queries times keys and the number of blocks are small together.
 
     ``width`` is query heads times head size: the wider, the less does starting a block matter. The layout is copied to
-    the host; windows and chunks leave out keys that are too far away.
-
-    Returns blocks that cover every query once, in order. Time is linear in the tokens of the batch for documents of
-    bounded length.
+    the host. Returns blocks that cover every query once, in order, in time linear in the tokens of the batch for
+    documents of bounded length.
     """
     seen = layout.keys or layout
     ends, positions = seen.subtree_end.cpu().numpy(), seen.position_ids.cpu().numpy()

@@ -146,8 +146,6 @@ def compare_kernel(
 
     The definition runs in float64, which no setting makes coarser. In rows of more than ``COMPARED_QUERIES`` tokens as
     many queries are compared, from all parts of the row; the gradients of keys and values are theirs, whole.
-
-    Returns errors and budgets of the output and, with ``grad``, of the gradients.
     """
     device = row_mask.layout.device.type
     # a checkpoint around the layer that calls would drop what the comparison saves for its own backward pass

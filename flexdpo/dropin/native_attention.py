@@ -25,10 +25,7 @@ if TYPE_CHECKING:
 
 
 def implementation_over(stock: str) -> str:
-    """Register flexdpo's attention over another one, and return the name it has in transformers.
-
-    Raises ``FlexdpoError`` if transformers does not know it, or has no mask for it.
-    """
+    """Register flexdpo's attention over another one that transformers knows, and return the name it has there."""
     if stock == ATTN_IMPLEMENTATION:
         return stock
     if stock not in ALL_MASK_ATTENTION_FUNCTIONS or (stock != "eager" and stock not in ALL_ATTENTION_FUNCTIONS):

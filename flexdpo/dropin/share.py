@@ -120,10 +120,7 @@ def share_backbone(
 
 
 def unshare(model: nn.Module) -> None:
-    """Undo :func:`share_prefixes`: the model has its attention back and runs as if it had never been shared.
-
-    Raises ``FlexdpoError`` if it is not shared.
-    """
+    """Undo :func:`share_prefixes`: the model runs as if it had never been shared; ``FlexdpoError`` if it was not."""
     base = unwrap_model(unwrapped(model))
     backbone, input_module = backbone_of(base), input_module_of(base)
     sharing = _require_shared(input_module)
@@ -139,10 +136,7 @@ def unshare(model: nn.Module) -> None:
 
 
 def sharing_stats(model: nn.Module) -> SharingStats:
-    """Tell how many tokens a shared model was given and how many it ran, and which batches passed through and why.
-
-    Raises ``FlexdpoError`` if it is not shared.
-    """
+    """What sharing did on a model, and which batches passed through and why; ``FlexdpoError`` if it is not shared."""
     return _require_shared(input_module_of(unwrap_model(unwrapped(model)))).stats_so_far()
 
 
@@ -152,10 +146,7 @@ def is_shared(model: nn.Module) -> bool:
 
 
 def input_module_of(base: PreTrainedModel) -> PreTrainedModel:
-    """Return the part of a model that takes token ids from its head.
-
-    It is the backbone, except where a model of text and images first makes embeddings of both.
-    """
+    """The part that takes token ids from a model's head: the backbone, or what makes embeddings of text and images."""
     backbone, inner = backbone_of(base), base.base_model
     # with a part for images comes a config of its own
     composed = isinstance(inner, PreTrainedModel) and inner.config is not backbone.config

@@ -149,8 +149,7 @@ def _take_layout(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
             "nn.DataParallel runs replicas in threads that would share one layout; start one process per GPU with "
             "torchrun or accelerate launch"
         )
-    _require_match(layout, args, kwargs)
-    _require_known_inputs(module, layout, kwargs)
+    _require_inputs(module, layout, args, kwargs)
     limits: LengthLimits = module._flexdpo_limits  # type: ignore[assignment]
     require_own_lengths(limits, layout, type(module).__name__)
     kwargs = _with_all_positions(module, kwargs)
@@ -242,7 +241,8 @@ def _require_mixed(module: Any, forward: PackedForward) -> None:
         )
 
 
-def _require_match(layout: RowLayout, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _require_inputs(module: nn.Module, layout: RowLayout, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Stop where a packed row's inputs are not those of its layout, or such as responses cannot share."""
     candidates = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1])
     tokens = next((tensor for tensor in candidates if tensor is not None), None)
     if tokens is None:
@@ -263,8 +263,6 @@ def _require_match(layout: RowLayout, args: tuple[Any, ...], kwargs: dict[str, A
             f"{layout.length} tokens; leave position_ids out, or pass those of the same row"
         )
 
-
-def _require_known_inputs(module: nn.Module, layout: RowLayout, kwargs: dict[str, Any]) -> None:
     if layout.images is not None and not hasattr(module, "_flexdpo_takes_images"):
         raise UnsupportedModelError(
             f"a packed row has images, and {type(module).__name__} has no get_image_features to encode them, or "

@@ -51,10 +51,7 @@ _LOOKS_AHEAD = (
 
 @as_mask_function
 def flexdpo_mask(**kwargs: Any) -> Any:
-    """Return the mask of one kind: a BlockMask for the row being run, or without a row transformers' SDPA mask.
-
-    The arguments are those of ``transformers.masking_utils.sdpa_mask``.
-    """
+    """A BlockMask for the row being run, or without a row transformers' SDPA mask, whose arguments it takes."""
     forward = packed_forward()
     if forward is None or forward.layout is None:
         return sdpa_mask(**kwargs)
@@ -85,9 +82,7 @@ def flexdpo_mask(**kwargs: Any) -> Any:
 
 
 def mask_kind_of(mask_function: Callable[..., Any]) -> MaskKind:
-    """Recognise a mask function of transformers, so that the window is known as a number.
-
-    Whatever is not recognised is still honoured, evaluated at logical positions pair by pair.
+    """Recognise a mask function of transformers, so that the window is known as a number; others are evaluated.
 
     Raises ``UnsupportedModelError`` if the function looks ahead, or depends on more than the two positions.
     """
@@ -139,21 +134,16 @@ def _require_positions_only(mask_function: Callable[..., Any]) -> None:
                 "the model's attention mask depends on which token stands where and not on distance alone, which "
                 "packed rows cannot honour; train it without flexdpo"
             )
-        pending += _captured(found)
-
-
-def _captured(found: Any) -> list[Any]:
-    """What a function or a container holds: closures, defaults, bound and partial arguments, items."""
-    if isinstance(found, tuple | list | set | frozenset):
-        return list(found)
-    if isinstance(found, dict):
-        return list(found.values())
-    if isinstance(found, functools.partial):
-        return [found.func, *found.args, *found.keywords.values()]
-    if not isinstance(found, FunctionType):
-        return []
-    cells = [cell.cell_contents for cell in found.__closure__ or () if cell != _EMPTY_CELL]
-    return [*cells, *(found.__defaults__ or ()), *(found.__kwdefaults__ or {}).values()]
+        # and whatever a function or a container holds: closures, defaults, partial arguments, items
+        if isinstance(found, tuple | list | set | frozenset):
+            pending += found
+        elif isinstance(found, dict):
+            pending += found.values()
+        elif isinstance(found, functools.partial):
+            pending += [found.func, *found.args, *found.keywords.values()]
+        elif isinstance(found, FunctionType):
+            pending += [cell.cell_contents for cell in found.__closure__ or () if cell != _EMPTY_CELL]
+            pending += [*(found.__defaults__ or ()), *(found.__kwdefaults__ or {}).values()]
 
 
 def _require_causal(mask_function: Callable[..., Any]) -> None:

@@ -13,10 +13,7 @@ if TYPE_CHECKING:
 
 
 def find_limits(module: Any) -> None:
-    """Ask a backbone's rotary embeddings at which lengths they change, and let them go by each token's sequence.
-
-    ``module`` is a causal LM or its backbone. Safe to call again.
-    """
+    """Let the rotary embeddings of a causal LM or its backbone go by each token's sequence. Safe to call again."""
     backbone = backbone_of(module)
     if "_flexdpo_limits" not in vars(backbone):
         backbone._flexdpo_limits = limits = length_limits(backbone)
