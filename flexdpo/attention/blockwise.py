@@ -179,9 +179,11 @@ class _BlockwiseAttention(torch.autograd.Function):
         run: _Run = ctx.run
         query, key, value, sinks, output, lse = ctx.saved_tensors
         to_query, to_key, to_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        to_sinks = None
-        if sinks is not None:
-            to_sinks = torch.zeros_like(sinks) if lse is None else _sink_gradient(gradient, output, lse, sinks)
+        to_sinks = None if sinks is None else torch.zeros_like(sinks)
+        if sinks is not None and lse is not None:
+            weight = (sinks.to(lse.dtype)[None, :, None] - lse).exp()
+            delta = (gradient.to(lse.dtype) * output.to(lse.dtype)).sum(dim=-1)
+            to_sinks = -(weight * delta).sum(dim=(0, 2)).to(sinks.dtype)
         for number, block in enumerate(run.blocks):
             part, here = run.part(number, query, key, value), block.place
             grad = _grouped(gradient[here], key.shape[1])
@@ -209,12 +211,6 @@ def _scatter_add_(total: Tensor, gradient: Tensor, block: QueryBlock) -> None:
         offset += stop - start
 
 
-def _sink_gradient(gradient: Tensor, output: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
-    weight = (sinks.to(lse.dtype)[None, :, None] - lse).exp()
-    delta = (gradient.to(lse.dtype) * output.to(lse.dtype)).sum(dim=-1)
-    return -(weight * delta).sum(dim=(0, 2)).to(sinks.dtype)
-
-
 def _plain_block(
     part: _Part, run: _Run, sinks: Tensor | None, score_mod: Callable[[Tensor], Tensor] | None = None
 ) -> Tensor:
@@ -237,11 +233,7 @@ def _plain_gradients(part: _Part, run: _Run, sinks: Tensor | None, gradient: Ten
 
 
 def _attend_with_score_mod(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, run: _Run) -> Tensor:
-    """Attend block by block and leave the gradients to autograd: a score_mod may have captured what is trained.
-
-    Which tensors those are nobody can tell from outside, so each block is checkpointed, and runs again in the backward
-    pass with whatever it captured.
-    """
+    """Attend block by block and leave the gradients to autograd: nobody can tell which tensors a score_mod captured."""
 
     def attend(number: int, *inputs: Tensor) -> Tensor:
         block = run.blocks[number]

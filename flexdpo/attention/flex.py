@@ -23,7 +23,7 @@ from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 from flexdpo.attention.inputs import AttentionCall, AttentionInputs, wants_gradients
 from flexdpo.attention.row_mask import RowMask
-from flexdpo.attention.score_mods import ScoreMod, composed_score_mod, softcap_score_mod
+from flexdpo.attention.score_mods import composed_score_mod, softcap_score_mod
 from flexdpo.errors import FlexdpoError
 
 
@@ -76,17 +76,14 @@ def run_flex(inputs: AttentionInputs, row_mask: RowMask) -> Tensor:
     return (output * share[..., None]).to(query.dtype)
 
 
-def _code_of(score_mod: ScoreMod | None) -> object:
-    # a factory called for every row makes a new function each time, and none of them needs a kernel of its own
-    if not isinstance(score_mod, FunctionType):
-        return score_mod
-    captured = (cell.cell_contents for cell in score_mod.__closure__ or ())
-    return (score_mod.__code__, *(held.__code__ for held in captured if isinstance(held, FunctionType)))
-
-
 def kernel_key_of(call: AttentionCall, row_mask: RowMask, device_type: str, *, grad: bool) -> KernelKey:
     """Which compiled kernel a call belongs to."""
-    settings = row_mask.settings
+    settings, score_mod = row_mask.settings, row_mask.score_mod
+    code: object = score_mod
+    if isinstance(score_mod, FunctionType):
+        # a factory called for every row makes a new function each time, and none of them needs a kernel of its own
+        captured = (cell.cell_contents for cell in score_mod.__closure__ or ())
+        code = (score_mod.__code__, *(held.__code__ for held in captured if isinstance(held, FunctionType)))
     # pieces of rows come in as many lengths as their paths do
     in_piece = row_mask.layout.keys is not None
     one_for_all = in_piece or row_mask.impl == "varlen" or settings.dynamic(device_type)
@@ -98,7 +95,7 @@ def kernel_key_of(call: AttentionCall, row_mask: RowMask, device_type: str, *, g
         call.softcap,
         call.sinks,
         tuple(sorted(settings.kernel_options.items())),
-        _code_of(row_mask.score_mod),
+        code,
     )
 
 

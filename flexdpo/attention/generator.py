@@ -92,9 +92,6 @@ def attend(
         window: As in :func:`mask_mod`.
         chunk: As in :func:`mask_mod`.
         mask_function: As in :func:`mask_mod`.
-        window: As in :func:`mask_mod`.
-        chunk: As in :func:`mask_mod`.
-        mask_function: As in :func:`mask_mod`.
         softcap: Scores become ``softcap * tanh(score / softcap)``.
         sinks: One extra logit per query head that takes part in the softmax and carries no value, ``[Hq]``.
         score_mod: Any other change of the scores, after the softcap, as FlexAttention takes it:

@@ -1,8 +1,6 @@
 """Attention over packed rows: compiled FlexAttention, FlashAttention along root paths, or blocks of queries by SDPA.
 
 FlexAttention has no backward on a CPU, which is what the query blocks are for.
-
-Shapes: ``B`` rows, ``Hq`` query heads, ``Hkv`` key heads, ``S`` tokens, ``D`` and ``Dv`` head sizes.
 """
 
 from __future__ import annotations

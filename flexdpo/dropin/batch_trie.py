@@ -104,7 +104,12 @@ def sort_batch(input_ids: Tensor, spans: RowSpans, *, min_prefix: int = 1) -> So
     moved = input_ids.gather(1, (column + spans.starts[:, None]).clamp_(max=columns - 1))
     # behind its end a row holds what is less than every token, so that a beginning of another row comes before it
     moved = torch.where(column < spans.lengths[:, None], moved, -1)
-    first_difference = _first_differences(moved)
+    # for every pair of rows the first column where they differ, ``T`` where none does, ``[N, N]``
+    differences = []
+    for some in moved.split(max(1, _COMPARED // moved.numel())):
+        differs = (some[:, None, :] != moved[None, :, :]).byte()
+        differences.append(torch.where(differs.amax(dim=2) > 0, differs.argmax(dim=2), columns))
+    first_difference = torch.cat(differences)
     number = torch.arange(len(moved), device=moved.device)
     at = first_difference.clamp(max=columns - 1)
     mine, other = moved.gather(1, at), moved.T.gather(0, at)
@@ -115,15 +120,6 @@ def sort_batch(input_ids: Tensor, spans: RowSpans, *, min_prefix: int = 1) -> So
     # nothing stands above the first rank
     shared = torch.where((number == 0) | (shared < min_prefix), 0, shared)
     return SortedBatch(order, spans.starts[order], lengths, shared, columns)
-
-
-def _first_differences(rows: Tensor) -> Tensor:
-    """The first column where two rows differ, ``T`` where none does, for every pair, ``[N, N]``."""
-    found = []
-    for some in rows.split(max(1, _COMPARED // rows.numel())):
-        differs = (some[:, None, :] != rows[None, :, :]).byte()
-        found.append(torch.where(differs.amax(dim=2) > 0, differs.argmax(dim=2), rows.shape[1]))
-    return torch.cat(found)
 
 
 def trie_of(batch: SortedBatch, num_tokens: int) -> BatchTrie:

@@ -1,7 +1,4 @@
-"""A padded batch as one packed row, and the row's results back at the places of the padded batch.
-
-Shapes: ``N`` rows of the batch, ``T`` places per row, ``S`` tokens of the packed row, its padding included.
-"""
+"""A padded batch of ``N`` rows with ``T`` places as one packed row of ``S`` tokens, and its results back in place."""
 
 from __future__ import annotations
 

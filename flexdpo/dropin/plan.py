@@ -1,7 +1,4 @@
-"""Finds the packed row that stands for a padded batch, or the reason why there is none.
-
-Shapes: ``N`` rows of a padded batch, ``T`` places per row.
-"""
+"""Finds the packed row that stands for a padded batch, or the reason why there is none."""
 
 from __future__ import annotations
 
@@ -37,7 +34,7 @@ def plan_batch(
     plan_key: PlanKey,
     images: BatchImages | None = None,
 ) -> SharedBatch | str:
-    """Find the trie of a batch and lay it out as one row.
+    """Find the trie of a batch of ``N`` rows with ``T`` places each and lay it out as one row.
 
     ``mask``, ``[N, T]``, is nonzero at real tokens; without it all are real. ``position_ids``, ``[N, T]`` or
     ``[1, T]``, are those of the caller, who need not give any.

@@ -77,10 +77,7 @@ _ABSOLUTE_SETTINGS = ("attn_temperature_tuning", "llama_4_scaling_beta")
 
 
 def _is_harmless(backbone: PreTrainedModel, name: str, value: object) -> bool:
-    """Whether an argument says the same of a packed row as of the padded batch.
-
-    Switches and numbers that the backbone or its attention knows do; anything else may hold one entry per token.
-    """
+    """Whether an argument says the same of a packed row as of the padded batch, as switches and known numbers do."""
     if name == "logits_to_keep" and backbone.get_output_embeddings() is not None:
         # Llama 4 is said to be its own backbone, head and all, and would keep positions of the row
         return value is None or (isinstance(value, int) and value == 0)

@@ -247,7 +247,7 @@ def _stock_attention(
         )
     if softcap is None and sinks is None:
         output, _ = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+            module, *inputs[:3], attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return output, None
     queries, keys = query.shape[2], key.shape[2]

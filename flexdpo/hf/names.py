@@ -56,10 +56,8 @@ def adapter_base(name: str) -> str | None:
 
 
 def why_unreachable(name: str, *, dataset: bool = False) -> str:
-    """Ask the hub for a name with a short patience; why no answer came, or ``""`` after any answer and for a path.
-
-    The libraries would retry the network for half a minute for each file first.
-    """
+    """Ask the hub for a name with a short patience; why no answer came, or ``""`` after any answer and for a path."""
+    # the libraries would retry the network for half a minute for each file first
     if local_path(name) is not None:
         return ""
     from huggingface_hub import HfApi

@@ -40,10 +40,7 @@ class _RegisterBehind(MetaPathFinder):
 
 
 def _register(models: ModuleType) -> None:
-    """Register functions that load ours when they are called.
-
-    A module of ours may be in the middle of its own import when transformers' models are imported by it.
-    """
+    """Register functions that load ours when called: a module of ours may be in the middle of its own import now."""
     masks = importlib.import_module("transformers.masking_utils")
     models.AttentionInterface.register("flexdpo", partial(_ours, "flexdpo_attention"))
     masks.AttentionMaskInterface.register("flexdpo", partial(_ours, "flexdpo_mask"))
