@@ -11,8 +11,7 @@ from torch import Tensor
 class AttentionInputs(NamedTuple):
     """One call of attention, without its mask.
 
-    Shapes: ``B`` rows, ``Hq`` query heads, ``Hkv`` key heads (a divisor of ``Hq``), ``S`` tokens, ``D`` and ``Dv`` head
-    sizes.
+    Shapes: ``B`` rows, ``Hq`` query and ``Hkv`` key heads (a divisor), ``S`` tokens, ``D`` and ``Dv`` head sizes.
     """
 
     query: Tensor  # ``[B, Hq, S, D]``

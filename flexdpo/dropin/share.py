@@ -83,7 +83,7 @@ def share_prefixes(
 def share_backbone(
     model: nn.Module, *, min_gain: float = 1.1, min_prefix: int = 16, impl: Impl = "auto", scores_only: bool = False
 ) -> PrefixSharing:
-    """:func:`share_prefixes` for a model that may be sharded; one that ``scores_only`` makes a cache only where told."""
+    """:func:`share_prefixes` for a model that may be sharded; one that ``scores_only`` makes a cache only if told."""
     if min_gain < 1:
         raise FlexdpoError(f"min_gain must be at least 1, got {min_gain}; 1 shares whenever nothing more is run")
     if min_prefix < 1:

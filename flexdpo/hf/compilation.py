@@ -76,16 +76,13 @@ class _CompiledLayer:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return self.compiled(*args, **kwargs)
-        for value in (*args, *kwargs.values()):
-            row_mask = row_mask_of(value)
-            layout = None if row_mask is None else row_mask.layout
-            if layout is not None and not (layout.keys is layout.kept is layout.share is None):
+        for row_mask in filter(None, map(row_mask_of, (*args, *kwargs.values()))):
+            layout = row_mask.layout
+            if not (layout.keys is layout.kept is layout.share is None):
                 # what the parts of a row hand on to each other would be guarded and copied by a graph
                 return self.layer._call_impl(*args, **kwargs)
             # other kernels stay out of graphs, and are compared where they are called
-            if row_mask is None or row_mask.impl != "flex":
-                continue
-            if is_compared(row_mask, row_mask.layout.device):
+            if row_mask.impl == "flex" and is_compared(row_mask, layout.device):
                 self._require_correct(row_mask, args, kwargs)
         with sizes_told_apart():
             return self.compiled(*args, **kwargs)

@@ -240,15 +240,13 @@ def _stock_attention(
     module: nn.Module, inputs: AttentionInputs, attention_mask: Tensor | None, dropout: float, kwargs: dict[str, Any]
 ) -> tuple[Tensor, None]:
     """What transformers would do: its SDPA function, and the formula where SDPA has no softcap and no sinks."""
-    query, key, value, scaling, softcap, sinks = inputs
+    query, key, value = inputs[:3]
     if isinstance(attention_mask, RowLayout):
         raise FlexdpoError(
             "a packed row reached a model that was not prepared for it; call flexdpo.prepare_model(model)"
         )
-    if softcap is None and sinks is None:
-        output, _ = sdpa_attention_forward(
-            module, *inputs[:3], attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
+    if inputs.softcap is None and inputs.sinks is None:
+        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, inputs.scaling, **kwargs)
         return output, None
     queries, keys = query.shape[2], key.shape[2]
     if attention_mask is None:
