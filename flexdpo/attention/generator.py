@@ -50,12 +50,10 @@ def block_mask(
     mask_function: MaskMod | None = None,
     block_size: int | tuple[int, int] = TILE,
 ) -> BlockMask:
-    """The BlockMask of :func:`mask_mod`, made from one number per token without looking at any pair of tokens.
+    """The BlockMask of :func:`mask_mod` for torch's ``flex_attention``, made without looking at any pair of tokens.
 
     With a ``mask_function`` every tile that the row leaves open is evaluated. ``block_size`` is the side of a tile in
     tokens, or its queries and its keys; other arguments and errors are those of :func:`mask_mod`.
-
-    Returns what ``torch.nn.attention.flex_attention.flex_attention`` takes, on the row's device.
     """
     sides = (block_size,) if isinstance(block_size, int) else block_size
     if min(sides) < 1:

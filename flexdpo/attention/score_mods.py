@@ -64,9 +64,8 @@ def modified_scores(score_mod: ScoreMod, scores: Tensor, batch: Tensor, q_idx: T
     """Evaluate a ``score_mod`` as FlexAttention does, one score at a time, under vmap.
 
     ``scores`` are ``[B, H, Q, K]``: rows, query heads, queries and keys, whose row indices are ``batch`` ``[B]``,
-    ``q_idx`` ``[Q]`` and ``kv_idx`` ``[K]``, int64.
-
-    Returns ``[B, H, Q, K]``, differentiable in the scores and in what the ``score_mod`` captured.
+    ``q_idx`` ``[Q]`` and ``kv_idx`` ``[K]``, int64. Returns ``[B, H, Q, K]``, differentiable in the scores and in what
+    the ``score_mod`` captured.
     """
     every = score_mod
     for in_dims in ((0, None, None, None, 0), (0, None, None, 0, None), (0, None, 0, None, None)):

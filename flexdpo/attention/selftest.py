@@ -218,12 +218,11 @@ def require_correct_call(
 
 def _complaint(report: SelfTestReport, row_mask: RowMask, device: torch.device) -> str:
     shape, backend = report.shape, row_mask.settings.backend
+    kernel, way_out = f"FlexAttention (backend {backend})", "Use another torch, or attn_impl='sdpa'"
     if row_mask.impl == "varlen":
         kernel, way_out = "varlen_attn", "Use attn_impl='flex'"
-    else:
-        kernel = f"FlexAttention (backend {backend})"
-        way_out = "Use another torch, or attn_impl='sdpa'"
-        way_out = way_out if backend == "AUTO" else "Leave BACKEND out of kernel_options"
+    elif backend != "AUTO":
+        way_out = "Leave BACKEND out of kernel_options"
     figures = ", ".join(
         f"{found.name} by {found.error:.2e} (dense attention in {shape.dtype}: {found.dense_error:.2e}, allowed: "
         f"{found.budget:.2e})"

@@ -24,6 +24,7 @@ from flexdpo.errors import FlexdpoError, UnsupportedModelError
 from flexdpo.hf.draws import RandomState, in_thread
 from flexdpo.hf.randomness import refuse_draws
 from flexdpo.hf.row_dependence import BufferVersions, LengthLimits, refuse_statistics, require_own_lengths
+from flexdpo.hf.unwrap import REPLICAS
 from flexdpo.layout.row import RowLayout
 
 ATTN_IMPLEMENTATION = "flexdpo"
@@ -145,10 +146,7 @@ def _take_layout(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
             _forwards.stack.append(PackedForward(module, None, "auto"))
         return None if (whole := _with_all_positions(module, kwargs)) is kwargs else (args, whole)
     if getattr(module, "_is_replica", False):
-        raise UnsupportedModelError(
-            "nn.DataParallel runs replicas in threads that would share one layout; start one process per GPU with "
-            "torchrun or accelerate launch"
-        )
+        raise UnsupportedModelError(REPLICAS)
     _require_inputs(module, layout, args, kwargs)
     limits: LengthLimits = module._flexdpo_limits  # type: ignore[assignment]
     require_own_lengths(limits, layout, type(module).__name__)

@@ -12,16 +12,18 @@ from flexdpo.errors import FlexdpoError, UnsupportedModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+REPLICAS = (
+    "nn.DataParallel runs replicas in threads that would share one layout; start one process per GPU with torchrun or "
+    "accelerate launch"
+)
+
 
 def unwrapped(model: nn.Module) -> Any:
     """Return the model inside DDP, FSDP, DeepSpeed or a compiled module, with its adapters."""
-    inner: Any = model
-    while not isinstance(inner, transformers.PreTrainedModel) and not hasattr(inner, "get_base_model"):
-        found = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
-        if found is None:
-            break
-        inner = found
-    return inner
+    if isinstance(model, transformers.PreTrainedModel) or hasattr(model, "get_base_model"):
+        return model
+    inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+    return model if inner is None else unwrapped(inner)
 
 
 def base_model(model: nn.Module) -> Any:
@@ -33,10 +35,7 @@ def base_model(model: nn.Module) -> Any:
 def unwrap_model(model: nn.Module) -> PreTrainedModel:
     """Return the ``PreTrainedModel`` that is a bare model or inside a PEFT model, and refuse anything else."""
     if isinstance(model, nn.DataParallel):
-        raise UnsupportedModelError(
-            "nn.DataParallel runs replicas in threads that would share one layout; start one process per GPU with "
-            "torchrun or accelerate launch"
-        )
+        raise UnsupportedModelError(REPLICAS)
     inner = base_model(model) if unwrapped(model) is model else model
     if not isinstance(inner, transformers.PreTrainedModel):
         raise FlexdpoError(
