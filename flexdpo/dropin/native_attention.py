@@ -9,8 +9,9 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -19,9 +20,6 @@ from flexdpo.attention.row_mask import row_mask_of
 from flexdpo.errors import FlexdpoError, UnsupportedModelError
 from flexdpo.hf.forward_layout import ATTN_IMPLEMENTATION, packed_forward
 from flexdpo.hf.interface import flexdpo_attention, flexdpo_mask
-
-if TYPE_CHECKING:
-    from torch import nn
 
 
 def implementation_over(stock: str) -> str:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from flexdpo.hf.draws import ask, can_run, left_as_it_is
@@ -19,9 +20,6 @@ from flexdpo.hf.interface import HARMLESS_KWARGS
 from flexdpo.hf.row_dependence import LengthLimits, length_limits
 from flexdpo.hf.rules import attends
 from flexdpo.hf.versions import CHUNKS_BEGIN_ANEW
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 # why a call passes through, with what to do about it where something can be done
 REASONS = {
