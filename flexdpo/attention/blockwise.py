@@ -107,7 +107,7 @@ class _Run:
 
     def indices(self, block: QueryBlock) -> tuple[Tensor, Tensor]:
         """Row indices of a block's queries, and of its keys among all keys."""
-        device = self.row_mask.layout.device
+        device = self.row_mask.layout.position_ids.device
         keys = [torch.arange(start, stop, device=device) for start, stop in block.key_runs]
         return torch.arange(block.start - block.before, block.stop - block.before, device=device), torch.cat(keys)
 
@@ -132,7 +132,12 @@ class _Run:
 
         bias = self.bias(number, query.dtype)
         bias = bias if bias.ndim == 2 else _grouped(bias, key.shape[1])
-        return _grouped(query[block.place], key.shape[1]), gathered(key), gathered(value), bias
+        return _grouped(query[_place(block)], key.shape[1]), gathered(key), gathered(value), bias
+
+
+def _place(block: QueryBlock) -> tuple[int, slice, slice]:
+    """Where a block's queries stand among those of all rows and heads, ``[B, H, S]``."""
+    return block.row, slice(None), slice(block.start - block.before, block.stop - block.before)
 
 
 def _grouped(heads: Tensor, key_heads: int) -> Tensor:
@@ -156,7 +161,7 @@ class _BlockwiseAttention(torch.autograd.Function):
             wide = torch.promote_types(query.dtype, torch.float32)
             lse, blocks = query.new_empty(batch, heads, length, dtype=wide) if run.fused else None, run.blocks
         for number, block in enumerate(blocks):
-            part, here = run.part(number, query, key, value), block.place
+            part, here = run.part(number, query, key, value), _place(block)
             if lse is None:
                 output[here] = _flat(_plain_block(part, run, sinks))
             else:
@@ -185,7 +190,7 @@ class _BlockwiseAttention(torch.autograd.Function):
             delta = (gradient.to(lse.dtype) * output.to(lse.dtype)).sum(dim=-1)
             to_sinks = -(weight * delta).sum(dim=(0, 2)).to(sinks.dtype)
         for number, block in enumerate(run.blocks):
-            part, here = run.part(number, query, key, value), block.place
+            part, here = run.part(number, query, key, value), _place(block)
             grad = _grouped(gradient[here], key.shape[1])
             if lse is None:
                 found = _plain_gradients(part, run, sinks, grad)

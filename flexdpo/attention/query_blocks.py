@@ -53,11 +53,6 @@ class QueryBlock(NamedTuple):
         """Queries times keys."""
         return (self.stop - self.start) * self.num_keys
 
-    @property
-    def place(self) -> tuple[int, slice, slice]:
-        """Where the queries stand among those of all rows and heads, ``[B, H, S]``."""
-        return self.row, slice(None), slice(self.start - self.before, self.stop - self.before)
-
 
 def plan_query_blocks(
     layout: RowLayout, kind: MaskKind, *, width: int = 512, max_queries: int = MAX_QUERIES

@@ -335,6 +335,6 @@ def layout_of_mask(mask: Tensor) -> RowLayout | None:
 def _real_tokens(layout: RowLayout) -> Tensor:
     """Return a 2-D attention mask, 1 at the tokens of the row and 0 at its padding, ``[B, S]`` int64."""
     # from the vectors and not from num_tokens, whose every new value would compile a compiled model again
-    index = torch.arange(layout.position_ids.shape[1], device=layout.device)
+    index = torch.arange(layout.position_ids.shape[1], device=layout.position_ids.device)
     # a padding token stands at position 0 and nothing descends from it; a root always has descendants
     return ((layout.position_ids > 0) | (layout.subtree_end > index + 1)).long()
