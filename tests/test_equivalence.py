@@ -18,7 +18,7 @@ from flexdpo.objective.batch import BatchTotals
 from flexdpo.objective.logps import response_logps
 from flexdpo.objective.objective import Objective
 from flexdpo.training.batch import PackedBatch
-from flexdpo.training.step import run_batch
+from flexdpo.training.step import Runner
 from tests.conftest import CONFIGS, TOLERANCE, build_model, odd_groups, random_ids
 
 OBJECTIVE = Objective(("sigmoid", "sft"), (1.0, 0.3), beta=0.2, label_smoothing=0.1)
@@ -73,13 +73,8 @@ def packed(model: Any, reference: Any, rows: list[Row], groups: list[Group]) -> 
             sums = response_logps(model, row).sums
             for group in row.groups:
                 of_group[id(group)], sums = sums[: len(group.response_ids)], sums[len(group.response_ids) :]
-    result = run_batch(
-        model,
-        batch,
-        OBJECTIVE,
-        reference=lambda row: response_logps(reference, row),
-        backward=torch.Tensor.backward,
-    )
+    run = Runner(model, OBJECTIVE, lambda row: response_logps(reference, row), torch.Tensor.backward)
+    result = run(batch)
     return Outcome(torch.cat([of_group[id(g)] for g in groups]), result.loss, gradients_of(model))
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from flexdpo.estimate.features import Feature
 from flexdpo.estimate.report import Estimate
 from flexdpo.layout.packing import MIN_SHARED
-from flexdpo.training.memory import gigabytes
-from flexdpo.training.row_budget import MARGIN
+from flexdpo.training.memory import MARGIN, gigabytes
 
 # below this a step is not noticeably faster
 _WORTH_IT = 1.10

@@ -27,9 +27,8 @@ from flexdpo.estimate.stragglers import stragglers_of
 from flexdpo.estimate.suggest import suggest
 from flexdpo.hf.row_dependence import length_limits
 from flexdpo.hf.unwrap import backbone_of, base_model
-from flexdpo.training.memory import predict_memory, predict_padded_memory
+from flexdpo.training.memory import free_memory, predict_memory, predict_padded_memory
 from flexdpo.training.model_size import ModelSize, without_memory
-from flexdpo.training.row_budget import free_memory
 
 if TYPE_CHECKING:
     from datasets import Dataset

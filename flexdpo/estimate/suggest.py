@@ -12,9 +12,8 @@ from flexdpo.estimate.lengths import RowTokens
 from flexdpo.estimate.settings import EstimateSettings
 from flexdpo.layout.packing import Buckets, choose_buckets
 from flexdpo.layout.row import TILE
-from flexdpo.training.memory import TrainingSetup
+from flexdpo.training.memory import TrainingSetup, auto_row_budget
 from flexdpo.training.model_size import ModelSize
-from flexdpo.training.row_budget import auto_row_budget
 
 # a feature that has to be switched on must gain this much to be recommended
 _WORTH_A_SWITCH = 1.03

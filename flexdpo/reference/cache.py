@@ -1,7 +1,7 @@
 """A cache of reference log-probabilities: a folder that survives interruptions and knows whose values it holds.
 
-``identity.json`` says whose values they are and ``part-*.safetensors`` hold them, each part written whole or not at
-all. A value is found by what it depends on, the tokens of prompt and response, so training and evaluation share it.
+``identity.json`` says whose values they are and ``part-*.safetensors`` hold them. A value is found by what it depends
+on, the tokens of prompt and response, so training and evaluation share it.
 """
 
 from __future__ import annotations
@@ -36,29 +36,22 @@ _DIGEST = "blake2b"
 Key = tuple[int, int]
 
 
-# --- whose values these are ------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class ReferenceIdentity:
     """What reference values depend on beside the tokens themselves."""
 
     model: str  # from :func:`~flexdpo.reference.fingerprints.model_fingerprint`
     tokenizer: str = ""  # what stands for the tokenizer
-    # whatever else changes values, as JSON-able numbers and strings: ``max_length``, precision, ..
-    settings: tuple[tuple[str, Any], ...] = ()
+    settings: tuple[tuple[str, Any], ...] = ()  # whatever else changes values, by name: precision, ..
 
     def folder_in(self, root: Path | str) -> Path:
-        """A folder of its own for this identity, so that caches of several models live side by side."""
+        """A folder for this identity alone: caches of several models live side by side."""
         digest = hashlib.blake2b(json.dumps(self.as_dict(), sort_keys=True).encode(), digest_size=8)
         return Path(root) / f"reference-{digest.hexdigest()}"
 
     def as_dict(self) -> dict[str, Any]:
         """As it is written to disk."""
         return {"format": _FORMAT, "model": self.model, "tokenizer": self.tokenizer, "settings": dict(self.settings)}
-
-
-# --- the cache -------------------------------------------------------------------------------------------------------
 
 
 def response_key(
@@ -74,15 +67,11 @@ def response_key(
 
 
 class ReferenceCache:
-    """Reference log-probabilities of responses, in memory and in a folder.
-
-    Raises ``FlexdpoError`` if the folder holds another model's, tokenizer's or setting's values, or a damaged or
-    foreign file.
-    """
+    """Reference log-probabilities of responses, in memory and in a folder of this identity's values alone."""
 
     def __init__(self, folder: Path | str, identity: ReferenceIdentity) -> None:
         self.folder, self.identity = Path(folder), identity
-        self._values: dict[Key, float] = {}
+        self.values: dict[Key, float] = {}
         self._loaded: set[str] = set()
         self.folder.mkdir(parents=True, exist_ok=True)
         _claim(self.folder / _IDENTITY, identity)
@@ -92,38 +81,26 @@ class ReferenceCache:
     def holding(cls, values: dict[Key, float], source: Path, identity: ReferenceIdentity) -> ReferenceCache:
         """A cache of values that were read from ``source``, without a folder to add more to."""
         cache = cls.__new__(cls)
-        cache.folder, cache.identity, cache._values, cache._loaded = source, identity, values, set()
+        cache.folder, cache.identity, cache.values, cache._loaded = source, identity, values, set()
         return cache
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def __contains__(self, key: Key) -> bool:
-        return key in self._values
 
     def reload(self) -> None:
         """Read the parts that other processes have written since."""
         for path in sorted(self.folder.glob("part-*.safetensors")):
             if path.name not in self._loaded:
-                tensors = read(path, {"keys": ("I64", 2), "sums": ("F64", 1)})
-                keys, sums = tensors["keys"], tensors["sums"]
-                if len(keys) != len(sums) or not np.isfinite(sums).all():
-                    raise damaged(path, "its values do not fit its keys or are not finite")
-                self._values.update(zip(map(tuple, keys.tolist()), sums.tolist(), strict=True))
+                tensors = read(path, "keys", "sums")
+                self.values.update(zip(map(tuple, tensors["keys"].tolist()), tensors["sums"].tolist(), strict=True))
                 self._loaded.add(path.name)
 
     def add(self, values: dict[Key, float], writer: int = 0) -> None:
-        """Write values to a new part, whole or not at all.
-
-        ``writer`` is the number of this process; parts of different processes never meet.
-        """
+        """Write values to a new part of the process ``writer``, whole or not at all."""
         if not values:
             return
         number = sum(name.startswith(f"part-{writer}-") for name in self._loaded)
         path = self.folder / f"part-{writer}-{number:06d}.safetensors"
-        keys = np.array(list(values), dtype=np.int64).reshape(-1, 2)
-        write(path, {"keys": keys, "sums": np.array(list(values.values()), dtype=np.float64)})
-        self._values.update(values)
+        sums = np.array(list(values.values()), dtype=np.float64)
+        write(path, {"keys": np.array(list(values), dtype=np.int64), "sums": sums})
+        self.values.update(values)
         self._loaded.add(path.name)
 
     def sums(self, group: Group) -> list[float]:
@@ -133,17 +110,16 @@ class ReferenceCache:
     def pair_sums(self, group: Group, ld_alpha: float) -> list[list[float]]:
         """LD-DPO's reference log-probabilities of each preference of a group, chosen and rejected, in nats."""
         found = []
-        for chosen, rejected in group.edges:
-            shared = min(group.response_ids[chosen].size, group.response_ids[rejected].size)
-            ends = [group.response_ids[chosen], group.response_ids[rejected]]
-            found.append(
-                [ld_alpha * self._value(group, end) + (1 - ld_alpha) * self._value(group, end[:shared]) for end in ends]
-            )
+        for edge in group.edges:
+            ends = [group.response_ids[end] for end in edge]
+            shared = min(end.size for end in ends)
+            values = [(self._value(group, end), self._value(group, end[:shared])) for end in ends]
+            found.append([ld_alpha * whole + (1 - ld_alpha) * beginning for whole, beginning in values])
         return found
 
     def _value(self, group: Group, response: NDArray[np.int64]) -> float:
         try:
-            return self._values[response_key(group.prompt_ids, response, group.images)]
+            return self.values[response_key(group.prompt_ids, response, group.images)]
         except KeyError:
             raise FlexdpoError(
                 f"{group.name}: the cache {self.folder} has no reference log-probability for a response of "
@@ -168,33 +144,24 @@ def _claim(path: Path, identity: ReferenceIdentity) -> None:
                 whole.write_text(json.dumps(wanted, indent=1), encoding="utf-8")
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
-        names = {name: held[name] for name in wanted}
+        different = [name for name in wanted if held[name] != wanted[name]]
     except (ValueError, KeyError, TypeError) as error:
         raise damaged(path, "it is not what flexdpo wrote there") from error
-    for name, value in wanted.items():
-        if names[name] != value:
-            raise FlexdpoError(
-                f"{path.parent} holds reference log-probabilities of another {name}: {names[name]} where this run has "
-                f"{value}; give another folder, or delete this one"
-            )
+    if different:
+        name = different[0]
+        raise FlexdpoError(
+            f"{path.parent} holds reference log-probabilities of another {name}: {held[name]} where this run has "
+            f"{wanted[name]}; give another folder, or delete this one"
+        )
 
 
-def read(path: Path, expected: dict[str, tuple[str, int]]) -> dict[str, NDArray[Any]]:
-    """Read a file of the cache.
-
-    ``expected`` holds the dtype (in safetensors' words) and the number of dimensions of each tensor.
-
-    Raises ``FlexdpoError`` if it is truncated or holds anything else.
-    """
+def read(path: Path, *names: str) -> dict[str, NDArray[Any]]:
+    """Read a file of the cache, or say that it is truncated or holds anything else than what was written there."""
     try:
         with safe_open(path, framework="numpy") as file:
-            if set(file.keys()) != set(expected):
+            if {*file.keys()} != {*names}:
                 raise damaged(path, f"it holds {', '.join(sorted(file.keys())) or 'nothing'}")
-            for name, (dtype, dimensions) in expected.items():
-                view = file.get_slice(name)
-                if view.get_dtype() != dtype or len(view.get_shape()) != dimensions:
-                    raise damaged(path, f"its {name} are {view.get_dtype()} {view.get_shape()}")
-            tensors = {name: file.get_tensor(name) for name in expected}
+            tensors = {name: file.get_tensor(name) for name in names}
             stored = (file.metadata() or {}).get(_DIGEST)
     except (SafetensorError, OSError) as error:
         raise damaged(path, first_line(error)) from error

@@ -1,20 +1,18 @@
 """Reference log-probabilities computed once for a whole dataset, before training.
 
-The order of work is free here, so relatives are brought together across examples: equal responses are computed once,
-and sequences that begin alike (turns of one conversation, a common system prompt) share a trie. ``plan.safetensors`` in
-the cache's folder remembers what shares a row, so that a run that is continued computes the very same rows as one that
-was never interrupted.
+Equal responses are computed once, and sequences that begin alike share a trie across examples. ``plan.safetensors`` in
+the cache's folder remembers what shares a row, so that a run that is continued computes the very same rows.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import sys
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from itertools import groupby, pairwise
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,7 +22,7 @@ from flexdpo.errors import FlexdpoError
 from flexdpo.layout.groups import Group
 from flexdpo.layout.packing import MIN_SHARED, best_fit_decreasing
 from flexdpo.layout.row import Row, idle_row
-from flexdpo.reference.cache import Key, ReferenceCache, damaged, read, response_key, write
+from flexdpo.reference.cache import Key, ReferenceCache, read, response_key, write
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,29 +32,21 @@ if TYPE_CHECKING:
     from flexdpo.layout.images import PromptImage
     from flexdpo.objective.logps import ResponseLogps
 
-_PLAN = "plan.safetensors"
 # packing compares every cluster with every open row, so it looks at this many clusters at a time
 _PACKED_TOGETHER = 2048
 
 
-# --- which responses share a row -------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, eq=False)
 class _Item:
-    """A sequence whose last ``tail`` tokens are wanted, and the lengths of its beginnings that are wanted too."""
+    """A sequence whose last ``tail`` tokens, a response, are wanted."""
 
     key: Key
     sequence: NDArray[np.uint32]
     tail: int
-    beginnings: tuple[tuple[int, Key], ...]
     name: str
+    wanted: dict[int, Key]  # how much of the response, from its beginning on: all, and under LD-DPO less too
     images: tuple[PromptImage, ...] = ()
     image_token_id: int = -1
-
-    @property
-    def keys(self) -> list[Key]:
-        return [self.key, *(key for _, key in self.beginnings)]
 
     @property
     def pictured(self) -> tuple[str, ...]:
@@ -69,30 +59,25 @@ class _Item:
         return int(np.flatnonzero(self.sequence == self.image_token_id)[-1]) + 1 if self.images else 0
 
 
-_PlannedRow = list[list[_Item]]
-"""The clusters of one row."""
+_PlannedRow = list[list[_Item]]  # its clusters
 
 
 def _wanted(groups: Iterable[Group], with_beginnings: bool) -> dict[Key, _Item]:
     """Every distinct response of the groups once, in a reproducible order."""
-    beginnings: dict[Key, dict[int, Key]] = {}
     items: dict[Key, _Item] = {}
     for group in groups:
         pictured = (group.images, group.image_token_id)
         keys = [response_key(group.prompt_ids, response, group.images) for response in group.response_ids]
         for key, response in zip(keys, group.response_ids, strict=True):
             sequence = np.concatenate([group.prompt_ids, response]).astype(np.uint32)
-            items.setdefault(key, _Item(key, sequence, response.size, (), group.name, *pictured))
+            wanted = {response.size: key}
+            items.setdefault(key, _Item(key, sequence, response.size, group.name, wanted, *pictured))
         for edge in group.edges if with_beginnings else ():
             shared = min(group.response_ids[end].size for end in edge)
             for end in edge:
-                if group.response_ids[end].size > shared:
-                    part = response_key(group.prompt_ids, group.response_ids[end][:shared], group.images)
-                    beginnings.setdefault(keys[end], {})[shared] = part
-    return {
-        key: dataclasses.replace(item, beginnings=tuple(sorted(beginnings.get(key, {}).items())))
-        for key, item in items.items()
-    }
+                part = response_key(group.prompt_ids, group.response_ids[end][:shared], group.images)
+                items[keys[end]].wanted[shared] = part
+    return items
 
 
 def _common(a: NDArray[np.uint32], b: NDArray[np.uint32]) -> int:
@@ -103,11 +88,7 @@ def _common(a: NDArray[np.uint32], b: NDArray[np.uint32]) -> int:
 
 
 def _clusters(items: Sequence[_Item], settings: PrecomputeSettings) -> list[tuple[int, list[_Item]]]:
-    """Runs of sorted sequences that share a prompt, or at least ``min_shared`` tokens, and fit a row together.
-
-    Each with the number of its distinct tokens.
-    """
-    budget = settings.budget
+    """Sorted sequences that share a prompt or ``min_shared`` tokens and fit a row, and how many tokens are distinct."""
 
     def side(item: _Item) -> int:
         return bisect_left(settings.limits, item.sequence.size)
@@ -118,9 +99,9 @@ def _clusters(items: Sequence[_Item], settings: PrecomputeSettings) -> list[tupl
         items, key=lambda item: (side(item), item.pictured, item.sequence.astype(">u4").tobytes(), item.tail)
     ):
         length = item.sequence.size
-        if budget is not None and length > budget:
+        if length > settings.budget:
             raise FlexdpoError(
-                f"{item.name} has a sequence of {length} tokens but rows have room for {budget}; raise "
+                f"{item.name} has a sequence of {length} tokens but rows have room for {settings.budget}; raise "
                 "max_tokens_per_row or lower max_length"
             )
         if clusters:
@@ -132,7 +113,7 @@ def _clusters(items: Sequence[_Item], settings: PrecomputeSettings) -> list[tupl
             related = related and previous.pictured == item.pictured and shared >= item.fewest
             # in sorted order a sequence adds to the trie what its predecessor does not begin with
             size += length - shared
-            if related and (budget is None or size <= budget):
+            if related and size <= settings.budget:
                 members.append(item)
                 clusters[-1] = size, members
                 continue
@@ -142,14 +123,11 @@ def _clusters(items: Sequence[_Item], settings: PrecomputeSettings) -> list[tupl
 
 def _plan(items: Sequence[_Item], settings: PrecomputeSettings) -> list[_PlannedRow]:
     """Which clusters share a row."""
-    clusters = _clusters(items, settings)
-    at_once = settings.clusters_per_row if settings.budget is None else _PACKED_TOGETHER
-    rows = []
+    clusters, rows = _clusters(items, settings), []
+    at_once = settings.clusters_per_row if settings.max_tokens_per_row is None else _PACKED_TOGETHER
     for start in range(0, len(clusters), at_once):
         part = clusters[start : start + at_once]
-        bins = [list(range(len(part)))]
-        if settings.budget is not None:
-            bins = best_fit_decreasing([size for size, _ in part], settings.budget)
+        bins = best_fit_decreasing([size for size, _ in part], settings.budget)
         rows += [[part[i][1] for i in members] for members in bins]
     return rows
 
@@ -162,20 +140,14 @@ def _save_plan(path: Path, rows: Sequence[_PlannedRow]) -> None:
         for item in items
     ]
     table = np.array(placed, dtype=np.int64)
-    columns = {"keys": table[:, :2], "rows": table[:, 2], "clusters": table[:, 3]}
-    write(path, {name: np.ascontiguousarray(values) for name, values in columns.items()})
+    write(path, {"keys": table[:, :2].copy(), "rows": table[:, 2].copy(), "clusters": table[:, 3].copy()})
 
 
 def _load_plan(path: Path, wanted: dict[Key, _Item], missing: set[Key]) -> list[_PlannedRow] | None:
-    """The plan of an interrupted run, if it covers what is missing and asks for nothing else; ``None`` otherwise.
-
-    Rows that are done are empty, so that the others keep their numbers, and with them the process that runs them.
-    """
+    """The plan of an interrupted run, if it covers what is missing and asks for nothing else; ``None`` otherwise."""
     if not path.exists():
         return None
-    tensors = read(path, {"keys": ("I64", 2), "rows": ("I64", 1), "clusters": ("I64", 1)})
-    if not len(tensors["keys"]) == len(tensors["rows"]) == len(tensors["clusters"]):
-        raise damaged(path, "its rows do not fit its keys")
+    tensors = read(path, "keys", "rows", "clusters")
     keys: list[Key] = [(first, second) for first, second in tensors["keys"].tolist()]
     if not missing <= set(keys):
         return None
@@ -184,7 +156,7 @@ def _load_plan(path: Path, wanted: dict[Key, _Item], missing: set[Key]) -> list[
     for _, in_row in groupby(places, key=lambda place: place[0]):
         clusters = [[key for *_, key in members] for _, members in groupby(in_row, key=lambda place: place[1])]
         if all(missing.isdisjoint(cluster) for cluster in clusters):
-            rows.append([])
+            rows.append([])  # it is done; the others keep their numbers, and with them the process that runs them
         elif all(key in wanted for cluster in clusters for key in cluster):
             rows.append([[wanted[key] for key in cluster] for cluster in clusters])
         else:
@@ -192,16 +164,13 @@ def _load_plan(path: Path, wanted: dict[Key, _Item], missing: set[Key]) -> list[
     return rows
 
 
-# --- the computation -------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class PrecomputeReport:
     """What precomputing did in this process."""
 
-    responses: int  # distinct responses of the groups
+    responses: int  # distinct ones of the groups
     found: int  # of these, how many the cache held already
-    rows_run: int  # rows that went through the model
+    rows_run: int
     tokens_run: int  # distinct tokens in them, padding not counted
     tokens_unshared: int  # tokens that an ordinary run would take for the same responses, each behind its own prompt
 
@@ -227,11 +196,10 @@ class PrecomputeSettings:
     description: str = "Reference log-probabilities"
 
     @property
-    def budget(self) -> int | None:
+    def budget(self) -> int:
         """Most real tokens of a row."""
-        if self.max_tokens_per_row is None:
-            return None
-        return self.max_tokens_per_row // self.pad_to_multiple_of * self.pad_to_multiple_of
+        most = sys.maxsize if self.max_tokens_per_row is None else self.max_tokens_per_row
+        return most // self.pad_to_multiple_of * self.pad_to_multiple_of
 
 
 def precompute_reference(
@@ -242,15 +210,14 @@ def precompute_reference(
 ) -> PrecomputeReport:
     """Fill a cache with the reference log-probability of every response of a dataset, continuing where it stopped.
 
-    ``run`` gives the reference's log-probabilities of a row and is called without gradients. With several processes all
-    of them open the cache and wait for each other, then call this with the same groups, wait again and call
-    :meth:`ReferenceCache.reload`.
+    ``run`` gives those of a row and is called without gradients. Several processes open the cache and wait for each
+    other, call this with the same groups, wait again and call :meth:`ReferenceCache.reload`.
 
     Raises ``FlexdpoError`` naming the example if a sequence fits no row, or a log-probability is not finite.
     """
     wanted = _wanted(groups, settings.with_beginnings)
-    missing = {key for key, item in wanted.items() if any(part not in cache for part in item.keys)}
-    path = cache.folder / _PLAN
+    missing = {key for key, item in wanted.items() if any(part not in cache.values for part in item.wanted.values())}
+    path = cache.folder / "plan.safetensors"
     rows = _load_plan(path, wanted, missing)
     if rows is None:
         rows = _plan([wanted[key] for key in wanted if key in missing], settings)
@@ -259,19 +226,18 @@ def precompute_reference(
     shares = [[row for row in rows[i :: settings.num_processes] if row] for i in range(settings.num_processes)]
     mine = shares[settings.process_index]
     idle = max(map(len, shares)) - len(mine) if settings.equal_forwards else 0
-    tokens = unshared = 0
     pending: dict[Key, float] = {}
-    saved = time.monotonic()
-    responses = sum(len(cluster) for clusters in mine for cluster in clusters)
-    bar = tqdm(total=responses, desc=settings.description, unit="response", disable=not settings.progress)
-    with bar, torch.no_grad():
+    tokens, unshared, saved = 0, 0, time.monotonic()
+    total = sum(len(cluster) for clusters in mine for cluster in clusters)
+    disabled = not settings.progress
+    with tqdm(total=total, desc=settings.description, unit="response", disable=disabled) as bar, torch.no_grad():
         try:
             for clusters in mine:
                 items = [item for cluster in clusters for item in cluster]
                 row = _row_of(clusters, settings.pad_to_multiple_of)
                 values = _values(items, row, run(row.to(settings.device)))
                 # what an interrupted run has written stays as it is
-                pending.update({key: value for key, value in values.items() if key not in cache})
+                pending.update({key: value for key, value in values.items() if key not in cache.values})
                 if time.monotonic() - saved >= settings.save_every_s:
                     cache.add(pending, settings.process_index)
                     pending, saved = {}, time.monotonic()
@@ -293,20 +259,15 @@ def _row_of(clusters: _PlannedRow, pad_to_multiple_of: int) -> Row:
     ends = torch.bincount(row.member_responses, minlength=row.num_responses).cumsum(0)
     wanted = torch.arange(len(row.member_responses)) >= (ends - tails)[row.member_responses]
     targets, members = row.member_targets[wanted].unique(return_inverse=True)
-    return dataclasses.replace(
-        row,
-        predictors=row.predictors[targets],
-        labels=row.labels[targets],
-        member_targets=members,
-        member_responses=row.member_responses[wanted],
-    )
+    kept: dict[str, Any] = {"predictors": row.predictors[targets], "labels": row.labels[targets]}
+    return replace(row, member_targets=members, member_responses=row.member_responses[wanted], **kept)
 
 
 def _as_group(cluster: Sequence[_Item]) -> Group:
     """A cluster as a group: what all of them begin with is the prompt, and the rest of each is a response."""
-    shared = min(item.sequence.size - item.tail for item in cluster)
-    for a, b in pairwise(cluster):
-        shared = min(shared, _common(a.sequence, b.sequence))
+    # in sorted order, what the first and the last begin with all do
+    shared = _common(cluster[0].sequence, cluster[-1].sequence)
+    shared = min(shared, *(item.sequence.size - item.tail for item in cluster))
     sequences = [item.sequence.astype(np.int64) for item in cluster]
     return Group(
         sequences[0][:shared],
@@ -321,15 +282,13 @@ def _values(items: Sequence[_Item], row: Row, logps: ResponseLogps) -> dict[Key,
     """The sum over every wanted response and beginning of a row, summed in float64."""
     targets = logps.targets.detach().double().cpu().numpy()[row.member_targets.numpy()]
     values: dict[Key, float] = {}
-    start = 0
-    for item in items:
-        running = targets[start : start + item.tail].cumsum()
-        start += item.tail
+    ends = np.cumsum([item.tail for item in items])
+    for item, own in zip(items, np.split(targets, ends[:-1]), strict=True):
+        running = own.cumsum()
         if not np.isfinite(running[-1]):
             raise FlexdpoError(
                 f"{item.name}: the log-probability of a response under the reference is {running[-1]}; the reference "
                 "model is damaged, or its precision too low"
             )
-        values[item.key] = float(running[-1])
-        values.update({key: float(running[length - 1]) for length, key in item.beginnings})
+        values |= {key: float(running[length - 1]) for length, key in item.wanted.items()}
     return values

@@ -24,8 +24,7 @@ from flexdpo.runs.settings import Job
 from flexdpo.training import model_loading
 from flexdpo.training.adapters import add_adapter, is_peft_model
 from flexdpo.training.distribution import shards_of
-from flexdpo.training.memory import TrainingSetup, gigabytes, predict_memory
-from flexdpo.training.row_budget import auto_row_budget
+from flexdpo.training.memory import TrainingSetup, auto_row_budget, gigabytes, predict_memory
 from flexdpo.training.run_data import require_fit
 
 

@@ -26,10 +26,9 @@ from flexdpo.example.task import (
     swap_prompts,
 )
 from flexdpo.hf.forward_layout import ATTN_IMPLEMENTATION
-from flexdpo.runs.job import CURVES_FILE, MASK_FILE, METRICS_FILE, draw_example_mask, require_output_dir
+from flexdpo.runs.job import CURVES_FILE, MASK_FILE, METRICS_FILE, MetricsFile, draw_example_mask, require_output_dir
 from flexdpo.runs.step_times import StepTimes, measure_step_times
 from flexdpo.show.plots import draw_training_curves
-from flexdpo.training.metrics import MetricsFile
 from flexdpo.training.output_lock import holding_output
 from flexdpo.training.trainer import DPOTrainer
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainerCallback
 from transformers.utils import logging
 
 from flexdpo.config import DPOConfig
@@ -22,13 +24,28 @@ from flexdpo.training.adapters import is_peft_model
 from flexdpo.training.batch import PackingCollator
 from flexdpo.training.checkpoints import last_checkpoint
 from flexdpo.training.distribution import is_sharded
-from flexdpo.training.metrics import MetricsFile
 from flexdpo.training.output_lock import LOCK_FILE, holding_output
 from flexdpo.training.trainer import DPOTrainer
 
 logger = logging.get_logger(__name__)
 
 METRICS_FILE, CURVES_FILE, MASK_FILE = "metrics.jsonl", "training.png", "mask.png"
+
+
+class MetricsFile(TrainerCallback):
+    """Appends every logged line to a JSONL file, one object per line."""
+
+    def __init__(self, path: Path | str, **extra: Any) -> None:
+        self.path = Path(path)
+        self.extra = extra
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:  # noqa: ARG002
+        """Write one line, on the main process only."""
+        if logs is None or not state.is_world_process_zero:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": state.global_step, **self.extra, **logs}) + "\n")
 
 
 def run_job(job: Job, config: DPOConfig, given: Mapping[str, Any]) -> str:

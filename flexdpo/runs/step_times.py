@@ -14,7 +14,7 @@ from flexdpo.bench.timing import timed
 from flexdpo.layout.row import Row
 from flexdpo.layout.trie import Trie
 from flexdpo.training.batch import PackedBatch
-from flexdpo.training.step import run_batch
+from flexdpo.training.step import Runner
 from flexdpo.training.trainer import DPOTrainer
 
 
@@ -46,10 +46,7 @@ def measure_step_times(trainer: DPOTrainer, rounds: int) -> StepTimes:
     seconds, gaps = defaultdict[str, list[float]](list), []
 
     def step(batch: PackedBatch) -> float:
-        backward = torch.Tensor.backward
-        result = run_batch(
-            trainer.model, batch, trainer.objective, reference=trainer.reference_logps, backward=backward
-        )
+        result = Runner(trainer.model, trainer.objective, trainer.reference_logps, torch.Tensor.backward)(batch)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return float(result.loss)

@@ -18,6 +18,9 @@ from flexdpo.objective.unpaired import with_unrelated_responses
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from accelerate import Accelerator
+    from transformers import TrainingArguments
+
     from flexdpo.data.images import ImageReader
     from flexdpo.layout.groups import Group
     from flexdpo.layout.packing import Buckets
@@ -78,32 +81,20 @@ class PackedBatch:
         reference = self.reference and [
             ReferenceLogps(change(sums), None if pairs is None else change(pairs)) for sums, pairs in self.reference
         ]
-        idle = None if self.idle_row is None else change(self.idle_row)
+        idle = self.idle_row and change(self.idle_row)
         return replace(self, rows=[change(row) for row in self.rows], reference=reference, idle_row=idle)
 
 
 @dataclass(frozen=True)
 class PackingCollator:
-    """Turns tokenised dataset rows into a :class:`PackedBatch`, for a ``torch.utils.data.DataLoader``.
+    """Makes a :class:`PackedBatch` of tokenised rows, in a ``DataLoader``, by the settings of :func:`flexdpo.pack`."""
 
-    Attributes:
-        max_tokens_per_row: Longest row in tokens, padding included; ``None`` puts a batch into one row.
-        pad_to_multiple_of: Rows are padded to a multiple of this many tokens; 128 is a tile of FlexAttention.
-        unrelated_responses: Run other rows' responses behind every prompt too, as the ``kto`` loss needs.
-        buckets: Rows are padded to these few lengths instead, as :func:`~flexdpo.layout.packing.choose_buckets` gives.
-        sharing: ``"group"`` or ``"step"``, see :func:`flexdpo.pack`.
-        with_idle_row: For processes that must run equal numbers of forward passes.
-        limits: As in :func:`flexdpo.pack`.
-        images: Reads the pictures of rows that have some, in the loader's workers too.
-        in_pieces: As in :func:`flexdpo.pack`.
-    """
-
-    max_tokens_per_row: int | None = None
-    pad_to_multiple_of: int = 1
-    unrelated_responses: bool = False
-    buckets: Buckets | None = None
+    max_tokens_per_row: int | None = None  # padding included; ``None`` puts a batch into one row
+    pad_to_multiple_of: int = 1  # tokens; 128 is a tile of FlexAttention
+    unrelated_responses: bool = False  # run other rows' responses behind every prompt too, as the ``kto`` loss needs
+    buckets: Buckets | None = None  # the lengths that rows are padded to instead
     sharing: str = "group"
-    with_idle_row: bool = False
+    with_idle_row: bool = False  # for processes that must run equal numbers of forward passes
     limits: tuple[int, ...] = ()
     images: ImageReader | None = None
     in_pieces: bool = True
@@ -126,13 +117,7 @@ class PackingCollator:
         reference: Sequence[Sequence[float]] | None = None,
         reference_pairs: Sequence[Sequence[Sequence[float]]] | None = None,
     ) -> PackedBatch:
-        """Pack groups by these settings, and bring their precomputed reference log-probabilities into row order.
-
-        Args:
-            groups: The examples of the batch.
-            reference: For each group, one value per response.
-            reference_pairs: For each group, chosen and rejected value per preference; only under ``ld_alpha``.
-        """
+        """Pack groups, and bring precomputed values (per response, under ``ld_alpha`` also per pair) into row order."""
         rows = pack(
             groups,
             self.max_tokens_per_row,
@@ -164,3 +149,14 @@ def _reference_of(
         return ReferenceLogps(sums)
     of_pairs = [list(values) for number in row.numbers for values in pairs[number]]
     return ReferenceLogps(sums, torch.tensor(of_pairs, dtype=torch.float64).reshape(-1, 2))
+
+
+def distinct_examples(example_rows: torch.Tensor, args: TrainingArguments, accelerator: Accelerator) -> list[int]:
+    """Which examples of an evaluation batch count: all but repeats that fill up the last batch of some ranks."""
+    state, count = accelerator.gradient_state, len(example_rows)
+    if (example_rows < 0).any():
+        # a stream marks its repeats itself, for nobody knows its length
+        return [number for number, row in enumerate(example_rows.tolist()) if row >= 0]
+    if args.world_size > 1 and state.end_of_dataloader and state.remainder > 0:
+        count = min(count, max(0, state.remainder - args.process_index * args.eval_batch_size))
+    return list(range(count))

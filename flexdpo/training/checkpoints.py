@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from flexdpo.config import DPOConfig
 
 RECORD_FILE = "flexdpo_run.json"
+_WHOLE_REFERENCE = "reference.safetensors"
 # enable_jit_checkpoint takes its mark away when the checkpoint is complete
 _NOT_KEPT = (RECORD_FILE, f"{RECORD_FILE}.tmp", "checkpoint-is-incomplete.txt")
 # settings with no say in what is learned, or what their names begin with. All others must be those of the checkpoint,
@@ -93,66 +94,50 @@ def _vouched(path: Path) -> dict[str, Any]:
 
 def save_reference(folder: Path, reference: nn.Module, process_index: int) -> None:
     """Store a reference that moves: the whole of it by the first process, or each process's shard."""
-    weights = _own_weights(reference)
-    if process_index == 0 or _is_spread(reference):
+    name, weights = _held_of(reference, process_index)
+    if process_index == 0 or name != _WHOLE_REFERENCE:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(weights, _reference_file(folder, reference, process_index))
+        save_file(weights, folder / name)
 
 
 def load_reference(folder: Path, reference: nn.Module, process_index: int) -> None:
-    """Bring a reference to where it had moved when :func:`save_reference` stored it, in place.
-
-    Raises:
-        FlexdpoError: if the checkpoint holds none, or that of another model.
-    """
-    path = _reference_file(folder, reference, process_index)
+    """Bring a reference to where it had moved when it was stored, in place; refuse that of another model, or none."""
+    file, weights = _held_of(reference, process_index)
+    path = folder / file
     if not path.is_file():
         raise FlexdpoError(
-            f"{folder} does not hold the reference that sync_ref_model had moved ({path.name} is missing); start the "
-            "run again, or continue from another checkpoint"
+            f"{folder} does not hold the reference that sync_ref_model had moved ({file} is missing); start the run "
+            "again, or continue from another checkpoint"
         )
-    stored, weights = load_file(path), _own_weights(reference)
+    stored = load_file(path)
     if {name: value.shape for name, value in stored.items()} != {name: value.shape for name, value in weights.items()}:
         raise FlexdpoError(f"{path} holds the reference of another model; continue with the model of this checkpoint")
     for name, value in weights.items():
         value.copy_(stored[name])
 
 
-def _own_weights(model: nn.Module) -> dict[str, Tensor]:
-    """What this process holds of each weight; tied ones once."""
-    return {name: local(parameter.detach()) for name, parameter in base_model(model).named_parameters()}
-
-
-def _is_spread(model: nn.Module) -> bool:
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
-
-
-def _reference_file(folder: Path, reference: nn.Module, process_index: int) -> Path:
-    return folder / (f"reference-{process_index}.safetensors" if _is_spread(reference) else "reference.safetensors")
+def _held_of(reference: nn.Module, process_index: int) -> tuple[str, dict[str, Tensor]]:
+    """The file that what this process holds of a reference is kept in, and its weights; tied ones once."""
+    weights = {name: parameter.detach() for name, parameter in base_model(reference).named_parameters()}
+    spread = any(isinstance(weight, DTensor) for weight in weights.values())
+    file = f"reference-{process_index}.safetensors" if spread else _WHOLE_REFERENCE
+    return file, {name: local(weight) for name, weight in weights.items()}
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     """Store a record in a checkpoint folder, last of all files: a folder without one was not written to its end."""
-    unfinished = folder / f"{RECORD_FILE}.tmp"
-    with unfinished.open("w", encoding="utf-8") as file:
+    with (folder / f"{RECORD_FILE}.tmp").open("w", encoding="utf-8") as file:
         file.write(json.dumps(record, indent=2) + "\n")
         file.flush()
         os.fsync(file.fileno())
-    unfinished.replace(folder / RECORD_FILE)
+    Path(file.name).replace(folder / RECORD_FILE)
 
 
 @contextmanager
 def writing_checkpoint(folder: Path, *, is_writer: bool) -> Iterator[None]:
-    """Hold a checkpoint folder for incomplete until its record is written, and say plainly when it cannot be written.
-
-    Args:
-        folder: Is about to be written; a complete checkpoint of an earlier run may stand there.
-        is_writer: Whether this process is the one that writes the record.
-
-    Raises:
-        FlexdpoError: where the disk is full or refuses to be written to; the message names the checkpoint that is left.
-    """
+    """Hold a checkpoint folder for incomplete until ``is_writer`` has written its record; say plainly if it cannot."""
     if is_writer:
+        # a complete checkpoint of an earlier run may stand there
         (folder / RECORD_FILE).unlink(missing_ok=True)
     with plain_write_errors(f"the checkpoint {folder}", folder.parent):
         yield
@@ -176,11 +161,7 @@ def plain_write_errors(what: str, output_dir: Path) -> Iterator[None]:
 
 
 def last_checkpoint(output_dir: Path, *, but: Path | None = None) -> Path:
-    """Return the newest complete checkpoint of a run; what a crash left half-written is passed over, and ``but`` is.
-
-    Raises:
-        FlexdpoError: if there is none.
-    """
+    """Return the newest complete checkpoint of a run; what a crash left half-written is passed over, and ``but`` is."""
     steps = {}
     for folder in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         number = folder.name.rsplit("-", 1)[1]
@@ -191,17 +172,16 @@ def last_checkpoint(output_dir: Path, *, but: Path | None = None) -> Path:
     return steps[max(steps)]
 
 
-def require_same_run(folder: Path, record: dict[str, Any]) -> None:
+def require_same_run(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
     """Refuse a checkpoint that was made from other data, with other settings or for another model, or is damaged.
 
-    Raises:
-        FlexdpoError: naming the setting and both values, what differs, or the file that is missing or was changed.
+    Returns its record. The error names the setting and both values, what differs, or the file that was changed.
     """
     path = folder / RECORD_FILE
     if not path.is_file():
         raise FlexdpoError(f"{folder} is no checkpoint of flexdpo: it has no {RECORD_FILE}")
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         settings, data, model = stored["settings"], stored["data"], stored["model"]
         files = {str(name): (dict(before), before["bytes"]) for name, before in stored["files"].items()}
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
@@ -238,6 +218,7 @@ def require_same_run(folder: Path, record: dict[str, Any]) -> None:
                 f"{folder} belongs to a run with other {name}; give model, adapter and reference as it began with "
                 "them, or start a new run in another output_dir"
             )
+    return stored
 
 
 def _another(folder: Path) -> str:
@@ -249,13 +230,7 @@ def _another(folder: Path) -> str:
 
 
 def require_same_schedule(folder: Path, config: DPOConfig) -> int:
-    """Refuse to make a run longer or shorter where the steps behind it would have had other learning rates then.
-
-    Returns the number of these.
-
-    Raises:
-        FlexdpoError: naming both lengths.
-    """
+    """Refuse to make a run longer or shorter where the steps behind it, whose number it returns, had other rates."""
     state = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     before, done = int(state["max_steps"]), int(state["global_step"])
     now = config.max_steps

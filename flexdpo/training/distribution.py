@@ -27,10 +27,7 @@ def wraps_in_shards(accelerator: Accelerator) -> bool:
 
 
 def runs_in_step(accelerator: Accelerator) -> bool:
-    """Whether all processes must run equal numbers of passes.
-
-    They gather each sharded weight together, and DeepSpeed reduces gradients in every backward pass.
-    """
+    """Whether all processes must run equal numbers of passes: they gather weights together, or reduce in each pass."""
     return wraps_in_shards(accelerator) and accelerator.num_processes > 1
 
 
@@ -40,8 +37,7 @@ def shards_of(args: TrainingArguments) -> dict[str, int]:
     stage = 3 if is_sharded(args) else 0
     if args.deepspeed_plugin is not None:
         stage = int(args.deepspeed_plugin.hf_ds_config.get_value("zero_optimization.stage", 0))
-    processes = args.world_size
-    return {"shards": processes if stage == 3 else 1, "optimizer_shards": processes if stage > 0 else 1}
+    return {"shards": args.world_size if stage == 3 else 1, "optimizer_shards": args.world_size if stage > 0 else 1}
 
 
 def is_sharded(args: TrainingArguments) -> bool:
@@ -61,14 +57,11 @@ def largest(device: torch.device, value: int) -> int:
 
 @contextlib.contextmanager
 def held_gradients(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
-    """Add to the gradients of this process alone, as for every row but a step's last.
-
-    Inside a step that holds them back as a whole (gradient accumulation), there is nothing left to do. DeepSpeed takes
-    its optimizer step in the backward pass, so it must be told too.
-    """
+    """Add to the gradients of this process alone, as for every row but a step's last."""
     if not accelerator.sync_gradients:
-        yield
+        yield  # gradient accumulation holds them back already
         return
+    # DeepSpeed takes its optimizer step in the backward pass, so it must be told too
     accelerator.gradient_state._set_sync_gradients(False)
     try:
         with accelerator.no_sync(model):
@@ -92,9 +85,6 @@ def require_supported(accelerator: Accelerator, model: nn.Module, *, images: boo
     """Refuse what cuts a row or a weight in pieces that no process has whole; ``images`` if data may hold some.
 
     FSDP of the first version keeps flat parameters, with no head that could be used directly.
-
-    Raises:
-        FlexdpoError: naming the setting.
     """
     parallel = getattr(accelerator, "parallelism_config", None)
     for name, kind in (("tp", "tensor"), ("cp", "context"), ("sp", "sequence")):
@@ -120,15 +110,25 @@ def require_supported(accelerator: Accelerator, model: nn.Module, *, images: boo
 
 def place_reference(reference: nn.Module, accelerator: Accelerator) -> nn.Module:
     """Put a frozen reference model where the policy will be: on the device, sharded under FSDP2 and DeepSpeed."""
-    if accelerator.distributed_type == DistributedType.FSDP:
-        return _fully_sharded(reference, accelerator)
+    placed: nn.Module
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return _deepspeed_engine(reference, accelerator)
-    placed: nn.Module = accelerator.prepare_model(reference, evaluation_mode=True)
-    return placed
+        import deepspeed
 
-
-def _fully_sharded(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+        config = copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config)
+        # an engine that only looks: ZeRO-3 shards its weights like the policy's, the lower stages have nothing to shard
+        for training_only in ("optimizer", "scheduler", "train_batch_size", "gradient_accumulation_steps"):
+            config.pop(training_only, None)
+        config["train_micro_batch_size_per_gpu"] = 1
+        config["zero_optimization"].pop("offload_optimizer", None)
+        if config["zero_optimization"]["stage"] != 3:
+            config["zero_optimization"] = {"stage": 0}
+        placed = deepspeed.initialize(model=reference, config=config)[0]
+        # its eval() returns nothing
+        placed.eval()
+        return placed
+    if accelerator.distributed_type != DistributedType.FSDP:
+        placed = accelerator.prepare_model(reference, evaluation_mode=True)
+        return placed
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     plugin = accelerator.state.fsdp_plugin
@@ -140,35 +140,15 @@ def _fully_sharded(model: nn.Module, accelerator: Accelerator) -> nn.Module:
         "mesh": mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)] if mesh is not None else None,
     }
     # layer by layer, so that only one layer's weights are ever whole
-    layers = set(getattr(model, "_no_split_modules", None) or ())
-    for module in [part for part in model.modules() if type(part).__name__ in layers]:
+    layers = set(getattr(reference, "_no_split_modules", None) or ())
+    for module in [part for part in reference.modules() if type(part).__name__ in layers]:
         fully_shard(module, **options)
-    fully_shard(model, **options)
-    return model.eval()
-
-
-def _deepspeed_engine(model: nn.Module, accelerator: Accelerator) -> nn.Module:
-    import deepspeed
-
-    config = copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config)
-    # an engine that only looks: ZeRO-3 shards its weights like the policy's, the lower stages have nothing to shard
-    for training_only in ("optimizer", "scheduler", "train_batch_size", "gradient_accumulation_steps"):
-        config.pop(training_only, None)
-    config["train_micro_batch_size_per_gpu"] = 1
-    config["zero_optimization"].pop("offload_optimizer", None)
-    if config["zero_optimization"]["stage"] != 3:
-        config["zero_optimization"] = {"stage": 0}
-    engine: nn.Module = deepspeed.initialize(model=model, config=config)[0]
-    # its eval() returns nothing
-    engine.eval()
-    return engine
+    fully_shard(reference, **options)
+    return reference.eval()
 
 
 def gathered(parameters: list[nn.Parameter], **options: Any) -> contextlib.AbstractContextManager[Any]:
-    """Where ZeRO-3 has spread weights over the processes, bring them together for a moment.
-
-    With ``modifier_rank=0``, what is written there stays.
-    """
+    """Bring weights that ZeRO-3 has spread together for a moment; with ``modifier_rank=0``, what is written stays."""
     if not any(hasattr(parameter, "ds_id") for parameter in parameters):
         return contextlib.nullcontext()
     import deepspeed

@@ -111,14 +111,8 @@ class StepGuard(TrainerCallback):
     def _require_finite_one_by_one(self, ran: Ran, place: str) -> None:
         """Run each group in a row of its own, with the weight that it has in the whole batch."""
         # in a shared row the NaN of one example spreads to the others, behind a mask that gives it the weight 0
-        runner = replace(
-            ran.runner,
-            model=self.model,
-            backward=torch.Tensor.backward,
-            no_sync=contextlib.nullcontext,
-            average=None,
-            agree=None,
-        )
+        runner = Runner(self.model, ran.runner.objective, ran.runner.reference, torch.Tensor.backward)
+        runner = replace(runner, autocast=ran.runner.autocast, router=ran.runner.router)
         for number, group in enumerate(ran.batch.examples[0] or ()):
             batch = PackingCollator().packed(*ran.batch.only([number])).to(ran.batch.rows[0].input_ids.device)
             # one that is longer than memory has a row of its own already

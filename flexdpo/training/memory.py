@@ -1,25 +1,28 @@
-"""How much memory training takes, predicted from a model's shape.
+"""How much memory training takes, predicted from a model's shape, and the longest row that fits into what is free.
 
-Everything but the activations is arithmetic. Activations are counted tensor by tensor: what autograd keeps of a
-decoder layer for its backward pass, in bytes per token. Attention keeps nothing that grows with the square of a row,
-and logits exist a chunk at a time, so memory is linear in the tokens of the longest row.
+Activations are counted tensor by tensor: what autograd keeps of a decoder layer for its backward pass. Attention keeps
+nothing that grows with the square of a row, and logits exist a chunk at a time: memory is linear in a row's tokens.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from flexdpo.attention.blockwise import KEPT_SCORES
+from flexdpo.errors import FlexdpoError
 from flexdpo.hf.checkpointing import checkpointing_name
 from flexdpo.hf.mixer_kernels import SCAN_CHUNK
-from flexdpo.layout.row import TILE
+from flexdpo.layout.row import TILE, tile_multiple
 from flexdpo.objective.linear_logps import targets_per_chunk, tile_shape
 from flexdpo.training.model_size import ModelSize
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from transformers import TrainingArguments
 
 # what a CPU's allocator holds between blocks in use, as a share of them: on steps of six length profiles, padded,
@@ -28,15 +31,12 @@ _CPU_FRAGMENTS = 0.15
 # bytes of optimizer state per trained parameter, beside those kept in the parameter's own dtype
 _STATE_BYTES = {"adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2, "lion_8bit": 1, "paged_lion_8bit": 1}
 # states per trained parameter in the parameter's own dtype; what is not named here is taken for AdamW, which has two
-_STATES = {
-    "sgd": 0,
-    "adafactor": 0,
-    "adagrad": 1,
-    "rmsprop": 1,
-    "lion_32bit": 1,
-    "paged_lion_32bit": 1,
-    **dict.fromkeys(_STATE_BYTES, 0),
-}
+_STATES = dict.fromkeys((*_STATE_BYTES, "sgd", "adafactor"), 0)
+_STATES |= dict.fromkeys(("adagrad", "rmsprop", "lion_32bit", "paged_lion_32bit"), 1)
+# what is left free: the allocator's fragments, other processes on the device, and what the count does not see
+MARGIN = 0.12
+# a row longer than this gains nothing: kernels are long since busy, and tile tables grow with its square
+LONGEST_ROW = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -60,28 +60,20 @@ class TrainingSetup:
 
     @classmethod
     def from_arguments(
-        cls,
-        args: TrainingArguments,
-        model: torch.nn.Module | None = None,
-        **others: Any,
+        cls, args: TrainingArguments, model: torch.nn.Module | None = None, **others: Any
     ) -> TrainingSetup:
-        """The setup of a training run, whose model tells its dtype and what is trained: else float32, and all.
-
-        ``others`` are the attributes that follow from neither: ``reference``, ``shards`` and ``optimizer_shards``.
-        """
-        trained = None if model is None else [p for p in model.parameters() if p.requires_grad]
+        """The setup of a run, whose model tells its dtype and what is trained: else float32, and all."""
         # an adapter is trained in float32 beside frozen weights in half precision; the many decide
         weight_bytes = 4 if model is None else max(model.parameters(), key=lambda p: p.numel()).element_size()
-        half = bool(args.bf16 or args.fp16)
         checkpoints = getattr(args, checkpointing_name(args, "_kwargs")) or {}
         return cls(
             weight_bytes=weight_bytes,
-            compute_bytes=min(2, weight_bytes) if half else weight_bytes,
+            compute_bytes=min(2, weight_bytes) if args.bf16 or args.fp16 else weight_bytes,
             gradient_checkpointing=bool(getattr(args, checkpointing_name(args))),
             keeps_attention=bool(getattr(args, "keep_attention", False)),
             every_n_layers=int(checkpoints.get("every_n_layers", 1)),
             offload=bool(checkpoints.get("offload", False)),
-            trainable=None if trained is None else sum(p.numel() for p in trained),
+            trainable=None if model is None else sum(p.numel() for p in model.parameters() if p.requires_grad),
             optimizer=str(getattr(args.optim, "value", args.optim)),
             device_type=args.device.type,
             **others,
@@ -97,9 +89,7 @@ class MemoryPrediction:
     optimizer: int  # its states
     reference: int  # the frozen copy
     activations: int  # what autograd keeps of all tokens of the longest row
-    # what exists for a while on top: a chunk of logits, or the gradients inside a layer; copies of weights in the dtype
-    # of mixed precision
-    working: int
+    working: int  # on top for a while: a chunk of logits or the gradients inside a layer, and copies of weights
     tokens: int  # of the longest row, for which the last two hold
 
     @property
@@ -116,20 +106,12 @@ class MemoryPrediction:
 def predict_memory(
     model_or_config: Any, tokens: int, setup: TrainingSetup | None = None, *, targets: int | None = None
 ) -> MemoryPrediction:
-    """Predict the memory of a training step whose longest row has ``tokens`` tokens, padding included.
-
-    Args:
-        model_or_config: See :meth:`ModelSize.of`.
-        tokens: Of the longest row; rows of a step run one after another.
-        setup: How it is trained; by default float32 with AdamW and a frozen reference.
-        targets: Response tokens of that row; by default all of them.
-    """
+    """Predict the memory of a step whose longest row has ``tokens`` tokens, all or ``targets`` of them of responses."""
     size, setup = ModelSize.of(model_or_config), setup or TrainingSetup()
     trainable = size.parameters if setup.trainable is None else setup.trainable
     weights = size.parameters * setup.weight_bytes
     state_bytes = _STATES.get(setup.optimizer, 2) * setup.weight_bytes + _STATE_BYTES.get(setup.optimizer, 0)
-    targets = tokens if targets is None else targets
-    kept, working = _row_bytes(size, setup, tokens, targets)
+    kept, working = _row_bytes(size, setup, tokens, tokens if targets is None else targets)
     working += _fragments(setup, kept + working)
     return MemoryPrediction(
         weights=weights // setup.shards,
@@ -164,7 +146,7 @@ def _row_bytes(size: ModelSize, setup: TrainingSetup, tokens: int, targets: int)
     rerun = -(-size.layers // setup.every_n_layers) if setup.gradient_checkpointing else 0
     layers = rerun * _checkpoint_bytes(size, setup) + (size.layers - rerun) * kept_bytes_per_layer(size, setup)
     scans = size.state_layers * _scan_bytes(size) * (size.layers - rerun) // size.layers
-    final = _norm_bytes(size.hidden, size, setup) * tokens + 4 * size.hidden * targets
+    final = _norm_bytes(size, setup) * tokens + 4 * size.hidden * targets
     kept = (layers + scans + _path_bytes(size, setup)) * tokens + final
     # six tables with a number for every pair of tiles, and layout vectors
     tables = 24 * (-(-tokens // TILE)) ** 2 + 64 * tokens
@@ -220,28 +202,21 @@ def _scan_bytes(size: ModelSize) -> int:
 
 
 def kept_bytes_per_layer(size: ModelSize, setup: TrainingSetup) -> int:
-    """What autograd keeps of one decoder layer for its backward pass, in bytes per token.
-
-    Two norms; queries, keys and values behind their rotation, the attention's output twice (for its own backward and,
-    transposed, for the matrix behind it) and the normaliser of each head; of a gated feed-forward layer the gate before
-    and behind its activation, the other branch and the product, of a plain one what stands before and behind the
-    activation. Inputs that several matrices share count once.
-    """
+    """What autograd keeps of a decoder layer, in bytes per token; inputs that several matrices share count once."""
     width, compute = size.heads * size.head_dim, setup.compute_bytes
+    # queries, keys and values behind their rotation, the output twice (again transposed), the normaliser of each head
     attention = compute * (3 * width + 2 * size.key_heads * size.head_dim) + 4 * size.heads
     if size.head_norms:
         attention += (4 + setup.weight_bytes) * (width + size.key_heads * size.head_dim)
+    # of a gated layer the gate before and behind its activation, the other branch and the product;
     # GPT-2's activation is written out in Python and keeps its input, half of it, the tanh, one plus that, the product
     feed_forward = compute * size.intermediate * (4 if size.gated else 5)
-    return 2 * _norm_bytes(size.hidden, size, setup) + attention + feed_forward
+    return 2 * _norm_bytes(size, setup) + attention + feed_forward
 
 
-def _norm_bytes(width: int, size: ModelSize, setup: TrainingSetup) -> int:
-    """Bytes per token of a norm: its input, what it multiplies with its weight, and its output for the next matrix."""
-    if size.layer_norm:
-        return width * (setup.weight_bytes + setup.compute_bytes)
-    # RMSNorm computes in float32
-    return width * (4 + setup.weight_bytes + setup.compute_bytes)
+def _norm_bytes(size: ModelSize, setup: TrainingSetup) -> int:
+    """Bytes per token of a norm: input (RMSNorm's is float32), what it multiplies with its weight, and output."""
+    return size.hidden * ((0 if size.layer_norm else 4) + setup.weight_bytes + setup.compute_bytes)
 
 
 def _head_bytes(size: ModelSize, setup: TrainingSetup, targets: int) -> int:
@@ -276,3 +251,84 @@ def _gathered_bytes(size: ModelSize, setup: TrainingSetup) -> int:
 def gigabytes(count: float) -> str:
     """Bytes for people, ``"3.25 GB"`` or ``"410 MB"``, in powers of ten."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+
+
+def free_memory(device: torch.device | str) -> int:
+    """Bytes that a process can still allocate on a device, torch's unused ones too, within a container's limit."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + int(unused)
+    import psutil
+
+    available = int(psutil.virtual_memory().available)
+    limit = _left_of_container()
+    return available if limit is None else min(available, limit)
+
+
+def _left_of_container(root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """What is left of a Linux container's memory limit; ``None`` where there is none."""
+    old = ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")
+    for most, used in (("memory.max", "memory.current"), old):
+        try:
+            limit, taken = (root / most).read_text(encoding="ascii").strip(), (root / used).read_text(encoding="ascii")
+        except OSError:
+            continue
+        # the old interface writes an absurdly large number for "no limit"
+        if limit != "max" and int(limit) < 1 << 60:
+            return max(0, int(limit) - int(taken))
+    return None
+
+
+def auto_row_budget(
+    model_or_config: Any,
+    setup: TrainingSetup | None = None,
+    *,
+    device: torch.device | str,
+    free: int | None = None,
+    resident: Collection[str] = (),
+    multiple: int | None = None,
+    longest: int = 0,
+    longest_sequence: int | None = None,
+) -> int:
+    """The largest ``max_tokens_per_row``, at most 262,144, whose step fits into a device's free memory.
+
+    It is a multiple of ``multiple`` tokens, by default 128 on CUDA and 1 elsewhere. The longest example's ``longest``
+    distinct tokens must fit, or where given ``longest_sequence``, so that longer examples run in pieces. ``resident``
+    names fields of :class:`MemoryPrediction` that are in memory already, and so no part of what is ``free``.
+
+    Raises ``FlexdpoError`` if they do not fit; the message says what takes the memory.
+    """
+    setup = setup or TrainingSetup(device_type=torch.device(device).type)
+    size = ModelSize.of(model_or_config)
+    unit = multiple or tile_multiple(device)
+    free = free_memory(device) if free is None else free
+    usable = int(free * (1 - MARGIN))
+
+    def needed(tokens: int, setup: TrainingSetup) -> int:
+        predicted = predict_memory(size, tokens, setup)
+        return predicted.total - sum(int(getattr(predicted, part)) for part in resident)
+
+    cases = [(max(longest, unit), setup)]
+    if longest_sequence is not None:
+        cases.append((max(longest_sequence, unit), replace(setup, in_pieces=True)))
+    for tokens, setup in cases:
+        low, high = 0, max(1, LONGEST_ROW // unit)
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if needed(middle * unit, setup) <= usable else (low, middle - 1)
+        if low * unit >= tokens:
+            return low * unit
+    helping = {
+        "lower max_length": True,
+        "set activation_checkpointing=True": not setup.gradient_checkpointing,
+        "set precompute_ref_log_probs=True, which keeps no reference in memory": setup.reference,
+        "train an adapter (peft_config)": setup.trainable in (None, size.parameters),
+    }
+    ways = [way for way, helps in helping.items() if helps]
+    parts = vars(predict_memory(size, tokens, setup)).items()
+    raise FlexdpoError(
+        f"no row fits: {tokens} tokens of {size.name} need about {gigabytes(needed(tokens, setup))} more "
+        f"({', '.join(f'{name} {gigabytes(count)}' for name, count in parts if name != 'tokens')}), and "
+        f"{gigabytes(usable)} of {gigabytes(free)} free memory can be used; {', or '.join(ways)}"
+    )

@@ -46,9 +46,6 @@ def load_parts(model: Any, processing_class: Any, args: DPOConfig, *, images: bo
     """The policy and its tokenizer or processor: loaded where they are names, and checked against each other.
 
     ``images`` says whether the data hold some: then a model that sees is loaded whole, and its processor with it.
-
-    Raises:
-        FlexdpoError: if one cannot be loaded, or they do not belong together.
     """
     if isinstance(model, str):
         init_kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
@@ -246,14 +243,11 @@ def frozen_copy(model: nn.Module) -> nn.Module:
     """A reference model: the policy as it is now, without gradients and in evaluation mode."""
     with distribution.gathered(list(model.parameters())):
         reference = copy.deepcopy(model)
-    reference.requires_grad_(False)
-    return reference.eval()
+    return reference.requires_grad_(False).eval()
 
 
 def model_name(model: str | nn.Module) -> str:
     """A short name for messages and folders."""
-    if isinstance(model, str):
-        return Path(model).name
     config = getattr(model, "config", None)
-    path = getattr(config, "_name_or_path", "") or getattr(config, "model_type", type(model).__name__)
-    return Path(str(path)).name
+    named = model if isinstance(model, str) else getattr(config, "_name_or_path", "")
+    return Path(named or getattr(config, "model_type", type(model).__name__)).name

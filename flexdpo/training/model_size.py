@@ -10,7 +10,7 @@ import torch
 from flexdpo.errors import FlexdpoError, first_line, found
 from flexdpo.hf.auto import auto_class
 from flexdpo.hf.mixer_kernels import SCAN_CHUNK, mixers_of, state_of, weights_passed
-from flexdpo.hf.unwrap import backbone_of, base_model
+from flexdpo.hf.unwrap import backbone_of, base_model, unwrapped
 
 
 @dataclass(frozen=True)
@@ -66,20 +66,14 @@ class ModelSize:
 
     @classmethod
     def of(cls, model_or_config: Any) -> ModelSize:
-        """Read the numbers off a model, a transformers config, or another ``ModelSize``.
+        """Read the numbers off a model, a transformers config, whose model is made without memory, or a ``ModelSize``.
 
-        From a config the model is made without memory (on torch's ``meta`` device), so that parameters are counted and
-        not estimated.
-
-        Raises:
-            FlexdpoError: if it is none of these, or no causal LM can be made of the config.
+        Raises ``FlexdpoError`` if it is none of these, or no causal LM can be made of the config.
         """
         if isinstance(model_or_config, cls):
             return model_or_config
         model = model_or_config if isinstance(model_or_config, torch.nn.Module) else without_memory(model_or_config)
-        inner: Any = model
-        while not hasattr(inner, "config") and hasattr(inner, "module"):
-            inner = inner.module
+        inner = unwrapped(model)
         config = inner.config.get_text_config()
         heads, states = int(getattr(config, "num_attention_heads", None) or 0), _states(inner)
         if not heads and not states:
@@ -159,11 +153,8 @@ def without_memory(config: Any) -> torch.nn.Module:
 
 def _intermediate(config: Any) -> int:
     """Width of the feed-forward layers that one token passes."""
-    experts = getattr(config, "num_experts_per_tok", None)
-    if experts:
+    if experts := getattr(config, "num_experts_per_tok", None):
         width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
         return int(experts) * int(width) + int(getattr(config, "shared_expert_intermediate_size", None) or 0)
-    for name in ("intermediate_size", "n_inner", "ffn_dim"):
-        if getattr(config, name, None):
-            return int(getattr(config, name))
-    return 4 * int(config.hidden_size)
+    widths = (getattr(config, name, None) for name in ("intermediate_size", "n_inner", "ffn_dim"))
+    return int(next(filter(None, widths), 4 * config.hidden_size))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -16,20 +16,8 @@ from transformers.utils import logging
 from flexdpo.data.draft import TOKENISED_COLUMNS
 from flexdpo.data.stream import StreamedPreferences
 from flexdpo.data.workers import plain_worker_errors
-from flexdpo.training.checkpoints import (
-    RECORD_FILE,
-    data_digest,
-    file_record,
-    last_checkpoint,
-    load_reference,
-    plain_write_errors,
-    require_same_run,
-    require_same_schedule,
-    run_record,
-    save_reference,
-    write_record,
-    writing_checkpoint,
-)
+from flexdpo.training import checkpoints
+from flexdpo.training.checkpoints import data_digest, plain_write_errors, run_record
 from flexdpo.training.finite import require_finite_weights
 from flexdpo.training.model_card import model_card
 from flexdpo.training.output_lock import holding_output
@@ -54,58 +42,47 @@ LOGGED = {
 
 
 class ResumableTrainer(Trainer):
-    """The part of :class:`~flexdpo.training.trainer.DPOTrainer` that starts, continues and saves a run.
-
-    Attributes:
-        tokens: That this process ran in training, and that an ordinary run would have.
-        proof: What the run proved before its first step.
-        dataset_names: Of the training data, for the model's card.
-        figures: What the run came to, for the model's card.
-    """
+    """The part of :class:`~flexdpo.training.trainer.DPOTrainer` that starts, continues and saves a run."""
 
     args: Any
     train_dataset: Any
     ref_model: Any
-    tokens: dict[str, int]
+    tokens: dict[str, int]  # that this process ran in training, and that an ordinary run would have
     data_reports: dict[str, DataReport]
-    proof: Proof | None = None
+    proof: Proof | None = None  # of the run, before its first step
+    # for the model's card: of the training data, and what the run came to
     dataset_names: tuple[str, ...] = ()
     figures: Mapping[str, str] = MappingProxyType({})
     _guard: StepGuard
     _fingerprints: dict[str, str]
-    _record: dict[str, Any] | None = None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """Train, or continue from a checkpoint of the same data and settings (``True``: the last one in output_dir).
-
-        Raises:
-            FlexdpoError: if the checkpoint belongs to another run, or a loss is not finite.
-        """
-        output_dir = Path(str(self.args.output_dir))
+        """Train, or continue from a checkpoint of the same data and settings (``True``: the last one in output_dir)."""
+        output_dir, done = Path(str(self.args.output_dir)), 0
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = str(last_checkpoint(output_dir))
-        done = self._continue_from(Path(resume_from_checkpoint)) if resume_from_checkpoint else 0
-        stream = self.train_dataset if isinstance(self.train_dataset, StreamedPreferences) else None
-        if stream is not None:
-            stream.closed = done >= self.args.max_steps
+            resume_from_checkpoint = str(checkpoints.last_checkpoint(output_dir))
+        if resume_from_checkpoint:
+            folder = Path(resume_from_checkpoint)
+            stored = checkpoints.require_same_run(folder, self._run_record)
+            done = checkpoints.require_same_schedule(folder, self.args)
+            if self.args.sync_ref_model:
+                checkpoints.load_reference(folder, self.ref_model, self.args.process_index)
+            # what the run had counted goes on in one process; the log adds them up
+            if self.args.process_index == 0:
+                self.tokens |= stored.get("tokens", {})
+        if self._stream is not None:
+            self._stream.closed = done >= self.args.max_steps
         writes = self.args.should_save and self.args.save_strategy != "no"
         with holding_output(output_dir, is_owner=writes), plain_worker_errors(self.args.dataloader_num_workers):
             output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
-        if stream is not None:
-            self.data_reports["train"] = stream.report
-            logger.warning(stream.report.summary())
+        if self._stream is not None:
+            self.data_reports["train"] = self._stream.report
+            logger.warning(self._stream.report.summary())
         return output
 
-    def _continue_from(self, folder: Path) -> int:
-        """Make sure that a checkpoint is this run's, and return the optimizer steps behind it."""
-        require_same_run(folder, self._run_record())
-        done = require_same_schedule(folder, self.args)
-        if self.args.sync_ref_model:
-            load_reference(folder, self.ref_model, self.args.process_index)
-        # what the run had counted goes on in one process; the log adds them up
-        if self.args.process_index == 0:
-            self.tokens |= json.loads((folder / RECORD_FILE).read_text(encoding="utf-8")).get("tokens", {})
-        return done
+    @property
+    def _stream(self) -> StreamedPreferences | None:
+        return self.train_dataset if isinstance(self.train_dataset, StreamedPreferences) else None
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Run an epoch as ``Trainer`` does, but none beyond the last step.
@@ -120,14 +97,11 @@ class ResumableTrainer(Trainer):
             return
         super()._run_epoch(*args, **kwargs)
 
+    @cached_property
     def _run_record(self) -> dict[str, Any]:
-        if self._record is None:
-            data = self.train_dataset
-            if isinstance(data, StreamedPreferences):
-                # its beginning must do
-                data = data.sample(256)
-            self._record = run_record(self.args, data_digest(data, TOKENISED_COLUMNS), self._fingerprints)
-        return self._record
+        # of a stream, its beginning must do
+        data = self.train_dataset.sample(256) if self._stream is not None else self.train_dataset
+        return run_record(self.args, data_digest(data, TOKENISED_COLUMNS), self._fingerprints)
 
     def total_tokens(self) -> dict[str, int]:
         """Tokens of the run so far, over all processes, each of which must call this."""
@@ -137,7 +111,7 @@ class ResumableTrainer(Trainer):
 
     def changed_settings(self) -> dict[str, Any]:
         """The settings that differ from their defaults and have a say in what is learned."""
-        settings, defaults = self._run_record()["settings"], run_record(type(self.args)("unused"), "")["settings"]
+        settings, defaults = self._run_record["settings"], run_record(type(self.args)("unused"), "")["settings"]
         return {name: value for name, value in settings.items() if value != defaults.get(name)}
 
     def create_model_card(
@@ -180,25 +154,23 @@ class ResumableTrainer(Trainer):
         require_finite_weights(self._guard.model, self.accelerator, f"the checkpoint {folder}", self.optimizer)
         tokens = self.total_tokens()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
-        with writing_checkpoint(folder, is_writer=self.args.should_save):
+        with checkpoints.writing_checkpoint(folder, is_writer=self.args.should_save):
             try:
                 super()._save_checkpoint(model, trial)
             finally:
                 self.args.save_total_limit = limit
             if self.args.sync_ref_model:
-                save_reference(folder, self.ref_model, self.args.process_index)
+                checkpoints.save_reference(folder, self.ref_model, self.args.process_index)
             # the record vouches for what all processes have written
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 # the one written before lacks the limit
                 torch.save(self.args, folder / TRAINING_ARGS_NAME)
                 proof = None if self.proof is None else self.proof.figures()
-                vouched = {"tokens": tokens, "files": file_record(folder), "proof": proof}
-                write_record(folder, {**self._run_record(), **vouched})
+                vouched = {"tokens": tokens, "files": checkpoints.file_record(folder), "proof": proof}
+                checkpoints.write_record(folder, {**self._run_record, **vouched})
         if self.args.should_save:
+            best = self.state.best_model_checkpoint
             rotate_checkpoints(
-                output_dir=output_dir,
-                save_total_limit=limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
+                output_dir=output_dir, save_total_limit=limit, best_model_checkpoint=best, use_mtime=True
             )

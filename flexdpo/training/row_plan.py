@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,10 +13,8 @@ from flexdpo.data.tokenize import group_from_row
 from flexdpo.hf.unwrap import base_model
 from flexdpo.layout.packing import Buckets, choose_buckets, row_lengths
 from flexdpo.objective.unpaired import with_unrelated_responses
-from flexdpo.training import row_budget
+from flexdpo.training import memory
 from flexdpo.training.distribution import is_sharded, largest, shards_of
-from flexdpo.training.memory import TrainingSetup
-from flexdpo.training.row_budget import auto_row_budget
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,8 +50,8 @@ class RowPlan:
 
     @property
     def kernels_of_any_length(self) -> KernelSettings:
-        """For rows that were not made of training batches, and so come in other lengths."""
-        return dataclasses.replace(self.kernels, lengths="dynamic")
+        """For rows of other lengths than those of training batches."""
+        return replace(self.kernels, lengths="dynamic")
 
     @property
     def collation(self) -> dict[str, Any]:
@@ -74,17 +71,16 @@ class RowPlan:
         """
         budget: Any = args.max_tokens_per_row
         if budget == "auto":
-            setup = TrainingSetup.from_arguments(args, model, reference=reference, **shards_of(args))
+            setup = memory.TrainingSetup.from_arguments(args, model, reference=reference, **shards_of(args))
             # each process has a GPU of its own, but they share the machine's memory
-            on_gpu = args.device.type == "cuda"
-            sharing_memory = 1 if on_gpu else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            sharing_memory = 1 if args.device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             here = next(model.parameters()).device.type == args.device.type
             resident = ("weights", "reference") if reference else ("weights",)
-            budget = auto_row_budget(
+            budget = memory.auto_row_budget(
                 model,
                 setup,
                 device=args.device,
-                free=row_budget.free_memory(args.device) // sharing_memory,
+                free=memory.free_memory(args.device) // sharing_memory,
                 resident=resident if here else (),
                 multiple=args.row_multiple,
                 longest=longest,
@@ -108,8 +104,7 @@ class RowPlan:
         """The plan with row lengths chosen from a sample of the data, where kernels are compiled by length."""
         if self.kernels.dynamic(args.device.type):
             return self
-        asked = self.kernels.lengths == "bucket"
-        one_kernel = dataclasses.replace(self, kernels=self.kernels_of_any_length)
+        one_kernel = replace(self, kernels=self.kernels_of_any_length)
         if dataset is None:
             return one_kernel
         batches = _sampled_batches(dataset, args)
@@ -117,8 +112,9 @@ class RowPlan:
             batches = [with_unrelated_responses(batch) for batch in batches if len(batch) > 1] or batches
         multiple, budget = args.room_multiple, self.max_tokens_per_row
         lengths = row_lengths(batches, budget and budget // multiple * multiple, sharing=self.sharing, limits=limits)
-        most = {} if asked else {"max_buckets": FEW_LENGTHS}
-        buckets = choose_buckets(lengths, max_waste=MAX_WASTE, multiple=multiple, **most)
+        asked = self.kernels.lengths == "bucket"
+        few = {} if asked else {"max_buckets": FEW_LENGTHS}
+        buckets = choose_buckets(lengths, max_waste=MAX_WASTE, multiple=multiple, **few)
         if buckets.waste > MAX_WASTE:
             if not asked:
                 return one_kernel
@@ -127,9 +123,8 @@ class RowPlan:
                 "'dynamic' compiles one kernel for all lengths, and a max_tokens_per_row makes rows more alike"
             )
         # a kernel with and one without gradients for each length and mask kind, and for surprises in the data
-        most_kernels = max(self.kernels.max_kernels, 4 * (len(buckets.lengths) + _SURPRISES))
-        kernels = dataclasses.replace(self.kernels, max_kernels=most_kernels)
-        return dataclasses.replace(self, buckets=buckets, kernels=kernels)
+        most = max(self.kernels.max_kernels, 4 * (len(buckets.lengths) + _SURPRISES))
+        return replace(self, buckets=buckets, kernels=replace(self.kernels, max_kernels=most))
 
 
 def may_run_in_pieces(args: DPOConfig, model: nn.Module, *, router: bool) -> bool:
@@ -146,7 +141,7 @@ def _sampled_batches(dataset: Dataset, args: DPOConfig) -> list[Sequence[Group]]
     """Batches of random examples, the same ones in every process."""
     size = args.per_device_train_batch_size
     count = min(len(dataset), max(size, min(_SAMPLED_EXAMPLES, _SAMPLED_BATCHES * size)))
-    order = np.random.default_rng(args.seed).permutation(len(dataset))[:count]
-    groups = [group_from_row(row) for row in dataset.select(np.sort(order))]
-    groups = [groups[i] for i in np.random.default_rng(args.seed).permutation(count)]
+    order = np.sort(np.random.default_rng(args.seed).permutation(len(dataset))[:count])
+    order = order[np.random.default_rng(args.seed).permutation(count)]
+    groups = [group_from_row(row) for row in dataset.select(order)]
     return [groups[start : start + size] for start in range(0, count, size)]

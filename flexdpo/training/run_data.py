@@ -52,13 +52,11 @@ class RunData:
         self.images = reader_of(self.tokenizer) if is_processor(self.tokenizer) else None
         self.in_pieces = self.in_pieces and self.images is None
 
-    def tokenised(self, dataset: Any, name: str) -> Dataset | StreamedPreferences | None:
-        """Tokenise one dataset or open one stream.
-
-        Raises:
-            FlexdpoError: if an example is too long for the model or a row, or the last batch too small for the loss.
-        """
+    def tokenised(self, dataset: Any, name: str) -> Any:
+        """Tokenise a dataset or a dict of them, or open a stream; refuse what model, rows or loss could not take."""
         args = self.args
+        if isinstance(dataset, dict):
+            return {key: self.tokenised(part, key) for key, part in dataset.items()}
         if dataset is None:
             return None
         if is_stream(dataset):
@@ -95,12 +93,6 @@ class RunData:
         if self.unrelated_responses:
             require_company(data, args, name)
         return data
-
-    def all_tokenised(self, datasets: Any) -> Any:
-        """The same for a dataset to evaluate on, or a dict of them."""
-        if isinstance(datasets, dict):
-            return {name: self.tokenised(part, name) for name, part in datasets.items()}
-        return self.tokenised(datasets, "eval")
 
     def row_plan(self, train_data: Any, eval_data: Any, model: nn.Module, *, reference: bool) -> RowPlan:
         """How the rows of these tokenised datasets are laid out, see :meth:`RowPlan.of`."""

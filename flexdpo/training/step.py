@@ -1,14 +1,16 @@
-"""One batch of packed rows: forward, loss and backward of the unpacked step."""
+"""One batch of packed rows: forward, loss and backward of the unpacked step, and means of what batches log."""
 
 from __future__ import annotations
 
 import contextlib
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from accelerate.utils import gather_object
 
 from flexdpo.errors import FlexdpoError
 from flexdpo.layout.row import Row, idle_row
@@ -18,55 +20,69 @@ from flexdpo.objective.objective import Objective
 from flexdpo.objective.router import Routed, RouterLoss
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from accelerate import Accelerator
     from torch import Tensor, nn
 
     from flexdpo.training.batch import PackedBatch
 
-ReferenceFn = Callable[["Row"], ResponseLogps]
 
-
-@dataclass(eq=False)
-class BatchLoss:
+class BatchLoss(NamedTuple):
     """The loss of a batch and what is logged of it."""
 
     loss: Tensor  # detached scalar, the unpacked batch's loss
-    metrics: dict[str, Tensor] = field(default_factory=dict)  # values of all rows by name, one per pair or response
-    policy_sums: list[Tensor] = field(default_factory=list)  # of each row's responses, ``[R]``, detached
-    reference_sums: list[Tensor] = field(default_factory=list)  # the same under the reference, where it was run
+    metrics: dict[str, Tensor]  # values of all rows by name, one per pair or response
+    policy_sums: list[Tensor]  # of each row's responses, ``[R]``, detached
+    reference_sums: list[Tensor]  # the same under the reference, where it was run
+
+
+class MeanMetrics:
+    """Means of metrics over everything added since the last look, on all processes together."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, list[Tensor]] = defaultdict(list)
+
+    def add(self, metrics: Mapping[str, Tensor]) -> None:
+        """Add one value per pair or response, ``[N]`` each, on the device; nothing waits for them here."""
+        for name, values in metrics.items():
+            if len(values):
+                self._sums[name].append(torch.stack([values.sum(), values.new_full((), len(values))]))
+
+    def collect(self, accelerator: Accelerator) -> dict[str, float]:
+        """Return the means over all processes, each of which must call this, and start anew."""
+        # a process without a single pair still takes part, so the names come from all of them
+        names = sorted({name for part in gather_object([sorted(self._sums)]) for name in part})
+        if not names:
+            return {}
+        nothing = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+        totals = accelerator.reduce(torch.stack([sum(self._sums[name], nothing) for name in names]), reduction="sum")
+        self._sums.clear()
+        return {name: (total / count).item() for name, (total, count) in zip(names, totals, strict=True)}
 
 
 @dataclass(frozen=True)
 class Runner:
-    """Runs the rows of a batch one after another; losses and gradients add up to the unpacked batch's.
+    """Runs the rows of a batch one after another; losses and gradients add up to the unpacked batch's."""
 
-    Attributes:
-        model: A prepared causal LM, wrapped or not.
-        reference: Gives the reference log-probabilities of a row, without gradients; not called where the batch brings
-            precomputed ones.
-        backward: Called with each row's share of the loss, so that one row's activations are freed before the next;
-            ``None`` computes values only.
-        no_sync: Entered around every pass of the model but the last, to keep gradient synchronisation for the end.
-        autocast: Entered around the forward passes.
-        average: Mean of a scalar over all processes, for losses that compare with a mean over the whole batch.
-        router: The load-balancing loss of a mixture of experts, added to the batch's.
-        agree: The largest of the numbers that all processes give. Sharded models need it, since all processes gather
-            each weight together and so must run equal numbers of passes; losses that couple a batch need it too.
-    """
-
-    model: nn.Module
+    model: nn.Module  # a prepared causal LM, wrapped or not
     objective: Objective
-    reference: ReferenceFn | None = None
+    # values of a row without gradients; not asked for where the batch brings precomputed ones
+    reference: Callable[[Row], ResponseLogps] | None = None
+    # called with each row's share of the loss, whose activations are freed before the next; none computes values only
     backward: Callable[[Tensor], None] | None = None
+    # around every pass of the model but the last, to keep gradient synchronisation for the end
     no_sync: Callable[[nn.Module], AbstractContextManager[Any]] = contextlib.nullcontext
-    autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
-    average: Callable[[Tensor], Tensor] | None = None
-    router: RouterLoss | None = None
+    autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext  # around the forward passes
+    average: Callable[[Tensor], Tensor] | None = None  # mean of a scalar over all processes
+    router: RouterLoss | None = None  # of a mixture of experts, added to the batch's loss
+    # the largest of the numbers that all processes give: those that gather each weight together must run equal numbers
+    # of passes, and so must losses that couple a batch
     agree: Callable[[int], int] | None = None
 
     def __call__(self, batch: PackedBatch) -> BatchLoss:
         """Run a batch that is on the model's device."""
         objective, totals, count = self.objective, batch.totals, len(batch.rows)
-        couples = objective.couples_batch
         if objective.averages_tokens and self.average is not None:
             # gradients become a mean over processes, so each divides by the mean of their tokens
             tokens = batch.rows[0].input_ids.new_full((), float(totals.supervised_tokens), dtype=torch.float64)
@@ -79,16 +95,16 @@ class Runner:
             rows += [batch.idle_row] * (self.agree(count) - count)
         # the reference's passes all come first, so that processes gather the same weights at the same time
         references = self._references(batch, rows)[:count]
-        couples = couples and len(rows) > 1
+        couples = objective.couples_batch and len(rows) > 1
         first: list[tuple[ResponseLogps, Routed]] = []
         if couples or (self.router is not None and len(rows) > 1):
             # what compares a batch's rows needs the values of all, and then each row again for its gradient
             with torch.no_grad():
                 first = [self._policy(row) for row in rows][:count]
-        policies, routed = [policy for policy, _ in first], [heard for _, heard in first]
-        sums = [policy.sums for policy in policies]
+        sums, routed = [policy.sums for policy, _ in first], [heard for _, heard in first]
         shares: list[RowLoss] = []
         if couples:
+            policies = [policy for policy, _ in first]
             share, gradients = objective.target_gradients(policies, references, batch.rows, totals, self.average)
             shares.append(share)
         for number, row in enumerate(rows if self.backward is not None or not couples else ()):
@@ -121,10 +137,7 @@ class Runner:
         return BatchLoss(loss, metrics, sums, under_reference)
 
     def _behind_pieces(self, rows: Sequence[Row], idle: Row | None) -> list[Row]:
-        """What runs after rows in pieces, whose backward passes are many: one row more, if gradients are to be shared.
-
-        Raises ``FlexdpoError`` if this step cannot run pieces.
-        """
+        """What runs after rows in pieces, with many backward passes: one row more if gradients are to be shared."""
         row = next(row for row in rows if row.pieces)
         larger = f"raise max_tokens_per_row to at least {row.num_tokens}, or lower max_length"
         what = f"{row.groups[0].name} has {row.num_tokens} distinct tokens, so its row runs in {len(row.pieces)} pieces"
@@ -168,8 +181,3 @@ class Runner:
                 "model with use_reentrant=True needs model.enable_input_require_grads()"
             )
         self.backward(loss)
-
-
-def run_batch(model: nn.Module, batch: PackedBatch, objective: Objective, **settings: Any) -> BatchLoss:
-    """Run one batch; ``settings`` are those of :class:`Runner`."""
-    return Runner(model, objective, **settings)(batch)

@@ -45,9 +45,6 @@ class StepResult:
     tokens_unshared: int  # tokens that an ordinary step would have run
 
 
-TrainStep = Callable[[Sequence[Group]], StepResult]
-
-
 def make_train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -62,31 +59,21 @@ def make_train_step(
     impl: Impl = "auto",
     context_parallel: int | DeviceMesh | None = None,
     **loss_settings: Any,
-) -> TrainStep:
+) -> Callable[[Sequence[Group]], StepResult]:
     """Return a function that takes a batch of groups and runs one exact optimizer step on packed rows.
 
-    The model is prepared here if it was not, and every rate of dropout and noise set to 0; one that draws random
-    numbers all the same is refused. With ``accelerator``, prepare the model with :func:`flexdpo.prepare_model` first,
-    and give what ``accelerator.prepare`` returned.
+    The model, with or without a PEFT adapter, is prepared here if it was not, and every rate of dropout and noise set
+    to 0; one that draws random numbers all the same is refused. With ``accelerator``, prepare it first with
+    :func:`flexdpo.prepare_model`, and give what ``accelerator.prepare`` returned. ``ref_model`` is by default the
+    policy as it is now (a copy; with an adapter, of what is trained). Losses and their settings are those of
+    :class:`~flexdpo.objective.objective.Objective`, rows those of :func:`flexdpo.pack`, where a group that is longer
+    than ``max_tokens_per_row`` runs in pieces; padding is by default to 128 tokens on a GPU, where tiles count.
 
-    Args:
-        model: The policy, a Hugging Face causal LM, with or without a PEFT adapter.
-        optimizer: Over the policy's parameters.
-        ref_model: The reference; by default the policy as it is now (a copy; with an adapter, of what is trained).
-        loss_type: One loss or several (see :class:`~flexdpo.objective.objective.Objective`).
-        max_tokens_per_row: Of a packed row, ``None`` puts a batch into one. A longer group runs in pieces.
-        pad_to_multiple_of: By default 128 on a GPU, where tiles count, and 1 elsewhere.
-        sharing: ``"group"``, or ``"step"`` to share long common beginnings among the groups of a step too.
-        max_grad_norm: Clip the gradient to this norm; ``None`` leaves it.
-        accelerator: For mixed precision and several processes.
-        impl: Attention kernel, see :func:`flexdpo.prepare_model`.
-        context_parallel: So many neighbouring processes, or those of a mesh's dimension, run each row together: each
-            a share of its tokens, with keys and values gathered layer by layer. All must be given the same groups.
-        loss_settings: ``beta``, ``label_smoothing``, ``loss_weights``, ... as in ``Objective``.
+    With ``context_parallel``, so many neighbouring processes, or those of a mesh's dimension, run each row together:
+    each a share of its tokens, with keys and values gathered layer by layer. All must be given the same groups.
 
-    Returns:
-        A callable ``step(groups) -> StepResult``. It raises ``FlexdpoError`` at a loss or a gradient that is not
-        finite, naming the example, before the optimizer moves. A step that raised leaves no gradients.
+    The step raises ``FlexdpoError`` at a loss or a gradient that is not finite, naming the example, before the
+    optimizer moves. One that raised leaves no gradients.
     """
     objective = Objective((loss_type,) if isinstance(loss_type, str) else tuple(loss_type), **loss_settings)
     inner = accelerator.unwrap_model(model) if accelerator is not None else model
@@ -95,13 +82,10 @@ def make_train_step(
     adapters.require_trainable(inner)
     in_step = accelerator is not None and distribution.runs_in_step(accelerator)
     reference = _reference(inner, ref_model, objective, impl, sharded=in_step)
-    vocabularies = {"model": model_loading.vocabulary(inner)}
-    if ref_model is not None:
-        vocabularies["reference model"] = model_loading.vocabulary(unwrap_model(ref_model))
-    multiple = pad_to_multiple_of or tile_multiple(next(model.parameters()).device)
-    collator = PackingCollator(
-        max_tokens_per_row, multiple, sharing=sharing, with_idle_row=in_step, limits=limits_of(inner).limits
-    )
+    parts = {"model": inner} if ref_model is None else {"model": inner, "reference model": unwrap_model(ref_model)}
+    vocabularies = {name: model_loading.vocabulary(part) for name, part in parts.items()}
+    multiple, limits = pad_to_multiple_of or tile_multiple(next(model.parameters()).device), limits_of(inner).limits
+    collator = PackingCollator(max_tokens_per_row, multiple, sharing=sharing, with_idle_row=in_step, limits=limits)
     parallel = {"backward": torch.Tensor.backward} if accelerator is None else distribution.hooks_of(accelerator)
     runner = Runner(model, objective, reference=reference, **parallel)
     step = _Step(optimizer, collator, runner, StepGuard(inner, accelerator), vocabularies, max_grad_norm)
@@ -183,8 +167,7 @@ def _reference(
         return first_policy
     if ref_model is None and sharded:
         raise FlexdpoError("a sharded model cannot be copied as its own reference; give ref_model, sharded like it")
-    reference = model_loading.frozen_copy(model) if ref_model is None else ref_model.requires_grad_(False)
+    reference = model_loading.frozen_copy(model) if ref_model is None else ref_model.requires_grad_(False).eval()
     prepare_model(reference, impl=impl)
     disable_dropout(unwrap_model(reference))
-    reference.eval()
     return lambda row: response_logps(reference, row)

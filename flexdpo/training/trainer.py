@@ -18,7 +18,6 @@ from flexdpo.data.balance import balance
 from flexdpo.data.images import processing_digest, tokenizer_of
 from flexdpo.data.lengths import has_one_pair_each, predicted_costs, token_counts
 from flexdpo.data.pictures import holds_images
-from flexdpo.data.stream import StreamedPreferences
 from flexdpo.data.workers import plain_worker_errors
 from flexdpo.errors import FlexdpoError
 from flexdpo.hf.compilation import compile_decoder_layers, decoder_layers
@@ -31,16 +30,14 @@ from flexdpo.objective.router import RouterLoss
 from flexdpo.reference.cache import ReferenceIdentity
 from flexdpo.reference.fingerprints import model_fingerprint
 from flexdpo.training import adapters, distribution, model_loading
-from flexdpo.training.batch import COLUMNS, PackedBatch, PackingCollator
+from flexdpo.training.batch import COLUMNS, PackedBatch, PackingCollator, distinct_examples
 from flexdpo.training.finite import Ran, StepGuard
-from flexdpo.training.metrics import MeanMetrics, distinct_examples
-from flexdpo.training.precompute import Precompute
 from flexdpo.training.resumable import LOGGED, ResumableTrainer
 from flexdpo.training.row_plan import may_run_in_pieces
 from flexdpo.training.run_data import RunData
-from flexdpo.training.run_reference import SyncReference, fingerprints, reference_model
+from flexdpo.training.run_reference import SyncReference, fingerprints, reference_model, with_reference
 from flexdpo.training.start_proof import ProofAtStart
-from flexdpo.training.step import BatchLoss, Runner
+from flexdpo.training.step import BatchLoss, MeanMetrics, Runner
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -61,20 +58,11 @@ class DPOTrainer(ResumableTrainer):
     """Trains a causal LM on preferences; every distinct token of a group runs once, and groups share packed rows.
 
     The pairs of each optimizer step are those that transformers' ``Trainer`` would take with the same settings.
+    ``ref_model`` is by default a frozen copy of the model, or the model without its adapter. Datasets, to evaluate on
+    also a dict of them, hold preferences as text or messages, tokenised or not, or are a stream of them.
+    ``processing_class`` is the tokenizer, or the processor for data with images; by default from the model's name.
 
-    Args:
-        model: A prepared or unprepared causal LM, a ``PeftModel``, or a name or folder to load it from.
-        ref_model: The reference; by default a frozen copy of the model, or the model without its adapter.
-        args: Settings.
-        train_dataset: Preferences as text or messages, tokenised ones, or a stream (``StreamedPreferences``) of them.
-        eval_dataset: The same, or a dict of them.
-        processing_class: The tokenizer, or the processor for data with images; by default from the model's name.
-        peft_config: Wrap the model in this adapter.
-        callbacks, optimizers: As in ``Trainer``.
-        compute_metrics: Not supported, since the full logits never exist.
-
-    Raises:
-        FlexdpoError: if the data, the settings or the model cannot be used; the message says what to change.
+    Raises ``FlexdpoError`` if the data, the settings or the model cannot be used; the message says what to change.
     """
 
     eval_dataset: Any
@@ -114,7 +102,7 @@ class DPOTrainer(ResumableTrainer):
         in_pieces = may_run_in_pieces(args, model, router=self._router is not None)
         unrelated, limits = self.objective.needs_unrelated_responses, limits_of(model).limits
         data = RunData(args, processing_class, limit, unrelated, limits, in_pieces)
-        train_data, eval_data = data.tokenised(train_dataset, "train"), data.all_tokenised(eval_dataset)
+        train_data, eval_data = data.tokenised(train_dataset, "train"), data.tokenised(eval_dataset, "eval")
         self._data, self.data_reports = data, data.reports
         self.row_plan = data.row_plan(train_data, eval_data, unwrap_model(model), reference=reference is not None)
         precompute = args.precompute_ref_log_probs and self.objective.needs_reference
@@ -198,26 +186,16 @@ class DPOTrainer(ResumableTrainer):
         self._eval_loss = torch.zeros(2, dtype=torch.float64)
 
     def _precompute(self) -> None:
-        was_training = self.model.training
-        self.model.eval()
-
-        def run(row: Row) -> ResponseLogps:
-            with self.compute_loss_context_manager():
-                return self.reference_logps(row)
-
         # values of another precision are other values; lengths need not be named, for tokens name themselves
         precision = (("mixed_precision", str(self.accelerator.mixed_precision)),)
         digest = processing_digest(self.processing_class)
-        self.reference_identity = identity = ReferenceIdentity(self._reference_fingerprint, digest, precision)
-        limits = limits_of(self.model).limits
-        work = Precompute(self.args, self.accelerator, run, identity, self.row_plan.max_tokens_per_row, limits)
+        self.reference_identity = ReferenceIdentity(self._reference_fingerprint, digest, precision)
+        was_training = self.model.training
+        self.model.eval()
         # rows of a whole dataset come in all lengths
         with kernel_settings_as(self.row_plan.kernels_of_any_length):
-            self.train_dataset = work.add_columns(self.train_dataset, "train")
-            if isinstance(self.eval_dataset, dict):
-                self.eval_dataset = {name: work.add_columns(part, name) for name, part in self.eval_dataset.items()}
-            else:
-                self.eval_dataset = work.add_columns(self.eval_dataset, "eval")
+            self.train_dataset = with_reference(self, self.train_dataset, "train")
+            self.eval_dataset = with_reference(self, self.eval_dataset, "eval")
         self.model.train(was_training)
         self.ref_model = None
 
@@ -241,17 +219,16 @@ class DPOTrainer(ResumableTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Sample as ``Trainer`` does; an example's length is that of its responses behind a prompt each."""
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        name = self.args.length_column_name
+        dataset, name = self.train_dataset if train_dataset is None else train_dataset, self.args.length_column_name
         if self.args.train_sampling_strategy != "random" and name not in dataset.column_names:
             dataset = dataset.add_column(name, token_counts(dataset, shared=False))
         return super()._get_train_sampler(dataset)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """As ``Trainer``'s, with each step's pairs dealt out to the processes by what they cost."""
-        if isinstance(self.train_dataset, StreamedPreferences):
+        if self._stream is not None:
             # auto_find_batch_size may have made it smaller
-            self.train_dataset.batch_size = self._train_batch_size
+            self._stream.batch_size = self._train_batch_size
         loader: DataLoader[Any] = super().get_train_dataloader()
         args = self.args
         wanted = args.balance_processes and args.world_size > 1 and self.objective.is_mean_over_pairs
@@ -273,12 +250,7 @@ class DPOTrainer(ResumableTrainer):
                 sample["batch"] = replace(sample["batch"], totals=totals)
         return samples, items
 
-    def training_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        num_items_in_batch: Tensor | int | None = None,  # noqa: ARG002
-    ) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
         """Run one batch of pairs: its rows one after another, gradients accumulated to the unpacked batch's."""
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
@@ -317,13 +289,7 @@ class DPOTrainer(ResumableTrainer):
         # the copies need not wait for each other: the data loader pinned their memory
         return batch.to(self.args.device, non_blocking=True)
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,  # noqa: ARG002
-    ) -> Any:
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
         """Compute the loss of a batch without a backward pass."""
         if return_outputs:
             raise FlexdpoError("a packed batch has no outputs per example; use return_outputs=False")
@@ -335,11 +301,7 @@ class DPOTrainer(ResumableTrainer):
         return Runner(model, self.objective, self.reference_logps, **{**self._across_processes, **settings})
 
     def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,  # noqa: ARG002
-        ignore_keys: list[str] | None = None,  # noqa: ARG002
+        self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any
     ) -> tuple[Tensor, None, None]:
         """Compute the loss and the metrics of an evaluation batch."""
         distinct = distinct_examples(inputs["example_rows"], self.args, self.accelerator)
@@ -369,7 +331,7 @@ class DPOTrainer(ResumableTrainer):
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Evaluate as ``Trainer`` does, with the preference metrics added."""
-        self._metrics["eval"].clear()
+        self._metrics["eval"] = MeanMetrics()
         self._eval_loss = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         with plain_worker_errors(self.args.dataloader_num_workers):
             output: EvalLoopOutput = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
@@ -381,14 +343,9 @@ class DPOTrainer(ResumableTrainer):
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
         return output
 
-    def evaluate(
-        self,
-        eval_dataset: Any = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate on ``eval_dataset``, tokenised or not, or on the one given to the trainer."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = self._data.all_tokenised(eval_dataset)
-        metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            eval_dataset = self._data.tokenised(eval_dataset, "eval")
+        metrics: dict[str, float] = super().evaluate(eval_dataset, *args, **kwargs)
         return metrics

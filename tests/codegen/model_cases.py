@@ -21,7 +21,7 @@ from flexdpo import DPOConfig, DPOTrainer, Group, Row, make_train_step, prepare_
 from flexdpo.attention import flex, row_mask
 from flexdpo.attention.settings import KernelSettings, kernel_settings_as
 from flexdpo.hf.compilation import compile_decoder_layers
-from flexdpo.training import row_budget
+from flexdpo.training import memory
 from tests.codegen.as_if_cuda import Recording
 from tests.codegen.kernel_cases import TILES_OF_64
 from tests.conftest import VOCABULARY, random_ids, strengthen, word_tokenizer
@@ -168,7 +168,7 @@ def trainer_asked_for_nothing(recording: Recording) -> dict[str, Any]:
         # in place of the driver's answers and of what would put tensors there
         for owner, name, value in (
             (row_mask, "resolve_impl", lambda impl, device: "flex" if impl == "auto" else impl),
-            (row_budget, "free_memory", lambda device: 8 << 30),
+            (memory, "free_memory", lambda device: 8 << 30),
             (DPOTrainer, "_move_model_to_device", lambda self, model, device: None),
         ):
             patches.enter_context(mock.patch.object(owner, name, value))

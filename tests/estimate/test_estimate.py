@@ -35,9 +35,8 @@ from flexdpo.estimate.lengths import (
 from flexdpo.estimate.model_shapes import build_model, find_shape, shape_config
 from flexdpo.estimate.settings import EstimateSettings
 from flexdpo.estimate.suggest import _first_that_fits
-from flexdpo.training.memory import predict_memory
+from flexdpo.training.memory import MARGIN, predict_memory
 from flexdpo.training.model_size import ModelSize
-from flexdpo.training.row_budget import MARGIN
 from tests.conftest import preference_rows
 
 CPU = {"shape": "tiny", "device": "cpu", "memory": 8 * 10**9}

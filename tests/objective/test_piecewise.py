@@ -24,7 +24,7 @@ from flexdpo.objective.batch import BatchTotals
 from flexdpo.objective.logps import response_logps
 from flexdpo.objective.objective import Objective
 from flexdpo.training.batch import PackedBatch
-from flexdpo.training.step import run_batch
+from flexdpo.training.step import Runner
 from flexdpo.training.train_step import make_train_step
 from tests.conftest import CONFIGS, TOLERANCE, build_model, odd_groups, random_ids
 from tests.hf.architectures import build_model as build_zoo_model
@@ -250,25 +250,20 @@ def test_every_loss_and_a_process_among_others(loss_type: str, no_sync: bool) ->
     for rows in (pack(groups), pack(groups[1:2], 41) + pack([groups[0], *groups[2:]])):
         settings = {"no_sync": hold} if no_sync else {}
         totals = BatchTotals.of([group for row in rows for group in row.groups])
-        result = run_batch(
+        run = Runner(
             model,
-            PackedBatch(rows, totals),
             Objective((loss_type,)),
             reference=lambda row: response_logps(reference, row),
             backward=torch.Tensor.backward,
             **settings,
         )
+        result = run(PackedBatch(rows, totals))
         outcomes.append(Outcome(result.loss[None], result.loss, gradients_of(model)))
     assert relative_error(outcomes[1], outcomes[0]) < 1e-9
     if no_sync:
         # pieces send gradients back many times, so what is synchronised is a row behind them
-        run_batch(
-            model,
-            PackedBatch(pack(groups[1:2], 41), BatchTotals.of(groups[1:2])),
-            Objective(("sft",)),
-            backward=torch.Tensor.backward,
-            no_sync=hold,
-        )
+        run = Runner(model, Objective(("sft",)), backward=torch.Tensor.backward, no_sync=hold)
+        run(PackedBatch(pack(groups[1:2], 41), BatchTotals.of(groups[1:2])))
         assert held[-2:] == [True, False]
         model.zero_grad()
 
@@ -301,9 +296,9 @@ def test_refusals() -> None:
     batch = PackedBatch([row], BatchTotals.of(groups))
     model, *_ = case_of("llama")
     with pytest.raises(FlexdpoError, match=r"deep has \d+ distinct tokens, .* \d pieces, but processes that share"):
-        run_batch(model, batch, Objective(("sft",)), agree=lambda number: number)
+        Runner(model, Objective(("sft",)), agree=lambda number: number)(batch)
     with pytest.raises(FlexdpoError, match=r"load-balancing loss needs .* router_aux_loss_coef=0"):
-        run_batch(model, batch, Objective(("sft",)), router=object())
+        Runner(model, Objective(("sft",)), router=object())(batch)
     stateful = prepare_model(build_zoo_model("lfm2"))
     with pytest.raises(UnsupportedModelError, match=r"cannot run it in pieces: \d of its layers carry a state"):
         response_logps(stateful, row)

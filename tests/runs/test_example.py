@@ -26,7 +26,7 @@ from flexdpo.runs.example import (
 )
 from flexdpo.runs.step_times import StepTimes, unshared_batch
 from flexdpo.training.batch import PackingCollator
-from flexdpo.training.step import run_batch
+from flexdpo.training.step import Runner
 from tests.example.part import part_of_the_library
 
 TINY = Recipe(warm_up_steps=4, dpo_steps=4, held_out_pairs=40, timing_rounds=2)
@@ -80,13 +80,8 @@ def test_unshared_rows_give_the_shared_rows_loss_and_gradients() -> None:
     found = []
     for batch in (shared, unshared_batch(shared)):
         model.zero_grad()
-        result = run_batch(
-            model,
-            batch,
-            Objective(),
-            reference=lambda row: response_logps(reference, row),
-            backward=torch.Tensor.backward,
-        )
+        run = Runner(model, Objective(), lambda row: response_logps(reference, row), torch.Tensor.backward)
+        result = run(batch)
         assert abs(float(result.loss) - math.log(2)) > 1e-3  # the two models differ, so the loss says something
         found.append((result.loss, [parameter.grad.clone() for parameter in model.parameters()]))
     torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-6, atol=0)

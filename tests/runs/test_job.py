@@ -103,7 +103,7 @@ def test_the_card_says_what_was_done(job, capsys) -> None:
 
 @pytest.mark.parametrize(("number", "step"), [(signal.SIGINT, 1), (signal.SIGTERM, 3), (signal.SIGHUP, 1)])
 def test_an_interrupted_run_says_how_to_go_on(job, capsys, monkeypatch, number, step) -> None:
-    from flexdpo.training.metrics import MetricsFile
+    from flexdpo.runs.job import MetricsFile
 
     def interrupt(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == step:

@@ -113,8 +113,8 @@ from functools import partial
 import torch
 torch.set_num_threads(1)
 from flexdpo import DPOTrainer, cli
-from flexdpo.training import precompute
-precompute.PrecomputeSettings = partial(precompute.PrecomputeSettings, save_every_s=0)
+from flexdpo.training import run_reference
+run_reference.PrecomputeSettings = partial(run_reference.PrecomputeSettings, save_every_s=0)
 run = DPOTrainer.reference_logps
 DPOTrainer.reference_logps = lambda self, row: (time.sleep(0.5), run(self, row))[1]
 sys.exit(cli.main(sys.argv[1:]))

@@ -163,7 +163,7 @@ def test_every_file_of_a_checkpoint_is_vouched_for(tmp_path, trainer) -> None:
     folder = tmp_path / "run" / "checkpoint-2"
     names = {path.name for path in folder.iterdir()} - {RECORD_FILE}
     assert {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "model.safetensors"} <= names
-    record = trainer(max_steps=2)._run_record()
+    record = trainer(max_steps=2)._run_record
     require_same_run(folder, record)
     for name in names:
         whole = (folder / name).read_bytes()

@@ -48,8 +48,8 @@ class FullySharded(DPOTrainer):
 
 free = settings.pop("free_memory", None)
 if free:
-    from flexdpo.training import row_budget
-    row_budget.free_memory = lambda device: free[int(os.environ["RANK"])]
+    from flexdpo.training import memory
+    memory.free_memory = lambda device: free[int(os.environ["RANK"])]
 resume = settings.pop("resume", None)
 adapter = None
 if settings.pop("lora", False):

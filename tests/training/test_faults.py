@@ -23,7 +23,7 @@ from transformers import TrainerCallback
 
 from flexdpo import DPOTrainer, FlexdpoError
 from flexdpo.data.workers import plain_worker_errors
-from flexdpo.training import checkpoints, precompute
+from flexdpo.training import checkpoints, run_reference
 from flexdpo.training.batch import PackingCollator
 from flexdpo.training.checkpoints import RECORD_FILE, last_checkpoint
 from flexdpo.training.model_loading import load_model
@@ -129,7 +129,7 @@ def test_a_checkpoint_that_is_written_over_is_incomplete_meanwhile(
 
 def precompute_slowly(begun: Any, build: Any) -> None:
     """Build a trainer that precomputes and writes after every row; tell when each begins. For a process of its own."""
-    precompute.PrecomputeSettings = partial(precompute.PrecomputeSettings, save_every_s=0)
+    run_reference.PrecomputeSettings = partial(run_reference.PrecomputeSettings, save_every_s=0)
     run = DPOTrainer.reference_logps
 
     def slowly(self: Any, row: Any) -> Any:
@@ -163,13 +163,13 @@ def test_killed_while_precomputing_the_reference(tmp_path: Path, saved_model: An
     assert process.exitcode == -signal.SIGKILL
 
     reports = []
-    compute = precompute.precompute_reference
+    compute = run_reference.precompute_reference
 
     def remember(*args: Any, **kwargs: Any) -> Any:
         reports.append(compute(*args, **kwargs))
         return reports[-1]
 
-    monkeypatch.setattr(precompute, "precompute_reference", remember)
+    monkeypatch.setattr(run_reference, "precompute_reference", remember)
 
     def run(cache: str) -> DPOTrainer:
         trainer = build(cache)

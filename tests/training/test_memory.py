@@ -16,10 +16,16 @@ from flexdpo.errors import FlexdpoError
 from flexdpo.estimate import model_shapes
 from flexdpo.estimate.model_shapes import shape_config
 from flexdpo.hf.checkpointing import checkpointing_name, enable_checkpointing
-from flexdpo.training import row_budget
-from flexdpo.training.memory import TrainingSetup, kept_bytes_per_layer, predict_memory, predict_padded_memory
+from flexdpo.training import memory
+from flexdpo.training.memory import (
+    TrainingSetup,
+    auto_row_budget,
+    free_memory,
+    kept_bytes_per_layer,
+    predict_memory,
+    predict_padded_memory,
+)
 from flexdpo.training.model_size import ModelSize
-from flexdpo.training.row_budget import MARGIN, auto_row_budget, free_memory
 from tests.conftest import CONFIGS, build_model
 from tests.hf.architectures import needs_states
 from tests.images.models import make_model
@@ -195,8 +201,8 @@ def test_a_model_that_is_trained_in_part_says_so(tmp_path) -> None:
 def test_the_budget_is_the_largest_that_fits(device) -> None:
     size = ModelSize.of(shape_config("llama-1b"))
     setup = TrainingSetup(2, 2, device_type=device)
-    unit = 128 if device == "cuda" else 1
-    budget, usable = auto_row_budget(size, setup, device=device, free=30 * GIGABYTE), (1 - MARGIN) * 30 * GIGABYTE
+    unit, usable = 128 if device == "cuda" else 1, 30 * GIGABYTE * (1 - memory.MARGIN)
+    budget = auto_row_budget(size, setup, device=device, free=30 * GIGABYTE)
     assert budget % unit == 0
     assert predict_memory(size, budget, setup).total <= usable
     assert predict_memory(size, budget + unit, setup).total > usable
@@ -205,15 +211,15 @@ def test_the_budget_is_the_largest_that_fits(device) -> None:
 def test_what_is_in_memory_already_is_not_counted_again() -> None:
     size, setup = ModelSize.of(shape_config("llama-1b")), TrainingSetup(2, 2)
     before = auto_row_budget(size, setup, device="cpu", free=30 * GIGABYTE)
-    # of what they leave, as of everything, a margin is left alone
-    free = 30 * GIGABYTE - round(2 * predict_memory(size, 1, setup).weights / (1 - MARGIN))
-    after = auto_row_budget(size, setup, device="cpu", free=free, resident=("weights", "reference"))
+    # what is left free is a share of what was free then
+    left = 30 * GIGABYTE - round(2 * predict_memory(size, 1, setup).weights / (1 - memory.MARGIN))
+    after = auto_row_budget(size, setup, device="cpu", free=left, resident=("weights", "reference"))
     assert after == before
 
 
 def test_a_budget_has_an_end() -> None:
     model = build_model("llama")
-    assert auto_row_budget(model, device="cpu", free=10**15) == row_budget.LONGEST_ROW
+    assert auto_row_budget(model, device="cpu", free=10**15) == memory.LONGEST_ROW
 
 
 def test_too_little_memory_is_refused_with_ways_out() -> None:
@@ -238,12 +244,12 @@ def test_free_memory_is_what_the_system_has_left() -> None:
 
 
 def test_a_container_has_less(tmp_path) -> None:
-    assert row_budget._left_of_container(tmp_path) is None
+    assert memory._left_of_container(tmp_path) is None
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "memory.current").write_text("5\n")
-    assert row_budget._left_of_container(tmp_path) is None
+    assert memory._left_of_container(tmp_path) is None
     (tmp_path / "memory.max").write_text("1000\n")
-    assert row_budget._left_of_container(tmp_path) == 995
+    assert memory._left_of_container(tmp_path) == 995
 
 
 def test_only_models_and_configs_have_a_size() -> None:

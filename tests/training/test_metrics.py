@@ -6,7 +6,7 @@ from accelerate import Accelerator
 
 from flexdpo import Group
 from flexdpo.training.batch import PackingCollator
-from flexdpo.training.metrics import MeanMetrics
+from flexdpo.training.step import MeanMetrics
 
 
 def test_means_are_over_values() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ import pytest
 from datasets import Dataset
 
 from flexdpo import DPOTrainer
-from flexdpo.training import precompute, trainer
+from flexdpo.training import run_reference
 from flexdpo.training.batch import REFERENCE_COLUMN, REFERENCE_PAIR_COLUMN
 from tests.conftest import preference_rows
 from tests.training.test_trainer import settings
@@ -24,16 +23,16 @@ def columns(tmp_path, tokenizer, small_model, monkeypatch) -> Any:
 
     def compute(folder: str, rows_at_once: int | None) -> tuple[Dataset, list[int]]:
         sizes: list[int] = []
-        run = precompute.precompute_reference
+        run = run_reference.precompute_reference
 
         def counted(cache: Any, groups: Any, *args: Any, **kwargs: Any) -> Any:
             sizes.append(len(groups))
             return run(cache, groups, *args, **kwargs)
 
         with monkeypatch.context() as patch:
-            patch.setattr(precompute, "precompute_reference", counted)
+            patch.setattr(run_reference, "precompute_reference", counted)
             if rows_at_once is not None:
-                patch.setattr(trainer, "Precompute", partial(precompute.Precompute, rows_at_once=rows_at_once))
+                patch.setattr(run_reference, "ROWS_AT_ONCE", rows_at_once)
             cache = str(tmp_path / folder)
             args = settings(tmp_path, precompute_ref_log_probs=True, precompute_ref_cache_dir=cache, ld_alpha=0.5)
             made = DPOTrainer(small_model(), None, args, train_dataset=data, processing_class=tokenizer)

@@ -62,19 +62,19 @@ def test_a_cpu_compiles_one_kernel(tmp_path, small_model) -> None:
 
 
 def test_auto_fills_the_free_memory_and_says_so(tmp_path, tokenizer, preferences, small_model, monkeypatch) -> None:
-    from flexdpo.training import row_budget
+    from flexdpo.training import memory
 
-    monkeypatch.setattr(row_budget, "free_memory", lambda device: 3 * 2**20)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 3 * 2**20)
     args = settings(tmp_path, max_tokens_per_row="auto", max_steps=1)
     trainer = DPOTrainer(small_model(), None, args, train_dataset=preferences, processing_class=tokenizer)
     budget = trainer.row_plan.max_tokens_per_row
     assert budget is not None
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])["batch"]
     assert all(row.layout.length <= budget for row in batch.rows)
-    monkeypatch.setattr(row_budget, "free_memory", lambda device: 64 * 2**20)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 64 * 2**20)
     roomy = DPOTrainer(small_model(), None, args, train_dataset=preferences, processing_class=tokenizer)
     assert roomy.row_plan.max_tokens_per_row > budget
-    monkeypatch.setattr(row_budget, "free_memory", lambda device: 2**12)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 2**12)
     with pytest.raises(FlexdpoError, match=r"no row fits: \d+ tokens of .* need about .*lower max_length"):
         DPOTrainer(small_model(), None, args, train_dataset=preferences, processing_class=tokenizer)
 
@@ -141,15 +141,15 @@ def test_every_kernel_that_chosen_lengths_need_may_be_compiled(tmp_path, small_m
 
 
 def test_auto_runs_in_pieces_what_fits_no_row(tmp_path, tokenizer, small_model, monkeypatch) -> None:
-    from flexdpo.training import row_budget
+    from flexdpo.training import memory
 
     rows = [
         {"prompt": "w5 " * 300, "responses": [f"w{k} " * 30 for k in range(6, 16)], "scores": list(range(10))},
         *({"prompt": "w3 w4 ", "responses": ["w5 ", "w6 w7 "], "scores": [1, 0]} for _ in range(3)),
     ]
     curves = []
-    for memory, in_pieces in ((1 << 30, False), (5 * 2**20, True)):
-        monkeypatch.setattr(row_budget, "free_memory", lambda device, memory=memory: memory)
+    for free, in_pieces in ((1 << 30, False), (5 * 2**20, True)):
+        monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free)
         args = settings(tmp_path, max_tokens_per_row="auto", max_steps=2, logging_steps=1, save_strategy="no")
         trainer = DPOTrainer(
             small_model(), None, args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
@@ -164,7 +164,7 @@ def test_auto_runs_in_pieces_what_fits_no_row(tmp_path, tokenizer, small_model, 
         curves.append([(entry["loss"], entry["grad_norm"], entry["tokens/run"]) for entry in logs])
         assert trainer.evaluate(trainer.train_dataset)["eval_loss"] > 0
     assert curves[1] == [pytest.approx(entry, rel=1e-4) for entry in curves[0]]
-    monkeypatch.setattr(row_budget, "free_memory", lambda device: 2**20)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 2**20)
     with pytest.raises(FlexdpoError, match=r"no row fits: 36\d tokens of"):
         DPOTrainer(small_model(), None, args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
 
@@ -240,10 +240,10 @@ def test_sharding_may_be_asked_for_by_the_launcher(monkeypatch) -> None:
 
 
 def test_processes_of_one_machine_share_its_memory(tmp_path, small_model, monkeypatch) -> None:
-    from flexdpo.training import row_budget
+    from flexdpo.training import memory
 
     def budget(free: int, processes: int) -> int | None:
-        monkeypatch.setattr(row_budget, "free_memory", lambda device: free)
+        monkeypatch.setattr(memory, "free_memory", lambda device: free)
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
         args = settings(tmp_path, max_tokens_per_row="auto")
         return RowPlan.of(args, small_model(), reference=True, longest=0).max_tokens_per_row

@@ -20,7 +20,7 @@ from flexdpo import DPOConfig, DPOTrainer, FlexdpoError, UnsupportedModelError
 from flexdpo.data.lengths import token_counts
 from flexdpo.objective.logps import response_logps
 from flexdpo.objective.loss_types import LOSS_TYPES
-from flexdpo.training.metrics import MetricsFile
+from flexdpo.runs.job import MetricsFile
 from tests.conftest import preference_rows
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flexdpo import FlexdpoError
-from flexdpo.reference.sync import mix_into_reference
+from flexdpo.training.run_reference import mix_into_reference
 from tests.conftest import build_model
 
 
