@@ -26,7 +26,6 @@ SHARING = ("group", "step")
 # groups that begin alike share a trie only if they do so for a whole tile of attention: merging on less (a BOS token)
 # would tie the whole row together and cost more tiles than it saves tokens
 MIN_SHARED = TILE
-_UNBOUNDED = sys.maxsize
 
 
 def pack(
@@ -62,15 +61,14 @@ def pack(
             ``sharing`` is unknown.
     """
     multiple = pad_to_multiple_of if buckets is None else buckets.multiple
-    most = _UNBOUNDED if max_tokens_per_row is None else max_tokens_per_row
+    most = sys.maxsize if max_tokens_per_row is None else max_tokens_per_row
     rows = []
     for clusters in _planned(groups, most, multiple, sharing, limits, in_pieces):
         tokens = sum(len(cluster.trie) for cluster in clusters)
         whole = tokens <= most // multiple * multiple
         target = multiple if buckets is None or not whole else buckets.length_for(tokens, most=most)
         numbers = tuple(i for cluster in clusters for i in cluster.members)
-        tries = [cluster.trie for cluster in clusters]
-        row = Row.from_tries([groups[i] for i in numbers], tries, pad_to_multiple_of=target)
+        row = Row.from_tries([groups[i] for i in numbers], [each.trie for each in clusters], pad_to_multiple_of=target)
         row.numbers = numbers
         if not whole:
             row.pieces = cut_in_pieces(row, most, multiple, name=row.groups[0].name)
@@ -89,7 +87,7 @@ def row_lengths(
 
     One that would run in pieces counts whole. A few hundred batches are enough for :func:`choose_buckets`.
     """
-    most = _UNBOUNDED if max_tokens_per_row is None else max_tokens_per_row
+    most = sys.maxsize if max_tokens_per_row is None else max_tokens_per_row
     rows = [row for groups in batches for row in _planned(groups, most, 1, sharing, limits, True)]
     return [sum(len(cluster.trie) for cluster in clusters) for clusters in rows]
 
@@ -203,8 +201,6 @@ def choose_buckets(
     ``lengths`` are those of a sample of rows, as :func:`row_lengths` gives them; the more often one occurs, the more it
     counts, and the longest fits into the last bucket. Each bucket, a multiple of ``multiple`` tokens, compiles kernels
     for about half a minute on a GPU.
-
-    Raises ``FlexdpoError`` if there are no lengths, or a bound is not positive.
     """
     if not lengths or min(lengths) < 1:
         raise FlexdpoError(

@@ -64,10 +64,7 @@ class Row:
 
     @classmethod
     def from_groups(cls, groups: Sequence[Group], *, pad_to_multiple_of: int = 1, limits: Sequence[int] = ()) -> Row:
-        """Build one row that holds all of ``groups``, each as its own token trie.
-
-        Padding sees only itself; ``limits`` are those of :func:`flexdpo.pack`.
-        """
+        """Build one row of all ``groups``, each as its own token trie; ``limits`` are those of :func:`flexdpo.pack`."""
         keys = ImageKeys()
         tries = [Trie.from_sequences(keys.sequences(group), limits=limits) for group in groups]
         return cls.from_tries(groups, tries, pad_to_multiple_of=pad_to_multiple_of)
@@ -144,9 +141,7 @@ class Row:
 
         All sequences that begin alike share these tokens, in a trie of any depth. Each counts as one response to its
         first token, so that every later token is a target; the row has no groups and no preferences. ``limits`` are
-        those of :func:`flexdpo.pack`.
-
-        Raises ``FlexdpoError`` if a sequence is empty or holds anything but token ids.
+        those of :func:`flexdpo.pack`. Raises ``FlexdpoError`` if one is empty or holds anything but token ids.
         """
         arrays = [token_ids_of(sequence, f"sequence {k}") for k, sequence in enumerate(sequences)]
         trie = Trie.from_sequences(arrays, limits=limits)
@@ -160,10 +155,7 @@ class Row:
     def from_documents(
         cls, documents: Sequence[Sequence[int] | NDArray[np.int64]], *, pad_to_multiple_of: int = 1
     ) -> Row:
-        """Build one row of documents side by side that share nothing, whatever they begin with: plain packing.
-
-        Raises ``FlexdpoError`` if a document is empty or holds anything but token ids.
-        """
+        """Build one row of documents side by side that share nothing, whatever they begin with: plain packing."""
         arrays = [token_ids_of(document, f"document {k}") for k, document in enumerate(documents)]
         tries = [Trie.from_sequences([array]) for array in arrays]
         return cls.from_tries([], tries, sizes=[1] * len(tries), pad_to_multiple_of=pad_to_multiple_of)
@@ -174,8 +166,6 @@ class Row:
 
         ``[7, (4, [2, 3]), (4, [(1, [2, 2]), 3])]`` is a document of 7 tokens, one prompt of 4 with two responses, and
         one whose first two responses have their first token in common: ``(tokens, branches)`` to any depth.
-
-        Raises ``FlexdpoError`` if a length is no whole number above 0.
         """
         return cls.from_sequences(numbered_sequences(lengths), pad_to_multiple_of=pad_to_multiple_of)
 

@@ -24,10 +24,7 @@ def ranking_of(group: Group) -> tuple[int, ...]:
     Raises ``FlexdpoError`` if the edges contradict each other, or leave the order of two responses open; all pairs of a
     ranking leave nothing open, and neither do its neighbours alone.
     """
-    better: dict[int, set[int]] = {}
-    for chosen, rejected in group.edges:
-        better.setdefault(chosen, set())
-        better.setdefault(rejected, set()).add(chosen)
+    better = {k: {chosen for chosen, rejected in group.edges if rejected == k} for edge in group.edges for k in edge}
     order: list[int] = []
     while better:
         best = [k for k, above in better.items() if not above]

@@ -54,10 +54,8 @@ def response_logps(model: nn.Module, row: Row, *, with_log_sum_squares: bool = F
     computes the logits of all targets at once; a warning says so, and why.
 
     ``model`` is a prepared causal LM, wrapped or not (PEFT, DDP, FSDP), and runs through its own forward; ``row`` is on
-    its device, and one with ``pieces`` runs piece by piece. WPO's weights need ``with_log_sum_squares``.
-
-    Returns what is differentiable (once) in the model's parameters. Raises ``FlexdpoError`` if the model was not
-    prepared, or the row does not fit it.
+    its device, and one with ``pieces`` runs piece by piece. WPO's weights need ``with_log_sum_squares``. The result is
+    differentiable (once). Raises ``FlexdpoError`` if the model was not prepared, or the row does not fit it.
     """
     if isinstance(model, DistributedDataParallel) and not torch.is_grad_enabled():
         # processes take part in DDP's broadcasts at their first pass with gradients, in an order of its own; passes
@@ -81,8 +79,8 @@ def response_logps(model: nn.Module, row: Row, *, with_log_sum_squares: bool = F
 
 
 def _from_logits(model: nn.Module, row: Row, obstacle: str, with_log_sum_squares: bool) -> TargetLogps:
-    name, forward = type(base_model(model)).__name__, type(base_model(model)).forward
-    if "logits_to_keep" in inspect.signature(forward).parameters:
+    name = type(base_model(model)).__name__
+    if "logits_to_keep" in inspect.signature(type(base_model(model)).forward).parameters:
         logger.warning_once(
             f"{name}: the logits of all targets are held at once, since {obstacle}; this costs memory, not exactness"
         )

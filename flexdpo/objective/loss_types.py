@@ -76,10 +76,7 @@ def _settings_of(name: str) -> tuple[str, ...]:
 
 
 def check_losses(names: tuple[str, ...], weights: tuple[float, ...] | None, settings: LossSettings) -> None:
-    """Refuse losses, weights, numbers and combinations that have no meaning.
-
-    Raises ``FlexdpoError`` naming the setting, its value and what it may be.
-    """
+    """Refuse losses, weights, numbers and combinations that have no meaning, by what each may be."""
     if not names:
         raise FlexdpoError(f"loss_type is empty; choose from {', '.join(LOSS_TYPES)}")
     for name in names:

@@ -68,10 +68,7 @@ def sigmoid_loss(pairs: Pairs, beta: float, label_smoothing: float = 0.0) -> Ten
 
 
 def hinge_loss(pairs: Pairs, beta: float) -> Tensor:
-    """SLiC on implicit rewards: nothing is learned from a margin beyond 1.
-
-    Source: Zhao et al. 2023 (SLiC-HF), arXiv:2305.10425; on implicit rewards Liu et al. 2023 (RSO), arXiv:2309.06657.
-    """
+    """SLiC on implicit rewards: nothing is learned from a margin beyond 1 (arXiv:2305.10425; RSO, arXiv:2309.06657)."""
     return torch.relu(1 - beta * _margins(pairs.scores))
 
 

@@ -93,9 +93,7 @@ class Objective(LossSettings):
 
         ``average`` takes the mean of a scalar over all processes, for KTO's KL; by default this process stands alone.
 
-        Raises:
-            FlexdpoError: if something the losses need is missing.
-            RuntimeError: if the losses couple the batch and it has more rows than these.
+        Raises ``FlexdpoError`` if something the losses need is missing.
         """
         groups = [group for row in rows for group in row.groups]
         sums = torch.cat([logps.sums for logps in policy])
