@@ -16,7 +16,8 @@ from flexdpo.data.cache import tokenizer_digest
 from flexdpo.data.draft import IMAGES_COLUMN
 from flexdpo.data.pictures import opened
 from flexdpo.errors import FlexdpoError, first_line
-from flexdpo.layout.images import PromptImage, joined_inputs
+from flexdpo.layout.groups import PromptImage
+from flexdpo.layout.images import joined_inputs
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -15,8 +15,7 @@ from flexdpo.errors import FlexdpoError
 from flexdpo.estimate.costs import Load, Work, find_machine, padded_load, padded_work, row_load, row_work, step_seconds
 from flexdpo.estimate.lengths import RowTokens, classes_of
 from flexdpo.estimate.settings import EstimateSettings
-from flexdpo.layout.groups import Group
-from flexdpo.layout.images import PromptImage
+from flexdpo.layout.groups import Group, PromptImage
 from flexdpo.layout.packing import MIN_SHARED, best_fit_decreasing, pack
 from flexdpo.training.model_size import ModelSize
 

@@ -35,23 +35,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from flexdpo.layout.groups import Group
+    from flexdpo.layout.groups import Group, PromptImage
 
 # what processors fill up with zeros to the largest image of a batch; the model knows each image's own size
 _PIXELS = frozenset({"pixel_values", "pixel_attention_mask"})
-
-
-@dataclass(frozen=True, eq=False)
-class PromptImage:
-    """One image of a prompt, as a model gets it.
-
-    What a processor cuts into several tiles that are encoded one by one may be one image here, or one for each tile.
-    """
-
-    digest: str  # of pixels and sizes; images of equal digests are one
-    tokens: int  # image tokens that stand for it, all blocks together
-    # what the processor made of it: tensors that are concatenated along their first dimension with those of others
-    inputs: dict[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)

@@ -114,10 +114,7 @@ def bco_pair_loss(pairs: Pairs, beta: float) -> Tensor:
 
 
 def sppo_hard_loss(pairs: Pairs, beta: float) -> Tensor:
-    """SPPO with win probabilities 1 and 0: log-ratios are drawn to plus and minus ``1 / (2 beta)``.
-
-    Source: Wu et al. 2024, arXiv:2405.00675, Eq. 4.7 (``1 / beta`` is ``eta`` there).
-    """
+    """SPPO, win probabilities 1 and 0: log-ratios go to plus and minus ``1 / (2 beta)`` (arXiv:2405.00675, Eq. 4.7)."""
     chosen, rejected = pairs.logratios.unbind()
     return (chosen - 0.5 / beta).square() + (rejected + 0.5 / beta).square()
 

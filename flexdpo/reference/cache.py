@@ -26,8 +26,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from flexdpo.layout.groups import Group
-    from flexdpo.layout.images import PromptImage
+    from flexdpo.layout.groups import Group, PromptImage
 
 _FORMAT = 2
 _IDENTITY = "identity.json"

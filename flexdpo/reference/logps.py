@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from flexdpo.layout.images import PromptImage
+    from flexdpo.layout.groups import PromptImage
     from flexdpo.objective.logps import ResponseLogps
 
 # packing compares every cluster with every open row, so it looks at this many clusters at a time

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import transformers
 
-from flexdpo.layout.images import PromptImage
+from flexdpo.layout.groups import PromptImage
 
 IMAGE, BEGIN, END, BREAK = 120, 121, 122, 123
 VOCABULARY = 128

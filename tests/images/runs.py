@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from flexdpo import Group, Row
-from flexdpo.layout.images import PromptImage, joined_inputs
+from flexdpo.layout.groups import PromptImage
+from flexdpo.layout.images import joined_inputs
 from tests.hf.equivalence import Run, _run
 from tests.images.models import IMAGE, Kind, words
 

@@ -20,7 +20,7 @@ from flexdpo.attention.query_blocks import plan_query_blocks
 from flexdpo.attention.row_mask import row_mask_for
 from flexdpo.attention.varlen import require_varlen
 from flexdpo.errors import UnsupportedModelError
-from flexdpo.layout.images import PromptImage
+from flexdpo.layout.groups import PromptImage
 from tests.attention.test_block_masks import FIELDS, assert_same_layout, tiles_of
 from tests.oracle import dense_attention, dense_mask
 

@@ -8,7 +8,7 @@ import transformers
 
 from flexdpo import Row, disable_dropout, pack, prepare_model
 from flexdpo.errors import FlexdpoError, UnsupportedModelError
-from flexdpo.layout.images import PromptImage
+from flexdpo.layout.groups import PromptImage
 from flexdpo.layout.row import stack_inputs
 from tests.hf.equivalence import Float64, _run, gradient_error, logit_error
 from tests.images.models import IMAGE, KINDS, TEXT, make_model, words
