@@ -18,8 +18,6 @@ from flexdpo.dropin.share import is_shared, share_backbone, sharing_stats, unsha
 from flexdpo.dropin.trainer_models import averages_over_padding, models_of
 from flexdpo.errors import FlexdpoError, UnsupportedModelError
 
-__all__ = ["SharingCallback", "disable", "enable"]
-
 
 class SharingCallback(TrainerCallback):
     """Adds what sharing saves to what a trainer logs, on progress bars and in trackers, not in checkpoints' history.
@@ -65,16 +63,14 @@ class SharingCallback(TrainerCallback):
 def enable(trainer: Any, *, min_gain: float = 1.1, min_prefix: int = 16, impl: Impl = "auto") -> SharingCallback:
     """Share prefixes in the models of a trainer, in one line after it was made.
 
-    Policy, reference, teacher, reward and value models are found wherever the trainer keeps them. Results, metrics and
-    checkpoints are those without it; see :func:`flexdpo.share_prefixes` for what is shared and what passes through. A
-    model other than the policy shares in evaluation mode too, where a call does not ask for a cache, and one that would
-    not give the ordinary result runs as before, with a warning. Reference log-probabilities that the trainer computed
-    while it was made were computed without sharing. LoRA adapters need no line of their own, but their dropout must be
-    0 (``lora_dropout=0``): with dropout in training nothing can be shared.
+    Policy, reference, teacher, reward and value models are found wherever TRL's trainers, or others on top of
+    ``transformers.Trainer``, keep them. Results, metrics and checkpoints are those without it. A model other than the
+    policy shares in evaluation mode too, where a call does not ask for a cache, and one that would not give the
+    ordinary result runs as before, with a warning. Reference log-probabilities that the trainer computed while it was
+    made were not shared. With dropout in training nothing can be shared, so LoRA needs ``lora_dropout=0``.
 
-    ``trainer`` is TRL's ``DPOTrainer``, ``RewardTrainer`` or any other ``transformers.Trainer``, before its
-    ``train()``; the other arguments are those of :func:`flexdpo.share_prefixes`. Returns the callback that logs the
-    saving, added to the trainer.
+    The arguments are those of :func:`flexdpo.share_prefixes`, which says what is shared and what passes through.
+    Returns the callback that logs the saving, added to the trainer.
 
     Raises:
         UnsupportedModelError: if the policy would not give the ordinary result; then nothing was changed.

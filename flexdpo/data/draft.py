@@ -124,3 +124,46 @@ NOTES = {
 }
 # `_cut` of `_responses` were cut to max_length; `_whole` tokens had the longest, its prompt included, before that
 STATUS_COLUMNS = ("_skip", "_responses", "_cut", "_whole", "_longest", *NOTES)
+
+
+def settle(draft: Draft, max_length: int | None, max_prompt_length: int | None) -> None:
+    """Cut the prompt to its end and the responses to ``max_length``, and say why a row cannot be used, if so."""
+    if draft.skip:
+        return
+    if draft.pictures and _cuts_an_image(draft, max_length, max_prompt_length):
+        draft.skip = IMAGE_CUT
+        return
+    if max_prompt_length is not None and len(draft.prompt_ids) > max_prompt_length:
+        # one cut for all responses, so that they go on sharing the prompt
+        draft.prompt_ids, draft.shortened = draft.prompt_ids[-max_prompt_length:], True
+    draft.whole = len(draft.prompt_ids) + max(map(len, draft.response_ids), default=0)
+    if not draft.prompt_ids:
+        draft.skip = EMPTY_PROMPT
+    elif max_length is not None and len(draft.prompt_ids) >= max_length:
+        draft.skip = PROMPT_FILLS
+    elif not draft.response_ids or not all(draft.response_ids):
+        draft.skip = EMPTY_RESPONSE
+    elif _left_in_ties(draft):
+        draft.skip = IDENTICAL
+    elif max_length is not None:
+        room = max_length - len(draft.prompt_ids)
+        draft.cut = sum(len(ids) > room for ids in draft.response_ids)
+        draft.response_ids = [ids[:room] for ids in draft.response_ids]
+        if _left_in_ties(draft):
+            draft.skip = IDENTICAL_CUT
+    draft.longest = len(draft.prompt_ids) + max(map(len, draft.response_ids), default=0)
+
+
+def _cuts_an_image(draft: Draft, max_length: int | None, max_prompt_length: int | None) -> bool:
+    """Whether fewer image tokens are left than the images have."""
+    kept = draft.prompt_ids[-max_prompt_length:] if max_prompt_length is not None else draft.prompt_ids
+    tokens: int = sum(picture["tokens"] for picture in draft.pictures)
+    return kept[:max_length].count(draft.pictures[0]["token_id"]) < tokens
+
+
+def _left_in_ties(draft: Draft) -> bool:
+    """Take out preferences between equal responses, which have no gradient; say whether these were all."""
+    edges = [edge for edge in draft.edges if draft.response_ids[edge[0]] != draft.response_ids[edge[1]]]
+    draft.ties += (dropped := len(draft.edges) - len(edges))
+    draft.edges = edges
+    return dropped > 0 and not edges

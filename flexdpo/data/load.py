@@ -13,8 +13,12 @@ import lzma
 import os
 import warnings
 import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
+
+import datasets
+from datasets import Dataset, IterableDataset
 
 from flexdpo.data.cache import cache_folder
 from flexdpo.data.columns import renamed
@@ -22,11 +26,6 @@ from flexdpo.data.layouts import LAYOUTS
 from flexdpo.data.pictures import is_picture, with_paths_from
 from flexdpo.errors import FlexdpoError, first_line, found, is_the_disks, nearest, quoted
 from flexdpo.hf.names import local_path, why_unreachable
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
-
-    from datasets import Dataset, IterableDataset
 
 _READER_OF_SUFFIX = {
     ".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv",
@@ -109,9 +108,8 @@ def _format_of(path: Path) -> tuple[str, str, str | None]:
 def _load_file(path: Path, split: str, config_name: str | None, streaming: bool) -> Dataset | IterableDataset:
     kind, packed, reader = _format_of(path)
     if reader is None:
-        raise FlexdpoError(
-            f"{path}: cannot tell the format from the name; known endings are {', '.join(_READER_OF_SUFFIX)}"
-        )
+        known = ", ".join(_READER_OF_SUFFIX)
+        raise FlexdpoError(f"{path}: cannot tell the format from the name; known endings are {known}")
     if config_name is not None:
         raise FlexdpoError(f"{path}: config_name={config_name!r} has no meaning for a single file; leave it out")
     if path.stat().st_size == 0:
@@ -184,14 +182,11 @@ def _rows_of(path: Path, document: dict[str, Any], split: str) -> list[Any] | No
 
 
 def _load_folder(path: Path, split: str, config_name: str | None, streaming: bool) -> Dataset | IterableDataset:
-    from datasets import DatasetDict, load_from_disk
-
     if not any((path / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
         files = sorted(file for file in path.rglob("*") if file.is_file() and _format_of(file)[2])
         if not files:
-            raise FlexdpoError(
-                f"{path}: the folder has neither a saved dataset nor files ending in {', '.join(_READER_OF_SUFFIX)}"
-            )
+            known = ", ".join(_READER_OF_SUFFIX)
+            raise FlexdpoError(f"{path}: the folder has neither a saved dataset nor files ending in {known}")
         only_csv = {_format_of(file)[0] for file in files} == {".csv"}
         options: dict[str, Any] = _csv_options(files) if only_csv else {}
         if any(is_picture(file) for file in path.rglob("*")):
@@ -201,12 +196,12 @@ def _load_folder(path: Path, split: str, config_name: str | None, streaming: boo
         options |= {"name": config_name, "split": split, "streaming": streaming}
         return _load(str(path), files, str(path.resolve()), **options)
     try:
-        saved = load_from_disk(str(path))
+        saved = datasets.load_from_disk(str(path))
     except IndexError as error:  # what the library makes of a saved dataset without a single row
         raise FlexdpoError(f"{path}: there are no rows; give a dataset with at least one") from error
     except (OSError, ValueError, KeyError) as error:
         raise FlexdpoError(f"{path}: the saved dataset cannot be read ({first_line(error)})") from error
-    alone = not isinstance(saved, DatasetDict)
+    alone = not isinstance(saved, datasets.DatasetDict)
     splits = dict.fromkeys(["train", *([str(saved.split)] if saved.split else [])], saved) if alone else saved
     if split not in splits:
         held_there = f"the folder holds a single one, {quoted(splits)}" if alone else f"found {quoted(splits)}"
@@ -215,35 +210,30 @@ def _load_folder(path: Path, split: str, config_name: str | None, streaming: boo
 
 
 def _load_from_hub(name: str, split: str, config_name: str | None, streaming: bool) -> Dataset | IterableDataset:
-    from datasets import config
-
     unreachable = why_unreachable(name, dataset=True)
-    offline = config.HF_HUB_OFFLINE
+    offline = datasets.config.HF_HUB_OFFLINE
     # only the local cache can help then; the library would retry the network for half a minute first
-    config.HF_HUB_OFFLINE = offline or bool(unreachable)
+    datasets.config.HF_HUB_OFFLINE = offline or bool(unreachable)
     try:
         return _load(name, [], name, note=unreachable, name=config_name, split=split, streaming=streaming)
     finally:
-        config.HF_HUB_OFFLINE = offline
+        datasets.config.HF_HUB_OFFLINE = offline
 
 
 def _load(
     shown: str, files: Sequence[Path], source: str, *, streaming: bool, note: str = "", **options: Any
 ) -> Dataset | IterableDataset:
     """Call ``datasets.load_dataset`` and turn what it raises about the data into one clear error."""
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-
     try:
         with silent_json_reader(), warnings.catch_warnings():
             # a CSV file whose rows have more cells than its header would be read with its columns shifted
             warnings.filterwarnings("error", message="Length of header or names")
-            dataset = load_dataset(source, streaming=streaming, **options)
+            dataset = datasets.load_dataset(source, streaming=streaming, **options)
             if not streaming and any(_format_of(file)[2] == "json" for file in files):
                 # the JSON reader lets bytes through that are not UTF-8, and only a look at the cell trips over them
                 dataset.data.validate(full=True)
-    except (DatasetsError, ValueError, OSError, RuntimeError, StopIteration, *_BROKEN) as error:
-        cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
+    except (datasets.exceptions.DatasetsError, ValueError, OSError, RuntimeError, StopIteration, *_BROKEN) as error:
+        cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetsError) and error.__cause__ else error
         reason = note or f"{type(cause).__name__}: {first_line(cause)}"
         if fault := next(filter(None, map(_first_json_fault, files)), None):
             why = f"{fault}; mend it there, or name another file"
@@ -273,8 +263,6 @@ def silent_json_reader() -> Iterator[None]:
 
 def _csv_options(files: Sequence[Path]) -> dict[str, Any]:
     """Read every cell as text: a response ``42`` is no number and a response ``None`` is not missing."""
-    from datasets import Features, Value
-
     kind, packed, _ = _format_of(files[0])
     separator = "\t" if kind == ".tsv" else ","
     try:
@@ -286,7 +274,7 @@ def _csv_options(files: Sequence[Path]) -> dict[str, Any]:
         raise FlexdpoError(f"{files[0]}: the header names a column twice: {quoted(header)}")
     # the reader's own name for a column without one, as an index column often is
     names = [name or f"Unnamed: {number}" for number, name in enumerate(header)]
-    features = Features({name: Value("string") for name in names})
+    features = datasets.Features({name: datasets.Value("string") for name in names})
     return {"sep": separator, "keep_default_na": False, "index_col": False, "features": features}
 
 

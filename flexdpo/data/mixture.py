@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flexdpo.data.load import load_preference_dataset
 from flexdpo.errors import FlexdpoError, found, nearest, quoted
 
 if TYPE_CHECKING:
@@ -112,6 +111,8 @@ def _share(share: Any, number: int) -> float:
 
 
 def _load(entry: dict[str, Any], streaming: bool) -> Part:
+    from flexdpo.data.load import load_preference_dataset
+
     path, columns = entry["path"], entry.get("columns")
     inside = [entry[key] for key in ("data_dir", "data_files") if entry.get(key) is not None]
     if any(not isinstance(part, str) for part in inside):

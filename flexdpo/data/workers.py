@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from flexdpo.errors import FlexdpoError, first_line
 
@@ -26,15 +26,13 @@ def plain_worker_errors(num_workers: int) -> Iterator[None]:
     except (RuntimeError, OSError, EOFError) as error:
         died = False
         for _ in range(10):
-            try:
+            # torch raises from a signal handler too, which may come as late as this
+            with suppress(RuntimeError):
                 died = _tells_of_a_death(error)
                 if died:
                     # else the loader lives on in them, and torch would report the death again at any child's end
                     traceback.clear_frames(error.__traceback__)
                 break
-            except RuntimeError:
-                # torch raises from a signal handler too, which may come as late as this
-                continue
         if not died:
             raise
         raise FlexdpoError(

@@ -333,7 +333,7 @@ def test_hub_names_go_to_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     loaded = load_preference_dataset("owner/pairs", split="dev", config_name="small")
     assert loaded.to_list() == text_rows(2)
-    assert asked == [(("owner/pairs",), {"name": "small", "split": "dev"}, False)]
+    assert asked == [(("owner/pairs",), {"name": "small", "split": "dev", "streaming": False}, False)]
 
 
 @pytest.mark.parametrize("name", ["flexdpo-no-such-owner/no-such-dataset", "no-such-dataset"])
