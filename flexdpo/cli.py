@@ -1,7 +1,5 @@
 """The command ``flexdpo``. A user's mistake prints one line and exits with 2; ``--traceback`` shows more."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import importlib

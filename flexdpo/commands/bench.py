@@ -1,7 +1,5 @@
 """``flexdpo bench``: what sharing and packing gain on this machine, against padded and packed training."""
 
-from __future__ import annotations
-
 import json
 import sys
 import time

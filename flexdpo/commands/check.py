@@ -1,7 +1,5 @@
 """``flexdpo check MODEL``: exact or refused, and why."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from flexdpo.commands.options import OptionParser, one_name, settings_of

@@ -1,7 +1,5 @@
 """``flexdpo completion bash|zsh``: a script that completes commands, options and the values of those with few."""
 
-from __future__ import annotations
-
 import importlib
 
 from flexdpo.commands import COMMANDS

@@ -1,7 +1,5 @@
 """``flexdpo env``: versions and devices, for bug reports."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import os
 import platform

@@ -1,7 +1,5 @@
 """``flexdpo estimate``: what flexdpo would do for a dataset, before anything is trained."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Options that people know from TRL and that ``flexdpo train`` does not have: why, and what to do instead."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib
 import importlib.util

@@ -1,7 +1,5 @@
 """Several processes behind one ``flexdpo train --accelerate_config``, started by accelerate as ``trl`` does it."""
 
-from __future__ import annotations
-
 import subprocess
 from importlib import resources
 from importlib.util import find_spec

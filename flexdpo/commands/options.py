@@ -1,7 +1,5 @@
 """Options of a command: from the fields of its settings and from YAML files, with one clear error for a mistake."""
 
-from __future__ import annotations
-
 import argparse
 import copy
 import dataclasses

@@ -1,7 +1,5 @@
 """``flexdpo results``: the committed measurements as tables in README."""
 
-from __future__ import annotations
-
 from flexdpo.commands.options import OptionParser
 
 

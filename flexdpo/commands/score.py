@@ -1,7 +1,5 @@
 """``flexdpo score``: log-probabilities, implicit rewards and accuracies of a dataset, to a parquet file."""
 
-from __future__ import annotations
-
 from flexdpo.commands.options import OptionParser, one_name, settings_of
 from flexdpo.runs.settings import DataSettings
 

@@ -1,7 +1,5 @@
 """``flexdpo show``: pictures of a packed row and of a batch."""
 
-from __future__ import annotations
-
 import shutil
 from dataclasses import dataclass
 

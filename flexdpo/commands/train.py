@@ -1,7 +1,5 @@
 """``flexdpo train``: the built-in example, or a job on the user's model and data."""
 
-from __future__ import annotations
-
 import argparse
 import copy
 import dataclasses
@@ -63,9 +61,7 @@ def parser() -> OptionParser:
         group = options.add_argument_group(title)
         for action in options._actions:
             if {f"--{name}" for name in names} & set(action.option_strings):
-                for other in options._action_groups:
-                    if action in other._group_actions:
-                        other._group_actions.remove(action)
+                options._optionals._group_actions.remove(action)
                 group._group_actions.append(action)
     return options
 

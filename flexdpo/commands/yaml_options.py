@@ -1,7 +1,5 @@
 """Options from a YAML file, as the words that the command line would have them."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

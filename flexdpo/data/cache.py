@@ -43,10 +43,7 @@ def map_settings(dataset: Dataset, parts: tuple[object, ...], folder: str) -> di
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """All that decides what a tokenizer makes of a text, in a few letters, the same in every process.
-
-    What a call with ``padding=`` or ``truncation=`` leaves behind in it has no say.
-    """
+    """All that decides what a tokenizer makes of a text, in a few letters, the same in every process."""
     about: dict[str, Any] = {
         "class": f"{type(tokenizer).__module__}.{type(tokenizer).__qualname__}",
         "special": {name: str(value) for name, value in tokenizer.special_tokens_map.items()},
@@ -55,6 +52,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     }
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
+        # what a call with padding= or truncation= leaves behind has no say
         about["backend"] = {**json.loads(backend.to_str()), "padding": None, "truncation": None}
     else:
         from datasets.fingerprint import Hasher

@@ -8,7 +8,8 @@ from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from flexdpo.data.draft import IMAGES_COLUMN, LABELS_COLUMN, NOTES, SKIP_REASONS, Draft, Settings, settle
+from flexdpo.data import draft as reasons
+from flexdpo.data.draft import IMAGES_COLUMN, LABELS_COLUMN, NOTES, SKIP_REASONS, Draft, Settings
 from flexdpo.data.encode_images import tokenize_with_images
 from flexdpo.data.formats import read_row
 from flexdpo.data.images import reader_of, tokenizer_of
@@ -43,7 +44,7 @@ def tokenize_batch(
         if chats:
             _tokenize_chats(chats, tokenizer, bound)
     for draft in drafts:
-        settle(draft, settings.max_length, settings.max_prompt_length)
+        _settle(draft, settings.max_length, settings.max_prompt_length)
     return {
         "prompt_ids": [[] if draft.skip else draft.prompt_ids for draft in drafts],
         "response_ids": [[] if draft.skip else draft.response_ids for draft in drafts],
@@ -58,6 +59,49 @@ def tokenize_batch(
         "_longest": [draft.longest for draft in drafts],
         **{name: [int(getattr(draft, name[1:])) for draft in drafts] for name in NOTES},
     }
+
+
+def _settle(draft: Draft, max_length: int | None, max_prompt_length: int | None) -> None:
+    """Cut the prompt to its end and the responses to ``max_length``, and say why a row cannot be used, if so."""
+    if draft.skip:
+        return
+    if draft.pictures and _cuts_an_image(draft, max_length, max_prompt_length):
+        draft.skip = reasons.IMAGE_CUT
+        return
+    if max_prompt_length is not None and len(draft.prompt_ids) > max_prompt_length:
+        # one cut for all responses, so that they go on sharing the prompt
+        draft.prompt_ids, draft.shortened = draft.prompt_ids[-max_prompt_length:], True
+    draft.whole = len(draft.prompt_ids) + max(map(len, draft.response_ids), default=0)
+    if not draft.prompt_ids:
+        draft.skip = reasons.EMPTY_PROMPT
+    elif max_length is not None and len(draft.prompt_ids) >= max_length:
+        draft.skip = reasons.PROMPT_FILLS
+    elif not draft.response_ids or not all(draft.response_ids):
+        draft.skip = reasons.EMPTY_RESPONSE
+    elif _left_in_ties(draft):
+        draft.skip = reasons.IDENTICAL
+    elif max_length is not None:
+        room = max_length - len(draft.prompt_ids)
+        draft.cut = sum(len(ids) > room for ids in draft.response_ids)
+        draft.response_ids = [ids[:room] for ids in draft.response_ids]
+        if _left_in_ties(draft):
+            draft.skip = reasons.IDENTICAL_CUT
+    draft.longest = len(draft.prompt_ids) + max(map(len, draft.response_ids), default=0)
+
+
+def _cuts_an_image(draft: Draft, max_length: int | None, max_prompt_length: int | None) -> bool:
+    """Whether fewer image tokens are left than the images have."""
+    kept = draft.prompt_ids[-max_prompt_length:] if max_prompt_length is not None else draft.prompt_ids
+    tokens: int = sum(picture["tokens"] for picture in draft.pictures)
+    return kept[:max_length].count(draft.pictures[0]["token_id"]) < tokens
+
+
+def _left_in_ties(draft: Draft) -> bool:
+    """Take out preferences between equal responses, which have no gradient; say whether these were all."""
+    edges = [edge for edge in draft.edges if draft.response_ids[edge[0]] != draft.response_ids[edge[1]]]
+    draft.ties += (dropped := len(draft.edges) - len(edges))
+    draft.edges = edges
+    return dropped > 0 and not edges
 
 
 def _tokenize_text(drafts: Sequence[Draft], tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -80,7 +80,6 @@ def _label_counts(dataset: Dataset) -> NDArray[np.int64]:
 
 
 def _longest_responses(dataset: Dataset) -> NDArray[np.int64]:
-    """Tokens of the longest response of each example."""
     return np.concatenate([_longest_of(table) for table in _tables(dataset)])
 
 
@@ -120,9 +119,8 @@ def has_one_pair_each(dataset: Dataset) -> bool:
     return all((_lengths(table.column("edges")) == 1).all() for table in _tables(dataset))
 
 
-def _tables(dataset: Dataset) -> Iterator[Any]:
-    found: Iterator[Any] = dataset.with_format("arrow").iter(batch_size=8192)
-    return found
+def _tables(dataset: Dataset) -> Any:
+    return dataset.with_format("arrow").iter(batch_size=8192)
 
 
 def _lengths_of(dataset: Dataset, column: str) -> NDArray[np.int64]:

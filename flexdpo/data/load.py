@@ -90,7 +90,14 @@ def load_preference_dataset(
         beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         raise FlexdpoError(f"{name_or_path}: no such file or folder{nearest(path.name, beside)}")
     else:
-        dataset = _load_from_hub(name_or_path, split, config_name, streaming)
+        why, offline = why_unreachable(name_or_path, dataset=True), datasets.config.HF_HUB_OFFLINE
+        # only the local cache can help then; the library would retry the network for half a minute first
+        datasets.config.HF_HUB_OFFLINE = offline or bool(why)
+        named: dict[str, Any] = {"name": config_name, "split": split, "streaming": streaming}
+        try:
+            dataset = _load(name_or_path, [], name_or_path, note=why, **named)
+        finally:
+            datasets.config.HF_HUB_OFFLINE = offline
     if not streaming and len(dataset) == 0:
         raise FlexdpoError(f"{name_or_path}: there are no rows; give a dataset with at least one")
     dataset = renamed(dataset, columns, name_or_path) if columns else dataset
@@ -207,17 +214,6 @@ def _load_folder(path: Path, split: str, config_name: str | None, streaming: boo
         held_there = f"the folder holds a single one, {quoted(splits)}" if alone else f"found {quoted(splits)}"
         raise FlexdpoError(f"{path}: no split {split!r}; {held_there}")
     return splits[split].to_iterable_dataset() if streaming else splits[split]
-
-
-def _load_from_hub(name: str, split: str, config_name: str | None, streaming: bool) -> Dataset | IterableDataset:
-    unreachable = why_unreachable(name, dataset=True)
-    offline = datasets.config.HF_HUB_OFFLINE
-    # only the local cache can help then; the library would retry the network for half a minute first
-    datasets.config.HF_HUB_OFFLINE = offline or bool(unreachable)
-    try:
-        return _load(name, [], name, note=unreachable, name=config_name, split=split, streaming=streaming)
-    finally:
-        datasets.config.HF_HUB_OFFLINE = offline
 
 
 def _load(

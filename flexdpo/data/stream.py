@@ -111,8 +111,26 @@ class StreamedPreferences(IterableDataset[dict[str, Any]]):
     def for_run(
         cls, source: Any, tokenizer: Any, args: DPOConfig, *, name: str, max_positions: int | None = None
     ) -> StreamedPreferences:
-        """The stream of a run with these settings, which are checked first; it is trained on if called "train"."""
-        settle_config(args, training=(training := name == "train"))
+        """The stream of a run; refuses settings that need the whole dataset. It is trained on if called "train"."""
+        training, sampling = name == "train", args.train_sampling_strategy
+        needs_everything = {
+            "precompute_ref_log_probs": args.precompute_ref_log_probs,
+            f"train_sampling_strategy={sampling!r}": training and sampling in ("group_by_length", "batch_rebalance"),
+            "regroup_prompts": training and args.regroup_prompts,
+        }
+        for setting, asked in needs_everything.items():
+            if asked:
+                raise FlexdpoError(
+                    f"{setting} looks at the whole dataset, and a stream is read once; leave it out, or load the "
+                    "dataset without streaming"
+                )
+        if training and args.max_steps <= 0:
+            raise FlexdpoError("a stream has no length, so say how long to train: set max_steps")
+        for strategy in ("eval_strategy", "save_strategy", "logging_strategy"):
+            if training and getattr(args, strategy) == "epoch":
+                raise FlexdpoError(f"{strategy}='epoch' has no meaning for a stream, which has no end; use 'steps'")
+        # accelerate would otherwise read it in the first process and send it around, as it can tensors and not rows
+        args.accelerator_config.dispatch_batches = False
         return cls(
             source,
             tokenizer,
@@ -286,31 +304,6 @@ def _shuffled(rows: Iterator[dict[str, Any]], size: int, seed: tuple[int, int]) 
         yield out
     for place in generator.permutation(len(buffer)):
         yield buffer[place]
-
-
-def settle_config(config: DPOConfig, *, training: bool = True) -> None:
-    """Refuse settings that need the whole dataset, and have each process read the stream for itself.
-
-    accelerate would otherwise read it in the first process and send it around, as it can tensors and not packed rows.
-    """
-    sampling = config.train_sampling_strategy
-    needs_everything = {
-        "precompute_ref_log_probs": config.precompute_ref_log_probs,
-        f"train_sampling_strategy={sampling!r}": training and sampling in ("group_by_length", "batch_rebalance"),
-        "regroup_prompts": training and config.regroup_prompts,
-    }
-    for setting, asked in needs_everything.items():
-        if asked:
-            raise FlexdpoError(
-                f"{setting} looks at the whole dataset, and a stream is read once; leave it out, or load the dataset "
-                "without streaming"
-            )
-    if training and config.max_steps <= 0:
-        raise FlexdpoError("a stream has no length, so say how long to train: set max_steps")
-    for name in ("eval_strategy", "save_strategy", "logging_strategy"):
-        if training and getattr(config, name) == "epoch":
-            raise FlexdpoError(f"{name}='epoch' has no meaning for a stream, which has no end; use 'steps'")
-    config.accelerator_config.dispatch_batches = False
 
 
 def is_stream(dataset: object) -> bool:

@@ -118,24 +118,18 @@ def tokenize_preferences(
     settings = settings_for(columns, largest, max_length, name, images=is_processor(tokenizer))
     settings = replace(settings, max_prompt_length=max_prompt_length)
     plain = dataset.with_format(None)
-    if (as_it_is := _tokenised_before(plain, settings, name)) is not None:
-        return as_it_is
+    # this module's own output, of which no row is too long, stays as it is
+    fits = settings.layout == OWN_LAYOUT and max_prompt_length is None
+    if fits and (longest := longest_if_usable(plain, max_length, largest)) is not None:
+        return TokenizedPreferences(
+            plain, DataReport(name, len(plain), len(plain), longest=longest, layout=described(settings))
+        )
     try:
         mapped = _map(plain, tokenizer, settings, num_proc, name)
     except FlexdpoError as error:
         # rows are tokenised without the name, so that it does not change what the cache finds
         raise FlexdpoError(f"{name}: {error}") from error
     return _account(mapped, settings, name)
-
-
-def _tokenised_before(dataset: Dataset, settings: Settings, name: str) -> TokenizedPreferences | None:
-    """The dataset as it is, where it is this module's own output and no row is too long."""
-    fits = settings.layout == OWN_LAYOUT and settings.max_prompt_length is None
-    longest = longest_if_usable(dataset, settings.max_length, settings.largest_id or 0) if fits else None
-    if longest is None:
-        return None
-    report = DataReport(name, len(dataset), len(dataset), longest=longest, layout=described(settings))
-    return TokenizedPreferences(dataset, report)
 
 
 def _as_one(each: Sequence[TokenizedPreferences], name: str) -> TokenizedPreferences:

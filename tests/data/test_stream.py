@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from flexdpo import DPOTrainer, FlexdpoError
 from flexdpo.data.load import load_preference_dataset
-from flexdpo.data.stream import StreamedPreferences, settle_config
+from flexdpo.data.stream import StreamedPreferences
 from flexdpo.data.tokenize import tokenize_preferences
 from flexdpo.training.batch import PackingCollator
 from tests.conftest import preference_rows
@@ -338,9 +338,11 @@ def test_sources_that_cannot_be_streamed(tmp_path: Path, streamed: Any) -> None:
         ({"accelerator_config": {"dispatch_batches": True}}, "accelerator_config sets dispatch_batches=True"),
     ],
 )
-def test_settings_that_a_stream_cannot_have(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_settings_that_a_stream_cannot_have(
+    tmp_path: Path, tokenizer: Any, changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(FlexdpoError, match=message):
-        settle_config(settings(tmp_path, **changes))
+        StreamedPreferences.for_run(stream(odd_rows(9)), tokenizer, settings(tmp_path, **changes), name="train")
 
 
 def test_the_stream_of_a_run(tmp_path: Path, tokenizer: Any) -> None:
@@ -352,9 +354,11 @@ def test_the_stream_of_a_run(tmp_path: Path, tokenizer: Any) -> None:
     assert [(one.endless, one.batch_size, one.shuffle_buffer) for one in made] == [(True, 4, 5), (False, 3, 0)]
     assert {(one.settings.max_length, one.num_processes, one.seed) for one in made} == {(20, 1, 7)}
     # what is only evaluated may go with training by epochs
-    settle_config(settings(tmp_path, max_steps=-1, eval_strategy="epoch", regroup_prompts=True), training=False)
+    epochs = settings(tmp_path, max_steps=-1, eval_strategy="epoch", regroup_prompts=True)
+    StreamedPreferences.for_run(stream(odd_rows(9)), tokenizer, epochs, name="eval")
+    args = settings(tmp_path, precompute_ref_log_probs=True)
     with pytest.raises(FlexdpoError, match="precompute_ref_log_probs looks at the whole dataset"):
-        settle_config(settings(tmp_path, precompute_ref_log_probs=True), training=False)
+        StreamedPreferences.for_run(stream(odd_rows(9)), tokenizer, args, name="eval")
 
 
 # --- through the trainer ---------------------------------------------------------------------------------------------
