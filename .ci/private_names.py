@@ -67,7 +67,7 @@ PRIVATE: dict[str, tuple[str, str]] = {
     "_adapters_disabled": ("adapters that are switched off have no part in a fingerprint", "tests/reference/test_logps.py::test_an_adapter_counts_while_it_is_switched_on"),
     # argparse
     "_actions": ("options by group in the help", "tests/test_cli.py::test_help_is_grouped"),
-    "_action_groups": ("as _actions", "tests/test_cli.py::test_help_is_grouped"),
+    "_optionals": ("as _actions", "tests/test_cli.py::test_help_is_grouped"),
     "_group_actions": ("as _actions", "tests/test_cli.py::test_help_is_grouped"),
 }
 # methods of transformers' Trainer that DPOTrainer replaces

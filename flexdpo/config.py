@@ -161,7 +161,7 @@ class DPOConfig(LossSettings, TrainingArguments):
     layer_compile_options: dict[str, Any] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        loss_type: list[str] | str = self.loss_type
+        loss_type: Any = self.loss_type
         self.loss_type = [loss_type] if isinstance(loss_type, str) else list(loss_type)
         self._check_reference(self.objective())
         resolve_impl(self.attn_impl, torch.device("cpu"))
@@ -352,11 +352,8 @@ class DPOConfig(LossSettings, TrainingArguments):
             )
         # rows are padded to a few lengths for the kernels that are compiled for each
         compiles = self.attn_impl in ("auto", "flex") or self.attn_kernel_lengths != "auto"
-        return KernelSettings(
-            lengths=self.attn_kernel_lengths if compiles else "dynamic",  # type: ignore[arg-type]
-            kernel_options=options,
-            self_test=self.attn_self_test,
-        )
+        lengths: Any = self.attn_kernel_lengths if compiles else "dynamic"
+        return KernelSettings(lengths=lengths, kernel_options=options, self_test=self.attn_self_test)
 
     def _check_reference(self, objective: Objective) -> None:
         if self.precompute_ref_log_probs and self.sync_ref_model:

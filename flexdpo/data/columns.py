@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
+from flexdpo.data.draft import Settings
 from flexdpo.errors import FlexdpoError, nearest, quoted
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
-    from flexdpo.data.draft import Settings
 
 # a column whose name has no other words is called like a prompt or a part of one: system_prompt, userInput, Question
 _PROMPT_WORDS = frozenset({

@@ -6,19 +6,15 @@ the text that all have in common, and only the prompt goes through the processor
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from flexdpo.data.images import tokenizer_of
+from flexdpo.data.draft import Draft
+from flexdpo.data.images import ImageReader, tokenizer_of
 from flexdpo.data.messages import image_parts
 from flexdpo.data.pictures import as_stored
 from flexdpo.errors import FlexdpoError, first_line
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from flexdpo.data.draft import Draft
-    from flexdpo.data.images import ImageReader
 
 Messages = list[dict[str, Any]]
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from flexdpo.data.cache import tokenizer_digest
@@ -20,10 +22,7 @@ from flexdpo.layout.groups import PromptImage
 from flexdpo.layout.images import joined_inputs
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
     from PIL.Image import Image
-    from torch import Tensor
 
 # what a processor says about tokens and not about images
 _OF_TOKENS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "text_replacement_offsets")

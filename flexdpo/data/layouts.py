@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import permutations
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flexdpo.data.columns import prompt_like
 from flexdpo.data.draft import TEMPLATE_COLUMNS, TIE, Draft, Settings
@@ -15,11 +16,8 @@ from flexdpo.data.ids import read_own_ids, read_pair_ids
 from flexdpo.data.messages import as_messages, decoded
 from flexdpo.errors import FlexdpoError, found, nearest, quoted
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
-    Values = Mapping[str, Any]
-    Verdicts = Mapping[str, int | None]
+Values = Mapping[str, Any]
+Verdicts = Mapping[str, int | None]
 
 
 @dataclass(frozen=True)

@@ -141,14 +141,7 @@ def require_room(
     limits: Sequence[int] = (),
     in_pieces: bool = False,
 ) -> None:
-    """Refuse a dataset with an example that fits no row, before anything is trained on it.
-
-    What is needed is that of :func:`tokens_needed`; examples that run ``in_pieces`` need room for their longest
-    sequence only.
-
-    Raises:
-        FlexdpoError: naming the first such example, its size and the room.
-    """
+    """Refuse a dataset with an example that fits no row; ``in_pieces`` only its longest sequence must fit."""
     room = max_tokens_per_row // pad_to_multiple_of * pad_to_multiple_of
     alone = token_counts(dataset, shared=True, limits=limits)
     needed = tokens_needed(dataset, unrelated_responses=unrelated_responses, limits=limits)

@@ -78,8 +78,7 @@ def load_preference_dataset(
         The split, with its columns as stored; cells of a CSV file are text as written, so ``NA`` stays ``"NA"``.
 
     Raises:
-        FlexdpoError: if nothing is there, it cannot be read (with the line of a JSONL file), it has no such split, or
-            it is empty.
+        FlexdpoError: if nothing is there, it is empty or cannot be read (with the line of a JSONL file).
     """
     path = Path(name_or_path).expanduser()
     if path.is_dir():

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from flexdpo.errors import FlexdpoError, found, nearest, quoted
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
 
 _KEYS = ("path", "name", "data_dir", "data_files", "split", "columns", "fraction", "count")
 

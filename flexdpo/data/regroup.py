@@ -19,22 +19,20 @@ _COLUMNS = ["prompt_ids", "response_ids", "edges", "row"]
 def regroup_by_prompt(dataset: Dataset, *, max_responses: int | None = None) -> Dataset:
     """Merge the rows of a tokenised dataset that have the same prompt into one group each.
 
-    Equal responses become one, and every preference is kept: one that occurs twice counts twice, and two that
-    contradict each other both stay. The sum over preferences of any pairwise loss, and its gradient, are those of the
-    separate rows. What changes is which preferences meet in an optimizer step: a batch counts groups, and a group
-    brings all of its preferences along. Of a dataset larger than memory only row numbers and digests are held.
+    Equal responses become one, and every preference is kept, also one that occurs twice or contradicts another. The sum
+    over preferences of any pairwise loss, and its gradient, are those of the separate rows. What changes is which
+    preferences meet in an optimizer step: a batch counts groups, and a group brings all of its preferences along. Of a
+    dataset larger than memory only row numbers and digests are held.
 
     Args:
-        dataset: Of :func:`tokenize_preferences`.
+        dataset: Of :func:`tokenize_preferences`, whose columns are kept.
         max_responses: Start another group for a prompt when one would have more distinct responses than this.
 
     Returns:
-        A dataset in the order of each prompt's first row, ``row``, with the same columns and ``source_rows``, the rows
-        that each group was made of.
+        A dataset in the order of each prompt's first row, ``row``, with all rows of each group in ``source_rows``.
 
     Raises:
-        FlexdpoError: if columns are missing, precomputed reference values would no longer fit, ``max_responses`` is
-            below 2, or a row prefers a response to itself.
+        FlexdpoError: for missing columns, reference values that would no longer fit, or a row without two responses.
     """
     columns = dataset.column_names
     missing = [name for name in _COLUMNS if name not in columns]

@@ -99,8 +99,8 @@ class Counts:
             number, row = values[column]
             if number:
                 notes.append(f"{text} in {number} rows, first at row {row}")
-        layout = described(self._settings)
-        return DataReport(name, rows, used, skipped, first, truncated, longest, tuple(notes), layout)
+        how = described(self._settings)
+        return DataReport(name, rows, used, skipped, first, truncated, longest, tuple(notes), how)
 
 
 def merged(name: str, reports: Sequence[DataReport]) -> DataReport:
