@@ -161,6 +161,40 @@ class DPOConfig(LossSettings, TrainingArguments):
     layer_compile_options: dict[str, Any] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._check_given()
+        # what transformers would act on otherwise is taken from it, and given back as it is meant here
+        asked = {name: getattr(self, name) for name in _COMPILE_SETTINGS}
+        copies_unsaid = self.accelerator_config is None
+        for name, nothing in _COMPILE_SETTINGS.items():
+            setattr(self, name, nothing)
+        # transformers before 5.23 knows the older names only
+        known = checkpointing_name(TrainingArguments)
+        for suffix in ("", "_kwargs"):
+            if getattr(self, f"activation_checkpointing{suffix}") is not None:
+                setattr(self, known + suffix, getattr(self, f"activation_checkpointing{suffix}"))
+        super().__post_init__()
+        for suffix in ("", "_kwargs"):
+            setattr(self, f"activation_checkpointing{suffix}", getattr(self, known + suffix))
+        # transformers has read what was text
+        kwargs: Any = self.activation_checkpointing_kwargs
+        # as users of torch say it
+        self.keep_attention = self.keep_attention or (kwargs or {}).get("context_fn") is keep_attention
+        self._check_effects()
+        self._decide_on_compilation(**asked)
+        self.activation_checkpointing_kwargs = checkpoint_arguments(
+            kwargs,
+            attention=self.keep_attention,
+            impl=resolve_impl(self.attn_impl, self.device),
+            compiled=self.compile_layers,
+            device=self.device.type,
+        )
+        setattr(self, f"{known}_kwargs", self.activation_checkpointing_kwargs)
+        if copies_unsaid:
+            # a row is a dozen small tensors, each of which would otherwise wait for the step before it
+            self.accelerator_config.non_blocking = self.dataloader_pin_memory
+
+    def _check_given(self) -> None:
+        """Bring what was given into one form, and refuse what no run can have."""
         loss_type: Any = self.loss_type
         self.loss_type = [loss_type] if isinstance(loss_type, str) else list(loss_type)
         self._check_reference(self.objective())
@@ -181,42 +215,16 @@ class DPOConfig(LossSettings, TrainingArguments):
         self.fsdp: Any = {"true": True, "false": None}.get(str(self.fsdp).lower(), self.fsdp)
         if self.bf16 is None:
             self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not self.fp16
-        asked = {name: getattr(self, name) for name in _COMPILE_SETTINGS}
-        copies_unsaid = self.accelerator_config is None
-        for name, nothing in _COMPILE_SETTINGS.items():
-            setattr(self, name, nothing)
-        # transformers before 5.23 knows the older names only
-        known = checkpointing_name(TrainingArguments)
-        for suffix in ("", "_kwargs"):
-            if getattr(self, f"activation_checkpointing{suffix}") is not None:
-                setattr(self, known + suffix, getattr(self, f"activation_checkpointing{suffix}"))
-        super().__post_init__()
-        for suffix in ("", "_kwargs"):
-            setattr(self, f"activation_checkpointing{suffix}", getattr(self, known + suffix))
-        # transformers has read what was text
-        kwargs: Any = self.activation_checkpointing_kwargs
-        # as users of torch say it
-        self.keep_attention = self.keep_attention or (kwargs or {}).get("context_fn") is keep_attention
-        self._check_effects()
-        wanted = asked.pop("torch_compile")
-        options = {name.removeprefix("torch_compile_"): value for name, value in asked.items()}
-        self.layer_compile_options = {name: value for name, value in options.items() if value is not None}
-        given = bool(self.layer_compile_options)
-        if wanted is False and given:
+
+    def _decide_on_compilation(self, torch_compile: bool | None, **options: str | None) -> None:
+        """Whether layers are compiled, and how: where it was asked for, or unasked on a GPU."""
+        given = {name.removeprefix("torch_compile_"): value for name, value in options.items() if value is not None}
+        if torch_compile is False and given:
             raise FlexdpoError("torch_compile=False leaves torch_compile_backend and torch_compile_mode without effect")
-        self.compiles_unasked = wanted is None and not given and self.device.type == "cuda" and not self.deepspeed
-        self.compile_layers = bool(wanted) or given or self.compiles_unasked
-        self.activation_checkpointing_kwargs = checkpoint_arguments(
-            kwargs,
-            attention=self.keep_attention,
-            impl=resolve_impl(self.attn_impl, self.device),
-            compiled=self.compile_layers,
-            device=self.device.type,
-        )
-        setattr(self, f"{known}_kwargs", self.activation_checkpointing_kwargs)
-        if copies_unsaid:
-            # a row is a dozen small tensors, each of which would otherwise wait for the step before it
-            self.accelerator_config.non_blocking = self.dataloader_pin_memory
+        unasked = torch_compile is None and not given
+        self.compiles_unasked = unasked and self.device.type == "cuda" and not self.deepspeed
+        self.compile_layers = bool(torch_compile or given or self.compiles_unasked)
+        self.layer_compile_options = given
 
     def to_dict(self) -> dict[str, Any]:
         """As ``TrainingArguments.to_dict``, with the compile settings as they were given, so that they can be read.

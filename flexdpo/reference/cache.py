@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
     from flexdpo.layout.groups import Group, PromptImage
 
-_FORMAT = 2
 _IDENTITY = "identity.json"
 _DIGEST = "blake2b"
 
@@ -50,7 +49,7 @@ class ReferenceIdentity:
 
     def as_dict(self) -> dict[str, Any]:
         """As it is written to disk."""
-        return {"format": _FORMAT, "model": self.model, "tokenizer": self.tokenizer, "settings": dict(self.settings)}
+        return {"format": 2, "model": self.model, "tokenizer": self.tokenizer, "settings": dict(self.settings)}
 
 
 def response_key(

@@ -211,9 +211,7 @@ def precompute_reference(
     """Fill a cache with the reference log-probability of every response of a dataset, continuing where it stopped.
 
     ``run`` gives those of a row and is called without gradients. Several processes open the cache and wait for each
-    other, call this with the same groups, wait again and call :meth:`ReferenceCache.reload`.
-
-    Raises ``FlexdpoError`` naming the example if a sequence fits no row, or a log-probability is not finite.
+    other, call this with the same groups, wait again and reload. What fits no row or is not finite is an error.
     """
     wanted = _wanted(groups, settings.with_beginnings)
     missing = {key for key, item in wanted.items() if any(part not in cache.values for part in item.wanted.values())}
@@ -254,28 +252,23 @@ def precompute_reference(
 
 def _row_of(clusters: _PlannedRow, pad_to_multiple_of: int) -> Row:
     """One row of several clusters; its targets are the tokens wanted, and nothing of the prompts."""
-    row = Row.from_groups([_as_group(cluster) for cluster in clusters], pad_to_multiple_of=pad_to_multiple_of)
+    groups = []
+    for cluster in clusters:
+        first = cluster[0]
+        # what all of them begin with is the prompt; in sorted order, what the first and the last share all do
+        shared = min(
+            _common(first.sequence, cluster[-1].sequence), *(item.sequence.size - item.tail for item in cluster)
+        )
+        responses = tuple(item.sequence[shared:].astype(np.int64) for item in cluster)
+        images: dict[str, Any] = {"images": first.images, "image_token_id": first.image_token_id}
+        groups.append(Group(first.sequence[:shared].astype(np.int64), responses, name=first.name, **images))
+    row = Row.from_groups(groups, pad_to_multiple_of=pad_to_multiple_of)
     tails = torch.tensor([item.tail for cluster in clusters for item in cluster])
     ends = torch.bincount(row.member_responses, minlength=row.num_responses).cumsum(0)
     wanted = torch.arange(len(row.member_responses)) >= (ends - tails)[row.member_responses]
     targets, members = row.member_targets[wanted].unique(return_inverse=True)
     kept: dict[str, Any] = {"predictors": row.predictors[targets], "labels": row.labels[targets]}
     return replace(row, member_targets=members, member_responses=row.member_responses[wanted], **kept)
-
-
-def _as_group(cluster: Sequence[_Item]) -> Group:
-    """A cluster as a group: what all of them begin with is the prompt, and the rest of each is a response."""
-    # in sorted order, what the first and the last begin with all do
-    shared = _common(cluster[0].sequence, cluster[-1].sequence)
-    shared = min(shared, *(item.sequence.size - item.tail for item in cluster))
-    sequences = [item.sequence.astype(np.int64) for item in cluster]
-    return Group(
-        sequences[0][:shared],
-        tuple(s[shared:] for s in sequences),
-        name=cluster[0].name,
-        images=cluster[0].images,
-        image_token_id=cluster[0].image_token_id,
-    )
 
 
 def _values(items: Sequence[_Item], row: Row, logps: ResponseLogps) -> dict[Key, float]:

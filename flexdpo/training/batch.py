@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from flexdpo.layout.packing import Buckets
     from flexdpo.layout.row import Row
 
+_Values: TypeAlias = "Sequence[Sequence[float]]"  # for each group, one value per response
+_Pairs: TypeAlias = "Sequence[Sequence[Sequence[float]]]"  # and chosen and rejected value per preference
 REFERENCE_COLUMN = "ref_response_logps"
 REFERENCE_PAIR_COLUMN = "ref_pair_logps"
 # what of a dataset is collated
@@ -112,21 +114,11 @@ class PackingCollator:
         return {"example_rows": torch.tensor([int(example["row"]) for example in examples]), "batch": batch}
 
     def packed(
-        self,
-        groups: Sequence[Group],
-        reference: Sequence[Sequence[float]] | None = None,
-        reference_pairs: Sequence[Sequence[Sequence[float]]] | None = None,
+        self, groups: Sequence[Group], reference: _Values | None = None, reference_pairs: _Pairs | None = None
     ) -> PackedBatch:
         """Pack groups, and bring precomputed values (per response, under ``ld_alpha`` also per pair) into row order."""
-        rows = pack(
-            groups,
-            self.max_tokens_per_row,
-            pad_to_multiple_of=self.pad_to_multiple_of,
-            buckets=self.buckets,
-            sharing=self.sharing,
-            limits=self.limits,
-            in_pieces=self.in_pieces,
-        )
+        names = ("pad_to_multiple_of", "buckets", "sharing", "limits", "in_pieces")
+        rows = pack(groups, self.max_tokens_per_row, **{name: getattr(self, name) for name in names})
         # gradients are synchronised at the last row, where what encodes images should take part
         rows.sort(key=lambda row: row.layout.images is not None)
         values = None if reference is None else [_reference_of(row, reference, reference_pairs) for row in rows]
@@ -136,9 +128,7 @@ class PackingCollator:
         return PackedBatch(rows, BatchTotals.of(groups), values, idle, (groups, reference, reference_pairs))
 
 
-def _reference_of(
-    row: Row, reference: Sequence[Sequence[float]], pairs: Sequence[Sequence[Sequence[float]]] | None
-) -> ReferenceLogps:
+def _reference_of(row: Row, reference: _Values, pairs: _Pairs | None) -> ReferenceLogps:
     sums = torch.tensor([value for number in row.numbers for value in reference[number]], dtype=torch.float64)
     if len(sums) != row.num_responses:
         raise FlexdpoError(

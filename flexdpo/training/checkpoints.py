@@ -134,16 +134,6 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
 
 
 @contextmanager
-def writing_checkpoint(folder: Path, *, is_writer: bool) -> Iterator[None]:
-    """Hold a checkpoint folder for incomplete until ``is_writer`` has written its record; say plainly if it cannot."""
-    if is_writer:
-        # a complete checkpoint of an earlier run may stand there
-        (folder / RECORD_FILE).unlink(missing_ok=True)
-    with plain_write_errors(f"the checkpoint {folder}", folder.parent):
-        yield
-
-
-@contextmanager
 def plain_write_errors(what: str, output_dir: Path) -> Iterator[None]:
     """Say plainly when something of a run cannot be written, and which checkpoint there is to go on from."""
     try:

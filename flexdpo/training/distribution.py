@@ -110,7 +110,6 @@ def require_supported(accelerator: Accelerator, model: nn.Module, *, images: boo
 
 def place_reference(reference: nn.Module, accelerator: Accelerator) -> nn.Module:
     """Put a frozen reference model where the policy will be: on the device, sharded under FSDP2 and DeepSpeed."""
-    placed: nn.Module
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         import deepspeed
 
@@ -122,13 +121,11 @@ def place_reference(reference: nn.Module, accelerator: Accelerator) -> nn.Module
         config["zero_optimization"].pop("offload_optimizer", None)
         if config["zero_optimization"]["stage"] != 3:
             config["zero_optimization"] = {"stage": 0}
-        placed = deepspeed.initialize(model=reference, config=config)[0]
-        # its eval() returns nothing
-        placed.eval()
-        return placed
+        engine = deepspeed.initialize(model=reference, config=config)[0]
+        engine.eval()  # which returns nothing
+        return engine  # type: ignore[no-any-return]
     if accelerator.distributed_type != DistributedType.FSDP:
-        placed = accelerator.prepare_model(reference, evaluation_mode=True)
-        return placed
+        return accelerator.prepare_model(reference, evaluation_mode=True)  # type: ignore[no-any-return]
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     plugin = accelerator.state.fsdp_plugin
@@ -153,8 +150,7 @@ def gathered(parameters: list[nn.Parameter], **options: Any) -> contextlib.Abstr
         return contextlib.nullcontext()
     import deepspeed
 
-    together: contextlib.AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(parameters, **options)
-    return together
+    return deepspeed.zero.GatheredParameters(parameters, **options)  # type: ignore[no-any-return]
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -6,7 +6,10 @@ nothing that grows with the square of a row, and logits exist a chunk at a time:
 
 from __future__ import annotations
 
+import sys
+from bisect import bisect_right
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +26,7 @@ from flexdpo.training.model_size import ModelSize
 if TYPE_CHECKING:
     from collections.abc import Collection
 
+    from torch import nn
     from transformers import TrainingArguments
 
 # what a CPU's allocator holds between blocks in use, as a share of them: on steps of six length profiles, padded,
@@ -59,9 +63,7 @@ class TrainingSetup:
     device_type: str = "cpu"  # or ``"cuda"``, which decides how many logits exist at a time
 
     @classmethod
-    def from_arguments(
-        cls, args: TrainingArguments, model: torch.nn.Module | None = None, **others: Any
-    ) -> TrainingSetup:
+    def from_arguments(cls, args: TrainingArguments, model: nn.Module | None = None, **others: Any) -> TrainingSetup:
         """The setup of a run, whose model tells its dtype and what is trained: else float32, and all."""
         # an adapter is trained in float32 beside frozen weights in half precision; the many decide
         weight_bytes = 4 if model is None else max(model.parameters(), key=lambda p: p.numel()).element_size()
@@ -261,13 +263,11 @@ def free_memory(device: torch.device | str) -> int:
         return int(torch.cuda.mem_get_info(device)[0]) + int(unused)
     import psutil
 
-    available = int(psutil.virtual_memory().available)
-    limit = _left_of_container()
-    return available if limit is None else min(available, limit)
+    return min(int(psutil.virtual_memory().available), _left_of_container())
 
 
-def _left_of_container(root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """What is left of a Linux container's memory limit; ``None`` where there is none."""
+def _left_of_container(root: Path = Path("/sys/fs/cgroup")) -> int:
+    """What is left of a Linux container's memory limit, or more than there is without one."""
     old = ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")
     for most, used in (("memory.max", "memory.current"), old):
         try:
@@ -277,7 +277,7 @@ def _left_of_container(root: Path = Path("/sys/fs/cgroup")) -> int | None:
         # the old interface writes an absurdly large number for "no limit"
         if limit != "max" and int(limit) < 1 << 60:
             return max(0, int(limit) - int(taken))
-    return None
+    return sys.maxsize
 
 
 def auto_row_budget(
@@ -294,10 +294,8 @@ def auto_row_budget(
     """The largest ``max_tokens_per_row``, at most 262,144, whose step fits into a device's free memory.
 
     It is a multiple of ``multiple`` tokens, by default 128 on CUDA and 1 elsewhere. The longest example's ``longest``
-    distinct tokens must fit, or where given ``longest_sequence``, so that longer examples run in pieces. ``resident``
-    names fields of :class:`MemoryPrediction` that are in memory already, and so no part of what is ``free``.
-
-    Raises ``FlexdpoError`` if they do not fit; the message says what takes the memory.
+    distinct tokens must fit, or where given ``longest_sequence``, so that longer examples run in pieces; else the error
+    says what takes the memory. ``resident`` names fields of :class:`MemoryPrediction` that are no part of ``free``.
     """
     setup = setup or TrainingSetup(device_type=torch.device(device).type)
     size = ModelSize.of(model_or_config)
@@ -305,7 +303,7 @@ def auto_row_budget(
     free = free_memory(device) if free is None else free
     usable = int(free * (1 - MARGIN))
 
-    def needed(tokens: int, setup: TrainingSetup) -> int:
+    def needed(setup: TrainingSetup, tokens: int) -> int:
         predicted = predict_memory(size, tokens, setup)
         return predicted.total - sum(int(getattr(predicted, part)) for part in resident)
 
@@ -313,12 +311,10 @@ def auto_row_budget(
     if longest_sequence is not None:
         cases.append((max(longest_sequence, unit), replace(setup, in_pieces=True)))
     for tokens, setup in cases:
-        low, high = 0, max(1, LONGEST_ROW // unit)
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if needed(middle * unit, setup) <= usable else (low, middle - 1)
-        if low * unit >= tokens:
-            return low * unit
+        lengths = range(unit, max(unit, LONGEST_ROW // unit * unit) + 1, unit)
+        fitting = unit * bisect_right(lengths, usable, key=partial(needed, setup))
+        if fitting >= tokens:
+            return fitting
     helping = {
         "lower max_length": True,
         "set activation_checkpointing=True": not setup.gradient_checkpointing,
@@ -328,7 +324,7 @@ def auto_row_budget(
     ways = [way for way, helps in helping.items() if helps]
     parts = vars(predict_memory(size, tokens, setup)).items()
     raise FlexdpoError(
-        f"no row fits: {tokens} tokens of {size.name} need about {gigabytes(needed(tokens, setup))} more "
+        f"no row fits: {tokens} tokens of {size.name} need about {gigabytes(needed(setup, tokens))} more "
         f"({', '.join(f'{name} {gigabytes(count)}' for name, count in parts if name != 'tokens')}), and "
         f"{gigabytes(usable)} of {gigabytes(free)} free memory can be used; {', or '.join(ways)}"
     )

@@ -80,13 +80,18 @@ class ModelSize:
             raise FlexdpoError(
                 f"{config.model_type} has no attention heads, so it is no model that can be trained here"
             )
+        widths = (getattr(config, name, None) for name in ("intermediate_size", "n_inner", "ffn_dim"))
+        width = next(filter(None, widths), 4 * config.hidden_size)
+        if experts := getattr(config, "num_experts_per_tok", None):
+            width = experts * (getattr(config, "moe_intermediate_size", None) or config.intermediate_size)
+            width += getattr(config, "shared_expert_intermediate_size", None) or 0
         # the part that sees has layers of other kinds
         layers = dict(backbone_of(base_model(inner)).named_modules())
         return cls(
             name=str(getattr(config, "_name_or_path", "") or config.model_type),
             parameters=sum(parameter.numel() for parameter in inner.parameters()),
             hidden=int(config.hidden_size),
-            intermediate=_intermediate(config),
+            intermediate=int(width),
             layers=int(config.num_hidden_layers),
             heads=heads,
             key_heads=int(getattr(config, "num_key_value_heads", None) or heads),
@@ -149,12 +154,3 @@ def without_memory(config: Any) -> torch.nn.Module:
     except (ValueError, TypeError, KeyError) as error:
         raise FlexdpoError(f"no causal LM can be made of a {type(config).__name__}: {first_line(error)}") from error
     return model
-
-
-def _intermediate(config: Any) -> int:
-    """Width of the feed-forward layers that one token passes."""
-    if experts := getattr(config, "num_experts_per_tok", None):
-        width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
-        return int(experts) * int(width) + int(getattr(config, "shared_expert_intermediate_size", None) or 0)
-    widths = (getattr(config, name, None) for name in ("intermediate_size", "n_inner", "ffn_dim"))
-    return int(next(filter(None, widths), 4 * config.hidden_size))

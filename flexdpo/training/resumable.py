@@ -17,7 +17,7 @@ from flexdpo.data.draft import TOKENISED_COLUMNS
 from flexdpo.data.stream import StreamedPreferences
 from flexdpo.data.workers import plain_worker_errors
 from flexdpo.training import checkpoints
-from flexdpo.training.checkpoints import data_digest, plain_write_errors, run_record
+from flexdpo.training.checkpoints import RECORD_FILE, data_digest, plain_write_errors, run_record
 from flexdpo.training.finite import require_finite_weights
 from flexdpo.training.model_card import model_card
 from flexdpo.training.output_lock import holding_output
@@ -154,7 +154,10 @@ class ResumableTrainer(Trainer):
         require_finite_weights(self._guard.model, self.accelerator, f"the checkpoint {folder}", self.optimizer)
         tokens = self.total_tokens()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
-        with checkpoints.writing_checkpoint(folder, is_writer=self.args.should_save):
+        if self.args.should_save:
+            # a complete checkpoint of an earlier run may stand there, and counts for incomplete until its record is new
+            (folder / RECORD_FILE).unlink(missing_ok=True)
+        with plain_write_errors(f"the checkpoint {folder}", folder.parent):
             try:
                 super()._save_checkpoint(model, trial)
             finally:

@@ -107,7 +107,13 @@ class RowPlan:
         one_kernel = replace(self, kernels=self.kernels_of_any_length)
         if dataset is None:
             return one_kernel
-        batches = _sampled_batches(dataset, args)
+        # batches of random examples, the same ones in every process
+        size = args.per_device_train_batch_size
+        count = min(len(dataset), max(size, min(_SAMPLED_EXAMPLES, _SAMPLED_BATCHES * size)))
+        order = np.sort(np.random.default_rng(args.seed).permutation(len(dataset))[:count])
+        order = order[np.random.default_rng(args.seed).permutation(count)]
+        groups = [group_from_row(row) for row in dataset.select(order)]
+        batches: list[Sequence[Group]] = [groups[start : start + size] for start in range(0, count, size)]
         if unrelated_responses:
             batches = [with_unrelated_responses(batch) for batch in batches if len(batch) > 1] or batches
         multiple, budget = args.room_multiple, self.max_tokens_per_row
@@ -135,13 +141,3 @@ def may_run_in_pieces(args: DPOConfig, model: nn.Module, *, router: bool) -> boo
     """
     stateful = base_model(model)._flexdpo_mixing.stateful
     return not (is_sharded(args) or router or stateful or args.attn_impl == "varlen")
-
-
-def _sampled_batches(dataset: Dataset, args: DPOConfig) -> list[Sequence[Group]]:
-    """Batches of random examples, the same ones in every process."""
-    size = args.per_device_train_batch_size
-    count = min(len(dataset), max(size, min(_SAMPLED_EXAMPLES, _SAMPLED_BATCHES * size)))
-    order = np.sort(np.random.default_rng(args.seed).permutation(len(dataset))[:count])
-    order = order[np.random.default_rng(args.seed).permutation(count)]
-    groups = [group_from_row(row) for row in dataset.select(order)]
-    return [groups[start : start + size] for start in range(0, count, size)]

@@ -97,11 +97,9 @@ class SyncReference(TrainerCallback):
 
 @torch.no_grad()
 def mix_into_reference(reference: nn.Module, policy: nn.Module, alpha: float) -> None:
-    """Move every weight of the reference towards the policy's: ``alpha * policy + (1 - alpha) * reference``.
+    """Move every weight of the reference to ``alpha * policy + (1 - alpha) * reference``, shard by shard.
 
-    ``alpha`` is in ``(0, 1]``; 1 copies the policy (a hard update). Sharded weights (FSDP2) are mixed shard by shard.
-
-    Source: Gorbatovski et al. 2024, arXiv:2404.09656, soft update (hard for ``alpha = 1``).
+    Source: Gorbatovski et al. 2024, arXiv:2404.09656, soft update (hard, a copy, for ``alpha = 1``).
     """
     if not 0 < alpha <= 1:
         raise FlexdpoError(f"ref_model_mixup_alpha must be in (0, 1], got {alpha}")

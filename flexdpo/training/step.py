@@ -67,17 +67,14 @@ class Runner:
 
     model: nn.Module  # a prepared causal LM, wrapped or not
     objective: Objective
-    # values of a row without gradients; not asked for where the batch brings precomputed ones
-    reference: Callable[[Row], ResponseLogps] | None = None
-    # called with each row's share of the loss, whose activations are freed before the next; none computes values only
-    backward: Callable[[Tensor], None] | None = None
+    reference: Callable[[Row], ResponseLogps] | None = None  # without gradients, where none is precomputed
+    backward: Callable[[Tensor], None] | None = None  # of each row's share of the loss; none computes values only
     # around every pass of the model but the last, to keep gradient synchronisation for the end
     no_sync: Callable[[nn.Module], AbstractContextManager[Any]] = contextlib.nullcontext
     autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext  # around the forward passes
     average: Callable[[Tensor], Tensor] | None = None  # mean of a scalar over all processes
     router: RouterLoss | None = None  # of a mixture of experts, added to the batch's loss
-    # the largest of the numbers that all processes give: those that gather each weight together must run equal numbers
-    # of passes, and so must losses that couple a batch
+    # the largest of the numbers that all processes give, where they must run equal numbers of passes
     agree: Callable[[int], int] | None = None
 
     def __call__(self, batch: PackedBatch) -> BatchLoss:

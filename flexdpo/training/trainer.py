@@ -300,9 +300,7 @@ class DPOTrainer(ResumableTrainer):
         settings = {"autocast": self.compute_loss_context_manager, "router": self._router, "backward": backward}
         return Runner(model, self.objective, self.reference_logps, **{**self._across_processes, **settings})
 
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any
-    ) -> tuple[Tensor, None, None]:
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> Any:
         """Compute the loss and the metrics of an evaluation batch."""
         distinct = distinct_examples(inputs["example_rows"], self.args, self.accelerator)
         # a process that has only repeats runs them along with the others and counts none

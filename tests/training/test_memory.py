@@ -244,10 +244,10 @@ def test_free_memory_is_what_the_system_has_left() -> None:
 
 
 def test_a_container_has_less(tmp_path) -> None:
-    assert memory._left_of_container(tmp_path) is None
+    assert memory._left_of_container(tmp_path) == sys.maxsize
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "memory.current").write_text("5\n")
-    assert memory._left_of_container(tmp_path) is None
+    assert memory._left_of_container(tmp_path) == sys.maxsize
     (tmp_path / "memory.max").write_text("1000\n")
     assert memory._left_of_container(tmp_path) == 995
 
