@@ -121,17 +121,6 @@ def _clusters(items: Sequence[_Item], settings: PrecomputeSettings) -> list[tupl
     return clusters
 
 
-def _plan(items: Sequence[_Item], settings: PrecomputeSettings) -> list[_PlannedRow]:
-    """Which clusters share a row."""
-    clusters, rows = _clusters(items, settings), []
-    at_once = settings.clusters_per_row if settings.max_tokens_per_row is None else _PACKED_TOGETHER
-    for start in range(0, len(clusters), at_once):
-        part = clusters[start : start + at_once]
-        bins = best_fit_decreasing([size for size, _ in part], settings.budget)
-        rows += [[part[i][1] for i in members] for members in bins]
-    return rows
-
-
 def _save_plan(path: Path, rows: Sequence[_PlannedRow]) -> None:
     placed = [
         (*item.key, row, cluster)
@@ -182,9 +171,7 @@ class PrecomputeSettings:
     max_tokens_per_row: int | None = None  # longest row, padding included
     clusters_per_row: int = 8  # sets of related sequences in a row, where there is no token budget
     pad_to_multiple_of: int = 1  # tokens
-    # tokens that sequences with different prompts must share to be brought together: merging on less would tie all of
-    # the row together and cost more tiles of attention than it saves tokens
-    min_shared: int = MIN_SHARED
+    min_shared: int = MIN_SHARED  # tokens that sequences with different prompts must share to be brought together
     with_beginnings: bool = False  # also what LD-DPO needs: the beginning of each pair's longer response
     limits: Sequence[int] = ()  # as in :func:`flexdpo.pack`
     device: torch.device | str = "cpu"
@@ -218,7 +205,12 @@ def precompute_reference(
     path = cache.folder / "plan.safetensors"
     rows = _load_plan(path, wanted, missing)
     if rows is None:
-        rows = _plan([wanted[key] for key in wanted if key in missing], settings)
+        clusters, rows = _clusters([wanted[key] for key in wanted if key in missing], settings), []
+        at_once = settings.clusters_per_row if settings.max_tokens_per_row is None else _PACKED_TOGETHER
+        for start in range(0, len(clusters), at_once):
+            part = clusters[start : start + at_once]
+            bins = best_fit_decreasing([size for size, _ in part], settings.budget)
+            rows += [[part[i][1] for i in members] for members in bins]
         if settings.process_index == 0 and rows:
             _save_plan(path, rows)
     shares = [[row for row in rows[i :: settings.num_processes] if row] for i in range(settings.num_processes)]
@@ -226,13 +218,13 @@ def precompute_reference(
     idle = max(map(len, shares)) - len(mine) if settings.equal_forwards else 0
     pending: dict[Key, float] = {}
     tokens, unshared, saved = 0, 0, time.monotonic()
-    total = sum(len(cluster) for clusters in mine for cluster in clusters)
+    total = sum(len(cluster) for planned in mine for cluster in planned)
     disabled = not settings.progress
     with tqdm(total=total, desc=settings.description, unit="response", disable=disabled) as bar, torch.no_grad():
         try:
-            for clusters in mine:
-                items = [item for cluster in clusters for item in cluster]
-                row = _row_of(clusters, settings.pad_to_multiple_of)
+            for planned in mine:
+                items = [item for cluster in planned for item in cluster]
+                row = _row_of(planned, settings.pad_to_multiple_of)
                 values = _values(items, row, run(row.to(settings.device)))
                 # what an interrupted run has written stays as it is
                 pending.update({key: value for key, value in values.items() if key not in cache.values})

@@ -53,8 +53,7 @@ class TrainingSetup:
     keeps_attention: bool = False  # what attention came to is kept through it, by ``keep_attention``
     every_n_layers: int = 1  # of so many layers one is checkpointed
     offload: bool = False  # what checkpoints keep lies in the host's memory
-    # a frozen copy of the weights is kept: not with an adapter, nor with precomputed reference log-probabilities
-    reference: bool = True
+    reference: bool = True  # a frozen copy of the weights is kept: not with an adapter, nor with precomputed values
     trainable: int | None = None  # parameters that get gradients; ``None`` for all
     optimizer: str = "adamw_torch"  # as ``TrainingArguments.optim`` names it
     shards: int = 1  # processes that share weights, gradients and optimizer states (FSDP, ZeRO-3)
@@ -127,13 +126,11 @@ def predict_memory(
 
 
 def predict_padded_memory(model_or_config: Any, tokens: int, setup: TrainingSetup | None = None) -> MemoryPrediction:
-    """The same for an ordinary step on a padded batch of ``tokens`` tokens, with logits at all of them.
-
-    The logits and their gradient exist whole, and half-precision logits a third time as log-probabilities.
-    """
+    """The same for an ordinary step on a padded batch of ``tokens`` tokens, with logits at all of them."""
     size, setup = ModelSize.of(model_or_config), setup or TrainingSetup()
     packed = predict_memory(size, tokens, setup, targets=0)
     logits = tokens * size.vocabulary * setup.compute_bytes
+    # logits and their gradient exist whole, and half-precision logits a third time as log-probabilities
     kept = packed.activations + logits * (2 if setup.compute_bytes < 4 else 1)
     working = max(logits, _passing_bytes(size, setup) * tokens) + _gathered_bytes(size, setup)
     return replace(packed, activations=kept, working=working + _fragments(setup, kept + working))

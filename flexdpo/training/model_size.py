@@ -77,9 +77,7 @@ class ModelSize:
         config = inner.config.get_text_config()
         heads, states = int(getattr(config, "num_attention_heads", None) or 0), _states(inner)
         if not heads and not states:
-            raise FlexdpoError(
-                f"{config.model_type} has no attention heads, so it is no model that can be trained here"
-            )
+            raise FlexdpoError(f"{config.model_type} has no attention heads, so it is no model to be trained here")
         widths = (getattr(config, name, None) for name in ("intermediate_size", "n_inner", "ffn_dim"))
         width = next(filter(None, widths), 4 * config.hidden_size)
         if experts := getattr(config, "num_experts_per_tok", None):

@@ -38,10 +38,7 @@ ROWS_AT_ONCE = 65_536
 def reference_model(
     policy: nn.Module, given: nn.Module | None, args: DPOConfig, tokenizer: PreTrainedTokenizerBase
 ) -> nn.Module | None:
-    """The frozen model that the policy is held against: the one given, or a copy of the policy as it is now.
-
-    ``None`` where the loss needs none, and where the policy itself gives them, by its first weights or beforehand.
-    """
+    """The frozen model that the policy is held against, or ``None`` where none is needed or the policy is its own."""
     if not args.objective().needs_reference:
         if given is not None:
             raise FlexdpoError(f"loss_type {', '.join(args.loss_type)} uses no reference; leave ref_model out")

@@ -33,8 +33,7 @@ from flexdpo.training import adapters, distribution, model_loading
 from flexdpo.training.batch import COLUMNS, PackedBatch, PackingCollator, distinct_examples
 from flexdpo.training.finite import Ran, StepGuard
 from flexdpo.training.resumable import LOGGED, ResumableTrainer
-from flexdpo.training.row_plan import may_run_in_pieces
-from flexdpo.training.run_data import RunData
+from flexdpo.training.run_data import RunData, may_run_in_pieces
 from flexdpo.training.run_reference import SyncReference, fingerprints, reference_model, with_reference
 from flexdpo.training.start_proof import ProofAtStart
 from flexdpo.training.step import BatchLoss, MeanMetrics, Runner

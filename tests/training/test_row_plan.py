@@ -10,10 +10,10 @@ from datasets import Dataset
 from flexdpo import DPOConfig, DPOTrainer, FlexdpoError
 from flexdpo.attention import flex
 from flexdpo.attention.flex import KernelKey, _kernel_for
-from flexdpo.training import row_plan
+from flexdpo.training import run_data
 from flexdpo.training import trainer as trainer_module
 from flexdpo.training.distribution import shards_of
-from flexdpo.training.row_plan import FEW_LENGTHS, MAX_WASTE, RowPlan
+from flexdpo.training.run_data import FEW_LENGTHS, MAX_WASTE, RowPlan
 from tests.training.test_trainer import settings
 
 
@@ -119,7 +119,7 @@ def test_layers_are_compiled_on_a_gpu_unless_switched_off(tmp_path, monkeypatch,
     args = settings(tmp_path, torch_compile=asked)
     assert args.compile_layers == compiled
     assert args.compiles_unasked == (asked is None and compiled)
-    assert row_plan.MAX_WASTE == 0.03
+    assert run_data.MAX_WASTE == 0.03
 
 
 def test_every_kernel_that_chosen_lengths_need_may_be_compiled(tmp_path, small_model, monkeypatch) -> None:
@@ -194,7 +194,7 @@ def test_layers_are_compiled_for_each_length_only_where_lengths_are_few(
     monkeypatch.setattr(trainer_module, "compile_decoder_layers", lambda model, **options: asked.append(options))
     if not few:
         # as on a GPU, where lengths that waste too much give way to one kernel
-        monkeypatch.setattr(row_plan, "choose_buckets", lambda *a, **k: SimpleNamespace(waste=0.5, lengths=(128,)))
+        monkeypatch.setattr(run_data, "choose_buckets", lambda *a, **k: SimpleNamespace(waste=0.5, lengths=(128,)))
         monkeypatch.setattr(DPOConfig, "device", type("device", (), {"type": "cuda"})())
     args = settings(tmp_path, torch_compile=True, pad_to_multiple_of=1)
     if few:
