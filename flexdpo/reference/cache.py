@@ -1,7 +1,6 @@
 """A cache of reference log-probabilities: a folder that survives interruptions and knows whose values it holds.
 
-``identity.json`` says whose values they are and ``part-*.safetensors`` hold them. A value is found by what it depends
-on, the tokens of prompt and response, so training and evaluation share it.
+``identity.json`` says whose values they are, and ``part-*.safetensors`` hold them by the tokens of prompt and response.
 """
 
 from __future__ import annotations

@@ -32,8 +32,7 @@ if TYPE_CHECKING:
     from flexdpo.layout.groups import PromptImage
     from flexdpo.objective.logps import ResponseLogps
 
-# packing compares every cluster with every open row, so it looks at this many clusters at a time
-_PACKED_TOGETHER = 2048
+_PACKED_TOGETHER = 2048  # clusters at a time, since packing compares each with every open row
 
 
 @dataclass(frozen=True, eq=False)

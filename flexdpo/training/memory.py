@@ -37,10 +37,8 @@ _STATE_BYTES = {"adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2, "li
 # states per trained parameter in the parameter's own dtype; what is not named here is taken for AdamW, which has two
 _STATES = dict.fromkeys((*_STATE_BYTES, "sgd", "adafactor"), 0)
 _STATES |= dict.fromkeys(("adagrad", "rmsprop", "lion_32bit", "paged_lion_32bit"), 1)
-# what is left free: the allocator's fragments, other processes on the device, and what the count does not see
-MARGIN = 0.12
-# a row longer than this gains nothing: kernels are long since busy, and tile tables grow with its square
-LONGEST_ROW = 1 << 18
+MARGIN = 0.12  # is left free: the allocator's fragments, other processes on the device, what the count does not see
+LONGEST_ROW = 1 << 18  # a longer one gains nothing: kernels are long since busy, and tile tables grow with its square
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
 
 from flexdpo.data.images import is_processor, tokenizer_of
 from flexdpo.data.tokenize import require_special_tokens
@@ -34,8 +33,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from flexdpo.config import DPOConfig
-
-logger = logging.get_logger(__name__)
 
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")

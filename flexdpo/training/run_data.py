@@ -40,12 +40,10 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 # of a stream, before training
 _PREVIEWED_EXAMPLES = 64
-# padding as a share of all tokens run, above which one kernel for all lengths is the better bargain
-MAX_WASTE = 0.03
+MAX_WASTE = 0.03  # padding as a share of all tokens run, above which one kernel for all lengths is the better bargain
 # each length compiles kernels of its own, for about half a minute on a GPU; unasked, a run takes no more than these
 FEW_LENGTHS = 4
-# rows longer than every sampled one come in steps of an eighth of the longest
-_SURPRISES = 8
+_SURPRISES = 8  # rows longer than every sampled one come in steps of an eighth of the longest
 _SAMPLED_EXAMPLES = 2048
 _SAMPLED_BATCHES = 256
 

@@ -31,8 +31,7 @@ if TYPE_CHECKING:
     from flexdpo.objective.logps import ResponseLogps
     from flexdpo.training.trainer import DPOTrainer
 
-# of a dataset, whose tokens are in memory together and so can be brought together
-ROWS_AT_ONCE = 65_536
+ROWS_AT_ONCE = 65_536  # of a dataset, whose tokens are in memory together and so can be brought together
 
 
 def reference_model(

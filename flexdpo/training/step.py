@@ -74,8 +74,7 @@ class Runner:
     autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext  # around the forward passes
     average: Callable[[Tensor], Tensor] | None = None  # mean of a scalar over all processes
     router: RouterLoss | None = None  # of a mixture of experts, added to the batch's loss
-    # the largest of the numbers that all processes give, where they must run equal numbers of passes
-    agree: Callable[[int], int] | None = None
+    agree: Callable[[int], int] | None = None  # the largest of all processes' numbers, where passes must be equal
 
     def __call__(self, batch: PackedBatch) -> BatchLoss:
         """Run a batch that is on the model's device."""

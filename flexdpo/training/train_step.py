@@ -72,8 +72,7 @@ def make_train_step(
     With ``context_parallel``, so many neighbouring processes, or those of a mesh's dimension, run each row together:
     each a share of its tokens, with keys and values gathered layer by layer. All must be given the same groups.
 
-    The step raises ``FlexdpoError`` at a loss or a gradient that is not finite, naming the example, before the
-    optimizer moves. One that raised leaves no gradients.
+    A loss or a gradient that is not finite is an error that names the example; a step that raised left no gradients.
     """
     objective = Objective((loss_type,) if isinstance(loss_type, str) else tuple(loss_type), **loss_settings)
     inner = accelerator.unwrap_model(model) if accelerator is not None else model
