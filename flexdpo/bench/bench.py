@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import platform
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -15,19 +16,14 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from flexdpo.attention.row_mask import Impl
 from flexdpo.attention.settings import KernelSettings, kernel_settings_as
-from flexdpo.bench.kernels import kernel_times
 from flexdpo.bench.profiles import Profile, find_profiles
 from flexdpo.bench.settings import BenchSettings
-from flexdpo.bench.timing import Times, measure, of_process, paired_ratio
-from flexdpo.bench.trl import Trl
-from flexdpo.bench.variants import Packed, Padded, PaddedLabels, Variant
-from flexdpo.bench.varlen import Varlen
+from flexdpo.bench.timing import Times, kernel_times, measure, of_process, paired_ratio
+from flexdpo.bench.variants import Packed, Padded, PaddedLabels, Trl, Variant, Varlen
 from flexdpo.estimate.costs import StepSeconds, Work, find_machine, padded_load, row_load, step_seconds
 from flexdpo.estimate.model_shapes import build_model, find_shape, shape_config
 from flexdpo.hf.checkpointing import enable_checkpointing
-from flexdpo.layout.groups import Group
 from flexdpo.show.table import aligned
 from flexdpo.training.model_size import ModelSize
 
@@ -37,15 +33,9 @@ PHASES = ("total", "policy", "reference")
 def run_bench(
     settings: BenchSettings, *, progress: Callable[[str], Any] = lambda _: None, report: Callable[[str], Any] = print
 ) -> dict[str, Any]:
-    """Measure every profile that was asked for.
+    """Measure every profile that was asked for; returns what ``flexdpo bench --json`` writes.
 
-    Args:
-        settings: What to measure.
-        progress: Told what is being done.
-        report: Given a table for each profile as soon as it is there.
-
-    Returns:
-        Everything that ``flexdpo bench --json`` writes; the figures of each profile stand under ``"profiles"``.
+    ``progress`` is told what is being done, ``report`` given a table for each profile as soon as it is there.
     """
     device = torch.device(settings.device)
     if device.type == "cpu":
@@ -69,11 +59,7 @@ def described(settings: BenchSettings) -> dict[str, Any]:
     return {
         "settings": asdict(settings),
         "environment": describe_environment(torch.device(settings.device)),
-        "model": {
-            **asdict(ModelSize.of(config)),
-            "tied": config.tie_word_embeddings,
-            "family": config.model_type,
-        },
+        "model": {**asdict(ModelSize.of(config)), "tied": config.tie_word_embeddings, "family": config.model_type},
         "dtype": str(settings.torch_dtype).removeprefix("torch."),
         "gradient_checkpointing": settings.checkpointing,
         "profiles": {},
@@ -87,7 +73,7 @@ def _run_profile(
     rng = np.random.default_rng(settings.seed)
     scaled, count = profile.scaled(settings.scale), settings.batches or 1
     batches = [scaled.pairs(settings.pairs or 1, rng, size.vocabulary) for _ in range(count)]
-    variants = _variants(settings, model, batches, device)
+    variants = [make(model, batches, device) for make in _variants(settings)]
     limits: dict[str, Any] = {"rounds": settings.rounds, "seconds": settings.seconds}
     times = measure(variants, model, count, device, progress=progress, **limits)
     model.zero_grad(set_to_none=True)
@@ -107,27 +93,22 @@ def _run_profile(
     }
 
 
-def _variants(
-    settings: BenchSettings, model: PreTrainedModel, batches: Sequence[Sequence[Group]], device: torch.device
-) -> list[Variant]:
-    baselines, budget = settings.baselines or (), settings.row_budget
-    found: list[Variant] = []
-    if "trl" in baselines:
-        found.append(Trl(model, batches, device, checkpointing=settings.checkpointing))
-    if "padded" in baselines:
-        found.append(Padded(model, batches, device))
-    if "padded_labels" in baselines:
-        found.append(PaddedLabels(model, batches, device))
-    if "packed" in baselines and device.type == "cuda":
-        found.append(Varlen(model, batches, device, max_tokens_per_row=budget))
-    elif "packed" in baselines:
-        found.append(Packed(model, batches, device, shared=False, max_tokens_per_row=budget))
-    impls: tuple[Impl, ...] = ("varlen", "auto") if "varlen" in baselines else ("auto",)
-    return [*found, *(Packed(model, batches, device, shared=True, impl=impl, **settings.rows) for impl in impls)]
+def _variants(settings: BenchSettings) -> list[Callable[..., Variant]]:
+    """Makers of the baselines that were asked for, and of shared rows, of a model, its batches and their device."""
+    packed = Varlen if settings.device == "cuda" else partial(Packed, shared=False)
+    makers: dict[str, Callable[..., Variant]] = {
+        "trl": partial(Trl, checkpointing=settings.checkpointing),
+        "padded": Padded,
+        "padded_labels": PaddedLabels,
+        "packed": partial(packed, max_tokens_per_row=settings.row_budget),
+        "varlen": partial(Packed, shared=True, impl="varlen", **settings.rows),
+        "shared": partial(Packed, shared=True, **settings.rows),
+    }
+    return [make for name, make in makers.items() if name in (*(settings.baselines or ()), "shared")]
 
 
 def _figures(variant: Variant, times: Times, settings: BenchSettings, size: ModelSize) -> dict[str, Any]:
-    work = sum((variant.work(batch) for batch in range(len(times.steps))), Work())
+    work = sum(variant.work, Work())
     reference = work.forward_flops(size)
     policy = work.training_flops(size, checkpointing=settings.checkpointing, head_passes=variant.head_passes)
     seconds = {phase: times.quartiles(phase) for phase in PHASES}
@@ -150,8 +131,8 @@ def _predicted_seconds(variant: Variant, settings: BenchSettings, size: ModelSiz
     else:
         # padded variants differ in the positions that they compute logits at
         loads = [
-            padded_load(batch)._replace(targets=variant.work(number).targets, kept_logits=variant.head_passes == 3)
-            for number, batch in enumerate(variant.batches)
+            padded_load(batch)._replace(targets=work.targets, kept_logits=variant.head_passes == 3)
+            for batch, work in zip(variant.batches, variant.work, strict=True)
         ]
     return step_seconds(loads, size, machine, checkpointing=settings.checkpointing)
 
@@ -161,17 +142,14 @@ def profile_table(name: str, figures: dict[str, Any]) -> str:
     header = ["pairs/s", "tokens", "policy s", "reference s", "+MB"]
     lines = [[name, *header, "speed-up (quartiles)", "ideal", "efficiency", "predicted"]]
     for variant, values in figures["arms"].items():
-        seconds, peak = values["seconds"], values["peak_bytes"]
-        line = [f"{values['pairs_per_second']:.2f}", f"{values['tokens']}"]
-        line += [f"{seconds[phase]['median']:.3f}" for phase in ("policy", "reference")]
-        line += ["-" if peak is None else f"{peak / 1e6:.0f}"]
+        line = [f"  {variant}", f"{values['pairs_per_second']:.2f}", f"{values['tokens']}"]
+        line += [f"{values['seconds'][phase]['median']:.3f}" for phase in ("policy", "reference")]
+        line += ["-" if values["peak_bytes"] is None else f"{values['peak_bytes'] / 1e6:.0f}"]
         if variant in figures["speedups"]:
             speed = figures["speedups"][variant]["total"]
             line += [f"{speed['median']:.2f} ({speed['low']:.2f} to {speed['high']:.2f})", f"{speed['ideal']:.2f}"]
             line += [f"{speed['efficiency']:.3f}", f"{speed['predicted']:.2f}"]
-        else:
-            line += [""] * 4
-        lines.append([f"  {variant}", *line])
+        lines.append(line + [""] * (len(lines[0]) - len(line)))
     text = [aligned(lines)]
     for row in figures["kernels"]:
         mask = "" if row["block_mask_ms"] is None else f", its BlockMask {row['block_mask_ms']:.2f} ms"
@@ -189,11 +167,9 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
     from flexdpo import __version__
 
     versions = {"flexdpo": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    try:
+    with contextlib.suppress(ImportError):
         import trl
-    except ImportError:
-        pass
-    else:
+
         versions["trl"] = trl.__version__
     cuda = device.type == "cuda"
     cpuinfo = Path("/proc/cpuinfo")

@@ -70,21 +70,12 @@ def bench_completions(
 
 
 def bench_sharing(
-    settings: BenchSettings,
-    *,
-    prompts: int = 1,
-    completions: int = 8,
-    lengths: tuple[int, int] = (512, 128),
-    rounds: int = 3,
+    settings: BenchSettings, *, completions: int = 8, lengths: tuple[int, int] = (512, 128), rounds: int = 3
 ) -> SharingTimes:
     """Time the forward and backward of a policy-gradient step on a padded batch, as it is and with prefixes shared.
 
-    Args:
-        settings: Of which device, dtype, model, scale, threads and seed count.
-        prompts: Prompts per batch.
-        completions: Completions of each, K.
-        lengths: Tokens of a prompt and of the longest completion; the shortest has half of them.
-        rounds: Measurements, after one that warms up.
+    Of the settings device, dtype, model, threads and seed count; ``lengths`` are the tokens of a prompt and of the
+    longest completion, the shortest of which has half of them; ``rounds`` follow one that warms up.
     """
     device, config = torch.device(settings.device), shape_config(settings.model)
     if device.type == "cpu":
@@ -92,10 +83,8 @@ def bench_sharing(
     model = build_model(config, device, settings.torch_dtype, seed=settings.seed)
     sharing = copy.deepcopy(model)
     share_prefixes(sharing)
-    prompt, completion = lengths
-    rng = np.random.default_rng(settings.seed)
-    batch = _batch(rng, config.vocab_size, (prompts, completions, prompt, completion))
-    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    completion = lengths[1]
+    batch = _batch(np.random.default_rng(settings.seed), config.vocab_size, completions, lengths, device)
     key = PlanKey(1.1, 16, Positions.of(model.model), 1)
     padded, shared, plans = [], [], []
     for number in range(rounds + 1):
@@ -133,26 +122,24 @@ def _gradient_error(got: Any, want: Any) -> float:
     return max(float((found[name].grad - each).abs().max() / each.abs().max()) for name, each in wanted.items())
 
 
-def _batch(rng: np.random.Generator, vocabulary: int, sizes: tuple[int, int, int, int]) -> dict[str, Tensor]:
-    """Prompts of one length, completions of several, padded on the right."""
-    count, completions, prompt_tokens, longest = sizes
-    rows = count * completions
-    prompts = rng.integers(2, vocabulary, (count, prompt_tokens)).repeat(completions, 0)
-    ids = np.concatenate([prompts, rng.integers(2, vocabulary, (rows, longest))], axis=1)
-    lengths = prompt_tokens + rng.integers((longest + 1) // 2, longest + 1, rows)
-    lengths[0] = ids.shape[1]
-    mask = np.arange(ids.shape[1]) < lengths[:, None]
-    return {
-        "input_ids": torch.from_numpy(np.where(mask, ids, 0)),
-        "attention_mask": torch.from_numpy(mask.astype(np.int64)),
-    }
+def _batch(
+    rng: np.random.Generator, vocabulary: int, completions: int, lengths: tuple[int, int], device: torch.device
+) -> dict[str, Tensor]:
+    """Completions of one prompt, of several lengths, padded on the right."""
+    prompt_tokens, longest = lengths
+    prompts = rng.integers(2, vocabulary, (1, prompt_tokens)).repeat(completions, 0)
+    ids = np.concatenate([prompts, rng.integers(2, vocabulary, (completions, longest))], axis=1)
+    stops = prompt_tokens + rng.integers((longest + 1) // 2, longest + 1, completions)
+    stops[0] = ids.shape[1]
+    mask = np.arange(ids.shape[1]) < stops[:, None]
+    values = {"input_ids": np.where(mask, ids, 0), "attention_mask": mask.astype(np.int64)}
+    return {name: torch.from_numpy(value).to(device) for name, value in values.items()}
 
 
 def _step(model: Any, batch: dict[str, Tensor], completion_tokens: int) -> None:
     """Forward and backward of the mean log-probability of completions, logits at the completions only."""
     model.zero_grad(set_to_none=True)
     logits = model(**batch, use_cache=False, logits_to_keep=completion_tokens + 1).logits[:, :-1]
-    targets = batch["input_ids"][:, -completion_tokens:]
-    real = batch["attention_mask"][:, -completion_tokens:]
+    targets, real = (batch[name][:, -completion_tokens:] for name in ("input_ids", "attention_mask"))
     logps = logits.float().log_softmax(-1).gather(-1, targets[..., None])[..., 0]
     (-(logps * real).sum() / real.sum()).backward()

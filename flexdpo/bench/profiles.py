@@ -9,7 +9,6 @@ from importlib.resources import files
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from flexdpo.errors import FlexdpoError, nearest
 from flexdpo.layout.groups import Group
@@ -19,16 +18,13 @@ _LENGTHS = ("median_prompt", "median_response", "max_prompt", "max_length")
 
 @dataclass(frozen=True)
 class Profile:
-    """How long prompts and responses of a dataset are, in tokens: medians, where they are cut, and log-normal spreads.
-
-    ``max_length`` is that of a prompt with its response.
-    """
+    """How long a dataset's prompts and responses are, in tokens: medians, where they are cut, log-normal spreads."""
 
     name: str
     median_prompt: float
     median_response: float
     max_prompt: float
-    max_length: float
+    max_length: float  # of a prompt with its response
     sigma_prompt: float
     sigma_response: float
 
@@ -42,43 +38,35 @@ class Profile:
         def length(median: float, sigma: float, longest: float) -> int:
             return max(1, int(min(median * np.exp(sigma * rng.standard_normal()), longest)))
 
-        def ids(size: int) -> NDArray[np.int64]:
-            return rng.integers(0, vocabulary, size, dtype=np.int64)
-
         found = []
         for number in range(count):
             prompt = length(self.median_prompt, self.sigma_prompt, min(self.max_prompt, self.max_length - 1))
             responses = [length(self.median_response, self.sigma_response, self.max_length - prompt) for _ in range(2)]
-            chosen, rejected = map(ids, responses)
+            chosen, rejected, ids = (rng.integers(0, vocabulary, size, dtype=np.int64) for size in (*responses, prompt))
             # real responses differ from the first token on, or nearly so
             rejected[0] = (chosen[0] + 1) % vocabulary
-            found.append(Group(ids(prompt), (chosen, rejected), ((0, 1),), f"{self.name} pair {number}"))
+            found.append(Group(ids, (chosen, rejected), ((0, 1),), f"{self.name} pair {number}"))
         return found
 
 
 @cache
 def profile_data() -> dict[str, Any]:
     """The package's own file: lengths of the six datasets, and what the paper and others published."""
-    data: dict[str, Any] = json.loads(files("flexdpo.bench").joinpath("profiles.json").read_text(encoding="utf-8"))
-    return data
+    return dict(json.loads(files("flexdpo.bench").joinpath("profiles.json").read_text(encoding="utf-8")))
 
 
 def load_profiles() -> dict[str, Profile]:
     """The six profiles by name."""
     data = profile_data()
     spreads = {name: data[name] for name in ("sigma_prompt", "sigma_response")}
-    return {
-        name: Profile(name, **{length: figures[length] for length in _LENGTHS}, **spreads)
-        for name, figures in data["profiles"].items()
-    }
+    lengths = {name: {each: of[each] for each in _LENGTHS} for name, of in data["profiles"].items()}
+    return {name: Profile(name, **each, **spreads) for name, each in lengths.items()}
 
 
 def find_profiles(name: str) -> list[Profile]:
     """The profile of this name, or all of them for ``"all"``."""
     known = load_profiles()
-    if name == "all":
-        return list(known.values())
-    if name not in known:
-        names = [*known, "all"]
+    names = [*known, "all"]
+    if name not in names:
         raise FlexdpoError(f"--profile {name!r} is unknown{nearest(name, names)}; use one of {', '.join(names)}")
-    return [known[name]]
+    return list(known.values()) if name == "all" else [known[name]]

@@ -47,31 +47,19 @@ class ResultFile(NamedTuple):
 
 
 def load_files(folder: str | Path) -> list[ResultFile]:
-    """Read every ``*.json`` of a folder as a result of ``flexdpo bench --json``, or of the kind it names.
-
-    Returns:
-        The files, sorted by name, those that were timed before those that were computed.
-
-    Raises:
-        FlexdpoError: if the folder or its files are missing, or one is no such result; nothing is passed over.
-    """
+    """Read every ``*.json`` of a folder by :func:`load_result`; sorted by name, those that were timed first."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FlexdpoError(f"{folder}: no such folder; name the one with the files of flexdpo bench --json")
     paths = sorted(folder.glob("*.json"))
     if not paths:
-        raise FlexdpoError(
-            f"{folder} has no *.json; make one with flexdpo bench --json {folder / 'bench-cpu-tiny.json'}"
-        )
+        example = folder / "bench-cpu-tiny.json"
+        raise FlexdpoError(f"{folder} has no *.json; make one with flexdpo bench --json {example}")
     return sorted(map(load_result, paths), key=lambda found: found.kind != _TIMED)
 
 
 def load_result(path: str | Path) -> ResultFile:
-    """Read one result of ``flexdpo bench --json``, or of the kind it names.
-
-    Raises:
-        FlexdpoError: if the file cannot be read or is something else.
-    """
+    """Read one result of ``flexdpo bench --json``, or of the kind it names; nothing else passes."""
     path = Path(path)
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -99,9 +87,7 @@ def render_page(results: Sequence[ResultFile]) -> str:
     timed = [result.section() for result in results if result.kind == _TIMED]
     computed = [result.section() for result in results if result.kind != _TIMED]
     line = "{who}, {what}: {tokens_per_second:,} tokens/s per {device}, {mfu:.1%} MFU ([{site}]({source}), {date})."
-    outside = [
-        line.format(**figure, site=figure["source"].removeprefix("https://")) for figure in profile_data()["outside"]
-    ]
+    outside = [line.format(**of, site=of["source"].removeprefix("https://")) for of in profile_data()["outside"]]
     return "\n\n".join([*timed, _LEGEND, "\n".join(["Published by others, not measured here:", *outside]), *computed])
 
 
@@ -122,9 +108,7 @@ def _timed(data: dict[str, Any]) -> tuple[str, str, str]:
         header += [f"over {_TITLES.get(baseline, baseline)}", "ideal", "efficiency"]
     header += ["memory: " + " / ".join([*baselines, "shared"]), "paper: over packed", "ideal"]
     lines = [_profile_line(name, figures, baselines) for name, figures in profiles.items()]
-    where, threads = environment["device"], environment["threads"]
-    if settings["device"] == "cpu":
-        where += f", {threads} thread" + ("s" if threads != 1 else "")
+    where = f"{environment['device']}{_threads(environment) if settings['device'] == 'cpu' else ''}"
     lengths = "" if settings["scale"] == 1 else f", all lengths times {settings['scale']:g}"
     clock = "; seconds of the process alone" if environment.get("seconds_of") == "the process" else ""
     about = f"{settings['pairs']} pairs per step{lengths}{clock}; {_versions(environment)}; {environment['date'][:10]}"
@@ -149,10 +133,12 @@ def _profile_line(name: str, figures: dict[str, Any], baselines: Sequence[str]) 
 
 
 def _gigabytes(count: int | None) -> str:
-    if count is None:
-        return "unknown"
     # three digits, whatever the size
-    return f"{count / 1e9:.1f}" if count >= 1e10 else f"{count / 1e9:.2f}"
+    return "unknown" if count is None else f"{count / 1e9:.{1 if count >= 1e10 else 2}f}"
+
+
+def _threads(environment: dict[str, Any]) -> str:
+    return f", {environment['threads']} thread{'s' if environment['threads'] != 1 else ''}"
 
 
 def _versions(of: dict[str, Any]) -> str:
@@ -191,11 +177,8 @@ def _completions(data: dict[str, Any]) -> tuple[str, str, str]:
             ]
         )
     environment = data["environment"]
-    threads = f"{environment['threads']} thread" + ("s" if environment["threads"] != 1 else "")
-    title = (
-        f"The drop-in on completions of one prompt, {environment['device']}, {threads}: model `{data['model']}`, "
-        f"{data['dtype']}"
-    )
+    where = f"{environment['device']}{_threads(environment)}"
+    title = f"The drop-in on completions of one prompt, {where}: model `{data['model']}`, {data['dtype']}"
     note = (
         f"A completion has at least half the tokens of the longest; forward and backward of their "
         f"log-probabilities, logits at completions alone; medians of {data['rounds']} measured side by side, on a CPU "
@@ -255,13 +238,9 @@ _KINDS: dict[str, Callable[[dict[str, Any]], tuple[str, str, str]]] = {
 
 
 def update_page(readme: str | Path, page: str, *, check: bool = False) -> bool:
-    """Put a page between :data:`BEGIN` and :data:`END` of a Markdown file, unless this is a ``check``.
+    """Put a page between the lines ``BEGIN`` and ``END`` of a Markdown file, unless this is a ``check``.
 
-    Returns:
-        Whether the file already said the same.
-
-    Raises:
-        FlexdpoError: if the file cannot be read or written, or lacks its markers.
+    Returns whether the file already said the same.
     """
     path = Path(readme)
     try:

@@ -1,4 +1,7 @@
-"""Times and peak memory of the variants of a benchmark, in alternation: a busy machine slows all of them alike."""
+"""Times and peak memory of the variants of a benchmark, in alternation: a busy machine slows all of them alike.
+
+One attention layer alone is timed too, shared and not, and what its mask takes.
+"""
 
 from __future__ import annotations
 
@@ -11,33 +14,37 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from einops import rearrange
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
-from flexdpo.bench.variants import Variant
+from flexdpo.attention.kernels import packed_attention
+from flexdpo.attention.mask_mods import CAUSAL
+from flexdpo.attention.row_mask import Impl, row_mask_for
+from flexdpo.attention.varlen import plan_for
+from flexdpo.bench.variants import Variant, document_bounds, pack_pairs, within_documents
 from flexdpo.estimate.costs import StepSeconds
+from flexdpo.layout.groups import Group
+from flexdpo.layout.row import Row
+from flexdpo.training.model_size import ModelSize
 
 Result = TypeVar("Result")
 # enough for a median, whatever the time
-FEWEST_ROUNDS = 4
-# rounds of the slow variants: two among the fewest, and every eighth
-SLOW_ROUNDS = frozenset({0, 2, *range(8, 10_000, 8)})
+_FEWEST_ROUNDS = 4
 SAT_OUT = StepSeconds(float("nan"), float("nan"))
 
 
 @dataclass(eq=False)
 class Times:
-    """All measurements of one variant: its steps by batch, then by round.
+    """All measurements of one variant."""
 
-    ``peak_bytes`` is the memory of a step beyond what was there before it, ``None`` where the system cannot tell.
-    """
-
-    steps: list[list[StepSeconds]]
-    peak_bytes: int | None = None
+    steps: list[list[StepSeconds]]  # by batch, then by round
+    peak_bytes: int | None = None  # of a step beyond what was there before it; ``None`` where the system cannot tell
 
     def of(self, phase: str) -> NDArray[np.float64]:
         """Seconds of a property of :class:`StepSeconds`, ``[batches, rounds]``, ``nan`` where there are none."""
@@ -83,14 +90,15 @@ def measure(
         model.zero_grad(set_to_none=True)
         times[variant.name].peak_bytes = peak_bytes(partial(run_step, variant, model, 0, device), device)
     for number in range(rounds):
-        if number >= FEWEST_ROUNDS and time.perf_counter() - began > seconds:
+        if number >= _FEWEST_ROUNDS and time.perf_counter() - began > seconds:
             break
-        # forwards and backwards, so that no variant always follows the same one
-        order = list(variants) if number % 2 == 0 else list(variants)[::-1]
+        # the slow ones run in two of the fewest, and in every eighth
+        slow_too = number == 2 or number % 8 == 0
         for batch in range(batches):
-            for variant in order:
-                runs = number in SLOW_ROUNDS or not variant.slow
-                times[variant.name].steps[batch].append(run_step(variant, model, batch, device) if runs else SAT_OUT)
+            # forwards and backwards, so that no variant always follows the same one
+            for variant in variants[:: -1 if number % 2 else 1]:
+                step = run_step(variant, model, batch, device) if slow_too or not variant.slow else SAT_OUT
+                times[variant.name].steps[batch].append(step)
         progress()
     return times
 
@@ -151,3 +159,64 @@ def _status_bytes(name: str) -> int:
     found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
     assert found is not None
     return int(found.group(1)) * 1024
+
+
+def kernel_times(
+    pairs: Sequence[Group], shape: ModelSize, device: torch.device, dtype: torch.dtype, **packing: Any
+) -> list[dict[str, Any]]:
+    """Time one layer on the first row of ``pairs``, shared and not; on CUDA in half precision by varlen_attn too.
+
+    ``block_mask_ms`` is the time to make the BlockMask, or the plan of root paths, once per step; ``None`` where there
+    is neither.
+    """
+    with_varlen = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    counts = (shape.heads, shape.key_heads, shape.key_heads)
+    found = []
+    for layout in ("packed", "shared"):
+        row = pack_pairs(pairs, layout == "shared", **packing)[0].to(device)
+        # token by token in memory, as a projection leaves them
+        made = [torch.randn(1, row.layout.length, n, shape.head_dim, device=device, dtype=dtype) for n in counts]
+        heads = [x.transpose(1, 2).requires_grad_() for x in made]
+        # the kernel's name, a layer of it, and what makes its mask
+        kernels: list[tuple[str, Any, Any]]
+        kernels = [("flexdpo", _own_layer(row, "auto"), partial(row_mask_for, kind=CAUSAL))]
+        if with_varlen and layout == "packed":
+            kernels.insert(0, ("varlen_attn", _documents_layer(row), None))
+        elif with_varlen:
+            kernels.append(("varlen_attn", _own_layer(row, "varlen"), plan_for))
+        for kernel, layer, make_mask in kernels:
+            forward, backward = layer_times(layer, heads, device)
+            bare = partial(lambda row: (row.layout.without_masks(),), row)
+            mask = None if make_mask is None else _milliseconds(make_mask, device, before=bare)
+            times = {"forward_ms": forward, "backward_ms": backward, "block_mask_ms": mask}
+            found.append({"layout": layout, "kernel": kernel, "tokens": row.num_tokens, **times})
+    return found
+
+
+def _own_layer(row: Row, impl: Impl) -> Callable[..., Tensor]:
+    return partial(packed_attention, row_mask=row_mask_for(row.layout, CAUSAL, impl))
+
+
+def _documents_layer(row: Row) -> Callable[..., Tensor]:
+    attend = partial(within_documents, documents=document_bounds(row))
+    return lambda *heads: rearrange(attend(*heads), "1 token head size -> 1 head token size")
+
+
+def layer_times(layer: Callable[..., Tensor], heads: list[Tensor], device: torch.device) -> tuple[float, float]:
+    """Milliseconds of a layer's forward pass with gradients on, and of its backward pass."""
+    direction = torch.randn_like(layer(*heads))
+
+    def backward(output: Tensor) -> None:
+        # once for each forward: a compiled kernel gives its buffers away in the first backward
+        torch.autograd.grad(output, heads, direction)
+
+    forward_ms = _milliseconds(partial(layer, *heads), device)
+    return forward_ms, _milliseconds(backward, device, before=lambda: (layer(*heads),))
+
+
+def _milliseconds(
+    run: Callable[..., Any], device: torch.device, before: Callable[[], tuple[Any, ...]] = tuple
+) -> float:
+    """Median time of five calls, after one to warm up; ``before`` makes its arguments and is not timed."""
+    run(*before())
+    return 1e3 * median(timed(partial(run, *before()), device)[1] for _ in range(5))

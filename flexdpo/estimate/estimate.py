@@ -11,23 +11,21 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from flexdpo.data.lengths import costs_of
 from flexdpo.data.tokenize import TokenizedPreferences, tokenize_preferences
 from flexdpo.errors import FlexdpoError
-from flexdpo.estimate.advice import advise, gains_over
 from flexdpo.estimate.features import Layouts, features_of
 from flexdpo.estimate.images import count_images
 from flexdpo.estimate.lengths import count_rows, regrouped_tokens, shared_prefixes
 from flexdpo.estimate.model_shapes import find_shape
-from flexdpo.estimate.report import EpochTokens, Estimate, Lengths, RepeatedPrompts
+from flexdpo.estimate.report import EpochTokens, Estimate, Lengths, RepeatedPrompts, advise, gains_over
 from flexdpo.estimate.settings import EstimateSettings
 from flexdpo.estimate.stragglers import stragglers_of
 from flexdpo.estimate.suggest import suggest
 from flexdpo.hf.row_dependence import length_limits
 from flexdpo.hf.unwrap import backbone_of, base_model
-from flexdpo.training.memory import free_memory, predict_memory, predict_padded_memory
+from flexdpo.training.memory import predict_memory, predict_padded_memory
 from flexdpo.training.model_size import ModelSize, without_memory
 
 if TYPE_CHECKING:
@@ -36,23 +34,12 @@ if TYPE_CHECKING:
 
 
 def estimate_dataset(
-    dataset: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    settings: EstimateSettings | None = None,
-    *,
-    model: Any = None,
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, settings: EstimateSettings | None = None, *, model: Any = None
 ) -> Estimate:
-    """Predict what flexdpo would do for a dataset of preferences.
+    """Predict what flexdpo would do for a dataset of preferences; ``print(result.table())`` shows all of it.
 
-    Args:
-        dataset: Text or messages, or token ids; see :func:`flexdpo.tokenize_preferences`.
-        tokenizer: Of the model to train.
-        settings: What to predict for.
-        model: A model, a transformers config or a :class:`~flexdpo.training.model_size.ModelSize` in place of
-            ``settings.shape``.
-
-    Returns:
-        Counts, predictions, a configuration and advice. ``print(result.table())`` shows all of it.
+    The dataset is as for :func:`flexdpo.tokenize_preferences`; ``model``, in place of ``settings.shape``, is a model, a
+    transformers config or a :class:`~flexdpo.training.model_size.ModelSize`.
 
     Raises:
         FlexdpoError: if the data cannot be used, hold no preferences, or a setting is wrong.
@@ -108,7 +95,7 @@ def estimate_tokenised(
     unshared, shared = int(counted.unshared.sum()), int(counted.distinct.sum())
     # a label belongs to a row's own response, so rows with labels are never merged
     regrouped = shared if labelled else regrouped_tokens(data, counted, limits=settings.limits)
-    features = features_of(data, counted, layouts, size, settings, regrouped=regrouped)
+    features = features_of(data, counted, layouts, size, settings, regrouped)
     by_name = {feature.name: feature for feature in features}
     across, targets = by_name["across"].tokens, int(counted.targets.sum())
     setup, longest = settings.training_setup, {"packed": layouts.longest_packed, "shared": layouts.longest_shared}
@@ -133,16 +120,8 @@ def estimate_tokenised(
             balances=bool((counted.edges == 1).all()) and not labelled,
             seed=settings.seed,
         ),
-        suggestion=suggest(size, settings, layouts, counted, by_name, free=_device_memory(settings)),
+        suggestion=suggest(size, settings, layouts, counted, by_name),
         settings=settings,
     )
     worth_it, advice = advise(estimate)
     return replace(estimate, worth_it=worth_it, advice=advice)
-
-
-def _device_memory(settings: EstimateSettings) -> int:
-    if settings.memory is not None:
-        return settings.memory
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        return 80 * 10**9  # of an H100, the device whose costs are assumed where none is there
-    return free_memory(settings.device)

@@ -30,10 +30,6 @@ _LABELS = {
     "regrouping": "equal prompts regrouped",
     "across": "sharing across the examples of a batch",
 }
-_LAID_OUT_BATCHES = 512
-# one prompt may have thousands of rows; its first ones tell what merging them gains
-_MOST_ROWS_OF_A_PROMPT = 64
-_SAMPLED_PROMPTS = 128
 
 
 @dataclass(frozen=True)
@@ -82,7 +78,7 @@ class Layouts:
                     f"usable row {index} (counted from 0) has {counted.distinct[index]} distinct tokens but "
                     f"max_tokens_per_row={budget} leaves room for {room}; raise max_tokens_per_row or lower max_length"
                 )
-        order = np.random.default_rng(settings.seed).permutation(len(counted))
+        order = np.random.default_rng(settings.seed).permutation(counted.prompts.size)
         starts = np.arange(0, order.size, size)
 
         def sums(values: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -114,13 +110,12 @@ def _longest(tokens: NDArray[np.int64], targets: NDArray[np.int64], settings: Es
 
 
 def first_rows(distinct: NDArray[np.int64], size: int, budget: int | None) -> list[list[int]]:
-    """Lengths of the shared rows of each of the first 512 batches, padding not counted.
+    """Lengths of the shared rows of each of the first 512 batches of ``size`` groups, padding not counted.
 
-    ``distinct`` are the tokens of each group in order, ``size`` of which are a batch; without a ``budget`` that is one
-    row.
+    ``distinct`` are the tokens of each group in order; without a ``budget`` a batch is one row.
     """
     found = []
-    for start in range(0, min(distinct.size, _LAID_OUT_BATCHES * size), size):
+    for start in range(0, min(distinct.size, 512 * size), size):
         batch = distinct[start : start + size]
         bins = [list(range(batch.size))] if budget is None else best_fit_decreasing(batch.tolist(), budget)
         found.append([int(batch[members].sum()) for members in bins])
@@ -172,18 +167,9 @@ class _Sample(NamedTuple):
 
 
 def features_of(
-    dataset: Dataset,
-    counted: RowTokens,
-    layouts: Layouts,
-    size: ModelSize,
-    settings: EstimateSettings,
-    *,
-    regrouped: int,
+    dataset: Dataset, counted: RowTokens, layouts: Layouts, size: ModelSize, settings: EstimateSettings, regrouped: int
 ) -> tuple[Feature, ...]:
-    """Predict an epoch of a tokenised dataset under each feature.
-
-    ``regrouped`` are its exact tokens once rows with equal prompts are merged.
-    """
+    """Predict an epoch under each feature; ``regrouped`` are its tokens once rows with equal prompts are merged."""
     packed = partial(_Sample.packed, size=size, settings=settings)
 
     def feature(name: str, sample: _Sample, tokens: int, before: Feature | None = None) -> Feature:
@@ -226,15 +212,15 @@ def _equal_prompts(
 ) -> tuple[list[list[Group]], list[list[Group]]]:
     """Batches of all rows of some prompts that occur more than once: row by row, and merged into a group each."""
     numbers, counts = classes_of(counted.prompt_keys)
-    repeated = np.random.default_rng(settings.seed).permutation(np.flatnonzero(counts > 1))[:_SAMPLED_PROMPTS]
+    repeated = np.random.default_rng(settings.seed).permutation(np.flatnonzero(counts > 1))[:128]
     separate: list[list[Group]] = []
     merged: list[list[Group]] = []
     for place, number in enumerate(repeated.tolist()):
         if place % settings.per_device_train_batch_size == 0:
             separate.append([])
             merged.append([])
-        rows = dataset.select(np.flatnonzero(numbers == number)[:_MOST_ROWS_OF_A_PROMPT].tolist())
-        groups = list(map(group_from_row, rows))
+        # one prompt may have thousands of rows; its first ones tell what merging them gains
+        groups = list(map(group_from_row, dataset.select(np.flatnonzero(numbers == number)[:64].tolist())))
         separate[-1] += groups
         distinct = {ids.tobytes(): ids for group in groups for ids in group.response_ids}
         merged[-1].append(replace(groups[0], response_ids=tuple(distinct.values()), edges=()))

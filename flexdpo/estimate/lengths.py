@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,9 +43,6 @@ class RowTokens:
     prefix_keys: NDArray[np.uint64]  # the same for their first 128 tokens; meaningless where ``prompts < 128``
     with_first: Ints  # tokens that each prompt has in common with the first row's
 
-    def __len__(self) -> int:
-        return int(self.prompts.size)
-
     @property
     def unshared(self) -> Ints:
         """Tokens of each row with its prompt once for each response, ``[N]``."""
@@ -63,10 +59,26 @@ def count_rows(dataset: Dataset, rows_per_batch: int = ROWS_PER_BATCH, *, limits
 
     ``limits`` are the model's, as in :func:`flexdpo.pack`: sequences on either side of one share no tokens.
     """
-    held = batches(dataset, rows_per_batch)
-    batch = next(held)
-    first = batch.prompt_ids[: batch.prompts[0]]
-    parts = [_count(each, first, limits) for each in chain([batch], held)]
+    parts: list[RowTokens] = []
+    first: NDArray[np.int32] | None = None
+    for batch in batches(dataset, rows_per_batch):
+        first = batch.prompt_ids[: batch.prompts[0]] if first is None else first
+        rows, starts = np.repeat(np.arange(batch.responses.size), batch.responses), _starts(batch.prompts)
+        whole, beginning = _keys(batch.prompt_ids, starts, batch.prompts)
+        both, common = np.concatenate((first, batch.prompt_ids)), np.minimum(batch.prompts, first.size)
+        part = RowTokens(
+            prompts=batch.prompts,
+            responses=batch.responses,
+            edges=batch.edges,
+            response_tokens=batch.response_tokens,
+            copies=copies_of_prompts(batch.prompts, batch.response_tokens, batch.responses, limits),
+            targets=_distinct_targets(batch, rows, limits),
+            longest=batch.prompts + np.maximum.reduceat(batch.response_tokens, _starts(batch.responses)),
+            prompt_keys=whole,
+            prefix_keys=beginning,
+            with_first=common_lengths(both, np.zeros_like(starts), starts + first.size, common),
+        )
+        parts.append(part)
     return RowTokens(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in vars(parts[0])})
 
 
@@ -113,27 +125,6 @@ def _values(array: Any) -> NDArray[np.int32]:
 
 def _lengths(array: Any) -> Ints:
     return np.asarray(array.value_lengths().to_numpy(zero_copy_only=False), dtype=np.int64)
-
-
-def _count(batch: TokenBatch, first: NDArray[np.int32], limits: Sequence[int]) -> RowTokens:
-    rows = np.repeat(np.arange(len(batch.responses)), batch.responses)
-    longest = np.zeros(len(batch.responses), dtype=np.int64)
-    np.maximum.at(longest, rows, batch.response_tokens)
-    starts = _starts(batch.prompts)
-    whole, beginning = _keys(batch.prompt_ids, starts, batch.prompts)
-    both, common = np.concatenate((first, batch.prompt_ids)), np.minimum(batch.prompts, first.size)
-    return RowTokens(
-        prompts=batch.prompts,
-        responses=batch.responses,
-        edges=batch.edges,
-        response_tokens=batch.response_tokens,
-        copies=copies_of_prompts(batch.prompts, batch.response_tokens, batch.responses, limits),
-        targets=_distinct_targets(batch, rows, limits),
-        longest=batch.prompts + longest,
-        prompt_keys=whole,
-        prefix_keys=beginning,
-        with_first=common_lengths(both, np.zeros_like(starts), starts + first.size, common),
-    )
 
 
 def _distinct_targets(batch: TokenBatch, rows: Ints, limits: Sequence[int]) -> Ints:

@@ -6,13 +6,15 @@ import contextlib
 from dataclasses import dataclass, replace
 from itertools import chain
 
+import torch
+
 from flexdpo.errors import FlexdpoError
 from flexdpo.estimate.features import Feature, Layouts, first_rows
 from flexdpo.estimate.lengths import RowTokens
 from flexdpo.estimate.settings import EstimateSettings
 from flexdpo.layout.packing import Buckets, choose_buckets
 from flexdpo.layout.row import TILE
-from flexdpo.training.memory import TrainingSetup, auto_row_budget
+from flexdpo.training.memory import TrainingSetup, auto_row_budget, free_memory
 from flexdpo.training.model_size import ModelSize
 
 # a feature that has to be switched on must gain this much to be recommended
@@ -50,15 +52,14 @@ class Suggestion:
 
 
 def suggest(
-    size: ModelSize,
-    settings: EstimateSettings,
-    layouts: Layouts,
-    counted: RowTokens,
-    features: dict[str, Feature],
-    *,
-    free: int,
+    size: ModelSize, settings: EstimateSettings, layouts: Layouts, counted: RowTokens, features: dict[str, Feature]
 ) -> Suggestion:
     """Choose settings by the predicted gains and the memory that is there."""
+    free = settings.memory
+    if free is None:
+        # where no GPU is there, the costs that are assumed are those of an H100
+        is_here = settings.device == "cpu" or torch.cuda.is_available()
+        free = free_memory(settings.device) if is_here else 80 * 10**9
     longest = int(counted.distinct.max())
     setup, budget = _first_that_fits(size, settings, longest, int(counted.longest.max()), free)
     batch = settings.per_device_train_batch_size * settings.gradient_accumulation_steps

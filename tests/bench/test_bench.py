@@ -7,15 +7,22 @@ import torch
 from transformers import LlamaConfig
 
 from flexdpo import FlexdpoError, Group
-from flexdpo.bench import varlen
+from flexdpo.bench import variants
 from flexdpo.bench.bench import profile_table, run_bench
-from flexdpo.bench.kernels import layer_times
 from flexdpo.bench.profiles import find_profiles, load_profiles
 from flexdpo.bench.settings import BenchSettings
-from flexdpo.bench.timing import SAT_OUT, Times, measure, paired_ratio
-from flexdpo.bench.trl import Trl
-from flexdpo.bench.variants import Packed, Padded, PaddedLabels, Variant, pack_pairs
-from flexdpo.bench.varlen import Varlen, document_bounds, within_documents
+from flexdpo.bench.timing import SAT_OUT, Times, layer_times, measure, paired_ratio
+from flexdpo.bench.variants import (
+    Packed,
+    Padded,
+    PaddedLabels,
+    Trl,
+    Variant,
+    Varlen,
+    document_bounds,
+    pack_pairs,
+    within_documents,
+)
 from flexdpo.cli import main
 from flexdpo.commands import bench as command
 from flexdpo.estimate.costs import StepSeconds, Work, padded_work, row_work
@@ -137,7 +144,7 @@ def result_of(arm, model):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_all_arms_give_the_same_values_and_gradients(checkpointing: bool, monkeypatch) -> None:
     replace_varlen_attn(monkeypatch)
-    monkeypatch.setattr(varlen, "within_documents", by_documents)
+    monkeypatch.setattr(variants, "within_documents", by_documents)
     model = build_model(CONFIG, CPU, torch.float64)
     if checkpointing:
         enable_checkpointing(model)
@@ -152,7 +159,7 @@ def test_all_arms_give_the_same_values_and_gradients(checkpointing: bool, monkey
 
 def test_an_arm_needs_no_other_before_it(monkeypatch) -> None:
     replace_varlen_attn(monkeypatch)
-    monkeypatch.setattr(varlen, "within_documents", by_documents)
+    monkeypatch.setattr(variants, "within_documents", by_documents)
     batches = [pairs(4)]
     losses = []
     for name in arms(build_model(CONFIG, CPU, torch.float64), batches):

@@ -13,7 +13,7 @@ from flexdpo.bench.settings import BenchSettings
 
 
 def test_a_small_measurement() -> None:
-    result = bench_sharing(BenchSettings(device="cpu"), prompts=1, completions=8, lengths=(48, 12))
+    result = bench_sharing(BenchSettings(device="cpu"), completions=8, lengths=(48, 12))
     assert result.tokens_in == 8 * 60
     assert 48 + 8 * 6 <= result.tokens_run <= 48 + 8 * 12
     assert result.tokens_in >= 3 * result.tokens_run
