@@ -238,10 +238,7 @@ _KINDS: dict[str, Callable[[dict[str, Any]], tuple[str, str, str]]] = {
 
 
 def update_page(readme: str | Path, page: str, *, check: bool = False) -> bool:
-    """Put a page between the lines ``BEGIN`` and ``END`` of a Markdown file, unless this is a ``check``.
-
-    Returns whether the file already said the same.
-    """
+    """Put a page between the two lines of a file, unless this is a ``check``; returns whether it stood there before."""
     path = Path(readme)
     try:
         text = path.read_text(encoding="utf-8")

@@ -1,7 +1,4 @@
-"""Times and peak memory of the variants of a benchmark, in alternation: a busy machine slows all of them alike.
-
-One attention layer alone is timed too, shared and not, and what its mask takes.
-"""
+"""Times of one layer, and of variants in alternation, since a busy machine slows all of them alike; peak memory."""
 
 from __future__ import annotations
 
@@ -57,10 +54,7 @@ class Times:
 
 
 def paired_ratio(slow: Times, fast: Times, phase: str) -> dict[str, float]:
-    """How many times slower one variant is: quartiles of the ratios of measurements made side by side.
-
-    The same batch in the same round is compared, and batches are weighted by their time.
-    """
+    """How many times slower one variant is in the same round: quartiles over them, batches weighted by their time."""
     below = fast.of(phase)
     weights = np.nanmedian(below, axis=1)
     low, median, high = np.nanquantile(slow.of(phase) / below, [0.25, 0.5, 0.75], axis=1) @ (weights / weights.sum())

@@ -34,10 +34,7 @@ _LABELS = {
 
 @dataclass(frozen=True)
 class Feature:
-    """An epoch with one more feature than the one before it.
-
-    ``regrouping`` and ``across`` both stand on ``sharing``; they are not added up.
-    """
+    """An epoch with one more feature than the one before it; ``regrouping`` and ``across`` stand on ``sharing``."""
 
     name: str  # ``"padded"``, ``"packing"``, ``"targets"``, ``"sharing"``, ``"regrouping"`` or ``"across"``
     label: str  # the same in words
@@ -110,10 +107,7 @@ def _longest(tokens: NDArray[np.int64], targets: NDArray[np.int64], settings: Es
 
 
 def first_rows(distinct: NDArray[np.int64], size: int, budget: int | None) -> list[list[int]]:
-    """Lengths of the shared rows of each of the first 512 batches of ``size`` groups, padding not counted.
-
-    ``distinct`` are the tokens of each group in order; without a ``budget`` a batch is one row.
-    """
+    """Lengths of the shared rows of the first 512 batches of ``size`` groups each; one row without a ``budget``."""
     found = []
     for start in range(0, min(distinct.size, 512 * size), size):
         batch = distinct[start : start + size]
