@@ -1,7 +1,5 @@
 """Settings of transformers that would be accepted and change nothing, and which others they need to take effect."""
 
-from __future__ import annotations
-
 from dataclasses import fields
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The errors a user can mend, told apart from faults in flexdpo itself, and how their messages show things."""
 
-from __future__ import annotations
-
 import errno
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches

@@ -1,7 +1,5 @@
 """Which process runs which pairs of a step: the same pairs as ever, dealt out so that all finish together."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Columns that nobody reads: named in the report, and an error where they hold a part of the prompt."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """One example on its way from a row's values to token ids; rows are counted from 0, as ``dataset[row]`` does."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Examples to token ids: text and messages through the tokenizer, and what cannot be learned from left out."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from itertools import islice, takewhile
 from typing import Any, cast

@@ -1,7 +1,5 @@
 """A row of text or messages brought into one form: the prompt once, and every response behind it."""
 
-from __future__ import annotations
-
 import json
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence

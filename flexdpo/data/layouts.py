@@ -1,7 +1,5 @@
 """The layouts that preferences come in: each is recognised by its columns and read into responses and preferences."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence

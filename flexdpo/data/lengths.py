@@ -1,7 +1,5 @@
 """How long the examples of a tokenised dataset are, read from its Arrow columns without touching a token."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Preference datasets from files, folders and hub names; lines of a file are counted from 1, as editors do."""
 
-from __future__ import annotations
-
 import bz2
 import contextlib
 import csv

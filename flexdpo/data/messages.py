@@ -1,7 +1,5 @@
 """Messages in the ways people write them, as the lists of role and content that chat templates read."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Several datasets as one: each is read as its own columns say, whole, by count or by share, in a fixed order."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Pairs with the same prompt, brought together into groups, so that each of their responses is run once."""
 
-from __future__ import annotations
-
 from hashlib import blake2b
 from itertools import islice
 from typing import Any

@@ -1,7 +1,5 @@
 """What became of the rows of a dataset or a stream: counted once, told in the same words."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any

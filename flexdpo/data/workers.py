@@ -1,7 +1,5 @@
 """What goes wrong in the worker processes of a ``DataLoader``, said as it would be said without them."""
 
-from __future__ import annotations
-
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
