@@ -30,22 +30,14 @@ class SourceFunction:
 
     All three are whole lines, shifted left by the indentation of the ``def``, so that a body looks the same whether
     the function stands in a class or not.
-
-    Attributes:
-        module: Path of the file below the library's folder, for instance ``"json/decoder.py"``.
-        name: Name of the function.
-        context: Lines before the function, up to about 500 characters; empty at the top of a file.
-        head: Decorators, signature and, where there is a docstring, its first line as a docstring of its own.
-        body: The statements, without the docstring.
-        parameters: Names of the parameters, ``self`` and ``cls`` left out.
     """
 
-    module: str
+    module: str  # path of the file below the library's folder, for instance "json/decoder.py"
     name: str
-    context: str
-    head: str
-    body: str
-    parameters: frozenset[str]
+    context: str  # lines before the function, up to about 500 characters; empty at the top of a file
+    head: str  # decorators, signature and, where there is a docstring, its first line as a docstring of its own
+    body: str  # the statements, without the docstring
+    parameters: frozenset[str]  # their names, ``self`` and ``cls`` left out
 
     def uses_parameter(self, text: str) -> bool:
         """Whether ``text`` names at least one of the function's parameters."""
@@ -54,25 +46,15 @@ class SourceFunction:
 
 @dataclass(frozen=True)
 class StandardLibrary:
-    """What was read of the standard library.
+    """What was read of the standard library, in the order of the modules' names."""
 
-    Attributes:
-        texts: Source text by module, in the order of the module names.
-        functions: Every function that has a body besides its docstring, in the order of modules and lines.
-        unreadable: Files that could not be decoded or parsed, by module.
-    """
-
-    texts: dict[str, str]
-    functions: tuple[SourceFunction, ...]
-    unreadable: tuple[str, ...]
+    texts: dict[str, str]  # source text by module
+    functions: tuple[SourceFunction, ...]  # those that have a body besides their docstring
+    unreadable: tuple[str, ...]  # modules that could not be decoded or parsed
 
 
 def read_standard_library(root: Path | None = None, *, progress: bool = False) -> StandardLibrary:
-    """Read every module of the running Python's standard library, tests left out.
-
-    Args:
-        root: Folder to read instead of the standard library's.
-        progress: Show a progress bar.
+    """Read every module of the running Python's standard library, or of the folder ``root``, tests left out.
 
     Raises:
         FlexdpoError: if the folder holds no readable Python source, as in a Python that ships bytecode only.

@@ -31,44 +31,29 @@ _BODY_CHARACTERS = 500
 
 @dataclass(frozen=True)
 class BodyPair:
-    """A prompt with a function's own body and one of near-equal length from another module.
+    """A prompt with a function's own body and one of near-equal length from another module."""
 
-    Attributes:
-        name: ``module:function`` of the prompt and the chosen body.
-        module: Module of the prompt and the chosen body.
-        rejected_module: Module of the rejected body.
-        prompt_ids: At most 112 token ids, BOS first; the function's whole head stands at the end.
-        chosen_ids: The function's own body, 20 to 48 tokens and EOS.
-        rejected_ids: The other body, likewise.
-    """
-
-    name: str
+    name: str  # module:function of the prompt and the chosen body
     module: str
     rejected_module: str
-    prompt_ids: tuple[int, ...]
-    chosen_ids: tuple[int, ...]
-    rejected_ids: tuple[int, ...]
+    prompt_ids: tuple[int, ...]  # at most 112, BOS first; the function's whole head stands at the end
+    chosen_ids: tuple[int, ...]  # 20 to 48 tokens and EOS
+    rejected_ids: tuple[int, ...]  # likewise
 
 
 @dataclass(frozen=True)
 class BodyTask:
-    """The example's data: every body is chosen once and rejected once, within its own part.
+    """The example's data: every body is chosen once and rejected once, within its own part."""
 
-    Attributes:
-        tokenizer: Trained on the modules of ``train`` alone.
-        train: Pairs to learn from, shuffled.
-        held_out: Pairs of modules that neither the tokenizer nor ``train`` has seen, shuffled.
-    """
-
-    tokenizer: PreTrainedTokenizerFast
+    tokenizer: PreTrainedTokenizerFast  # trained on the modules of ``train`` alone
+    # The two pairs that reject each other stand side by side: in one step, what their bodies have to say of the loss
+    # without the prompts cancels. Such matches are in random order.
     train: tuple[BodyPair, ...]
-    held_out: tuple[BodyPair, ...]
+    held_out: tuple[BodyPair, ...]  # of modules that neither the tokenizer nor ``train`` has seen, shuffled
 
 
 @dataclass(frozen=True)
 class _Example:
-    """A tokenised function."""
-
     function: SourceFunction
     prompt_ids: tuple[int, ...]
     body_ids: tuple[int, ...]
@@ -77,10 +62,7 @@ class _Example:
 def build_task(library: StandardLibrary, seed: int, held_out_pairs: int = HELD_OUT_PAIRS) -> BodyTask:
     """Split the library by modules, train the tokenizer on one part and pair the bodies of each.
 
-    Args:
-        library: What :func:`~flexdpo.example.stdlib.read_standard_library` read.
-        seed: Draws the held-out modules, the pairing and the order.
-        held_out_pairs: How many pairs to hold out.
+    ``seed`` draws the held-out modules, the pairing and the order.
 
     Raises:
         FlexdpoError: if the library is too small for that many held-out pairs.
@@ -98,7 +80,6 @@ def build_task(library: StandardLibrary, seed: int, held_out_pairs: int = HELD_O
             f"the standard library has {len(examples)} usable functions, too few to hold {held_out_pairs} out; "
             "use a Python with its whole standard library, or train on your own data with --dataset_name"
         )
-    draw.shuffle(train_pairs)
     draw.shuffle(pairs)
     return BodyTask(tokenizer, tuple(train_pairs), tuple(pairs))
 
@@ -111,8 +92,7 @@ def swap_prompts(pairs: Sequence[BodyPair], seed: int) -> tuple[BodyPair, ...]:
     Raises:
         FlexdpoError: if one module holds more than half of the pairs.
     """
-    givers = list(range(len(pairs)))
-    random.Random(seed).shuffle(givers)
+    givers = random.Random(seed).sample(range(len(pairs)), len(pairs))
 
     def fits(taker: int, giver: int) -> bool:
         return pairs[giver].module != pairs[taker].module
@@ -134,31 +114,20 @@ def longer_is_chosen(pairs: Sequence[BodyPair]) -> float:
 
 def as_dataset(pairs: Sequence[BodyPair]) -> Dataset:
     """The pairs as a tokenised preference dataset, as :class:`~flexdpo.training.trainer.DPOTrainer` takes it."""
-    from datasets import Dataset
-
-    return Dataset.from_dict(
-        {
-            "prompt_ids": [list(pair.prompt_ids) for pair in pairs],
-            "response_ids": [[list(pair.chosen_ids), list(pair.rejected_ids)] for pair in pairs],
-            "edges": [[[0, 1]]] * len(pairs),
-            "row": range(len(pairs)),
-        }
-    )
+    return _dataset([(pair.prompt_ids, [pair.chosen_ids, pair.rejected_ids]) for pair in pairs], [[0, 1]])
 
 
 def as_warm_up_dataset(pairs: Sequence[BodyPair]) -> Dataset:
     """Prompts with their own bodies as plain text to learn: BOS is the prompt, all that follows the response."""
+    return _dataset([(pair.prompt_ids[:1], [pair.prompt_ids[1:] + pair.chosen_ids]) for pair in pairs], [])
+
+
+def _dataset(groups: list[tuple[tuple[int, ...], list[tuple[int, ...]]]], edges: list[list[int]]) -> Dataset:
     from datasets import Dataset
 
-    texts = [pair.prompt_ids + pair.chosen_ids for pair in pairs]
-    return Dataset.from_dict(
-        {
-            "prompt_ids": [[text[0]] for text in texts],
-            "response_ids": [[list(text[1:])] for text in texts],
-            "edges": [[]] * len(texts),
-            "row": range(len(texts)),
-        }
-    )
+    prompts, responses = zip(*groups, strict=True)
+    columns = {"prompt_ids": prompts, "response_ids": responses, "edges": [edges] * len(groups)}
+    return Dataset.from_dict({**columns, "row": range(len(groups))})
 
 
 def _first_of_each_body(functions: Iterable[SourceFunction]) -> list[SourceFunction]:
@@ -230,7 +199,8 @@ def _pair_up(examples: list[_Example], draw: random.Random) -> list[BodyPair]:
     matches: list[tuple[_Example, _Example]] = []
     while len(waiting) > 1:
         first = waiting.pop()
-        opponent = next((k for k in reversed(range(len(waiting))) if _differ(first, waiting[k])), None)
+        others = (k for k in reversed(range(len(waiting))) if waiting[k].function.module != first.function.module)
+        opponent = next(others, None)
         if opponent is None:
             break  # only one module is left over
         matches.append((first, waiting.pop(opponent)))
@@ -238,17 +208,7 @@ def _pair_up(examples: list[_Example], draw: random.Random) -> list[BodyPair]:
     return [_pair(*ends) for first, second in matches for ends in ((first, second), (second, first))]
 
 
-def _differ(first: _Example, second: _Example) -> bool:
-    return first.function.module != second.function.module
-
-
 def _pair(own: _Example, other: _Example) -> BodyPair:
-    function = own.function
-    return BodyPair(
-        name=f"{function.module}:{function.name}",
-        module=function.module,
-        rejected_module=other.function.module,
-        prompt_ids=own.prompt_ids,
-        chosen_ids=own.body_ids,
-        rejected_ids=other.body_ids,
-    )
+    module = own.function.module
+    name, rejected_module = f"{module}:{own.function.name}", other.function.module
+    return BodyPair(name, module, rejected_module, own.prompt_ids, own.body_ids, other.body_ids)

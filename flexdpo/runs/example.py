@@ -35,73 +35,41 @@ from flexdpo.training.trainer import DPOTrainer
 if TYPE_CHECKING:
     from flexdpo.example.task import BodyTask
 
-OUTPUT_NAME = "flexdpo-example"
 _ACCURACY, _MARGIN = "rewards/accuracies", "rewards/margins"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long and how fast the example trains; the defaults take about three minutes on two CPU cores.
+    """How long and how fast the example trains; both learning rates fall linearly to zero."""
 
-    Both learning rates fall linearly to zero.
-
-    Attributes:
-        warm_up_steps: Optimizer steps of next-token training.
-        warm_up_batch: Sequences per warm-up step. The model learns to copy names from the prompt after a number of
-            steps rather than of tokens, so small batches get there sooner.
-        warm_up_learning_rate: Highest learning rate of the warm-up.
-        dpo_steps: Optimizer steps of DPO.
-        dpo_batch: Pairs per DPO step.
-        dpo_learning_rate: Highest learning rate of DPO.
-        beta: Of the DPO loss.
-        held_out_pairs: Pairs to judge on.
-        timing_rounds: Steps timed with sharing, and as many without, in alternation.
-    """
-
-    warm_up_steps: int = 3000
-    warm_up_batch: int = 2
+    warm_up_steps: int = 400  # of next-token training
+    warm_up_batch: int = 2  # sequences; the model learns to copy after a number of steps rather than of tokens
     warm_up_learning_rate: float = 3e-3
-    dpo_steps: int = 1400
-    dpo_batch: int = 4
-    dpo_learning_rate: float = 5e-4
+    dpo_steps: int = 800
+    dpo_batch: int = 4  # pairs, an even number: the two pairs that reject each other are learned from in one step
+    dpo_learning_rate: float = 1e-3
     beta: float = 0.1
     held_out_pairs: int = HELD_OUT_PAIRS
-    timing_rounds: int = 12
+    timing_rounds: int = 12  # steps timed with sharing, and as many without, in alternation
 
 
 @dataclass(frozen=True)
 class ExampleResult:
-    """What the example came to.
+    """What the example came to; metrics of held-out pairs have the trainer's names without ``eval_``."""
 
-    Attributes:
-        output_dir: Where model, tokenizer, metrics and pictures are.
-        functions: Functions of the standard library that were read.
-        train_pairs: Distinct pairs trained on.
-        held_out_pairs: Pairs judged on, of modules that nothing was trained on.
-        before: Held-out metrics before DPO, under the trainer's names without ``eval_``.
-        after: The same after DPO.
-        strangers: The same after DPO with every prompt replaced by one of another module.
-        warm_up_accuracy: Held-out accuracy of the warmed-up model alone, judged by its log-probabilities.
-        longer_accuracy: Held-out accuracy of the rule "the longer body is the right one".
-        tokens_run: Tokens that ran in DPO training.
-        tokens_unshared: Tokens an ordinary trainer would have run.
-        step_times: Measured side by side after training.
-        seconds: The whole run, without imports.
-    """
-
-    output_dir: Path
-    functions: int
-    train_pairs: int
-    held_out_pairs: int
+    output_dir: Path  # model, tokenizer, metrics and pictures
+    functions: int  # of the standard library that were read
+    train_pairs: int  # distinct ones
+    held_out_pairs: int  # of modules that nothing was trained on
     before: dict[str, float]
     after: dict[str, float]
-    strangers: dict[str, float]
-    warm_up_accuracy: float
-    longer_accuracy: float
-    tokens_run: int
-    tokens_unshared: int
-    step_times: StepTimes
-    seconds: float = 0.0
+    strangers: dict[str, float]  # after DPO, with every prompt replaced by one of another module
+    warm_up_accuracy: float  # of the warmed-up model alone, judged by its log-probabilities
+    longer_accuracy: float  # of the rule "the longer body is the right one"
+    tokens_run: int  # in DPO training
+    tokens_unshared: int  # that an ordinary trainer would have run
+    step_times: StepTimes  # measured side by side after training
+    seconds: float = 0.0  # the whole run, without imports
 
     @property
     def accuracy(self) -> float:
@@ -157,13 +125,9 @@ def run_example(
 ) -> ExampleResult:
     """Train a small Llama to tell a function's own body from a stranger's, and write everything down.
 
-    Model and tokenizer, ``metrics.jsonl``, ``training.png`` and ``mask.png`` go to the output folder.
-
-    Args:
-        output_dir: Folder to write to; by default a fresh ``flexdpo-example``, ``flexdpo-example-2``, ... here.
-        seed: Draws the held-out modules, the pairs, the first weights and the order of training.
-        overwrite: Write into a folder that is not empty.
-        recipe: How long to train.
+    Model and tokenizer, ``metrics.jsonl``, ``training.png`` and ``mask.png`` go to ``output_dir``, by default a fresh
+    ``flexdpo-example``, ``flexdpo-example-2``, ... here; ``overwrite`` takes a folder that is not empty. ``seed`` draws
+    the held-out modules, the pairs, the first weights and the order of training.
 
     Raises:
         FlexdpoError: if the folder is not empty, or the standard library has no source or too few functions.
@@ -196,7 +160,7 @@ def _run(output: Path, seed: int, recipe: Recipe, start: float) -> ExampleResult
         train_pairs=min(len(task.train), recipe.dpo_steps * recipe.dpo_batch),
         held_out_pairs=len(task.held_out),
         before=before,
-        after=_last_evaluation(trainer),
+        after=_judge(trainer),
         strangers=_judge(trainer, as_dataset(swap_prompts(task.held_out[::2], seed)), prefix="strangers"),
         warm_up_accuracy=warm_up_accuracy,
         longer_accuracy=longer_is_chosen(task.held_out),
@@ -214,13 +178,9 @@ def _run(output: Path, seed: int, recipe: Recipe, start: float) -> ExampleResult
 
 
 def fresh_output_dir(parent: Path | None = None) -> Path:
-    """Make and return the first of ``flexdpo-example``, ``flexdpo-example-2``, ... that does not exist yet.
-
-    Args:
-        parent: Where to make it; by default the current folder.
-    """
+    """Make and return the first of ``flexdpo-example``, ``flexdpo-example-2``, ... not yet in ``parent``, or here."""
     for number in itertools.count(1):
-        folder = (parent or Path()) / (OUTPUT_NAME if number == 1 else f"{OUTPUT_NAME}-{number}")
+        folder = (parent or Path()) / ("flexdpo-example" if number == 1 else f"flexdpo-example-{number}")
         try:
             folder.mkdir()
         except FileExistsError:
@@ -251,22 +211,17 @@ class _Progress(ProgressCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: ARG002
         names = {"loss": "loss", _ACCURACY: "accuracy"}
-        if self.training_bar is not None and logs:
-            shown = {short: f"{logs[name]:.3f}" for name, short in names.items() if name in logs}
-            if shown:
-                self.training_bar.set_postfix(shown)
-
-
-def _uses_bf16() -> bool:
-    """On a GPU float32 attention runs without tensor cores and takes minutes to compile; a CPU gains nothing."""
-    return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        shown = {short: f"{logs[name]:.3f}" for name, short in names.items() if name in (logs or ())}
+        if self.training_bar is not None and shown:
+            self.training_bar.set_postfix(shown)
 
 
 def _config(output: Path, seed: int, **settings: Any) -> DPOConfig:
     return DPOConfig(
         str(output),
         seed=seed,
-        bf16=_uses_bf16(),
+        # on a GPU float32 attention runs without tensor cores and takes minutes to compile; a CPU gains nothing
+        bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
         torch_compile=False,  # so small a model is done before it pays
         dataloader_pin_memory=torch.cuda.is_available(),
         report_to="none",
@@ -288,16 +243,7 @@ def _warm_up(model: Any, task: BodyTask, output: Path, seed: int, recipe: Recipe
         per_device_train_batch_size=recipe.warm_up_batch,
         learning_rate=recipe.warm_up_learning_rate,
     )
-    trainer = DPOTrainer(
-        model,
-        None,
-        config,
-        train_dataset=as_warm_up_dataset(task.train),
-        processing_class=task.tokenizer,
-        callbacks=[MetricsFile(output / METRICS_FILE, phase="warm-up")],
-    )
-    _name_progress(trainer, "Warm-up")
-    trainer.train()
+    _trainer("Warm-up", model, task, config, train_dataset=as_warm_up_dataset(task.train)).train()
 
 
 def _dpo_trainer(model: Any, task: BodyTask, output: Path, seed: int, recipe: Recipe) -> DPOTrainer:
@@ -310,25 +256,18 @@ def _dpo_trainer(model: Any, task: BodyTask, output: Path, seed: int, recipe: Re
         per_device_train_batch_size=recipe.dpo_batch,
         per_device_eval_batch_size=recipe.dpo_batch,
         learning_rate=recipe.dpo_learning_rate,
-        eval_strategy="steps",
-        eval_steps=0.5,  # of all steps: one point of the held-out curve between its ends
+        train_sampling_strategy="sequential",  # the task's order keeps together what belongs together
     )
-    trainer = DPOTrainer(
-        model,
-        None,
-        config,
-        train_dataset=as_dataset(task.train),
-        eval_dataset=as_dataset(task.held_out),
-        processing_class=task.tokenizer,
-        callbacks=[MetricsFile(output / METRICS_FILE, phase="dpo")],
-    )
-    _name_progress(trainer, "DPO")
-    return trainer
+    datasets = {"train_dataset": as_dataset(task.train), "eval_dataset": as_dataset(task.held_out)}
+    return _trainer("DPO", model, task, config, **datasets)
 
 
-def _name_progress(trainer: DPOTrainer, title: str) -> None:
+def _trainer(title: str, model: Any, task: BodyTask, config: DPOConfig, **datasets: Any) -> DPOTrainer:
+    metrics = MetricsFile(Path(str(config.output_dir)) / METRICS_FILE, phase=title.lower())
+    trainer = DPOTrainer(model, None, config, processing_class=task.tokenizer, callbacks=[metrics], **datasets)
     trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)
     trainer.add_callback(_Progress(title))
+    return trainer
 
 
 def _judge(trainer: DPOTrainer, dataset: Any = None, prefix: str = "eval") -> dict[str, float]:
@@ -348,11 +287,3 @@ def reference_accuracy(trainer: DPOTrainer) -> float:
             chosen, rejected = row.edges.unbind(dim=1)
             wins += int((sums[chosen] > sums[rejected]).sum())
     return wins / len(data)
-
-
-def _last_evaluation(trainer: DPOTrainer) -> dict[str, float]:
-    """The metrics after training under their bare names; it ends with an evaluation unless the steps are odd."""
-    last = next((entry for entry in reversed(trainer.state.log_history) if "eval_loss" in entry), None)
-    if last is None or last["step"] != trainer.state.global_step:
-        return _judge(trainer)
-    return {name.removeprefix("eval_"): value for name, value in last.items() if name != "step"}

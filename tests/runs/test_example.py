@@ -174,7 +174,7 @@ def test_learns_the_task_from_the_prompts(tmp_path: Path) -> None:
     # the seed that `flexdpo train` takes by default
     result = run_example(tmp_path / "out", seed=DPOConfig("unused").seed)
     assert result.held_out_pairs >= 500
-    assert result.accuracy >= 0.75
+    assert result.accuracy >= 0.8
     assert result.after["rewards/margins"] > 0.5
     assert 0.40 <= result.stranger_accuracy <= 0.60
     assert 0.45 <= result.longer_accuracy <= 0.55
