@@ -66,10 +66,7 @@ class ModelSize:
 
     @classmethod
     def of(cls, model_or_config: Any) -> ModelSize:
-        """Read the numbers off a model, a transformers config, whose model is made without memory, or a ``ModelSize``.
-
-        Raises ``FlexdpoError`` if it is none of these, or no causal LM can be made of the config.
-        """
+        """Read the numbers off a model, or a config, whose causal LM is made without memory; refuse anything else."""
         if isinstance(model_or_config, cls):
             return model_or_config
         model = model_or_config if isinstance(model_or_config, torch.nn.Module) else without_memory(model_or_config)
