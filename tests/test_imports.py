@@ -48,7 +48,6 @@ REGISTERED = (
 
 # transformers' models bring the registration in behind them, whichever of our files asks for them first
 FIRST = [
-    "import flexdpo",
     "import transformers.modeling_utils\nimport flexdpo",
     "import flexdpo.hf.rules",
     "import flexdpo.hf.draws",
@@ -61,6 +60,8 @@ import sys
 sys.modules["trl"] = None
 import flexdpo
 assert "flexdpo.trl" not in sys.modules
+"""
+USED = """
 assert callable(flexdpo.share_prefixes)
 assert callable(flexdpo.trl.enable)
 """
@@ -68,8 +69,9 @@ assert callable(flexdpo.trl.enable)
 
 # each in a process that holds nothing of transformers, but from the second on all that it imports: that takes longer
 EACH_IN_A_FORK = """
-import importlib, json, os, sys, traceback
+import gc, importlib, json, os, sys, traceback
 import torch
+gc.disable()
 failed, loaded = [], None
 for code in json.loads(sys.argv[1]):
     assert not {"transformers", "flexdpo"} & sys.modules.keys()
@@ -103,6 +105,6 @@ def test_any_module_may_be_the_first_that_imports_transformers() -> None:
         f"import sys, {name}\nassert 'transformers' in sys.modules"
         for name in ("flexdpo.hf.unwrap", "flexdpo.objective.objective")
     ]
-    codes = json.dumps([*(f"{first}\n{REGISTERED}" for first in FIRST), *alone, NO_TRL])
+    codes = json.dumps([*(f"{first}\n{REGISTERED}" for first in FIRST), f"{NO_TRL}{REGISTERED}{USED}", *alone])
     done = subprocess.run([sys.executable, "-c", EACH_IN_A_FORK, codes], check=True, capture_output=True, text=True)
     assert json.loads(done.stdout.rpartition("|")[2]) == [], done.stderr

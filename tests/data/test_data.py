@@ -725,22 +725,21 @@ for dataset, num_proc in [(load_preference_dataset(file), None), (Dataset.from_l
 """
 
 
-def test_another_process_finds_the_tokens(tmp_path: Any, byte_pairs: Tokenizer) -> None:
+def test_another_process_finds_the_tokens(
+    tmp_path: Any, byte_pairs: Tokenizer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     tokenizer = build_tokenizer(byte_pairs)
     tokenizer.pad_token = "<eos>"
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     path = save(text_rows(40), tmp_path, ".jsonl")
-    environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "datasets")}
-    found = [
-        subprocess.run(
-            [sys.executable, "-c", CACHED, str(path), str(tmp_path / "tokenizer"), used],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.splitlines()
-        for used in ("new", "used")
-    ]
+    arguments = [str(path), str(tmp_path / "tokenizer")]
+    environment = os.environ | {"HF_DATASETS_CACHE": str(datasets.config.HF_DATASETS_CACHE), "PYTHONHASHSEED": "1"}
+    monkeypatch.setattr(sys, "argv", ["", *arguments, "new"])
+    exec(CACHED, {})
+    another = subprocess.run(
+        [sys.executable, "-c", CACHED, *arguments, "used"], env=environment, capture_output=True, text=True, check=True
+    )
+    found = [printed.splitlines() for printed in (capsys.readouterr().out, another.stdout)]
     # not one file was written anew, though the second process had used its tokenizer otherwise before
     assert found[0] == found[1]
     # several processes take what one has written
