@@ -45,7 +45,7 @@ class Recipe:
     warm_up_steps: int = 400  # of next-token training
     warm_up_batch: int = 2  # sequences; the model learns to copy after a number of steps rather than of tokens
     warm_up_learning_rate: float = 3e-3
-    dpo_steps: int = 1200
+    dpo_steps: int = 1400
     dpo_batch: int = 4  # pairs, an even number: the two pairs that reject each other are learned from in one step
     dpo_learning_rate: float = 1e-3
     beta: float = 0.1
