@@ -21,6 +21,9 @@ from transformers import (
     Qwen3Config,
 )
 
+# datasets counts every file that is read at the hub, and waits seconds for an answer where there is no network
+os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
+
 import flexdpo
 from flexdpo.hf.versions import TAKES_IMAGES
 from tests.hf.architectures import REPORTED_CHANGES
