@@ -42,9 +42,19 @@ def run_processes(words: Sequence[str], count: int, *, timeout_s: float = 300, *
         return [_text(file) for file in printed]
 
 
-def spawn_processes(worker: Callable[..., None], *args: Any, count: int) -> None:
-    """Call ``worker(rank, *args)`` in each of ``count`` new processes; fail with the first one's exception."""
-    mp.start_processes(_leaving, args=(worker, args), nprocs=count, start_method="spawn")
+def spawn_processes(worker: Callable[..., None], *args: Any, count: int, timeout_s: float = 300) -> None:
+    """Call ``worker(rank, *args)`` in each of ``count`` new processes; fail with the first one's exception.
+
+    Workers leave their process group to the end of the process: after ``destroy_process_group`` DDP's reducer is the
+    last that holds it, and takes it down with Python's lock in hand, for which gloo's thread may wait: for ever.
+    """
+    workers = mp.start_processes(_leaving, args=(worker, args), nprocs=count, start_method="spawn", join=False)
+    until = time.monotonic() + timeout_s
+    while not workers.join(timeout=1):
+        if time.monotonic() > until:
+            for process in workers.processes:
+                process.kill()
+            raise AssertionError(f"processes still run after {timeout_s:g} s")
 
 
 def _leaving(rank: int, worker: Callable[..., None], args: Sequence[Any]) -> None:

@@ -62,7 +62,6 @@ def sharded(rank: int, file: str, name: str) -> None:
     assert sum(counts[0].values()) > 0
     for (label, got), wanted in zip(model.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(got.grad.full_tensor(), wanted.grad, rtol=1e-6, atol=1e-8, msg=label)
-    dist.destroy_process_group()
 
 
 @pytest.mark.distributed
@@ -78,7 +77,6 @@ def replicated(rank: int, file: str) -> None:
     torch.testing.assert_close(run(model), run(plain))
     for got, wanted in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(got.grad, wanted.grad)
-    dist.destroy_process_group()
 
 
 @pytest.mark.distributed
