@@ -160,7 +160,8 @@ def read(path: Path, *names: str) -> dict[str, NDArray[Any]]:
                 raise damaged(path, f"it holds {', '.join(sorted(file.keys())) or 'nothing'}")
             tensors = {name: file.get_tensor(name) for name in names}
             stored = (file.metadata() or {}).get(_DIGEST)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, TypeError, AttributeError) as error:
+        # the last two: numpy lacks some of the dtypes that a file may name
         raise damaged(path, first_line(error)) from error
     if stored != _digest(tensors):
         raise damaged(path, "its values are not those that were written")

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from safetensors.numpy import load_file, save_file
 
@@ -383,6 +384,14 @@ def test_a_foreign_part(written: Path, change: Any, message: str) -> None:
     with pytest.raises(
         FlexdpoError, match=rf"part-0-000000.* \({message}\); delete it, and what it held is computed again"
     ):
+        ReferenceCache(written.parent, IDENTITY)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_a_part_of_a_dtype_that_numpy_lacks(dtype: torch.dtype, written: Path) -> None:
+    values = {name: torch.from_numpy(value) for name, value in load_file(written).items()}
+    safetensors.torch.save_file({**values, "sums": values["sums"].to(dtype)}, written)
+    with pytest.raises(FlexdpoError, match=r"truncated, damaged or not a file of a reference cache"):
         ReferenceCache(written.parent, IDENTITY)
 
 
