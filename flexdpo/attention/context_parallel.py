@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from flexdpo.attention.inputs import AttentionInputs
 from flexdpo.attention.row_mask import RowMask, row_mask_for
 from flexdpo.errors import FlexdpoError
-from flexdpo.layout.shares import Share
+from flexdpo.layout.shards import Share
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 

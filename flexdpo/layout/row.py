@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from flexdpo.layout.pieces import Piece
-    from flexdpo.layout.shares import Share
+    from flexdpo.layout.shards import Share
 
 __all__ = ["TILE", "Row", "RowLayout", "idle_row", "on_device", "stack_inputs", "tile_multiple"]
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from flexdpo.layout.shares import Share
+    from flexdpo.layout.shards import Share
 
 _VECTORS = ("position_ids", "subtree_end", "multiplicity", "shortest", "longest")
 # what a model that was not prepared would ask of its attention_mask first

@@ -13,7 +13,7 @@ from flexdpo.objective.linear_logps import TargetLogps
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from flexdpo.layout.shares import Share
+    from flexdpo.layout.shards import Share
 
 
 def gathered_targets(values: TargetLogps, share: Share) -> TargetLogps:

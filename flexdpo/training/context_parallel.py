@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from flexdpo.errors import FlexdpoError, UnsupportedModelError, found
 from flexdpo.hf.unwrap import base_model
 from flexdpo.layout.row import tile_multiple
-from flexdpo.layout.shares import share_of
+from flexdpo.layout.shards import share_of
 from flexdpo.training.distribution import reshard
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from flexdpo.attention import context_parallel
 from flexdpo.hf.checkpointing import enable_checkpointing
 from flexdpo.layout.packing import pack
 from flexdpo.layout.row import Row
-from flexdpo.layout.shares import share_of
+from flexdpo.layout.shards import share_of
 from flexdpo.training.context_parallel import ContextParallel
 from tests.conftest import build_model, odd_groups, random_ids
 from tests.hf.architectures import build_model as build_zoo_model
