@@ -39,15 +39,13 @@ def imported_modules(tree: ast.AST, *, top_level_only: bool) -> list[tuple[int, 
     return found
 
 
-def circles(root: Path, *, types: bool) -> list[str]:
-    """Files that import each other, round and round; with ``types`` also where an import is for a type alone."""
+def circles(root: Path) -> list[str]:
+    """Files that import each other, round and round, be it in a function or for a type alone."""
     files = {".".join(path.relative_to(root.parent).with_suffix("").parts): path for path in root.rglob("*.py")}
     reached: dict[str, set[str]] = {}
     for module, path in files.items():
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        guards = [n for n in tree.body if isinstance(n, ast.If) and getattr(n.test, "id", "") == "TYPE_CHECKING"]
-        left_out = set() if types else {node for guard in guards for node in ast.walk(guard)}
-        froms = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module and n not in left_out]
+        froms = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module]
         names = {name for node in froms for name in (node.module, *(f"{node.module}.{a.name}" for a in node.names))}
         reached[module] = {str(name) for name in names if name in files}
     for middle in files:
@@ -75,11 +73,10 @@ def faults(root: Path) -> list[str]:
         for line, name in imported_modules(tree, top_level_only=True):
             if layer in AT_IMPORT and name.split(".")[0] in HEAVY:
                 wrong.append(f"{path}:{line}: import flexdpo must not need {name}")
-    return wrong + circles(root, types=False)
+    return wrong + circles(root)
 
 
 if __name__ == "__main__":
     found = faults(ROOT)
     print("\n".join(found) or "imports point down, in no circle")
-    print(*(f"for types alone, {circle}" for circle in circles(ROOT, types=True)), sep="\n")
     sys.exit(bool(found))

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_mask
 
 from flexdpo.attention.blockwise import blockwise_attention
-from flexdpo.attention.context_parallel import share_attention
+from flexdpo.attention.context_parallel import sharded_attention
 from flexdpo.attention.flex import run_flex
 from flexdpo.attention.formula import softmax_attention
 from flexdpo.attention.inputs import AttentionCall, AttentionInputs
@@ -51,8 +51,8 @@ def packed_attention(
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     query, key, value = (_laid_out(x) for x in (query, key, value))
     inputs = AttentionInputs(query, key, value, scaling, softcap, sinks)
-    if row_mask.layout.share is not None:
-        attended: Tensor = share_attention(packed_attention, inputs, row_mask)
+    if row_mask.layout.shard is not None:
+        attended: Tensor = sharded_attention(packed_attention, inputs, row_mask)
         return attended
     compiling = torch.compiler.is_compiling()
     if remembered.checkpointed and (row_mask.impl != "sdpa" or compiling):

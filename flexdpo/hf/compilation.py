@@ -78,7 +78,7 @@ class _CompiledLayer:
             return self.compiled(*args, **kwargs)
         for row_mask in filter(None, map(row_mask_of, (*args, *kwargs.values()))):
             layout = row_mask.layout
-            if not (layout.keys is layout.kept is layout.share is None):
+            if not (layout.keys is layout.kept is layout.shard is None):
                 # what the parts of a row hand on to each other would be guarded and copied by a graph
                 return self.layer._call_impl(*args, **kwargs)
             # other kernels stay out of graphs, and are compared where they are called

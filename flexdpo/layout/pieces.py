@@ -6,34 +6,20 @@ values of the pieces on its path, so what is in memory at a time is the longest 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
 from flexdpo.errors import FlexdpoError
-from flexdpo.layout.row import Row
+from flexdpo.layout.row import Piece, Row
 from flexdpo.layout.row_layout import RowLayout
 from flexdpo.layout.segments import Segments
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from torch import Tensor
 
     Ints = NDArray[np.int64]
-
-
-@dataclass(eq=False)
-class Piece(Row):
-    """Tokens of a row that run in one pass, as a row of their own without responses.
-
-    Its layout's ``keys`` are those on its path and its own; its targets are those that its tokens predict.
-    """
-
-    tokens: Tensor = field(default_factory=lambda: torch.empty(0))  # where each stands in the row, without padding
-    targets: Tensor = field(default_factory=lambda: torch.empty(0))  # which of the row's targets these are, ``[T]``
-    parent: int = -1  # the piece that this one continues, -1 where it begins; pieces stand behind their parents
 
 
 class _Cut(NamedTuple):
@@ -123,7 +109,7 @@ def _piece(row: Row, tokens: Ints, parent: int, before: list[Piece], multiple: i
         own.keys = _behind(before[parent].layout, own)
     predictors = row.predictors.numpy()
     targets = np.flatnonzero(places[predictors] >= 0)
-    return Piece.part_of(
+    return Piece.of(
         row,
         own,
         index,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
     from typing_extensions import Self
-
-    from flexdpo.layout.pieces import Piece
-    from flexdpo.layout.shards import Share
 
 __all__ = ["TILE", "Row", "RowLayout", "idle_row", "on_device", "stack_inputs", "tile_multiple"]
 
@@ -60,7 +57,7 @@ class Row:
     response_paths: tuple[NDArray[np.int64], ...]
     numbers: tuple[int, ...] = ()  # which of the groups that :func:`flexdpo.pack` was given each group is
     pieces: tuple[Piece, ...] = ()  # of a row longer than memory, which runs piece by piece
-    share: Share | None = None  # of a row dealt to several processes: what this one runs of it
+    shard: RowShard | None = None  # of a row that several processes run together: what this one runs of it
 
     @classmethod
     def from_groups(cls, groups: Sequence[Group], *, pad_to_multiple_of: int = 1, limits: Sequence[int] = ()) -> Row:
@@ -197,27 +194,6 @@ class Row:
         """Responses in the row, ``R``."""
         return len(self.response_paths)
 
-    @classmethod
-    def part_of(cls, row: Row, layout: RowLayout, tokens: Tensor, targets: Tensor, **own: Any) -> Self:
-        """Some tokens of a row, and the targets that they predict, as a row of their own without responses.
-
-        ``own`` are the other fields, ``predictors`` as indices in the part among them.
-        """
-        nothing = row.labels[:0]
-        own |= {"tokens": tokens, "targets": targets}
-        return cls(
-            input_ids=torch.nn.functional.pad(row.input_ids[:, tokens], (0, layout.length - len(tokens))),
-            layout=layout,
-            labels=row.labels[targets],
-            member_targets=nothing,
-            member_responses=nothing,
-            edges=row.edges[:0],
-            groups=(),
-            documents=(),
-            response_paths=(),
-            **own,
-        )
-
     def inputs(self) -> dict[str, Any]:
         """The keyword arguments for a prepared model: ``model(**row.inputs())``."""
         return {
@@ -239,9 +215,55 @@ class Row:
     def _map(self, change: Any) -> Row:
         parts = {name: part for name, part in vars(self).items() if isinstance(part, torch.Tensor | RowLayout)}
         pieces: Any = tuple(piece._map(change) for piece in self.pieces)
-        share = self.share and self.share._map(change)
+        shard = self.shard and self.shard._map(change)
         changed = {name: change(part) for name, part in parts.items()}
-        return dataclasses.replace(self, pieces=pieces, share=share, **changed)
+        return dataclasses.replace(self, pieces=pieces, shard=shard, **changed)
+
+
+@dataclass(eq=False)
+class RowPart(Row):
+    """Some tokens of a row, and the targets that they predict, as a row of their own without responses."""
+
+    tokens: Tensor = field(default_factory=lambda: torch.empty(0))  # where each stands in the row, without padding
+    targets: Tensor = field(default_factory=lambda: torch.empty(0))  # which of the row's targets these are, ``[T]``
+
+    @classmethod
+    def of(cls, row: Row, layout: RowLayout, tokens: Tensor, targets: Tensor, **own: Any) -> Self:
+        """The part with this layout; ``own`` are its other fields, ``predictors`` as indices in the part among them."""
+        nothing = row.labels[:0]
+        return cls(
+            input_ids=torch.nn.functional.pad(row.input_ids[:, tokens], (0, layout.length - len(tokens))),
+            layout=layout,
+            labels=row.labels[targets],
+            member_targets=nothing,
+            member_responses=nothing,
+            edges=row.edges[:0],
+            groups=(),
+            documents=(),
+            response_paths=(),
+            tokens=tokens,
+            targets=targets,
+            **own,
+        )
+
+
+@dataclass(eq=False)
+class Piece(RowPart):
+    """What runs in one pass of a row longer than memory; its layout's ``keys`` are those on its path and its own."""
+
+    parent: int = -1  # the piece that this one continues, -1 where it begins; pieces stand behind their parents
+
+
+@dataclass(eq=False)
+class RowShard(RowPart):
+    """What one of several processes runs of a row; which keys its tokens see, its layout's ``shard`` tells."""
+
+    num_targets: int = 0  # of the whole row
+
+    def _map(self, change: Any) -> RowShard:
+        changed = cast("RowShard", super()._map(change))
+        changed.layout.shard = self.layout.shard and self.layout.shard.map(change)
+        return changed
 
 
 def on_device(values: Sequence[Any] | NDArray[np.int64], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,8 +15,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torch import Tensor
-
-    from flexdpo.layout.shards import Share
 
 _VECTORS = ("position_ids", "subtree_end", "multiplicity", "shortest", "longest")
 # what a model that was not prepared would ask of its attention_mask first
@@ -63,8 +63,8 @@ class RowLayout:
         # what the attention of the pieces on its path kept, the first one first, and where its own is kept
         self.path: tuple[Any, ...] = ()
         self.kept: Any = None
-        # of a row that is dealt to several processes: what this one runs of it, which this layout is that of
-        self.share: Share | None = None
+        # where this is what one of several processes runs of a row: which keys its tokens see
+        self.shard: ContextShard | None = None
         self._check()
 
     def __repr__(self) -> str:
@@ -218,3 +218,19 @@ class RowLayout:
             f"something computed with a packed row's layout ({getattr(func, '__name__', func)}) before it reached a "
             "prepared model; call flexdpo.prepare_model(model) once after loading, and use no prompt tuning"
         )
+
+
+@dataclass(eq=False)
+class ContextShard:
+    """Which keys the tokens see that one process runs of a row of ``S`` tokens; how all processes' tokens are gathered.
+
+    The row is cut into chunks of equal length, of which every process runs as many.
+    """
+
+    order: Tensor  # where each token of the row stands in all shards, one after the other, ``[S]`` int64
+    chunks: tuple[RowLayout, ...]  # of neighbouring tokens; the ``keys`` of each are the row's up to its end
+    group: Any  # the processes that run the row, a ``torch.distributed.ProcessGroup``
+
+    def map(self, change: Any) -> ContextShard:
+        """This shard with ``change`` made to its tensor and to each layout."""
+        return dataclasses.replace(self, order=change(self.order), chunks=tuple(map(change, self.chunks)))

@@ -13,14 +13,14 @@ from flexdpo.objective.linear_logps import TargetLogps
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from flexdpo.layout.shards import Share
+    from flexdpo.layout.row import RowShard
 
 
-def gathered_targets(values: TargetLogps, share: Share) -> TargetLogps:
+def gathered_targets(values: TargetLogps, shard: RowShard) -> TargetLogps:
     """Return the values of all targets of a row, ``[T]``, from those that each process computed."""
     squares = values.log_sum_squares
     return TargetLogps(
-        _Gathered.apply(values.logps, share), None if squares is None else _Gathered.apply(squares, share)
+        _Gathered.apply(values.logps, shard), None if squares is None else _Gathered.apply(squares, shard)
     )
 
 
@@ -28,11 +28,12 @@ class _Gathered(torch.autograd.Function):
     """What follows is computed on every process alike, so each takes the gradient of its own targets."""
 
     @staticmethod
-    def forward(ctx: Any, own: Tensor, share: Share) -> Tensor:
-        ctx.targets = share.targets
-        everyone = own.new_zeros(share.num_targets).index_copy_(0, share.targets, own)
+    def forward(ctx: Any, own: Tensor, shard: RowShard) -> Tensor:
+        assert shard.layout.shard is not None
+        ctx.targets = shard.targets
+        everyone = own.new_zeros(shard.num_targets).index_copy_(0, shard.targets, own)
         # every target is predicted by one process, and the others add 0
-        dist.all_reduce(everyone, group=share.group)
+        dist.all_reduce(everyone, group=shard.layout.shard.group)
         return everyone
 
     @staticmethod

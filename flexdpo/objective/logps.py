@@ -57,25 +57,27 @@ def response_logps(model: nn.Module, row: Row, *, with_log_sum_squares: bool = F
     its device, and one with ``pieces`` runs piece by piece. WPO's weights need ``with_log_sum_squares``. The result is
     differentiable (once). Raises ``FlexdpoError`` if the model was not prepared, or the row does not fit it.
     """
+    run = partial(_target_logps, model, with_log_sum_squares=with_log_sum_squares)
+    if row.pieces:
+        require_attention_only(model)
+        values = piecewise_logps(run, row)
+    elif row.shard is not None:
+        values = gathered_targets(run(row.shard), row.shard)
+    else:
+        values = run(row)
+    return sum_targets(values.logps, row, values.log_sum_squares)
+
+
+def _target_logps(model: nn.Module, row: Row, *, with_log_sum_squares: bool) -> TargetLogps:
+    """Run a row in one pass, on this process alone."""
     if isinstance(model, DistributedDataParallel) and not torch.is_grad_enabled():
         # processes take part in DDP's broadcasts at their first pass with gradients, in an order of its own; passes
         # without are not as many in each process
         model = model.module
-    if row.pieces:
-        require_attention_only(model)
-        run = partial(response_logps, model, with_log_sum_squares=with_log_sum_squares)
-        values = piecewise_logps(run, row)
-        return sum_targets(values.logps, row, values.log_sum_squares)
-    part = row if row.share is None else row.share
-    inputs, squares = part.inputs(), with_log_sum_squares
-    plan = head_plan(model, row.input_ids.device)
-    if plan.obstacle is None:
-        values = head_logps(model, inputs, part.predictors, part.labels, plan, with_log_sum_squares=squares)
-    else:
-        values = _from_logits(model, part, plan.obstacle, squares)
-    if row.share is not None:
-        values = gathered_targets(values, row.share)
-    return sum_targets(values.logps, row, values.log_sum_squares)
+    inputs, plan = row.inputs(), head_plan(model, row.input_ids.device)
+    if plan.obstacle is not None:
+        return _from_logits(model, row, plan.obstacle, with_log_sum_squares)
+    return head_logps(model, inputs, row.predictors, row.labels, plan, with_log_sum_squares=with_log_sum_squares)
 
 
 def _from_logits(model: nn.Module, row: Row, obstacle: str, with_log_sum_squares: bool) -> TargetLogps:

@@ -32,12 +32,10 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from flexdpo.layout.pieces import Piece
-    from flexdpo.layout.row import Row
-    from flexdpo.objective.logps import ResponseLogps
+    from flexdpo.layout.row import Piece, Row
 
 
-def piecewise_logps(run: Callable[[Row], ResponseLogps], row: Row) -> TargetLogps:
+def piecewise_logps(run: Callable[[Row], TargetLogps], row: Row) -> TargetLogps:
     """Return the log-probability of every target of a row in pieces.
 
     ``run`` takes a piece through the model. Differentiable once in the model's weights, whose gradients are
@@ -67,14 +65,14 @@ class _Pass:
     """One piece in progress."""
 
     kept: PathKeys
-    values: ResponseLogps
+    values: TargetLogps
 
 
 @dataclass(eq=False)
 class _Passes:
     """The pieces of one row, forwards and then backwards."""
 
-    run: Callable[[Row], ResponseLogps]
+    run: Callable[[Row], TargetLogps]
     row: Row
     # of which the graph is there; without gradients all that are on the path of a piece to come
     open: dict[int, _Pass] = field(default_factory=dict)
@@ -89,7 +87,7 @@ class _Passes:
         self.room = max(self._tokens(path) for path in paths)
         with_graph = self._with_graph(paths) if torch.is_grad_enabled() else frozenset()
         self.settings, self.precision = kernel_settings(), _precision(self.row.input_ids.device.type)
-        parts: list[ResponseLogps] = []
+        parts: list[TargetLogps] = []
         for number, piece in enumerate(pieces):
             for done in [each for each in self.open if each not in with_graph and not self._is_on_path(each, piece)]:
                 self._close(done)
@@ -98,9 +96,9 @@ class _Passes:
                     stack.enter_context(remembering(self.attended.setdefault(number, [])))
                 self.open[number] = found = self._pass(number)
             parts.append(found.values)
-        wanted = any(each.values.targets.requires_grad for each in self.open.values())
+        wanted = any(each.values.logps.requires_grad for each in self.open.values())
         order = torch.cat([piece.targets for piece in pieces])
-        logps = _in_order([each.targets.detach() for each in parts], order)
+        logps = _in_order([each.logps.detach() for each in parts], order)
         squares = [each.log_sum_squares for each in parts if each.log_sum_squares is not None]
         for number in self.open.keys() - with_graph:
             self._close(number)
@@ -120,8 +118,8 @@ class _Passes:
                 self._reach(number)
                 found, piece = self.open[number], self.row.pieces[number]
                 roots, gradients = found.kept.gradients()
-                if found.values.targets.requires_grad and len(piece.targets):
-                    roots.append(found.values.targets)
+                if found.values.logps.requires_grad and len(piece.targets):
+                    roots.append(found.values.logps)
                     gradients.append(gradient[piece.targets])
                 if roots:
                     torch.autograd.backward(roots, gradients)

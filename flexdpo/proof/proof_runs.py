@@ -18,8 +18,7 @@ from flexdpo.hf.row_dependence import LengthLimits
 from flexdpo.hf.unwrap import base_model
 from flexdpo.layout.groups import Group
 from flexdpo.layout.images import joined_inputs
-from flexdpo.layout.pieces import Piece
-from flexdpo.layout.row import Row
+from flexdpo.layout.row import Piece, Row
 from flexdpo.layout.row_layout import RowLayout
 from flexdpo.objective.linear_logps import logits_logps
 from flexdpo.objective.lm_head import head_logps, head_plan

@@ -1,4 +1,4 @@
-"""A step whose rows are dealt to the processes of a group, token by token, for rows longer than one card holds."""
+"""A step whose rows several processes run together, each some of the tokens: for rows longer than one card holds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from flexdpo.errors import FlexdpoError, UnsupportedModelError, found
 from flexdpo.hf.unwrap import base_model
 from flexdpo.layout.row import tile_multiple
-from flexdpo.layout.shards import share_of
+from flexdpo.layout.shards import shard_of
 from flexdpo.training.distribution import reshard
 
 if TYPE_CHECKING:
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     from flexdpo.layout.row import Row
     from flexdpo.training.batch import PackedBatch
 
-# where there are no tiles, so that short rows can be dealt evenly too
+# where there are no tiles, so that short rows can be sharded evenly too
 _UNIT = 16
 
 
 @dataclass(frozen=True)
 class ContextParallel:
-    """The processes that run each row together: they are given the same groups, and each runs its share of the tokens.
+    """The processes that run each row together: they are given the same groups, and each runs its shard of the tokens.
 
     What follows the log-probabilities is computed on each of them alike, so their gradients are parts of one sum.
     """
@@ -83,18 +83,15 @@ class ContextParallel:
         """Processes that run a row together."""
         return dist.get_world_size(self.group)
 
-    def dealt(self, batch: PackedBatch, groups: Sequence[Group], device: torch.device) -> PackedBatch:
-        """The batch, on the host, with this process's share of every row."""
+    def sharded(self, batch: PackedBatch, groups: Sequence[Group], device: torch.device) -> PackedBatch:
+        """The batch, on the host, with this process's shard of every row."""
         self._require_same(groups, device)
-        idle = None if batch.idle_row is None else self._share(batch.idle_row, device)
-        return dataclasses.replace(batch, rows=[self._share(row, device) for row in batch.rows], idle_row=idle)
+        idle = None if batch.idle_row is None else self._shard(batch.idle_row, device)
+        return dataclasses.replace(batch, rows=[self._shard(row, device) for row in batch.rows], idle_row=idle)
 
-    def _share(self, row: Row, device: torch.device) -> Row:
+    def _shard(self, row: Row, device: torch.device) -> Row:
         unit = max(tile_multiple(device), _UNIT)
-        mine = share_of(row, dist.get_rank(self.group), self.size, unit)
-        assert mine.share is not None
-        mine.share.group = self.group
-        return mine
+        return shard_of(row, dist.get_rank(self.group), self.size, unit, self.group)
 
     def _require_same(self, groups: Sequence[Group], device: torch.device) -> None:
         """Stop where processes that run a row together were given different rows."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -13,7 +13,8 @@ from flexdpo.training.adapters import is_peft_model
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from flexdpo.training.resumable import ResumableTrainer
+    from flexdpo.data.report import DataReport
+    from flexdpo.proof.prove import Proof
 
 _PAPERS = """\
 Cite DPO as:
@@ -41,8 +42,21 @@ Cite prefix sharing as:
 """  # noqa: E501
 
 
+class Trained(Protocol):
+    """A trainer, as far as its card tells of it."""
+
+    model: Any
+    args: Any
+    data_reports: Mapping[str, DataReport]
+    proof: Proof | None
+
+    def changed_settings(self) -> Mapping[str, Any]:
+        """The settings that are not their defaults."""
+        ...
+
+
 def model_card(
-    trainer: ResumableTrainer,
+    trainer: Trained,
     model_name: str,
     datasets: Sequence[str],
     tags: Sequence[str],

@@ -23,13 +23,18 @@ from flexdpo.training.model_card import model_card
 from flexdpo.training.output_lock import holding_output
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from torch import nn
 
     from flexdpo.data.report import DataReport
+    from flexdpo.layout.row import Row
+    from flexdpo.objective.logps import ResponseLogps
+    from flexdpo.objective.objective import Objective
     from flexdpo.proof.prove import Proof
+    from flexdpo.reference.cache import ReferenceIdentity
     from flexdpo.training.finite import StepGuard
+    from flexdpo.training.run_data import RowPlan
 
 logger = logging.get_logger(__name__)
 # how the log calls what is counted
@@ -46,7 +51,12 @@ class ResumableTrainer(Trainer):
 
     args: Any
     train_dataset: Any
+    data_collator: Any
     ref_model: Any
+    objective: Objective
+    row_plan: RowPlan
+    reference_identity: ReferenceIdentity
+    reference_logps: Callable[[Row], ResponseLogps]  # of a row's responses, without gradients
     tokens: dict[str, int]  # that this process ran in training, and that an ordinary run would have
     data_reports: dict[str, DataReport]
     proof: Proof | None = None  # of the run, before its first step

@@ -97,7 +97,7 @@ class RowPlan:
                 longest=longest,
                 longest_sequence=longest_sequence,
             )
-            # one plan for all: work that is dealt out by rows must be the same rows everywhere
+            # one plan for all: work that is split by rows must be the same rows everywhere
             budget = -largest(args.device, -budget)
             longer = f"; the longest example, {longest} tokens, runs in pieces" if longest > budget else ""
             logger.warning(f"max_tokens_per_row='auto': rows of up to {budget} tokens fit into the free memory{longer}")
@@ -145,7 +145,7 @@ class RowPlan:
 
 
 def may_run_in_pieces(args: DPOConfig, model: nn.Module, *, router: bool) -> bool:
-    """Whether an example that is longer than a row may run in pieces: see :class:`~flexdpo.layout.pieces.Piece`.
+    """Whether an example that is longer than a row may run in pieces: see :class:`~flexdpo.layout.row.Piece`.
 
     Not where processes gather weights together, where a loss needs the routers' logits of all tokens at once, where
     layers hand on more than keys and values, and under a kernel that plans whole rows.

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from flexdpo.config import DPOConfig
     from flexdpo.layout.row import Row
     from flexdpo.objective.logps import ResponseLogps
-    from flexdpo.training.trainer import DPOTrainer
+    from flexdpo.training.resumable import ResumableTrainer
 
 ROWS_AT_ONCE = 65_536  # of a dataset, whose tokens are in memory together and so can be brought together
 
@@ -114,7 +114,7 @@ def mix_into_reference(reference: nn.Module, policy: nn.Module, alpha: float) ->
         target.lerp_(source.to(target.dtype), alpha)
 
 
-def with_reference(trainer: DPOTrainer, dataset: Any, name: str) -> Any:
+def with_reference(trainer: ResumableTrainer, dataset: Any, name: str) -> Any:
     """Return ``dataset``, or a dict of them, with its reference values as columns; ``None`` comes back as it is."""
     if isinstance(dataset, dict):
         return {key: with_reference(trainer, part, key) for key, part in dataset.items()}
@@ -128,7 +128,7 @@ def with_reference(trainer: DPOTrainer, dataset: Any, name: str) -> Any:
     return dataset.add_column(REFERENCE_PAIR_COLUMN, [cache.pair_sums(group_from_row(row), alpha) for row in dataset])
 
 
-def _filled_cache(trainer: DPOTrainer, dataset: Any, name: str) -> ReferenceCache:
+def _filled_cache(trainer: ResumableTrainer, dataset: Any, name: str) -> ReferenceCache:
     args, accelerator, identity = trainer.args, trainer.accelerator, trainer.reference_identity
     # by the setting, ``FLEXDPO_CACHE``, or a folder beside the hub's cache
     root = Path(args.precompute_ref_cache_dir or cache_folder("reference_logps"))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from flexdpo.layout.row import Row
     from flexdpo.training.batch import PackedBatch
-    from flexdpo.training.trainer import DPOTrainer
+    from flexdpo.training.resumable import ResumableTrainer
 
 logger = logging.get_logger(__name__)
 
@@ -33,7 +33,7 @@ class ProofAtStart(TrainerCallback):
         reference_is_policy: Whether the reference must agree with a policy that has not taken a step.
     """
 
-    def __init__(self, trainer: DPOTrainer, *, reference_is_policy: bool) -> None:
+    def __init__(self, trainer: ResumableTrainer, *, reference_is_policy: bool) -> None:
         self.trainer = trainer
         self.reference_is_policy = reference_is_policy
 

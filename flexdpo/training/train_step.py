@@ -121,7 +121,7 @@ class _Step:
         batch = self.collator.packed(groups)
         device = next(model.parameters()).device
         if self.context is not None:
-            batch = self.context.dealt(batch, groups, device)
+            batch = self.context.sharded(batch, groups, device)
         if device.type == "cuda":
             # a copy from memory that may be paged out waits for the step before
             batch = batch.pin_memory()

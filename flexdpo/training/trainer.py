@@ -224,7 +224,7 @@ class DPOTrainer(ResumableTrainer):
         return super()._get_train_sampler(dataset)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """As ``Trainer``'s, with each step's pairs dealt out to the processes by what they cost."""
+        """As ``Trainer``'s, with each step's pairs assigned to the processes by what they cost."""
         if self._stream is not None:
             # auto_find_batch_size may have made it smaller
             self._stream.batch_size = self._train_batch_size

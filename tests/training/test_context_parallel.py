@@ -17,7 +17,7 @@ from flexdpo.attention import context_parallel
 from flexdpo.hf.checkpointing import enable_checkpointing
 from flexdpo.layout.packing import pack
 from flexdpo.layout.row import Row
-from flexdpo.layout.shards import share_of
+from flexdpo.layout.shards import shard_of
 from flexdpo.training.context_parallel import ContextParallel
 from tests.conftest import build_model, odd_groups, random_ids
 from tests.hf.architectures import build_model as build_zoo_model
@@ -27,48 +27,48 @@ STEPS = 10
 
 
 def groups_of(step: int) -> list[Group]:
-    """Tries of very different sizes, so that shares hold prompts, branches and padding."""
+    """Tries of very different sizes, so that shards hold prompts, branches and padding."""
     rng = np.random.default_rng(step)
     stem = random_ids(rng, 40)
     deep = [stem + random_ids(rng, 9 + step), stem + random_ids(rng, 20), random_ids(rng, 3)]
     return [*odd_groups(rng), Group.from_lists(random_ids(rng, 60), deep, [(0, 1), (0, 2)], name="deep")]
 
 
-# --- dealing ---------------------------------------------------------------------------------------------------------
+# --- shards ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("processes", [2, 3, 4])
-def test_every_token_and_every_target_is_dealt_once(processes) -> None:
+def test_every_token_and_every_target_has_one_process(processes) -> None:
     (row,) = pack(groups_of(0))
-    shares = [share_of(row, number, processes, 16).share for number in range(processes)]
-    assert len({share.layout.length for share in shares}) == 1
-    tokens = torch.cat([share.tokens for share in shares])
+    shards = [shard_of(row, number, processes, 16).shard for number in range(processes)]
+    assert len({shard.layout.length for shard in shards}) == 1
+    tokens = torch.cat([shard.tokens for shard in shards])
     assert sorted(tokens.tolist()) == list(range(len(tokens)))
-    assert torch.equal(tokens[shares[0].order], torch.arange(len(tokens)))
-    assert sorted(torch.cat([share.targets for share in shares]).tolist()) == list(range(len(row.labels)))
-    for share in shares:
-        assert torch.equal(share.tokens[share.predictors], row.predictors[share.targets])
-        assert torch.equal(share.labels, row.labels[share.targets])
+    assert torch.equal(tokens[shards[0].layout.shard.order], torch.arange(len(tokens)))
+    assert sorted(torch.cat([shard.targets for shard in shards]).tolist()) == list(range(len(row.labels)))
+    for shard in shards:
+        assert torch.equal(shard.tokens[shard.predictors], row.predictors[shard.targets])
+        assert torch.equal(shard.labels, row.labels[shard.targets])
         at = 0
-        for chunk in share.chunks:
+        for chunk in shard.layout.shard.chunks:
             # the chunk's tokens are the last of the keys that it sees, and those end where the row's do, or later on
             keys, length = chunk.keys, chunk.length
-            own = share.tokens[at : at + length]
+            own = shard.tokens[at : at + length]
             assert torch.equal(own, torch.arange(keys.length - length, keys.length))
             real = own < row.layout.length
             whole = row.layout.subtree_end[0, own[real]].clamp(max=keys.length)
             assert torch.equal(keys.subtree_end[0, own[real]], whole)
             at += length
-        assert at == share.layout.length
+        assert at == shard.layout.length
 
 
-def test_attention_is_dealt_evenly() -> None:
+def test_attention_is_assigned_evenly() -> None:
     rng = np.random.default_rng(0)
     long = Group.from_lists(random_ids(rng, 3000), [random_ids(rng, 400) for _ in range(5)], [(0, 1)])
     row = Row.from_groups([long])
     loads = [
-        int((share.share.layout.position_ids + 1).sum())
-        for share in (share_of(row, number, 4, 16) for number in range(4))
+        int((mine.shard.layout.position_ids + 1).sum())
+        for mine in (shard_of(row, number, 4, 16) for number in range(4))
     ]
     assert max(loads) <= 1.05 * sum(loads) / 4
 
@@ -205,10 +205,8 @@ def _gradients(model: Any, groups: list[Group], **settings: Any) -> torch.Tensor
     return torch.cat([each.detach().flatten() for each in model.parameters()]) - before
 
 
-def _shares(row: Row, rank: int) -> Row:
-    dealt = share_of(row, rank, 2, 16)
-    dealt.share.group = dist.group.WORLD
-    return dealt
+def _shard(row: Row, rank: int) -> Row:
+    return shard_of(row, rank, 2, 16, dist.group.WORLD)
 
 
 def _hold(rank: int, port: int) -> None:
@@ -216,7 +214,7 @@ def _hold(rank: int, port: int) -> None:
     model = prepare_model(build_model("llama"))
     rng = np.random.default_rng(0)
     (row,) = pack([Group.from_lists(random_ids(rng, 700), [random_ids(rng, 150), random_ids(rng, 120)])])
-    assert kept_bytes(model, _shares(row, rank)) <= 0.55 * kept_bytes(model, row)
+    assert kept_bytes(model, _shard(row, rank)) <= 0.55 * kept_bytes(model, row)
 
     groups = groups_of(0)
     want = _gradients(build_model("llama"), groups)
@@ -236,11 +234,11 @@ def _hold(rank: int, port: int) -> None:
     dist.barrier()
 
 
-def _only_own(whole: torch.Tensor, share: Any) -> torch.Tensor:
-    return whole[:, :, share.tokens]
+def _only_own(whole: torch.Tensor, shard: Any, tokens: int) -> torch.Tensor:
+    return whole[:, :, shard.order // tokens == dist.get_rank()]
 
 
-def _as_they_come(own: torch.Tensor, share: Any) -> torch.Tensor:
+def _as_they_come(own: torch.Tensor, shard: Any) -> torch.Tensor:
     parts = [torch.empty_like(own) for _ in range(2)]
     dist.all_gather(parts, own.contiguous())
     return torch.cat(parts, dim=2)
