@@ -125,7 +125,7 @@ class DPOConfig(LossSettings, TrainingArguments):
     )
     balance_processes: bool = setting(
         True,
-        "With several processes, deal the pairs of each step out so that all take about equally long. The step keeps "
+        "With several processes, assign the pairs of each step so that all take about equally long. The step keeps "
         "its pairs; losses that are no mean over pairs are left as they are.",
     )
     pad_to_multiple_of: int | str | None = setting(

@@ -87,7 +87,7 @@ def _run_profile(
         return {**ratio, "ideal": ideal, "efficiency": ratio["median"] / ideal, "predicted": expected}
 
     return {
-        "arms": figures,
+        "variants": figures,
         "speedups": {name: {phase: speedup(name, phase) for phase in PHASES} for name in figures if name != "shared"},
         "kernels": kernel_times(batches[0], size, device, settings.torch_dtype, **settings.rows),
     }
@@ -141,7 +141,7 @@ def profile_table(name: str, figures: dict[str, Any]) -> str:
     """The figures of one profile, in aligned lines."""
     header = ["pairs/s", "tokens", "policy s", "reference s", "+MB"]
     lines = [[name, *header, "speed-up (quartiles)", "ideal", "efficiency", "predicted"]]
-    for variant, values in figures["arms"].items():
+    for variant, values in figures["variants"].items():
         line = [f"  {variant}", f"{values['pairs_per_second']:.2f}", f"{values['tokens']}"]
         line += [f"{values['seconds'][phase]['median']:.3f}" for phase in ("policy", "reference")]
         line += ["-" if values["peak_bytes"] is None else f"{values['peak_bytes'] / 1e6:.0f}"]

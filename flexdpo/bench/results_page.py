@@ -116,16 +116,16 @@ def _timed(data: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def _profile_line(name: str, figures: dict[str, Any], baselines: Sequence[str]) -> list[str]:
-    cells, arms = [name], figures["arms"]
+    cells, variants = [name], figures["variants"]
     for baseline in baselines:
         if baseline not in figures["speedups"]:
             cells += ["", "", ""]
             continue
         speed = figures["speedups"][baseline]["total"]
         # one measurement has no quartiles
-        quartiles = f" ({speed['low']:.2f} to {speed['high']:.2f})" if arms[baseline]["rounds"] > 1 else ""
+        quartiles = f" ({speed['low']:.2f} to {speed['high']:.2f})" if variants[baseline]["rounds"] > 1 else ""
         cells += [f"{speed['median']:.2f}{quartiles}", f"{speed['ideal']:.2f}", f"{speed['efficiency']:.0%}"]
-    cells.append(" / ".join(_gigabytes(arms.get(arm, {}).get("peak_bytes")) for arm in [*baselines, "shared"]))
+    cells.append(" / ".join(_gigabytes(variants.get(each, {}).get("peak_bytes")) for each in [*baselines, "shared"]))
     paper = profile_data()["profiles"].get(name)
     if paper is None:
         return [*cells, "", ""]

@@ -244,7 +244,7 @@ class Varlen(Packed):
 
     def __init__(self, model: PreTrainedModel, batches: Batches, device: torch.device, **packing: Any) -> None:
         super().__init__(model, batches, device, shared=False, **packing)
-        # the head is measured by a run of the model, which this arm's attention could not do without documents
+        # the head is measured by a run of the model, which this variant's attention could not do without documents
         self.plan = head_plan(model)
         if self.plan.obstacle is not None:
             raise FlexdpoError(f"this baseline needs the model's head itself, but {self.plan.obstacle}")

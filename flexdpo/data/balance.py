@@ -1,4 +1,4 @@
-"""Which process runs which pairs of a step: the same pairs as ever, dealt out so that all finish together."""
+"""Which process runs which pairs of a step: the same pairs as ever, assigned so that all finish together."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from einops import rearrange
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Sampler
 
-# a step is dealt once its slowest process is this near to the mean, or so many swaps were made
+# a step is balanced once its slowest process is this near to the mean, or so many swaps were made
 _NEAR_ENOUGH = 1.003
 _SWAPS = 300
 # processes with little to do, among which the slowest one looks for somebody to swap with
@@ -39,17 +39,17 @@ class BalancedSampler(Sampler[int]):
         for index in self.sampler:
             window.append(index)
             if len(window) == self.batch_size * self.num_processes * self.accumulation:
-                yield from self._dealt(window)
+                yield from self._balanced(window)
                 window = []
-        yield from self._dealt(window)
+        yield from self._balanced(window)
 
-    def _dealt(self, window: list[int]) -> Iterator[int]:
+    def _balanced(self, window: list[int]) -> Iterator[int]:
         at_once = self.batch_size * self.num_processes
         whole = len(window) // at_once * at_once
         if whole:
-            dealt = np.asarray(window[:whole])[partition(self.costs[window[:whole]], self.num_processes)]
+            parts = np.asarray(window[:whole])[partition(self.costs[window[:whole]], self.num_processes)]
             # the processes take their batches in turn
-            yield from rearrange(dealt, "process (turn item) -> (turn process item)", item=self.batch_size).tolist()
+            yield from rearrange(parts, "process (turn item) -> (turn process item)", item=self.batch_size).tolist()
         yield from window[whole:]
 
     def set_epoch(self, epoch: int) -> None:
@@ -94,7 +94,7 @@ def partition(costs: Sequence[float] | NDArray[np.float64], count: int) -> NDArr
 
 
 def balance(loader: DataLoader[Any], costs: NDArray[np.float64], num_processes: int, accumulation: int = 1) -> bool:
-    """Put a :class:`BalancedSampler` into a loader of accelerate's; whether it deals out batches of a sampler."""
+    """Put a :class:`BalancedSampler` into a loader of accelerate's; whether its batches come from a sampler."""
     shard = getattr(loader, "batch_sampler", None)
     batches = getattr(shard, "batch_sampler", None)
     sampler = getattr(batches, "sampler", None)

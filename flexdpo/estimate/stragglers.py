@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from flexdpo.data.balance import partition
 
-# steps that are dealt out; the mean over them is told
+# steps that are drawn; the mean over them is told
 _STEPS = 8
 
 
@@ -30,7 +30,7 @@ class Straggler:
 def stragglers_of(
     costs: NDArray[np.float64], processes: Sequence[int], *, per_process: int, balances: bool, seed: int = 0
 ) -> tuple[Straggler, ...]:
-    """Deal out steps of the examples in a random order, as the trainer does.
+    """Draw steps of the examples in a random order, as the trainer does, and say what their processes wait.
 
     Args:
         costs: Of each example, from :func:`flexdpo.data.lengths.costs_of`.
@@ -48,8 +48,8 @@ def stragglers_of(
         order = np.concatenate([rng.permutation(len(costs)) for _ in range(epochs)])[: steps * examples]
         drawn = rearrange(costs[order], "(step example) -> step example", step=steps)
         in_turn = rearrange(drawn, "step (process example) -> step process example", process=count)
-        dealt = np.stack([step[partition(step, count)] for step in drawn]) if balances else None
-        balanced = None if dealt is None else _waiting(dealt)
+        assigned = np.stack([step[partition(step, count)] for step in drawn]) if balances else None
+        balanced = None if assigned is None else _waiting(assigned)
         found.append(Straggler(count, examples, steps, _waiting(in_turn), balanced, epochs > 1))
     return tuple(found)
 

@@ -92,18 +92,18 @@ def swap_prompts(pairs: Sequence[BodyPair], seed: int) -> tuple[BodyPair, ...]:
     Raises:
         FlexdpoError: if one module holds more than half of the pairs.
     """
-    givers = random.Random(seed).sample(range(len(pairs)), len(pairs))
+    sources = random.Random(seed).sample(range(len(pairs)), len(pairs))
 
-    def fits(taker: int, giver: int) -> bool:
-        return pairs[giver].module != pairs[taker].module
+    def fits(place: int, source: int) -> bool:
+        return pairs[source].module != pairs[place].module
 
-    for taker in range(len(pairs)):
-        if not fits(taker, givers[taker]):
-            other = next((k for k in range(len(pairs)) if fits(taker, givers[k]) and fits(k, givers[taker])), None)
+    for place in range(len(pairs)):
+        if not fits(place, sources[place]):
+            other = next((k for k in range(len(pairs)) if fits(place, sources[k]) and fits(k, sources[place])), None)
             if other is None:
-                raise FlexdpoError(f"{pairs[taker].module} holds more than half of the {len(pairs)} pairs")
-            givers[taker], givers[other] = givers[other], givers[taker]
-    return tuple(replace(pair, prompt_ids=pairs[k].prompt_ids) for pair, k in zip(pairs, givers, strict=True))
+                raise FlexdpoError(f"{pairs[place].module} holds more than half of the {len(pairs)} pairs")
+            sources[place], sources[other] = sources[other], sources[place]
+    return tuple(replace(pair, prompt_ids=pairs[k].prompt_ids) for pair, k in zip(pairs, sources, strict=True))
 
 
 def longer_is_chosen(pairs: Sequence[BodyPair]) -> float:

@@ -108,7 +108,7 @@ def test_flops_of_a_step_by_hand() -> None:
     assert again == 4 * linear + 4.5 * attention + 3 * head
 
 
-# --- the arms compute the same thing ---------------------------------------------------------------------------------
+# --- the variants compute the same thing -----------------------------------------------------------------------------
 
 
 def by_documents(query, key, value, documents, scaling=None):
@@ -121,7 +121,7 @@ def by_documents(query, key, value, documents, scaling=None):
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
-def arms(model, batches):
+def all_variants(model, batches):
     return {
         "padded": Padded(model, batches, CPU),
         "padded, labels only": PaddedLabels(model, batches, CPU),
@@ -133,22 +133,22 @@ def arms(model, batches):
     }
 
 
-def result_of(arm, model):
-    arm.enter()
+def result_of(variant, model):
+    variant.enter()
     model.zero_grad()
-    reference = arm.reference(0)
-    loss = arm.policy(0, reference - torch.tensor([[0.5], [0.1]]))
+    reference = variant.reference(0)
+    loss = variant.policy(0, reference - torch.tensor([[0.5], [0.1]]))
     return reference, loss, [parameter.grad.clone() for parameter in model.parameters()]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_all_arms_give_the_same_values_and_gradients(checkpointing: bool, monkeypatch) -> None:
+def test_all_variants_give_the_same_values_and_gradients(checkpointing: bool, monkeypatch) -> None:
     replace_varlen_attn(monkeypatch)
     monkeypatch.setattr(variants, "within_documents", by_documents)
     model = build_model(CONFIG, CPU, torch.float64)
     if checkpointing:
         enable_checkpointing(model)
-    found = {name: result_of(arm, model) for name, arm in arms(model, [pairs(4)]).items()}
+    found = {name: result_of(variant, model) for name, variant in all_variants(model, [pairs(4)]).items()}
     want = found.pop("padded")
     assert want[1] == pytest.approx(-math.log(1 / (1 + math.exp(-0.1 * -(0.1 - 0.5)))), rel=1e-6)
     for got in found.values():
@@ -162,9 +162,9 @@ def test_an_arm_needs_no_other_before_it(monkeypatch) -> None:
     monkeypatch.setattr(variants, "within_documents", by_documents)
     batches = [pairs(4)]
     losses = []
-    for name in arms(build_model(CONFIG, CPU, torch.float64), batches):
+    for name in all_variants(build_model(CONFIG, CPU, torch.float64), batches):
         model = build_model(CONFIG, CPU, torch.float64)
-        losses.append(result_of(arms(model, batches)[name], model)[1])
+        losses.append(result_of(all_variants(model, batches)[name], model)[1])
     torch.testing.assert_close(torch.stack(losses), losses[0].expand(len(losses)), rtol=1e-6, atol=1e-6)
 
 
@@ -174,7 +174,7 @@ def test_a_budget_splits_rows_and_changes_no_loss(shared: bool) -> None:
     budget = max(group.unshared_tokens for group in batch) + 20
     split = Packed(model, [batch], CPU, shared=shared, max_tokens_per_row=budget)
     assert len(split.rows[0]) > 1
-    got, want = (result_of(arm, model) for arm in (split, Packed(model, [batch], CPU, shared=shared)))
+    got, want = (result_of(variant, model) for variant in (split, Packed(model, [batch], CPU, shared=shared)))
     # best fit may change the order of pairs, never a pair's two sides
     torch.testing.assert_close(got[0].sort(dim=1).values, want[0].sort(dim=1).values, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(got[2], want[2], rtol=1e-5, atol=1e-7)
@@ -197,8 +197,8 @@ def test_trl_gives_the_same_loss_on_the_same_pairs() -> None:
 
 def test_a_padded_batch_that_does_not_fit_is_halved(monkeypatch) -> None:
     model, batch = build_model(CONFIG, CPU, torch.float64), pairs(4)
-    arm = Padded(model, [batch], CPU)
-    want = result_of(arm, model)
+    variant = Padded(model, [batch], CPU)
+    want = result_of(variant, model)
     original = Padded.logps
 
     def small_memory(self, part):
@@ -208,8 +208,8 @@ def test_a_padded_batch_that_does_not_fit_is_halved(monkeypatch) -> None:
         return original(self, part)
 
     monkeypatch.setattr(Padded, "logps", small_memory)
-    got = result_of(arm, model)
-    assert arm.pairs_at_once == 1
+    got = result_of(variant, model)
+    assert variant.pairs_at_once == 1
     torch.testing.assert_close(got[1], want[1])
     torch.testing.assert_close(got[2], want[2], rtol=1e-5, atol=1e-8)
 
@@ -233,7 +233,7 @@ def test_ratios_are_of_measurements_made_side_by_side() -> None:
 
     slow, fast = times([1, 3, 0], [8, 8, 8]), times([0.5, 1.5, 9], [2, 2, 2])
     ratio = paired_ratio(slow, fast, "total")
-    # 2 and 4, weighted by the fast arm's median times of 3 and 4 seconds
+    # 2 and 4, weighted by the fast variant's median times of 3 and 4 seconds
     assert ratio["median"] == pytest.approx((2 * 3 + 4 * 4) / 7)
     assert slow.quartiles("policy")["median"] == pytest.approx(2 + 8)
 
@@ -253,10 +253,10 @@ class Recorder(Variant):
         return reference.sum()
 
 
-def test_arms_alternate_and_slow_ones_sit_out() -> None:
+def test_variants_alternate_and_slow_ones_sit_out() -> None:
     log: list[str] = []
-    arms = [Recorder("a", log, slow=True), Recorder("b", log)]
-    times = measure(arms, torch.nn.Linear(1, 1), 2, CPU, rounds=9, seconds=9)
+    variants = [Recorder("a", log, slow=True), Recorder("b", log)]
+    times = measure(variants, torch.nn.Linear(1, 1), 2, CPU, rounds=9, seconds=9)
     # once each to warm up, then round by round, in both orders
     both, quick = ["a0", "b0", "a1", "b1"], ["b0", "b1"]
     assert log == ["a0", "b0", *both, *quick, *both, *quick * 5, *both]
@@ -307,14 +307,14 @@ def test_the_command_prints_tables_and_writes_every_figure(tmp_path, capsys) -> 
     assert {"versions", "device", "date", "threads"} <= set(result["environment"])
     assert result["environment"]["versions"]["torch"] == torch.__version__
     figures = result["profiles"]["tldr"]
-    assert set(figures["arms"]) == {"padded", "padded_labels", "packed", "shared", "trl"}
+    assert set(figures["variants"]) == {"padded", "padded_labels", "packed", "shared", "trl"}
     for baseline in ("padded", "padded_labels", "packed", "trl"):
         speed = figures["speedups"][baseline]["total"]
         assert speed["efficiency"] == pytest.approx(speed["median"] / speed["ideal"])
         assert figures["speedups"][baseline]["policy"]["median"] > 0
-    arm = figures["arms"]["shared"]
-    assert arm["pairs_per_second"] == pytest.approx(2 / arm["seconds"]["total"]["median"])
-    assert figures["arms"]["packed"]["tokens"] > arm["tokens"]
+    variant = figures["variants"]["shared"]
+    assert variant["pairs_per_second"] == pytest.approx(2 / variant["seconds"]["total"]["median"])
+    assert figures["variants"]["packed"]["tokens"] > variant["tokens"]
     assert [row["layout"] for row in figures["kernels"]] == ["packed", "shared"]
     assert all(row["forward_ms"] > 0 and row["backward_ms"] > 0 for row in figures["kernels"])
     assert profile_table("tldr", figures) in printed
@@ -359,23 +359,23 @@ def test_find_profiles_knows_all_six() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_all_arms_agree_on_a_gpu() -> None:
+def test_all_variants_agree_on_a_gpu() -> None:
     settings = BenchSettings(device="cuda", profile="hh_rlhf", pairs=4, batches=1, rounds=3, seconds=5)
     result = run_bench(settings, report=lambda _: None)
-    assert set(result["profiles"]["hh_rlhf"]["arms"]) == {"padded", "padded_labels", "packed", "varlen", "shared"}
+    assert set(result["profiles"]["hh_rlhf"]["variants"]) == {"padded", "padded_labels", "packed", "varlen", "shared"}
     kernels = [row["kernel"] for row in result["profiles"]["hh_rlhf"]["kernels"]]
     assert kernels == ["varlen_attn", "flexdpo", "flexdpo", "varlen_attn"]
     device, shape = torch.device("cuda"), find_shape("tiny")
     model = build_model(shape_config("tiny"), device, torch.bfloat16)
     batches = [load_profiles()["hh_rlhf"].pairs(4, np.random.default_rng(0), shape.vocabulary)]
     values = []
-    for arm in (
+    for variant in (
         Padded(model, batches, device),
         PaddedLabels(model, batches, device),
         Varlen(model, batches, device),
     ):
-        arm.enter()
-        values.append(arm.reference(0))
+        variant.enter()
+        values.append(variant.reference(0))
     along = Packed(model, batches, device, shared=True, impl="varlen")
     along.enter()
     values.append(along.reference(0))

@@ -34,7 +34,7 @@ def speedup(median: float, ideal: float) -> dict[str, dict[str, float]]:
 def result(**changes) -> dict:
     """What ``flexdpo bench --json`` writes, with figures of our own."""
     figures = {
-        "arms": {
+        "variants": {
             name: {"pairs_per_second": 4.0, "tokens": 100, "peak_bytes": peak, "rounds": 1 if name == "padded" else 24}
             for name, peak in (("padded", 12_340_000_000), ("packed", 1_234_000_000), ("shared", None))
         },
@@ -140,7 +140,7 @@ def test_the_command_writes_between_the_markers_and_checks(folder: Path, readme:
         ([1], "found a list instead of an object"),
         ({**result(), "settings": {}}, "of the kind 'flexdpo bench --json': 'device' is missing"),
         (result(profiles={}), "it holds no profile"),
-        (result(profiles={"tldr": {"arms": {}}}), "'speedups' is missing"),
+        (result(profiles={"tldr": {"variants": {}}}), "'speedups' is missing"),
         (result(profiles={"tldr": 3}), "'int' object is not subscriptable; keep other files elsewhere"),
         (result(environment=None), "'environment' is missing"),
     ],

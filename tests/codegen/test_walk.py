@@ -25,8 +25,8 @@ def test_the_bench_measures_every_arm_on_every_profile() -> None:
     words = f"bench --device cuda --profile all --model llama-8b {small}"
     printed = run("tests.codegen.pretended_card", *words.split()).splitlines()
     firsts = [line.split()[0] for line in printed if line.split()]
-    arms = ["padded", "padded_labels", "packed", "varlen", "shared"]
-    assert [first for first in firsts if first != "one"] == [x for name in load_profiles() for x in (name, *arms)]
+    variants = ["padded", "padded_labels", "packed", "varlen", "shared"]
+    assert [first for first in firsts if first != "one"] == [x for name in load_profiles() for x in (name, *variants)]
     kernels = [line.split(",")[2].split(":")[0].strip() for line in printed if line.strip().startswith("one layer")]
     assert kernels == ["varlen_attn", "flexdpo", "flexdpo", "varlen_attn"] * len(load_profiles())
 

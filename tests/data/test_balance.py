@@ -1,4 +1,4 @@
-"""Pairs dealt out to processes: the same global batches, about equal costs, and the same epoch on every process."""
+"""Pairs assigned to processes: the same global batches, about equal costs, and the same epoch on every process."""
 
 import numpy as np
 import pytest
@@ -26,9 +26,9 @@ def test_parts_are_equally_large_and_nearly_equally_dear(count: int, size: int, 
 
 def test_dealing_is_better_than_taking_turns() -> None:
     costs = np.random.default_rng(0).lognormal(5, 1, 32)
-    dealt = [costs[part].sum() for part in partition(costs, 4)]
+    assigned = [costs[part].sum() for part in partition(costs, 4)]
     in_turn = costs.reshape(4, 8).sum(axis=1)
-    assert max(dealt) - min(dealt) < 0.1 * (max(in_turn) - min(in_turn))
+    assert max(assigned) - min(assigned) < 0.1 * (max(in_turn) - min(in_turn))
 
 
 def drawn_tokens(profile: Profile, count: int) -> NDArray[np.float64]:
@@ -90,7 +90,7 @@ def test_global_batches_keep_their_examples(count: int) -> None:
     for step, (first, second) in enumerate(zip(*shares, strict=True)):
         if (step + 1) * 6 <= count:
             assert sorted(first + second) == list(range(step * 6, step * 6 + 6))
-            # without dealing, the parts of the last full batches differ by more
+            # without balancing, the parts of the last full batches differ by more
             assert len(first) == len(second) == 3
     seen = {i for share in shares for batch in share for i in batch}
     assert seen == set(range(count))

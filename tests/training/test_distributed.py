@@ -239,7 +239,7 @@ def test_a_reference_that_moves_is_continued_by_two_processes(tmp_path, common, 
 
 
 def test_reference_values_are_complete_where_processes_have_unequal_memory(tmp_path, common, one_process) -> None:
-    """The rows of precomputing are dealt out, so all processes must lay out the same ones."""
+    """The rows of precomputing are split, so all processes must lay out the same ones."""
     changes = {"max_tokens_per_row": "auto", "free_memory": [3 * 2**21, 3 * 2**22], "precompute_ref_log_probs": True}
     output = str(tmp_path / "unequal")
     got = run(2, output=output, per_device_train_batch_size=4, **WAYS["DDP"], **common | changes)
