@@ -179,9 +179,19 @@ def row_images(groups: Sequence[Group], sequences: Sequence[NDArray[np.int64]], 
     """The images of a row of ``length`` tokens.
 
     ``sequences`` holds, for every response of every group, the row index of each of its tokens, the prompt included.
+
+    Raises ``FlexdpoError`` at an image token for which there is no image: the model would want a feature for it.
     """
     distinct: dict[str, PromptImage] = {}
+    token_id = next(group.image_token_id for group in groups if group.images)
     for group in groups:
+        texts = {f"response {k}": response for k, response in enumerate(group.response_ids)}
+        for part, text in (texts if group.images else {"the prompt": group.prompt_ids, **texts}).items():
+            if (text == token_id).any():
+                raise FlexdpoError(
+                    f"{group.name}: token {int((text == token_id).argmax())} of {part} is the image token (id "
+                    f"{token_id}) and stands for no image; take its text out of the data"
+                )
         for each in group.images:
             known = distinct.setdefault(each.digest, each)
             if known.tokens != each.tokens:

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from flexdpo import Row, disable_dropout, pack, prepare_model
+from flexdpo import Group, Row, disable_dropout, pack, prepare_model
 from flexdpo.errors import FlexdpoError, UnsupportedModelError
 from flexdpo.layout.groups import PromptImage
 from flexdpo.layout.row import stack_inputs
@@ -103,6 +103,19 @@ def test_a_prompt_that_was_cut_within_an_image() -> None:
     image, tokens = KINDS["llava"].picture(1)
     with pytest.raises(FlexdpoError, match=r"9 image tokens .id 120. and its 1 images stand for 16"):
         Row.from_groups([group_of(tokens[:10], [image], 1)])
+
+
+@pytest.mark.parametrize("part", ["response 1", "the prompt"])
+def test_an_image_token_without_an_image(part: str) -> None:
+    image, tokens = KINDS["llava"].picture(1)
+    pictured = group_of(words(1, 3) + tokens, [image], 1)
+    literal = [3, IMAGE] if part == "the prompt" else [3, 4]
+    responses = [[5, 6], [7, IMAGE] if part == "response 1" else [7]]
+    text = Group.from_lists(literal, responses, [(0, 1)], name="row 5")
+    with pytest.raises(FlexdpoError, match=rf"row 5: token 1 of {part} is the image token .id 120. and stands for no"):
+        Row.from_groups([pictured, text])
+    # without images a model takes the token for a word, as in an ordinary run
+    assert Row.from_groups([text]).layout.images is None
 
 
 def test_one_digest_for_images_of_other_sizes() -> None:
