@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +47,9 @@ def packed_attention(
     fit the layout, the kernel that was asked for cannot do this, or its self-test found it wrong.
     """
     _require_shapes(query, key, value, row_mask, sinks)
+    if query.is_meta:
+        kept: Tensor = _Kept.apply(*(_laid_out(x) for x in (query, key, value)))
+        return kept
     if torch.is_autocast_enabled(device := query.device.type) and query.dtype != torch.float64:
         # rotary embeddings are computed in float32, so queries and keys come wider than values
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
@@ -82,6 +86,22 @@ def packed_attention(
     # query blocks follow from the data, so a graph that makes its own mask cannot hold them; one that receives a mask
     # pauses for them
     return _whole(inputs, row_mask) if row_mask.traced else _paused(inputs, row_mask)
+
+
+class _Kept(torch.autograd.Function):
+    """On torch's meta device, where nothing is computed: the output, and what every kernel keeps for its backward."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = query.new_empty(*query.shape[:3], value.shape[3])
+        normaliser = query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
+        ctx.save_for_backward(query, key, value, output, normaliser)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:  # noqa: ARG004 (on the meta device there is nothing in it)
+        query, key, value, *_ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
 class _Watch(threading.local):

@@ -68,7 +68,7 @@ def _sized(settings: EstimateSettings, model: Any) -> tuple[EstimateSettings, Mo
     if not settings.limits and not isinstance(model, ModelSize):
         whole = base_model(model if hasattr(model, "parameters") else without_memory(model))
         settings = replace(settings, limits=length_limits(backbone_of(whole)).limits)
-    return settings, ModelSize.of(model)
+    return settings, ModelSize.measured(model)
 
 
 def estimate_tokenised(

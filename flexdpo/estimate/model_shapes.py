@@ -71,7 +71,7 @@ def shape_config(name: str) -> Any:
 
 def find_shape(name: str) -> ModelSize:
     """The sizes of the shape of this name."""
-    return ModelSize.of(shape_config(name))
+    return ModelSize.measured(shape_config(name))
 
 
 def build_model(config: Any, device: torch.device, dtype: torch.dtype, *, seed: int = 0) -> Any:

@@ -71,7 +71,10 @@ def _along(value: Any, batch: PathBatch, layout: RowLayout, mask_dtype: torch.dt
 
 def _on_paths(value: Tensor, batch: PathBatch, layout: RowLayout) -> Tensor:
     length = batch.tokens.shape[1]
-    if value.shape == (layout.length, layout.length) and torch.equal(value[1:, 1:], value[:-1, :-1]):
+    if value.shape == (layout.length, layout.length) and (
+        # a tensor without values is one of a model that is only asked what it keeps
+        value.is_meta or torch.equal(value[1:, 1:], value[:-1, :-1])
+    ):
         return value[:length, :length]  # of the distance between two places alone, the same on every path
     if value.ndim >= 2 and value.shape[1] == layout.length and value.shape[0] in {1, layout.batch_size}:
         tokens = value.expand(layout.batch_size, *value.shape[1:]).flatten(0, 1)

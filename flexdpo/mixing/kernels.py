@@ -128,7 +128,7 @@ def scan_along_trie(
     inputs = {key: arguments[key].movedim(axis, 1) for key, axis in known.time.items() if _given(arguments, key)}
 
     plan = _plan(known, arguments, layout)
-    if layout.device.type == "cpu" and known.initial_state:
+    if layout.device.type != "cuda" and known.initial_state:
         arguments[_CHUNK] = plan.chunk
 
     def scan(batch: dict[str, Tensor], begin: Tensor | None, wants_final: bool) -> tuple[Tensor, Tensor | None]:
@@ -148,7 +148,7 @@ def scan_along_trie(
 def _plan(known: ScanKernel, arguments: dict[str, Any], layout: RowLayout) -> TreePlan:
     if not known.initial_state:
         return plan_of_paths(layout, known.costs[0])
-    if layout.device.type == "cpu":
+    if layout.device.type != "cuda":
         return plan_of_levels(layout, known.costs)
     return plan_of_levels(layout, (ScanCost(arguments.get(_CHUNK, GPU_CHUNK)),))
 

@@ -1,7 +1,8 @@
-"""How much memory training takes, predicted from a model's shape, and the longest row that fits into what is free.
+"""How much memory training takes, predicted without any, and the longest row that fits into what is free.
 
-Activations are counted tensor by tensor: what autograd keeps of a decoder layer for its backward pass. Attention keeps
-nothing that grows with the square of a row, and logits exist a chunk at a time: memory is linear in a row's tokens.
+Activations are what autograd keeps for its backward pass, which the model itself is asked on torch's meta device; where
+it cannot run there, they are counted by a formula for the common layers. Attention keeps nothing that grows with the
+square of a row, and logits exist a chunk at a time: memory is linear in a row's tokens.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from flexdpo.hf.checkpointing import checkpointing_name
 from flexdpo.hf.mixer_kernels import SCAN_CHUNK
 from flexdpo.layout.row import TILE, tile_multiple
 from flexdpo.objective.linear_logps import targets_per_chunk, tile_shape
+from flexdpo.training.kept_bytes import KeptBytes
 from flexdpo.training.model_size import ModelSize
 
 if TYPE_CHECKING:
@@ -106,7 +108,7 @@ def predict_memory(
     model_or_config: Any, tokens: int, setup: TrainingSetup | None = None, *, targets: int | None = None
 ) -> MemoryPrediction:
     """Predict the memory of a step whose longest row has ``tokens`` tokens, all or ``targets`` of them of responses."""
-    size, setup = ModelSize.of(model_or_config), setup or TrainingSetup()
+    size, setup = ModelSize.measured(model_or_config), setup or TrainingSetup()
     trainable = size.parameters if setup.trainable is None else setup.trainable
     weights = size.parameters * setup.weight_bytes
     state_bytes = _STATES.get(setup.optimizer, 2) * setup.weight_bytes + _STATE_BYTES.get(setup.optimizer, 0)
@@ -125,7 +127,7 @@ def predict_memory(
 
 def predict_padded_memory(model_or_config: Any, tokens: int, setup: TrainingSetup | None = None) -> MemoryPrediction:
     """The same for an ordinary step on a padded batch of ``tokens`` tokens, with logits at all of them."""
-    size, setup = ModelSize.of(model_or_config), setup or TrainingSetup()
+    size, setup = ModelSize.measured(model_or_config), setup or TrainingSetup()
     packed = predict_memory(size, tokens, setup, targets=0)
     logits = tokens * size.vocabulary * setup.compute_bytes
     # logits and their gradient exist whole, and half-precision logits a third time as log-probabilities
@@ -141,10 +143,10 @@ def _fragments(setup: TrainingSetup, used: int) -> int:
 def _row_bytes(size: ModelSize, setup: TrainingSetup, tokens: int, targets: int) -> tuple[int, int]:
     """What is kept for the backward pass of a row, and what exists on top of it for a while."""
     rerun = -(-size.layers // setup.every_n_layers) if setup.gradient_checkpointing else 0
-    layers = rerun * _checkpoint_bytes(size, setup) + (size.layers - rerun) * kept_bytes_per_layer(size, setup)
-    scans = size.state_layers * _scan_bytes(size) * (size.layers - rerun) // size.layers
-    final = _norm_bytes(size, setup) * tokens + 4 * size.hidden * targets
-    kept = (layers + scans + _path_bytes(size, setup)) * tokens + final
+    asked = _kept(size, setup)
+    layers = rerun * _checkpoint_bytes(size, setup) + asked.layers * (size.layers - rerun) / max(size.layers, 1)
+    final = int(asked.outside) * tokens + 4 * size.hidden * targets
+    kept = (int(layers) + _path_bytes(size, setup)) * tokens + final
     # six tables with a number for every pair of tiles, and layout vectors
     tables = 24 * (-(-tokens // TILE)) ** 2 + 64 * tokens
     # the masks of query blocks, which have no tiles
@@ -152,6 +154,28 @@ def _row_bytes(size: ModelSize, setup: TrainingSetup, tokens: int, targets: int)
     # what the head kept is gone when the layers run backwards
     passing = max(_passing_bytes(size, setup) * tokens - final, _head_bytes(size, setup, targets))
     return kept + tables, passing + masks + _gathered_bytes(size, setup)
+
+
+def _kept(size: ModelSize, setup: TrainingSetup) -> KeptBytes:
+    """What autograd keeps without checkpoints: what the model told, or else by the formula for common layers.
+
+    The model was asked with weights and activations of two dtypes: what it keeps is linear in their bytes. For other
+    activations than weights the formula gives the ratio.
+    """
+    counted = _counted(size, setup)
+    if not size.kept:
+        return counted
+    half, single = size.kept
+    told = half.at(setup.compute_bytes, single)
+    alike = _counted(size, replace(setup, weight_bytes=setup.compute_bytes))
+    figures = zip(told.figures, counted.figures, alike.figures, strict=True)
+    return KeptBytes(told.element, *(each * here / there for each, here, there in figures))
+
+
+def _counted(size: ModelSize, setup: TrainingSetup) -> KeptBytes:
+    layer, scan = kept_bytes_per_layer(size, setup), _scan_bytes(size)
+    layers = size.layers * layer + size.state_layers * scan
+    return KeptBytes(setup.compute_bytes, layers, layer + scan, _norm_bytes(size, setup))
 
 
 def _checkpoint_bytes(size: ModelSize, setup: TrainingSetup) -> int:
@@ -179,7 +203,7 @@ def _passing_bytes(size: ModelSize, setup: TrainingSetup) -> int:
     Its gradients are those of the two branches of the feed-forward layer, of the stream and of what is added to it.
     That was measured on a CPU; what compiled layers hold on a GPU was not, and counts twice.
     """
-    again = kept_bytes_per_layer(size, setup) + _scan_bytes(size) - _checkpoint_bytes(size, setup)
+    again = int(_kept(size, setup).most) - _checkpoint_bytes(size, setup)
     wide = 2 if setup.device_type == "cpu" else 4
     gradients = setup.compute_bytes * wide * size.intermediate + (8 + 2 * setup.weight_bytes) * size.hidden
     return gradients + (max(again, 0) if setup.gradient_checkpointing else 0)
@@ -293,7 +317,7 @@ def auto_row_budget(
     says what takes the memory. ``resident`` names fields of :class:`MemoryPrediction` that are no part of ``free``.
     """
     setup = setup or TrainingSetup(device_type=torch.device(device).type)
-    size = ModelSize.of(model_or_config)
+    size = ModelSize.measured(model_or_config)
     unit = multiple or tile_multiple(device)
     free = free_memory(device) if free is None else free
     usable = int(free * (1 - MARGIN))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from flexdpo.errors import FlexdpoError, first_line, found
 from flexdpo.hf.auto import auto_class
 from flexdpo.hf.mixer_kernels import SCAN_CHUNK, mixers_of, state_of, weights_passed
 from flexdpo.hf.unwrap import backbone_of, base_model, unwrapped
+from flexdpo.training.kept_bytes import KeptBytes, kept_bytes
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class ModelSize:
     # of a model that sees: weights that images pass and text does not, and the numbers of a patch of an image
     tower: int = 0
     patch: int = 0
+    # what autograd keeps, as the model itself tells; nothing where it was not asked, or cannot tell
+    kept: tuple[KeptBytes, ...] = ()
 
     @property
     def attending(self) -> int:
@@ -65,6 +69,13 @@ class ModelSize:
         return self.layers * (attention + 3 * self.hidden * self.gated_intermediate)
 
     @classmethod
+    def measured(cls, model_or_config: Any) -> ModelSize:
+        """The same with what autograd keeps, for which the model runs on torch's meta device."""
+        if isinstance(model_or_config, cls):
+            return model_or_config
+        return replace(cls.of(model_or_config), kept=kept_bytes(model_or_config))
+
+    @classmethod
     def of(cls, model_or_config: Any) -> ModelSize:
         """Read the numbers off a model, or a config, whose causal LM is made without memory; refuse anything else."""
         if isinstance(model_or_config, cls):
@@ -72,32 +83,39 @@ class ModelSize:
         model = model_or_config if isinstance(model_or_config, torch.nn.Module) else without_memory(model_or_config)
         inner = unwrapped(model)
         config = inner.config.get_text_config()
-        heads, states = int(getattr(config, "num_attention_heads", None) or 0), _states(inner)
+        heads, states = _mean(config, "num_attention_heads"), _states(inner)
         if not heads and not states:
             raise FlexdpoError(f"{config.model_type} has no attention heads, so it is no model to be trained here")
-        widths = (getattr(config, name, None) for name in ("intermediate_size", "n_inner", "ffn_dim"))
+        widths = (_mean(config, name) for name in ("intermediate_size", "n_inner", "ffn_dim"))
         width = next(filter(None, widths), 4 * config.hidden_size)
-        if experts := getattr(config, "num_experts_per_tok", None):
-            width = experts * (getattr(config, "moe_intermediate_size", None) or config.intermediate_size)
-            width += getattr(config, "shared_expert_intermediate_size", None) or 0
+        if experts := _mean(config, "num_experts_per_tok"):
+            width = experts * (_mean(config, "moe_intermediate_size") or _mean(config, "intermediate_size"))
+            width += _mean(config, "shared_expert_intermediate_size")
         # the part that sees has layers of other kinds
         layers = dict(backbone_of(base_model(inner)).named_modules())
         return cls(
             name=str(getattr(config, "_name_or_path", "") or config.model_type),
             parameters=sum(parameter.numel() for parameter in inner.parameters()),
             hidden=int(config.hidden_size),
-            intermediate=int(width),
+            intermediate=width,
             layers=int(config.num_hidden_layers),
             heads=heads,
-            key_heads=int(getattr(config, "num_key_value_heads", None) or heads),
-            head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)),
+            key_heads=_mean(config, "num_key_value_heads") or heads,
+            head_dim=_mean(config, "head_dim") or config.hidden_size // max(heads, 1),
             vocabulary=int(config.vocab_size),
             gated=any(name.endswith(("gate_proj", "gate_up_proj", "experts")) for name in layers),
             layer_norm=any(isinstance(module, torch.nn.LayerNorm) for module in layers.values()),
             head_norms=any(name.endswith(("q_norm", "q_layernorm")) for name in layers),
-            **_tower(inner),
-            **states,
+            **{**_tower(inner), **states},  # type: ignore[arg-type]
         )
+
+
+def _mean(config: Any, name: str) -> int:
+    """A number of a config that may differ from layer to layer: the mean, rounded up, or 0 where there is none."""
+    layers = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
+    found = [getattr(layer, name, None) for layer in layers]
+    numbers = [number for each in found for number in (each if isinstance(each, list | tuple) else [each]) if number]
+    return math.ceil(sum(numbers) / len(numbers)) if numbers else 0
 
 
 def _tower(model: Any) -> dict[str, int]:

@@ -5,18 +5,20 @@ import re
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from flexdpo import Group, Row, prepare_model, response_logps
-from flexdpo.errors import FlexdpoError
+from flexdpo.errors import FlexdpoError, UnsupportedModelError
 from flexdpo.estimate import model_shapes
 from flexdpo.estimate.model_shapes import shape_config
 from flexdpo.hf.checkpointing import checkpointing_name, enable_checkpointing
-from flexdpo.training import memory
+from flexdpo.training import kept_bytes, memory
 from flexdpo.training.memory import (
     TrainingSetup,
     auto_row_budget,
@@ -27,7 +29,7 @@ from flexdpo.training.memory import (
 )
 from flexdpo.training.model_size import ModelSize
 from tests.conftest import CONFIGS, build_model
-from tests.hf.architectures import needs_states
+from tests.hf.architectures import available_or_skip, build_or_skip, needs_states, zoo
 from tests.images.models import make_model
 
 GIGABYTE = 10**9
@@ -75,6 +77,74 @@ def test_activations_per_token_are_what_autograd_keeps(name, checkpointing, dtyp
     slope, per_token = kept_and_predicted_per_token(model, setup)
     # never below what is kept; with checkpoints little is kept, and layout vectors weigh more
     assert slope <= per_token <= slope * (1.1 if not checkpointing else 1.5)
+
+
+def asked(name: str, dtype: torch.dtype) -> tuple[ModelSize, float]:
+    """A kind of model, asked, and what the prediction per token is of what autograd keeps."""
+    model = prepare_model(build_or_skip(name, dtype=dtype)).train()
+    size, setup = ModelSize.measured(model), TrainingSetup(dtype.itemsize, dtype.itemsize)
+    # whole chunks, since a scan pads its last one
+    rows = row_of(64), row_of(192)
+    kept = [kept_by_autograd(model, row) for row in rows]
+    predicted = [
+        predict_memory(size, row.num_tokens, setup, targets=int(row.labels.numel())).activations for row in rows
+    ]
+    return size, (predicted[1] - predicted[0]) / (kept[1] - kept[0])
+
+
+# four norms to a layer, experts, latent attention, and heads of several widths
+@pytest.mark.parametrize("name", ["gemma3_text", "qwen3_moe", "deepseek_v3", "gpt_oss", "llama4_text", "gemma4_text"])
+def test_what_uncommon_layers_keep_is_asked_of_the_model(name: str) -> None:
+    size, ratio = asked(name, torch.bfloat16)
+    assert 0.97 <= ratio <= 1.1
+    # the formula for common layers knows nothing of what these keep
+    half, single = size.kept
+    assert half.layers > 1.1 * size.layers * kept_bytes_per_layer(size, TrainingSetup(2, 2))
+    assert half.layers < single.layers < 2 * half.layers
+    assert half.most <= half.layers
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", sorted(zoo()))
+def test_every_kind_of_model_tells_what_it_keeps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not available_or_skip(name).exact:
+        pytest.skip("is not trained here")
+    told: list[str] = []
+    monkeypatch.setattr(kept_bytes.logger, "warning", told.append)
+    kept_bytes._asked.cache_clear()  # several kinds have one config
+    try:
+        size, ratio = asked(name, torch.bfloat16)
+    except UnsupportedModelError:
+        pytest.skip("is not trained in train mode, or on rows as long as these")
+    if size.kept:
+        assert 0.95 <= ratio <= 1.2
+        assert size.kept[0].layers > size.kept[0].outside
+    else:
+        assert "is predicted by a formula for the common layers" in told[0]
+
+
+def test_a_model_whose_values_decide_is_predicted_by_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Deciding(LlamaForCausalLM):
+        def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+            if input_ids[0, 0].item() > 3:
+                kwargs["use_cache"] = False
+            return super().forward(input_ids, **kwargs)
+
+    told: list[str] = []
+    monkeypatch.setattr(kept_bytes.logger, "warning", told.append)
+    model = Deciding(CONFIGS["llama"]())
+    assert ModelSize.measured(model) == ModelSize.of(model)
+    assert re.fullmatch(r"llama: memory is predicted by a formula .*meta device .*item.* max_tokens_per_row .*", *told)
+
+
+@pytest.mark.parametrize("name", ["gemma4_text", "gemma3n_text"])
+def test_numbers_that_differ_from_layer_to_layer(name: str) -> None:
+    architecture = available_or_skip(name)
+    config = getattr(transformers, architecture.config_class)(**architecture.config)
+    model = build_or_skip(name)
+    widths = [module.head_dim for module in model.modules() if hasattr(module, "num_key_value_groups")]
+    assert min(widths) <= ModelSize.of(config).head_dim <= max(widths)
+    assert predict_memory(config, 1000) == predict_memory(model, 1000)
 
 
 @pytest.mark.parametrize("name", ["llava", "internvl"])
