@@ -105,7 +105,7 @@ def shrunk_config(config: Any) -> Any:
     for each in (cut, text):
         # a pad token's embedding gets no gradient, so it is one that no probe draws
         special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), _VOCABULARY - 1)
-        _cap(each, {"vocab_size": _VOCABULARY, **special})
+        _cap(each, {"vocab_size": _VOCABULARY, "vocab_size_per_layer_input": _VOCABULARY, **special})
     return cut
 
 
@@ -118,19 +118,26 @@ def _rope_settings(config: Any) -> list[dict[str, Any]]:
 def _cap(config: Any, sizes: dict[str, int]) -> None:
     for name, size in sizes.items():
         value = getattr(config, name, None)
-        if isinstance(value, int) and not isinstance(value, bool) and value > size:
+        if isinstance(value, list) and all(isinstance(each, int) for each in value):
+            setattr(config, name, [min(each, size) for each in value])
+        elif isinstance(value, int) and not isinstance(value, bool) and value > size:
             setattr(config, name, size)
 
 
 def _cut_layers(config: Any) -> None:
-    """Keep a few layers, of every type that the model has."""
+    """Keep a few layers, of every type that the model has, and of each with keys and values of its own and without."""
     types = list(getattr(config, "layer_types", None) or ())
     counted = [name for name in _LAYER_COUNTS if isinstance(getattr(config, name, None), int)]
     if not counted:
         return
     count = getattr(config, counted[0])
-    kept = sorted(range(count), key=lambda i: (i != types.index(types[i]) if types else 0, i))[:_LAYERS]
-    kept.sort()
+    # the last so many layers attend to keys and values of layers before them
+    borrowing = getattr(config, "num_kv_shared_layers", None) or 0
+    kinds = [(types[i] if types else "", i >= count - borrowing) for i in range(count)]
+    kept = sorted(range(count), key=lambda i: (types != [] and i != kinds.index(kinds[i]), i))
+    kept = sorted(kept[: max(_LAYERS, len(set(kinds)))])
+    if borrowing:
+        config.num_kv_shared_layers = sum(kinds[i][1] for i in kept)
     # whatever has one entry per layer loses the same entries
     for name, value in list(vars(config).items()):
         if name.endswith(("layer_ids", "layer_indices", "_idxs")) and isinstance(value, list | tuple):
