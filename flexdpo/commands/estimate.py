@@ -1,6 +1,7 @@
 """``flexdpo estimate``: what flexdpo would do for a dataset, before anything is trained."""
 
 import json
+import math
 from dataclasses import dataclass
 
 from flexdpo.commands.options import OptionParser, TokenizerOptions, one_name, settings_of, writable
@@ -50,6 +51,8 @@ def run(argv: list[str]) -> int:
         raise FlexdpoError(
             "lengths depend on the tokenizer; give --model_name_or_path NAME, or --tokenizer NAME and a --shape"
         )
+    if asked.memory is not None and not 0 < asked.memory < math.inf:
+        raise FlexdpoError(f"--memory {asked.memory}: give the GB of the device, a number above 0")
     memory = None if asked.memory is None else int(asked.memory * 1e9)
     settings = settings_of(EstimateSettings, found, reference=not asked.reference_free, memory=memory)
     target = writable(asked.json)

@@ -4,6 +4,7 @@ import argparse
 import copy
 import dataclasses
 import itertools
+import json
 import os
 from functools import cache
 from pathlib import Path
@@ -78,8 +79,19 @@ def read(argv: list[str]) -> tuple[Job, DPOConfig, dict[str, Any]]:
         raise
     except (ValueError, TypeError, KeyError, ImportError, OSError, NotImplementedError) as error:
         # transformers' and accelerate's own checks, each with an error of its own
+        _require_json(found)
         raise FlexdpoError(f"{' '.join(str(error).split())}; see flexdpo train --help") from error
     return job, config, given
+
+
+def _require_json(found: Any) -> None:
+    """Name the option that begins as JSON and is none; json itself knows only the column."""
+    for name, value in vars(found).items():
+        if isinstance(value, str) and value.startswith("{"):
+            try:
+                json.loads(value)
+            except ValueError as error:
+                raise FlexdpoError(f"--{name} {value} is no JSON ({error}); write it as '{{\"name\": 1}}'") from error
 
 
 def run(argv: list[str]) -> int:

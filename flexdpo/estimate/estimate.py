@@ -91,7 +91,7 @@ def estimate_tokenised(
             "the rows hold a prompt and a completion but no preferences, so there is nothing to compare; give "
             "'chosen' and 'rejected', or a 'label' beside each completion"
         )
-    layouts = Layouts.of(data, counted, settings)
+    layouts = Layouts.of(data, counted, settings, in_pieces=not size.state_layers)
     unshared, shared = int(counted.unshared.sum()), int(counted.distinct.sum())
     # a label belongs to a row's own response, so rows with labels are never merged
     regrouped = shared if labelled else regrouped_tokens(data, counted, limits=settings.limits)

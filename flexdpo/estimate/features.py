@@ -65,15 +65,18 @@ class Layouts:
     sampled: tuple[tuple[Group, ...], ...]  # groups of some batches
 
     @classmethod
-    def of(cls, dataset: Dataset, counted: RowTokens, settings: EstimateSettings) -> Layouts:
+    def of(cls, dataset: Dataset, counted: RowTokens, settings: EstimateSettings, *, in_pieces: bool) -> Layouts:
         """Draw the order, and lay it out in batches of ``settings.per_device_train_batch_size``."""
         size, budget = settings.per_device_train_batch_size, settings.max_tokens_per_row
         if budget is not None:
-            room, index = budget // settings.row_multiple * settings.row_multiple, int(counted.distinct.argmax())
-            if counted.distinct[index] > room:
+            # an example that runs in pieces needs room for its longest sequence
+            needed = counted.longest if in_pieces else counted.distinct
+            room, index = budget // settings.row_multiple * settings.row_multiple, int(needed.argmax())
+            if needed[index] > room:
+                what = "tokens in its longest sequence" if in_pieces else "distinct tokens"
                 raise FlexdpoError(
-                    f"usable row {index} (counted from 0) has {counted.distinct[index]} distinct tokens but "
-                    f"max_tokens_per_row={budget} leaves room for {room}; raise max_tokens_per_row or lower max_length"
+                    f"usable row {index} (counted from 0) has {needed[index]} {what} but max_tokens_per_row={budget} "
+                    f"leaves room for {room}; raise max_tokens_per_row or lower max_length"
                 )
         order = np.random.default_rng(settings.seed).permutation(counted.prompts.size)
         starts = np.arange(0, order.size, size)

@@ -12,7 +12,14 @@ from flexdpo.objective.loss_types import setting
 from flexdpo.training.memory import TrainingSetup
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
-_COUNTS = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_tokens_per_row", "sample", "batches")
+_COUNTS = (
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_tokens_per_row",
+    "sample",
+    "batches",
+    "memory",
+)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 import transformers
+from torch.utils.checkpoint import checkpoint
 
 from flexdpo.attention.remembered import keep_attention
 from flexdpo.errors import FlexdpoError
@@ -36,6 +37,19 @@ def enable_checkpointing(model: Any, *, use_reentrant: bool = False, **others: A
     getattr(model, name)(**{settings: {"use_reentrant": use_reentrant, **others}})
 
 
+def _require_known(given: dict[str, Any]) -> None:
+    # those of transformers are told apart by version below
+    names = {"offload", "every_n_layers", *inspect.signature(checkpoint).parameters} - {"function", "args", "kwargs"}
+    if unknown := sorted(given.keys() - names):
+        raise FlexdpoError(
+            f"activation_checkpointing_kwargs has {unknown[0]}={given[unknown[0]]!r}, which nothing takes; choose among "
+            f"{', '.join(sorted(names))}"
+        )
+    every = given.get("every_n_layers", 1)
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise FlexdpoError(f"activation_checkpointing_kwargs has every_n_layers={every!r}; give a whole number from 1")
+
+
 def checkpoint_arguments(
     given: dict[str, Any] | None, *, attention: bool, impl: str, compiled: bool, device: str
 ) -> dict[str, Any] | None:
@@ -52,6 +66,8 @@ def checkpoint_arguments(
         FlexdpoError: at what such a run cannot do.
     """
     known = given or {}
+    if known:
+        _require_known(known)
     for name in {"offload", "every_n_layers"} & known.keys():
         # the settings' help needs no models
         model = transformers.PreTrainedModel

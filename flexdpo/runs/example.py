@@ -26,7 +26,15 @@ from flexdpo.example.task import (
     swap_prompts,
 )
 from flexdpo.hf.forward_layout import ATTN_IMPLEMENTATION
-from flexdpo.runs.job import CURVES_FILE, MASK_FILE, METRICS_FILE, MetricsFile, draw_example_mask, require_output_dir
+from flexdpo.runs.job import (
+    CURVES_FILE,
+    MASK_FILE,
+    METRICS_FILE,
+    MetricsFile,
+    draw_example_mask,
+    remove_earlier_run,
+    require_output_dir,
+)
 from flexdpo.runs.step_times import StepTimes, measure_step_times
 from flexdpo.show.plots import draw_training_curves
 from flexdpo.training.output_lock import holding_output
@@ -142,7 +150,7 @@ def run_example(
 
 def _run(output: Path, seed: int, recipe: Recipe, start: float) -> ExampleResult:
     metrics_file = output / METRICS_FILE
-    metrics_file.unlink(missing_ok=True)  # of an earlier run in the same folder
+    remove_earlier_run(output)
     library = read_standard_library(progress=True)
     task = build_task(library, seed, recipe.held_out_pairs)
     model = small_llama(task.tokenizer, seed, ATTN_IMPLEMENTATION)

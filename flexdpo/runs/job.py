@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
-from transformers.utils import logging
+from transformers.tokenization_utils_base import (
+    ADDED_TOKENS_FILE,
+    FULL_TOKENIZER_FILE,
+    SPECIAL_TOKENS_MAP_FILE,
+    TOKENIZER_CONFIG_FILE,
+)
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import (
+    CHAT_TEMPLATE_FILE,
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    IMAGE_PROCESSOR_NAME,
+    PROCESSOR_NAME,
+    logging,
+)
 
 from flexdpo.config import DPOConfig
 from flexdpo.data.stream import StreamedPreferences
 from flexdpo.errors import FlexdpoError, Interrupted, first_line
+from flexdpo.hf.names import local_path
 from flexdpo.layout.row import TILE
 from flexdpo.runs.ready import require_ready, require_room_on_disk
 from flexdpo.runs.run_file import RUN_FILE, write_run_file
@@ -30,6 +47,15 @@ from flexdpo.training.trainer import DPOTrainer
 logger = logging.get_logger(__name__)
 
 METRICS_FILE, CURVES_FILE, MASK_FILE = "metrics.jsonl", "training.png", "mask.png"
+# what runs write, be it a model or an adapter, of one tokenizer or another
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", f"{PREFIX_CHECKPOINT_DIR}-*")
+_WRITTEN = (
+    *_WEIGHTS[:-1], "*.safetensors.index.json", "pytorch_model*.bin.index.json", CONFIG_NAME,
+    GENERATION_CONFIG_NAME, "adapter_config.json", PROCESSOR_NAME, IMAGE_PROCESSOR_NAME,
+    CHAT_TEMPLATE_FILE, TOKENIZER_CONFIG_FILE, SPECIAL_TOKENS_MAP_FILE, ADDED_TOKENS_FILE, FULL_TOKENIZER_FILE,
+    "vocab.*", "merges.txt", "tokenizer.model", TRAINING_ARGS_NAME, "README.md", RUN_FILE, METRICS_FILE, CURVES_FILE,
+    MASK_FILE,
+)  # fmt: skip
 
 
 class MetricsFile(TrainerCallback):
@@ -56,7 +82,7 @@ def run_job(job: Job, config: DPOConfig, given: Mapping[str, Any]) -> str:
     output = Path(str(config.output_dir))
     require_ready(job, config)
     with holding_output(output, is_owner=config.process_index == 0):
-        require_output_dir(config, overwrite=job.overwrite_output_dir)
+        require_output_dir(config, overwrite=job.overwrite_output_dir, model=job.model_name_or_path or "")
         try:
             return _run(job, config, given, output)
         except KeyboardInterrupt as stop:
@@ -80,6 +106,7 @@ def _run(job: Job, config: DPOConfig, given: Mapping[str, Any], output: Path) ->
     require_room_on_disk(trainer.model, config, adapter=is_peft_model(trainer.model))
     trainer.dataset_names = job.dataset_names
     if trainer.is_world_process_zero() and not config.resume_from_checkpoint:
+        remove_earlier_run(output)
         write_run_file(output, given, trainer)
     # a model that is sharded when training begins cannot be evaluated before it
     before = trainer.evaluate() if eval_data is not None and not is_sharded(config) else {}
@@ -128,9 +155,24 @@ def _draw(trainer: DPOTrainer, history: list[dict[str, Any]], output: Path) -> N
         logger.warning(f"no picture could be drawn ({type(error).__name__}: {first_line(error)}); the model is saved")
 
 
-def require_output_dir(config: DPOConfig, *, overwrite: bool) -> Path:
-    """Return the output folder, which this run holds; refuse one that holds something unless that was asked for."""
+def require_output_dir(config: DPOConfig, *, overwrite: bool, model: str = "") -> Path:
+    """Return the output folder, which this run holds; refuse one that holds something unless that was asked for.
+
+    What is written over is an earlier run, of which nothing is left: neither others' models, nor the ``model`` trained.
+    """
     output = Path(str(config.output_dir))
+    if overwrite and config.process_index == 0 and not config.resume_from_checkpoint:
+        source = local_path(model) if model else None
+        if source is not None and source.resolve().is_relative_to(output.resolve()):
+            raise FlexdpoError(
+                f"--overwrite_output_dir would remove {model}, the model that is trained; give another --output_dir"
+            )
+        foreign = [path for pattern in _WEIGHTS for path in output.glob(pattern)]
+        if foreign and not any((output / name).is_file() for name in (RUN_FILE, METRICS_FILE)):
+            raise FlexdpoError(
+                f"--output_dir {output} holds {foreign[0].name}, and is no run of flexdpo train that could be written "
+                "over; remove it, or name another folder"
+            )
     holds_something = output.is_dir() and any(path.name != LOCK_FILE for path in output.iterdir())
     if holds_something and not (overwrite or config.resume_from_checkpoint) and config.process_index == 0:
         raise FlexdpoError(
@@ -138,6 +180,18 @@ def require_output_dir(config: DPOConfig, *, overwrite: bool) -> Path:
             "with --resume_from_checkpoint true"
         )
     return output
+
+
+def remove_earlier_run(output: Path) -> None:
+    """Remove what a run that is written over has left: it would be loaded, or gone on from, as this one's.
+
+    Files that no run writes stay.
+    """
+    for folder in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        shutil.rmtree(folder)
+    for pattern in _WRITTEN:
+        for file in output.glob(pattern):
+            file.unlink()
 
 
 def draw_example_mask(trainer: DPOTrainer, path: Path, groups: int = 3) -> None:

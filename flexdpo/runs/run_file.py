@@ -42,4 +42,6 @@ def write_run_file(folder: Path, given: Mapping[str, Any], trainer: DPOTrainer) 
 def _plain(name: str, value: Any) -> Any:
     if name == "model_init_kwargs" and isinstance(value, str) and value.startswith("{"):
         return json.dumps({key: each for key, each in json.loads(value).items() if key != "token"})
+    if isinstance(value, list | tuple):
+        return [_plain("", each) for each in value]
     return getattr(value, "value", value)

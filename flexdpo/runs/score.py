@@ -6,6 +6,7 @@ was interrupted goes on where it stopped.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +34,7 @@ class ScoreSettings:
         metadata={"help": "What implicit rewards are held against; without it they are empty."},
     )
     output_file: str = field(default="scores.parquet", metadata={"help": "The file to write."})
-    beta: float = field(default=0.1, metadata={"help": "Factor of implicit rewards."})
+    beta: float | None = field(default=None, metadata={"help": "Factor of implicit rewards; 0.1 by default."})
     dtype: str | None = field(
         default=None, metadata={"help": "Load weights in this dtype: bfloat16, float16 or auto; by default float32."}
     )
@@ -48,6 +49,10 @@ class ScoreSettings:
         """Raise unless model and file can be what they must be."""
         if self.model_name_or_path is None:
             raise FlexdpoError("which model? give a folder or hub name: flexdpo score ./my-model pairs.jsonl")
+        if self.beta is not None and self.ref_model is None:
+            raise FlexdpoError(f"--beta {self.beta} is for implicit rewards; add --ref_model, or leave it out")
+        if self.beta is not None and not 0 < self.beta < math.inf:
+            raise FlexdpoError(f"--beta {self.beta}: implicit rewards need more than that; give a number above 0")
         path = Path(self.output_file)
         if path.suffix != ".parquet" or not path.parent.is_dir():
             raise FlexdpoError(f"--output_file {path}: name a .parquet file in a folder that exists")
@@ -66,7 +71,8 @@ def score(settings: ScoreSettings, data: Any) -> str:
         for row, other in zip(rows, others, strict=True):
             row["ref_logps"] = other["logps"]
             sums = zip(row["logps"], other["logps"], strict=True)
-            row["rewards"] = [settings.beta * (logp - ref_logp) for logp, ref_logp in sums]
+            beta = 0.1 if settings.beta is None else settings.beta
+            row["rewards"] = [beta * (logp - ref_logp) for logp, ref_logp in sums]
     for row in rows:
         values = row.get("rewards") or row["logps"]
         edges = row.pop("edges")

@@ -40,7 +40,12 @@ def holding_output(folder: Path, *, is_owner: bool) -> Iterator[None]:
     if not is_owner or fcntl is None or path in _held:
         yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FlexdpoError(
+            f"--output_dir {folder} cannot be made ({first_line(error)}); name another folder"
+        ) from error
     descriptor = _acquire(path)
     _held.add(path)
     try:

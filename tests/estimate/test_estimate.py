@@ -499,8 +499,13 @@ def test_settings_are_checked(rng) -> None:
     with pytest.raises(FlexdpoError, match="dtype 'int8' is unknown"):
         EstimateSettings(dtype="int8")
     data = as_preferences(tokenised(long_rows(rng, 4, 100, 50)))
+    # 200 distinct tokens, which run in pieces as long as each sequence fits
+    estimate = estimate_tokenised(data, EstimateSettings(**CPU, max_tokens_per_row=150))
+    assert estimate.memory["shared"].tokens == 150
+    with pytest.raises(FlexdpoError, match="has 150 tokens in its longest sequence but max_tokens_per_row=149"):
+        estimate_tokenised(data, EstimateSettings(**CPU, max_tokens_per_row=149))
     with pytest.raises(FlexdpoError, match="has 200 distinct tokens but max_tokens_per_row=150"):
-        estimate_tokenised(data, EstimateSettings(**CPU, max_tokens_per_row=150))
+        estimate_tokenised(data, EstimateSettings(**CPU | {"shape": "qwen3-next-tiny"}, max_tokens_per_row=150))
 
 
 # --- a large dataset -------------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved_model: Any) -> An
 
 def test_a_run_is_repeated_from_what_it_left(job, capsys) -> None:
     job += ["--max_steps", "3", "--logging_steps", "1", "--run_name=-quick", "--loss_type", "sigmoid", "sft"]
+    job += ["--debug", "underflow_overflow"]
     job += ["--lr_scheduler_type", "cosine_with_min_lr", "--lr_scheduler_kwargs", '{"min_lr": 1e-7}', "--seed", "7"]
     assert main([*job, "--output_dir", "out", "--max_tokens_per_row", "auto"]) == 0
     settings = yaml.safe_load(Path("out", RUN_FILE).read_text())
@@ -52,6 +53,30 @@ def test_a_run_is_repeated_from_what_it_left(job, capsys) -> None:
     assert losses[0] == losses[1]
     left = yaml.safe_load((again / RUN_FILE).read_text())
     assert {name: str(value) for name, value in left.items()} == {name: str(each) for name, each in settings.items()}
+
+
+def test_nothing_is_left_of_a_run_that_is_written_over(job, capsys) -> None:
+    first = ["--max_steps", "4", "--save_steps", "2", "--use_peft", "true", "--lora_r", "2", "--logging_steps", "1"]
+    assert main([*job, *first, "--output_dir", "out"]) == 0
+    Path("out", "notes.txt").write_text("kept")
+    assert Path("out/checkpoint-4").is_dir()
+    again = [*job, "--max_steps", "3", "--save_steps", "2", "--logging_steps", "1", "--overwrite_output_dir", "true"]
+    assert main([*again, "--output_dir", "out"]) == 0
+    # neither the old adapter, which would be laid over the new model, nor a checkpoint to go on from by mistake
+    assert not list(Path("out").glob("adapter*"))
+    assert sorted(path.name for path in Path("out").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+    steps = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in steps if "loss" in line] == [1, 2, 3]
+    assert Path("out/notes.txt").read_text() == "kept"
+
+    model = again[again.index("--model_name_or_path") + 1]
+    again[again.index(model)] = "out"
+    assert "would remove out, the model that is trained" in complaint(capsys, *again, "--output_dir", "out")
+    again[again.index("out")] = model
+    Path("elsewhere").mkdir()
+    Path("elsewhere/model.safetensors").write_text("somebody's")
+    assert "holds model.safetensors, and is no run" in complaint(capsys, *again, "--output_dir", "elsewhere")
+    assert Path("elsewhere/model.safetensors").read_text() == "somebody's"
 
 
 def test_a_run_without_a_name_goes_to_a_folder_of_its_own(tmp_path, monkeypatch) -> None:
