@@ -143,7 +143,8 @@ class _Saved:
     @classmethod
     def of(cls, model: Any, row: Row, widened: bool) -> _Saved:
         saved = cls(widened=widened, seen={_storage(weight) for weight in model.parameters()})
-        with saved._watching(model), torch.autograd.graph.saved_tensors_hooks(saved._save, lambda tensor: tensor):
+        hooks = torch.autograd.graph.saved_tensors_hooks(saved._save, lambda tensor: tensor)
+        with _autocast_known(), saved._watching(model), hooks:
             try:
                 model(**row.inputs())
             except _HeadReached:
@@ -181,6 +182,17 @@ class _Saved:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+@contextmanager
+def _autocast_known() -> Iterator[None]:
+    """Let early releases of transformers 5 ask for autocast on the meta device, which torch has none for."""
+    asked = torch.is_autocast_enabled
+    torch.is_autocast_enabled = lambda *device: device != ("meta",) and asked(*device)
+    try:
+        yield
+    finally:
+        torch.is_autocast_enabled = asked
 
 
 def _storage(tensor: Tensor) -> StorageWeakRef:
