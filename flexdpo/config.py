@@ -6,7 +6,7 @@ import copy
 import json
 import math
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from transformers import TrainingArguments
@@ -21,6 +21,7 @@ from flexdpo.layout.packing import SHARING
 from flexdpo.layout.row import TILE, tile_multiple
 from flexdpo.objective.loss_types import LOSS_TYPES, LossSettings, setting
 from flexdpo.objective.objective import Objective
+from flexdpo.objective.setting_types import is_number, require_types
 
 _COMPILE_SETTINGS = {"torch_compile": False, "torch_compile_backend": None, "torch_compile_mode": None}
 
@@ -196,7 +197,9 @@ class DPOConfig(LossSettings, TrainingArguments):
     def _check_given(self) -> None:
         """Bring what was given into one form, and refuse what no run can have."""
         loss_type: Any = self.loss_type
-        self.loss_type = [loss_type] if isinstance(loss_type, str) else list(loss_type)
+        self.loss_type = [loss_type] if isinstance(loss_type, str) else loss_type
+        self._check_types()
+        self.loss_type = list(self.loss_type)
         self._check_reference(self.objective())
         resolve_impl(self.attn_impl, torch.device("cpu"))
         if self.truncation_mode != "keep_start":
@@ -270,6 +273,13 @@ class DPOConfig(LossSettings, TrainingArguments):
         self._check_optimizer(defaults)
         require_schedule(self)
 
+    def _check_types(self) -> None:
+        theirs, hints = {each.name for each in fields(TrainingArguments)}, get_type_hints(DPOConfig)
+        own = {each.name for each in fields(DPOConfig) if each.init} - theirs
+        # of transformers' settings the numbers, any of which may be None there
+        numbers = {name for name in theirs if is_number(hints[name]) and getattr(self, name) is not None}
+        require_types(self, DPOConfig, sorted(own | numbers))
+
     def _check_numbers(self) -> None:
         """Refuse numbers that no run can mean, of whatever setting."""
         for each in fields(self):
@@ -278,7 +288,8 @@ class DPOConfig(LossSettings, TrainingArguments):
                 continue
             least = 1 if each.name in AT_LEAST_ONE else 0
             # a default below 0 stands for none, or for the launcher's
-            allowed = value == each.default or (math.isfinite(value) and value >= least)
+            share = each.name == "save_steps" and 0 < value < 1  # of the run
+            allowed = value == each.default or share or (math.isfinite(value) and value >= least)
             if each.name == "num_train_epochs":
                 allowed = math.isfinite(value) and (value > 0 or self.max_steps > 0)
             if not allowed or (each.name == "max_steps" and value == 0):
@@ -329,9 +340,6 @@ class DPOConfig(LossSettings, TrainingArguments):
         lengths = ("max_length", "max_prompt_length", "max_tokens_per_row", "pad_to_multiple_of")
         for name in (*lengths, "precompute_ref_batch_size"):
             value = getattr(self, name)
-            if isinstance(value, str) and value.isdecimal():
-                # as the command line gives it
-                setattr(self, name, value := int(value))
             if isinstance(value, str) and (name, value) != ("max_tokens_per_row", "auto"):
                 raise FlexdpoError(f"{name} must be a number of tokens or 'auto', got {value!r}")
             if isinstance(value, int) and value < 1:
@@ -376,6 +384,8 @@ class DPOConfig(LossSettings, TrainingArguments):
                 raise FlexdpoError(f"loss_type {', '.join(self.loss_type)} uses no reference; leave {name} out")
         if self.sync_ref_model and self.ref_model_sync_steps < 1:
             raise FlexdpoError(f"ref_model_sync_steps must be at least 1, got {self.ref_model_sync_steps}")
+        if self.sync_ref_model and not 0 < self.ref_model_mixup_alpha <= 1:
+            raise FlexdpoError(f"ref_model_mixup_alpha must be in (0, 1], got {self.ref_model_mixup_alpha}; 1 copies")
 
     @property
     def room_multiple(self) -> int:

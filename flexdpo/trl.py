@@ -77,6 +77,12 @@ def enable(trainer: Any, *, min_gain: float = 1.1, min_prefix: int = 16, impl: I
         FlexdpoError: if ``trainer`` is no trainer, or shares prefixes already.
     """
     policy, *others = models_of(trainer)
+    # known by its name, for what it is made of is more than this needs
+    if any(kind.__module__.startswith("flexdpo.") for kind in type(trainer).__mro__):
+        raise FlexdpoError(
+            f"flexdpo's own {type(trainer).__name__} shares prefixes itself, so there is nothing to enable; leave "
+            "flexdpo.trl.enable out"
+        )
     if any(is_shared(model) for model in (policy, *others)):
         raise FlexdpoError(
             f"this {type(trainer).__name__} has a model that shares prefixes already; call "

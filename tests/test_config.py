@@ -165,6 +165,46 @@ def test_what_would_change_nothing_or_too_much(tmp_path: Path, changes: dict[str
         settings(tmp_path, **changes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "kind"),
+    [
+        ({"beta": "0.1"}, r"a number, got str \('0.1'\)"),
+        ({"loss_weights": "1"}, "a list of numbers or None, got str"),
+        ({"loss_type": None}, "a list of texts, got NoneType"),
+        ({"loss_type": ["sigmoid", 1]}, "a list of texts, got list"),
+        ({"sharing": None}, "a text, got NoneType"),
+        ({"max_length": 60.5}, r"a whole number or None, got float \(60.5\)"),
+        ({"max_tokens_per_row": 60.5}, "a whole number or a text or None, got float"),
+        ({"dataset_num_proc": 2.5}, "a whole number or None, got float"),
+        ({"ref_model_sync_steps": 2.5, "sync_ref_model": True}, "a whole number, got float"),
+        ({"disable_dropout": "no"}, "True or False, got str"),
+        ({"attn_kernel_options": 3}, "a dict or a text or None, got int"),
+        # of transformers' settings the numbers
+        ({"per_device_train_batch_size": 2.5}, "a whole number, got float"),
+        ({"gradient_accumulation_steps": 1.5}, "a whole number, got float"),
+        ({"learning_rate": "1e-5"}, "a number, got str"),
+    ],
+)
+def test_a_value_of_another_type(tmp_path: Path, changes: dict[str, Any], kind: str) -> None:
+    with pytest.raises(FlexdpoError, match=f"{next(iter(changes))} must be {kind}.*; give one, or leave it out"):
+        settings(tmp_path, **changes)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 2.0])
+def test_a_reference_that_would_never_move_or_beyond_the_policy(tmp_path: Path, alpha: float) -> None:
+    with pytest.raises(FlexdpoError, match=rf"ref_model_mixup_alpha must be in \(0, 1\], got {alpha}"):
+        settings(tmp_path, sync_ref_model=True, ref_model_mixup_alpha=alpha)
+
+
+def test_values_in_the_forms_of_others(tmp_path: Path) -> None:
+    args = settings(tmp_path, max_length="60", max_steps=1e3, loss_weights=(1,), max_grad_norm=None, learning_rate=1)
+    assert (args.max_length, args.max_steps, args.loss_weights, args.max_grad_norm) == (60, 1000, (1,), None)
+    with pytest.raises(FlexdpoError, match=r"loss_weights=\[0.0, 0\] leaves no loss \(sigmoid, sft\), so nothing"):
+        settings(tmp_path, loss_type=["sigmoid", "sft"], loss_weights=[0.0, 0])
+    # the term that comes with the pairs is left
+    assert settings(tmp_path, loss_weights=[0.0], rpo_alpha=1.0).rpo_alpha == 1.0
+
+
 @pytest.mark.parametrize("optim", [name.value for name in OptimizerNames if "lomo" in name or "layerwise" in name])
 def test_optimizers_that_step_in_the_backward_pass(tmp_path: Path, optim: str) -> None:
     with pytest.raises(FlexdpoError, match=rf"optim='{optim}' takes its step inside the backward pass"):
@@ -256,3 +296,10 @@ def test_a_model_that_was_spread_while_loading_is_refused() -> None:
     model: Any = SimpleNamespace(is_distributed_loading_by_transformers=True)
     with pytest.raises(FlexdpoError, match=r"spread over the processes when it was loaded \(distributed_config\)"):
         distribution.require_supported(SimpleNamespace(), model)  # type: ignore[arg-type]
+
+
+def test_checkpoints_at_a_share_of_the_run(tmp_path) -> None:
+    assert DPOConfig(str(tmp_path), use_cpu=True, save_steps=0.5).save_steps == 0.5
+    for nothing in (0, 0.0, -1, float("nan")):
+        with pytest.raises(FlexdpoError, match="save_steps="):
+            DPOConfig(str(tmp_path), use_cpu=True, save_steps=nothing)

@@ -19,9 +19,13 @@ from flexdpo.attention.block_masks import build_block_mask
 from flexdpo.attention.kernels import packed_attention
 from flexdpo.attention.mask_mods import CAUSAL, MaskKind, MaskMod, mask_mod_for
 from flexdpo.attention.row_mask import Impl, row_mask_for
-from flexdpo.attention.score_mods import ScoreMod
+from flexdpo.attention.score_mods import ScoreMod, is_finite, require_softcap
 from flexdpo.errors import FlexdpoError, first_line, found
 from flexdpo.layout.row import TILE, Row, RowLayout
+from flexdpo.layout.sequences import is_count
+
+# what kernels compute in
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def mask_mod(
@@ -55,9 +59,11 @@ def block_mask(
     With a ``mask_function`` every tile that the row leaves open is evaluated. ``block_size`` is the side of a tile in
     tokens, or its queries and its keys; other arguments and errors are those of :func:`mask_mod`.
     """
-    sides = (block_size,) if isinstance(block_size, int) else block_size
-    if min(sides) < 1:
-        raise FlexdpoError(f"block_size must be at least 1 token, got {block_size}")
+    sides = block_size if isinstance(block_size, tuple | list) else (block_size, block_size)
+    if len(sides) != 2 or not all(map(is_count, sides)):
+        raise FlexdpoError(
+            f"block_size must be at least 1 token, got {block_size!r}; give one number, or those of queries and keys"
+        )
     return build_block_mask(*_mask_of(row, window, chunk, mask_function), block_size=block_size)
 
 
@@ -103,31 +109,57 @@ def attend(
     that was asked for cannot do this.
     """
     layout, kind = _mask_of(row, window, chunk, mask_function)
-    for name, tensor in {"query": query, "key": key, "value": value, "sinks": sinks}.items():
-        _require_tensor(name, tensor, layout.device)
-    if softcap is not None and not softcap > 0:
-        raise FlexdpoError(f"softcap must be above 0, got {softcap}; leave it out for scores without a bound")
+    _require_tensors({"query": query, "key": key, "value": value, "sinks": sinks}, layout.device)
+    _require_numbers(softcap, scale)
     row_mask = row_mask_for(layout, kind, impl)
     if score_mod is not None:
-        answer = _asked("score_mod", score_mod, layout.device, torch.zeros(1, device=layout.device))
-        if answer is not None and (answer.ndim or not answer.is_floating_point()):
-            raise FlexdpoError(
-                "score_mod must return a score, a 0-d float tensor, for (score, batch, head, q_idx, kv_idx), "
-                f"got {found(answer)}"
-            )
+        _require_score_mod(score_mod, query.shape[1], layout.device)
         row_mask = dataclasses.replace(row_mask, score_mod=score_mod)
     return packed_attention(query, key, value, row_mask, scaling=scale, softcap=softcap, sinks=sinks)
 
 
-def _require_tensor(name: str, tensor: Tensor | None, device: torch.device) -> None:
-    if tensor is not None and tensor.device != device:
+def _require_tensors(tensors: dict[str, Any], device: torch.device) -> None:
+    for name, tensor in tensors.items():
+        if name == "sinks" and tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise FlexdpoError(f"{name} must be a tensor, got {found(tensor)}")
+        if tensor.device != device:
+            raise FlexdpoError(
+                f"{name} is on {tensor.device} and the row on {device}; move the row once with "
+                f"row.to({str(tensor.device)!r})"
+            )
+        if name != "sinks" and tensor.ndim != 4:
+            raise FlexdpoError(f"{name} must be [rows, heads, tokens, head size], got {list(tensor.shape)}")
+        if tensor.dtype not in _DTYPES:
+            raise FlexdpoError(f"{name} must be one of {', '.join(map(str, _DTYPES))}, got {tensor.dtype}")
+    query, key, value = (tensors[name].dtype for name in ("query", "key", "value"))
+    # autocast gives them its own
+    if not query == key == value and not torch.is_autocast_enabled(device.type):
         raise FlexdpoError(
-            f"{name} is on {tensor.device} and the row on {device}; move the row once with "
-            f"row.to({str(tensor.device)!r})"
+            f"query, key and value must have one dtype, got {query}, {key} and {value}; convert them, as in "
+            "key.to(query.dtype), or run under torch.autocast"
         )
-    if name != "sinks" and (tensor is None or tensor.ndim != 4):
-        shape = found(tensor) if tensor is None else list(tensor.shape)
-        raise FlexdpoError(f"{name} must be [rows, heads, tokens, head size], got {shape}")
+
+
+def _require_numbers(softcap: Any, scale: Any) -> None:
+    if softcap is not None:
+        require_softcap(softcap)
+    if scale is not None and not is_finite(scale):
+        raise FlexdpoError(f"scale must be a finite number, got {found(scale)}; leave it out for head size ** -0.5")
+
+
+def _require_score_mod(score_mod: Any, heads: int, device: torch.device) -> None:
+    if (slopes := getattr(score_mod, "query_heads", heads)) != heads:
+        raise FlexdpoError(
+            f"score_mod has slopes for {slopes} query heads, and query {heads}; give alibi_score_mod one for each"
+        )
+    answer = _asked("score_mod", score_mod, device, torch.zeros(1, device=device))
+    if answer is not None and (answer.ndim or not answer.is_floating_point()):
+        raise FlexdpoError(
+            "score_mod must return a score, a 0-d float tensor, for (score, batch, head, q_idx, kv_idx), "
+            f"got {found(answer)}"
+        )
 
 
 def _mask_of(row: Any, window: Any, chunk: Any, mask_function: MaskMod | None) -> tuple[RowLayout, MaskKind]:

@@ -157,10 +157,11 @@ def _require_shapes(query: Tensor, key: Tensor, value: Tensor, row_mask: RowMask
                 f"{tensor.shape[2]}; pass the layout that belongs to these input_ids"
             )
     heads, key_heads = query.shape[1], key.shape[1]
-    if heads % key_heads or value.shape[1] != key_heads or key.shape[3] != query.shape[3]:
+    empty = 0 in (heads, key_heads, query.shape[3], value.shape[3])
+    if empty or heads % key_heads or value.shape[1] != key_heads or key.shape[3] != query.shape[3]:
         raise FlexdpoError(
-            "attention takes query [B, Hq, S, D], key [B, Hkv, S, D] and value [B, Hkv, S, Dv] with Hkv a divisor of "
-            f"Hq, got {list(query.shape)}, {list(key.shape)} and {list(value.shape)}"
+            "attention takes query [B, Hq, S, D], key [B, Hkv, S, D] and value [B, Hkv, S, Dv], no size 0 and Hkv a "
+            f"divisor of Hq, got {list(query.shape)}, {list(key.shape)} and {list(value.shape)}"
         )
     if sinks is not None and sinks.shape != (heads,):
         raise FlexdpoError(f"sinks must hold one logit for each of {heads} query heads, got {list(sinks.shape)}")

@@ -6,22 +6,43 @@ Each returns a ``score_mod(score, batch, head, q_idx, kv_idx) -> score`` as Flex
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from flexdpo.errors import FlexdpoError, found
 from flexdpo.layout.row import Row, RowLayout
 
 ScoreMod = Callable[[Tensor, Any, Any, Any, Any], Tensor]
 
 
-@cache  # the same function for every layer and step, so that nothing compiles again
 def softcap_score_mod(softcap: float) -> ScoreMod:
     """Bound every score smoothly: ``softcap * tanh(score / softcap)`` (Gemma 2, arXiv:2408.00118, section 2)."""
+    require_softcap(softcap)
+    return _softcap_score_mod(softcap)
 
+
+def require_softcap(softcap: Any) -> None:
+    """Refuse what bounds no scores: they would become NaN, or all 0."""
+    if not is_finite(softcap) or softcap <= 0:
+        raise FlexdpoError(
+            f"softcap must be above 0 and finite, got {found(softcap)}; leave it out for scores without a bound"
+        )
+
+
+def is_finite(value: Any) -> bool:
+    """Whether something is a finite number."""
+    is_number = isinstance(value, int | float | np.floating) and not isinstance(value, bool)
+    return is_number and bool(-math.inf < value < math.inf)
+
+
+@cache  # the same function for every layer and step, so that nothing compiles again
+def _softcap_score_mod(softcap: float) -> ScoreMod:
     def score_mod(score: Tensor, batch: Any, head: Any, q_idx: Any, kv_idx: Any) -> Tensor:  # noqa: ARG001
         return softcap * torch.tanh(score / softcap)
 
@@ -34,7 +55,12 @@ def alibi_score_mod(slopes: Tensor, positions: Row | RowLayout | Tensor) -> Scor
     ``slopes`` has one per query head, ``[Hq]``, float, on the row's device, and may be trained. ``positions`` is the
     row, or its logical positions, ``[B, S]`` int64. Source: Press et al. 2022, arXiv:2108.12409, section 3.
     """
-    return logical_score_mod(positions, lambda score, _, head, q, kv: score - slopes[head] * (q - kv))
+    if not isinstance(slopes, Tensor) or slopes.ndim != 1 or not slopes.is_floating_point():
+        raise FlexdpoError(f"slopes must be a float tensor [Hq], one for each query head, got {found(slopes)}")
+    score_mod = logical_score_mod(positions, lambda score, _, head, q, kv: score - slopes[head] * (q - kv))
+    # what attend compares with its query: a slope too many would belong to no head, and pass unseen
+    score_mod.query_heads = slopes.shape[0]  # type: ignore[attr-defined]
+    return score_mod
 
 
 def logical_score_mod(positions: Row | RowLayout | Tensor, function: ScoreMod) -> ScoreMod:
@@ -43,7 +69,14 @@ def logical_score_mod(positions: Row | RowLayout | Tensor, function: ScoreMod) -
     ``positions`` is the row, or its logical positions, ``[B, S]`` int64. ``function`` takes a score, the row of the
     batch, the query head and two positions, all 0-d, and returns a score.
     """
+    if not isinstance(positions, Row | RowLayout | Tensor):
+        raise FlexdpoError(f"positions must be a flexdpo.Row, or a tensor of its position_ids, got {found(positions)}")
     position_ids = positions if isinstance(positions, Tensor) else positions.position_ids
+    if position_ids.ndim != 2 or position_ids.dtype != torch.int64:
+        raise FlexdpoError(
+            f"positions must be [B, S] int64, as row.position_ids are, got {list(position_ids.shape)} "
+            f"{position_ids.dtype}"
+        )
 
     def score_mod(score: Tensor, batch: Any, head: Any, q_idx: Any, kv_idx: Any) -> Tensor:
         return function(score, batch, head, position_ids[batch, q_idx], position_ids[batch, kv_idx])

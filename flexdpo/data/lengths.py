@@ -165,14 +165,42 @@ def require_room(
             )
 
 
-def require_company(dataset: Dataset, args: DPOConfig, name: str) -> None:
-    """Refuse a dataset whose last batch would hold one labelled response, which the kto loss cannot compare."""
-    size = args.train_batch_size if name == "train" else args.eval_batch_size
-    # with several processes the last batch is filled up
-    if args.world_size > 1 or args.dataloader_drop_last or size == 1 or len(dataset) % size != 1:
-        return
-    if _label_counts(dataset).min() < 2:
+def require_batches(dataset: Dataset, args: DPOConfig, name: str) -> None:
+    """Refuse a dataset of which ``dataloader_drop_last`` leaves no batch."""
+    size = _batch_size(args, name) * args.world_size
+    if args.dataloader_drop_last and len(dataset) < size:
+        processes = f" in {args.world_size} processes" if args.world_size > 1 else ""
         raise FlexdpoError(
-            f"{name}: the last batch of {len(dataset)} examples in batches of {size} may hold one labelled response, "
-            "and the kto loss compares it with others of its batch; set dataloader_drop_last=True or another batch size"
+            f"{name}: {len(dataset)} examples fill no batch of {size}{processes}, and dataloader_drop_last=True drops "
+            f"what fills none, so nothing would run; leave it out, or set {_size_setting(name)} to at most "
+            f"{max(1, len(dataset) // args.world_size)}"
         )
+
+
+def require_company(dataset: Dataset, args: DPOConfig, name: str) -> None:
+    """Refuse a dataset of which some batch is sure to hold one prompt, whose responses the kto loss cannot compare."""
+    size, count = _batch_size(args, name), len(dataset)
+    why = f"{name}: the kto loss compares a batch's responses with those to other prompts, and"
+    if size == 1:
+        raise FlexdpoError(
+            f"{why} {_size_setting(name)}=1 holds one prompt; set it to 2 or more, or use loss_type 'apo_zero_unpaired'"
+        )
+    # with several processes the last batch is filled up
+    if args.world_size == 1 and not args.dataloader_drop_last and count % size == 1:
+        raise FlexdpoError(
+            f"{why} the last batch of {count} examples in batches of {size} holds one; set dataloader_drop_last=True "
+            f"or another {_size_setting(name)}"
+        )
+    # the second prompt is another one in most data, so this looks at few
+    prompts = (group_from_row(row).prompt_key for row in dataset)
+    first = next(prompts)
+    if all(prompt == first for prompt in prompts):
+        raise FlexdpoError(f"{why} all {count} examples have the same one; use loss_type 'apo_zero_unpaired'")
+
+
+def _size_setting(name: str) -> str:
+    return f"per_device_{'train' if name == 'train' else 'eval'}_batch_size"
+
+
+def _batch_size(args: DPOConfig, name: str) -> int:
+    return int(args.train_batch_size if name == "train" else args.eval_batch_size)

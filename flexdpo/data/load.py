@@ -78,6 +78,7 @@ def load_preference_dataset(
     Raises:
         FlexdpoError: if nothing is there, it is empty or cannot be read (with the line of a JSONL file).
     """
+    _require_names(name_or_path, split, columns)
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         dataset = _load_folder(path, split, config_name, streaming)
@@ -99,6 +100,21 @@ def load_preference_dataset(
         raise FlexdpoError(f"{name_or_path}: there are no rows; give a dataset with at least one")
     dataset = renamed(dataset, columns, name_or_path) if columns else dataset
     return with_paths_from(dataset, path if path.is_dir() else path.parent) if path.exists() else dataset
+
+
+def _require_names(name_or_path: Any, split: Any, columns: Any) -> None:
+    if not isinstance(name_or_path, str | os.PathLike):
+        raise FlexdpoError(
+            f"a dataset must be one path, or one name on the hub, got {found(name_or_path)}; load_mixture reads several"
+        )
+    if not isinstance(split, str):
+        raise FlexdpoError(f"{name_or_path}: split must be the name of one, such as 'train', got {found(split)}")
+    pairs = columns.items() if isinstance(columns, Mapping) else [] if columns is None else [(columns, None)]
+    if not all(isinstance(name, str) for pair in pairs for name in pair):
+        raise FlexdpoError(
+            f"{name_or_path}: columns must name one column for each, as in {{'prompt': 'question'}}, got "
+            f"{found(columns)}"
+        )
 
 
 def _format_of(path: Path) -> tuple[str, str, str | None]:

@@ -1,5 +1,6 @@
 """Several datasets as one: each is read as its own columns say, whole, by count or by share, in a fixed order."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,8 +52,8 @@ def load_mixture(
         datasets: For each, a path or hub name, or a mapping with ``path`` and, as wanted, ``name`` (configuration),
             ``data_dir``, ``data_files`` (one, inside of ``path``), ``split``, ``columns`` (a list to keep, or
             ``{"prompt": "question"}``), and ``count`` (take only the first so many rows) or ``fraction`` (its share of
-            the mixture, for all of them or none: as many first rows of each as none runs out of; streams alternate by
-            it until one ends).
+            the mixture, measured by the sum of all, for all of them or none: as many first rows of each as none runs
+            out of; streams alternate by it until one ends).
         streaming: Read the rows as they are needed.
         test_split_size: Share of the rows to hold out, taken at random from all.
         seed: Of the rows that are held out.
@@ -63,6 +64,8 @@ def load_mixture(
     Raises:
         FlexdpoError: naming the entry, for settings that are unknown or do not fit together.
     """
+    if isinstance(datasets, str | bytes | Mapping) or not isinstance(datasets, Sequence):
+        raise FlexdpoError(f"datasets must be a list of paths or of mappings with a path, got {found(datasets)}")
     if not datasets:
         raise FlexdpoError("datasets: the list is empty; give at least one with a path")
     entries = [_entry(given, number) for number, given in enumerate(datasets)]
@@ -75,8 +78,8 @@ def load_mixture(
         return mixture, None
     if streaming:
         raise FlexdpoError("test_split_size needs the number of rows, which a stream does not tell; give other data")
-    if not 0 < test_split_size < 1:
-        raise FlexdpoError(f"test_split_size={test_split_size}: use a share of the rows between 0 and 1")
+    if not isinstance(test_split_size, int | float) or not 0 < test_split_size < 1:
+        raise FlexdpoError(f"test_split_size={test_split_size!r}: use a share of the rows between 0 and 1")
     return _held_out(mixture, test_split_size, seed)
 
 
@@ -100,7 +103,7 @@ def _entry(given: Any, number: int) -> dict[str, Any]:
 def _share(share: Any, number: int) -> float:
     if share is None:
         raise FlexdpoError(f"datasets, entry {number}: 'fraction' is missing; give it for all datasets or for none")
-    if isinstance(share, bool) or not isinstance(share, int | float) or not share > 0:
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < math.inf:
         raise FlexdpoError(f"datasets, entry {number}: fraction={share!r} must be a number above 0")
     return float(share)
 

@@ -9,7 +9,8 @@ from datasets import Dataset, Value
 
 from flexdpo.data.cache import map_settings
 from flexdpo.data.draft import IMAGES_COLUMN, LABELS_COLUMN, column_types
-from flexdpo.errors import FlexdpoError
+from flexdpo.errors import FlexdpoError, found
+from flexdpo.layout.sequences import is_count
 
 _COLUMNS = ["prompt_ids", "response_ids", "edges", "row"]
 
@@ -32,6 +33,10 @@ def regroup_by_prompt(dataset: Dataset, *, max_responses: int | None = None) -> 
     Raises:
         FlexdpoError: for missing columns, reference values that would no longer fit, or a row without two responses.
     """
+    if not isinstance(dataset, Dataset):
+        raise FlexdpoError(
+            f"regrouping needs the dataset that tokenize_preferences returns (.dataset), got {found(dataset)}"
+        )
     columns = dataset.column_names
     missing = [name for name in _COLUMNS if name not in columns]
     if missing:
@@ -49,8 +54,8 @@ def regroup_by_prompt(dataset: Dataset, *, max_responses: int | None = None) -> 
             f"column {LABELS_COLUMN!r} holds a label for each response, and equal responses may be labelled otherwise "
             "in another row; leave regroup_prompts out"
         )
-    if max_responses is not None and max_responses < 2:
-        raise FlexdpoError(f"max_responses must be at least 2, since a pair has two responses; got {max_responses}")
+    if max_responses is not None and (not is_count(max_responses) or max_responses < 2):
+        raise FlexdpoError(f"max_responses must be at least 2, since a pair has two responses; got {max_responses!r}")
     dataset = dataset.with_format(None)
     pictured = [column for column in (IMAGES_COLUMN,) if column in columns]
     more = {"source_rows": [Value("int64")], **{column: dataset.features[column] for column in pictured}}

@@ -21,7 +21,7 @@ from flexdpo.data.layouts import LAYOUTS, OWN_LAYOUT, described, settings_for
 from flexdpo.data.mixture import Mixture
 from flexdpo.data.pictures import paths_of
 from flexdpo.data.report import Counts, DataReport, merged, none_usable, require_prompts
-from flexdpo.errors import FlexdpoError, first_line, is_the_disks, nearest, quoted
+from flexdpo.errors import FlexdpoError, first_line, found, is_the_disks, nearest, quoted
 from flexdpo.layout.groups import Group
 from flexdpo.objective.unpaired import LabelledGroup
 
@@ -100,9 +100,7 @@ def tokenize_preferences(
     """
     from datasets import Dataset
 
-    if is_processor(tokenizer):
-        # rows of a cache ask for it
-        reader_of(tokenizer)
+    _require_tokenizer(tokenizer, name)
     if isinstance(dataset, Mixture):
         tokenize = partial(
             tokenize_preferences, tokenizer=tokenizer, max_length=max_length, truncation_mode=truncation_mode,
@@ -130,6 +128,17 @@ def tokenize_preferences(
         # rows are tokenised without the name, so that it does not change what the cache finds
         raise FlexdpoError(f"{name}: {error}") from error
     return _account(mapped, settings, name)
+
+
+def _require_tokenizer(tokenizer: Any, name: str) -> None:
+    if not isinstance(tokenizer, PreTrainedTokenizerBase | ProcessorMixin):
+        raise FlexdpoError(
+            f"{name}: expected a tokenizer or a processor, got {found(tokenizer)}; AutoTokenizer.from_pretrained loads "
+            "a model's own"
+        )
+    if is_processor(tokenizer):
+        # rows of a cache ask for it
+        reader_of(tokenizer)
 
 
 def _as_one(each: Sequence[TokenizedPreferences], name: str) -> TokenizedPreferences:
@@ -161,8 +170,12 @@ def require_settings(
             "can be shared, and TRL has deprecated it; use 'keep_start'"
         )
     if truncation_mode != "keep_start":
-        hint = nearest(truncation_mode, ["keep_start"])
+        hint = nearest(str(truncation_mode), ["keep_start"])
         raise FlexdpoError(f"unknown truncation_mode {truncation_mode!r}{hint}; the only one is 'keep_start'")
+    numbers = {"max_length": max_length, "max_prompt_length": max_prompt_length, "num_proc": num_proc}
+    for name, value in numbers.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | np.integer)):
+            raise FlexdpoError(f"{name}={value!r} must be a whole number, or None")
     if max_length is not None and max_length < 2:
         raise FlexdpoError(f"max_length={max_length} has no room for a prompt and a response; use at least 2")
     if max_prompt_length is not None and not 1 <= max_prompt_length < (max_length or 2**63):

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import permutations
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from transformers.utils import logging
+
 from flexdpo.data.messages import as_messages
-from flexdpo.errors import FlexdpoError, found
+from flexdpo.errors import FlexdpoError, first_line, found, quoted
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     Message = dict[str, Any]
+
+logger = logging.get_logger(__name__)
+_MADE = ("prompt", "chosen", "rejected", "row")
 
 
 def step_preferences(dataset: Any, *, conversations: str = "conversations", scores: str = "scores") -> Dataset:
@@ -35,21 +40,49 @@ def step_preferences(dataset: Any, *, conversations: str = "conversations", scor
         scores: The column of numbers, or lists of numbers.
 
     Returns:
-        ``prompt``, ``chosen`` and ``rejected`` as messages, and ``row``, the row that each came from.
+        ``prompt``, ``chosen`` and ``rejected`` as messages, and ``row``, the row that each came from, with that row's
+        other columns (``tools``); of those called like one of these four a warning tells that they are replaced.
 
     Raises:
-        FlexdpoError: naming the row, if scores do not fit the conversations or nothing is preferred in any row.
+        FlexdpoError: naming the row, if a column is missing, scores do not fit the conversations or nothing is
+            preferred in any row.
     """
-    from datasets import Dataset
-
-    made = []
+    if isinstance(dataset, Mapping | str) or not hasattr(dataset, "__iter__"):
+        raise FlexdpoError(f"expected a Dataset or a list of rows with {conversations!r}, got {found(dataset)}")
+    made: list[dict[str, Any]] = []
     for row, values in enumerate(dataset):
         place = f"row {row}"
+        for column in (conversations, scores):
+            if not isinstance(values, Mapping) or column not in values:
+                shown = f"columns {quoted(values)}" if isinstance(values, Mapping) else found(values)
+                raise FlexdpoError(f"{place}: no column {column!r}, found {shown}")
         paths = _paths(values, place, conversations, scores)
-        made += [{**pair, "row": row} for pair in _pairs(paths, 0)]
+        others = {column: value for column, value in values.items() if column not in (conversations, scores)}
+        made += [{**others, **pair, "row": row} for pair in _pairs(paths, 0)]
+        if replaced := [column for column in _MADE if column in others]:
+            logger.warning_once(
+                f"step_preferences makes the columns {quoted(_MADE)}, so {quoted(replaced)} of the data are replaced; "
+                "rename them to keep them"
+            )
     if not made:
         raise FlexdpoError("no turn is preferred to another: no conversations of a row part at turns of other scores")
-    return Dataset.from_list(made)
+    return _as_dataset(made, getattr(dataset, "features", None) or {})
+
+
+def _as_dataset(rows: list[dict[str, Any]], types: Mapping[str, Any]) -> Dataset:
+    """The rows with all their columns; ``types`` are those of the columns that were given, where they are known."""
+    from datasets import Dataset, Features
+    from pyarrow import ArrowException
+
+    # Dataset.from_list takes the columns of the first row and drops those that only others have
+    names = dict.fromkeys((*_MADE, *(column for row in rows for column in row)))
+    columns = {name: [row.get(name) for row in rows] for name in names}
+    try:
+        made = Dataset.from_dict({name: columns[name] for name in _MADE})
+        known = {name: types[name] for name in columns if name not in _MADE and name in types}
+        return Dataset.from_dict(columns, features=Features({**made.features, **known}) if known else None)
+    except (ArrowException, TypeError, OverflowError) as error:
+        raise FlexdpoError(f"the rows have columns of more than one type: {first_line(error)}") from error
 
 
 class _Path:

@@ -25,6 +25,7 @@ from flexdpo.hf.images import image_part, install_image_hooks, looks_at_images, 
 from flexdpo.hf.limits import find_limits
 from flexdpo.hf.prepare import prepare_model
 from flexdpo.hf.unwrap import backbone_of, unwrap_model, unwrapped
+from flexdpo.layout.sequences import is_count
 
 
 @dataclass(eq=False)
@@ -84,10 +85,11 @@ def share_backbone(
     model: nn.Module, *, min_gain: float = 1.1, min_prefix: int = 16, impl: Impl = "auto", scores_only: bool = False
 ) -> PrefixSharing:
     """:func:`share_prefixes` for a model that may be sharded; one that ``scores_only`` makes a cache only if told."""
-    if min_gain < 1:
-        raise FlexdpoError(f"min_gain must be at least 1, got {min_gain}; 1 shares whenever nothing more is run")
-    if min_prefix < 1:
-        raise FlexdpoError(f"min_prefix must be at least 1 token, got {min_prefix}")
+    # NaN is not at least 1
+    if not isinstance(min_gain, int | float) or isinstance(min_gain, bool) or not min_gain >= 1:
+        raise FlexdpoError(f"min_gain must be at least 1, got {min_gain!r}; 1 shares whenever nothing more is run")
+    if not is_count(min_prefix):
+        raise FlexdpoError(f"min_prefix must be at least 1 token, got {min_prefix!r}; give a whole number")
     base = unwrap_model(model)
     backbone, input_module = backbone_of(base), input_module_of(base)
     if sharing_of(input_module) is not None:

@@ -42,7 +42,7 @@ def _require_known(given: dict[str, Any]) -> None:
     names = {"offload", "every_n_layers", *inspect.signature(checkpoint).parameters} - {"function", "args", "kwargs"}
     if unknown := sorted(given.keys() - names):
         raise FlexdpoError(
-            f"activation_checkpointing_kwargs has {unknown[0]}={given[unknown[0]]!r}, which nothing takes; choose among "
+            f"activation_checkpointing_kwargs has {unknown[0]}={given[unknown[0]]!r}, which nothing takes; take one of "
             f"{', '.join(sorted(names))}"
         )
     every = given.get("every_n_layers", 1)

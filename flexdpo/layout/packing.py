@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from flexdpo.errors import FlexdpoError, nearest
+from flexdpo.layout.groups import Group, require_groups
 from flexdpo.layout.images import ImageKeys
 from flexdpo.layout.pieces import cut_in_pieces
 from flexdpo.layout.row import TILE, Row
+from flexdpo.layout.sequences import require_count
 from flexdpo.layout.trie import Trie
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from numpy.typing import NDArray
-
-    from flexdpo.layout.groups import Group
 
 
 SHARING = ("group", "step")
@@ -104,7 +104,12 @@ def _planned(
 ) -> list[list[_Cluster]]:
     """The clusters of each row; one that fits none has a row of its own."""
     if sharing not in SHARING:
-        raise FlexdpoError(f"sharing must be one of {SHARING}, got {sharing!r}{nearest(sharing, SHARING)}")
+        raise FlexdpoError(f"sharing must be one of {SHARING}, got {sharing!r}{nearest(str(sharing), SHARING)}")
+    if not isinstance(groups, list | tuple) or not all(isinstance(group, Group) for group in groups):
+        require_groups(groups)
+    for name, value in (("max_tokens_per_row", most), ("pad_to_multiple_of", multiple)):
+        if type(value) is not int or value < 1:
+            require_count(name, value)
     keys = ImageKeys()
 
     def cluster_of(members: list[int]) -> _Cluster:

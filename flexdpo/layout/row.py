@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from flexdpo.errors import FlexdpoError
-from flexdpo.layout.groups import Group, numbered
+from flexdpo.layout.groups import Group, numbered, require_groups, token_ids_of_each
 from flexdpo.layout.images import ImageKeys, row_images
 from flexdpo.layout.row_layout import RowLayout
-from flexdpo.layout.sequences import numbered_sequences, token_ids_of
+from flexdpo.layout.sequences import numbered_sequences, require_count
 from flexdpo.layout.trie import Trie
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ class Row:
     @classmethod
     def from_groups(cls, groups: Sequence[Group], *, pad_to_multiple_of: int = 1, limits: Sequence[int] = ()) -> Row:
         """Build one row of all ``groups``, each as its own token trie; ``limits`` are those of :func:`flexdpo.pack`."""
+        require_groups(groups)
         keys = ImageKeys()
         tries = [Trie.from_sequences(keys.sequences(group), limits=limits) for group in groups]
         return cls.from_tries(groups, tries, pad_to_multiple_of=pad_to_multiple_of)
@@ -84,8 +85,8 @@ class Row:
         documents = tuple(pairwise(offsets))
         if offsets[-1] == 0:
             raise FlexdpoError("a row needs at least one group, document or sequence, got none")
-        if pad_to_multiple_of < 1:
-            raise FlexdpoError(f"pad_to_multiple_of must be at least 1, got {pad_to_multiple_of}")
+        if type(pad_to_multiple_of) is not int or pad_to_multiple_of < 1:
+            require_count("pad_to_multiple_of", pad_to_multiple_of)
         sizes = sizes or [group.prompt_ids.size for group in groups for _ in group.response_ids]
         length = -(-offsets[-1] // pad_to_multiple_of) * pad_to_multiple_of
         # what is not written over is padding
@@ -108,8 +109,9 @@ class Row:
         edges = [(first + a, first + b) for group, first in numbered(groups) for a, b in group.edges]
         pictured = [group for group in groups if group.images]
         images = row_images(groups, sequences, length) if pictured else None
-        # a trie knows image tokens by their keys
-        token_ids[token_ids < 0] = pictured[0].image_token_id if pictured else 0
+        if pictured:
+            # a trie knows image tokens by their keys
+            token_ids[token_ids < 0] = pictured[0].image_token_id
         vectors = (position_ids, subtree_end, multiplicity, shortest, longest)
         depths, ends, counts, least, most = (torch.from_numpy(vector)[None] for vector in vectors)
         return cls(
@@ -140,7 +142,7 @@ class Row:
         first token, so that every later token is a target; the row has no groups and no preferences. ``limits`` are
         those of :func:`flexdpo.pack`. Raises ``FlexdpoError`` if one is empty or holds anything but token ids.
         """
-        arrays = [token_ids_of(sequence, f"sequence {k}") for k, sequence in enumerate(sequences)]
+        arrays = token_ids_of_each(sequences, "sequence")
         trie = Trie.from_sequences(arrays, limits=limits)
         row = cls.from_tries([], [trie], sizes=[1] * len(arrays), pad_to_multiple_of=pad_to_multiple_of)
         # the trie is a forest: what begins differently has nothing in common
@@ -153,7 +155,7 @@ class Row:
         cls, documents: Sequence[Sequence[int] | NDArray[np.int64]], *, pad_to_multiple_of: int = 1
     ) -> Row:
         """Build one row of documents side by side that share nothing, whatever they begin with: plain packing."""
-        arrays = [token_ids_of(document, f"document {k}") for k, document in enumerate(documents)]
+        arrays = token_ids_of_each(documents, "document")
         tries = [Trie.from_sequences([array]) for array in arrays]
         return cls.from_tries([], tries, sizes=[1] * len(tries), pad_to_multiple_of=pad_to_multiple_of)
 

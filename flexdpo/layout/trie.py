@@ -9,13 +9,18 @@ index just past the last token that descends from ``i``, says all there is to sa
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from flexdpo.errors import FlexdpoError, found
+from flexdpo.layout.groups import token_ids_of
+from flexdpo.layout.sequences import is_count
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
     from numpy.typing import NDArray
 
@@ -44,7 +49,14 @@ class Trie:
         side of one of the increasing lengths ``limits`` share nothing, since their tokens differ in a model that goes
         by the length; without ``share`` none do. Time and memory are linear in the tokens times the branching depth.
         """
-        sequences = [np.asarray(sequence, dtype=np.int64) for sequence in sequences]
+        # arrays may hold images' keys, which are below 0, or nothing
+        sequences = [
+            each if isinstance(each, np.ndarray) and each.dtype == np.int64 else token_ids_of(each, f"sequence {k}")
+            for k, each in enumerate(sequences)
+        ]
+        counts = isinstance(limits, Sequence) and all(map(is_count, limits))
+        if not counts or sorted(limits) != list(limits):
+            raise FlexdpoError(f"limits must be increasing numbers of tokens, each at least 1, got {found(limits)}")
         nodes = np.empty((4, sum(sequence.size for sequence in sequences)), dtype=np.int64)
         token_ids, parents, depths, subtree_end = nodes
         paths = tuple(np.empty_like(sequence) for sequence in sequences)

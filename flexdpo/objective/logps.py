@@ -14,9 +14,10 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from transformers.utils import logging
 
-from flexdpo.errors import FlexdpoError
+from flexdpo.errors import FlexdpoError, found
 from flexdpo.hf.unwrap import base_model
 from flexdpo.layout.groups import numbered
+from flexdpo.layout.row import Row
 from flexdpo.objective.gathered import gathered_targets
 from flexdpo.objective.linear_logps import TargetLogps, logits_logps
 from flexdpo.objective.lm_head import head_logps, head_plan
@@ -24,8 +25,6 @@ from flexdpo.objective.piecewise import piecewise_logps, require_attention_only
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-    from flexdpo.layout.row import Row
 
 logger = logging.get_logger(__name__)
 
@@ -57,6 +56,10 @@ def response_logps(model: nn.Module, row: Row, *, with_log_sum_squares: bool = F
     its device, and one with ``pieces`` runs piece by piece. WPO's weights need ``with_log_sum_squares``. The result is
     differentiable (once). Raises ``FlexdpoError`` if the model was not prepared, or the row does not fit it.
     """
+    if not isinstance(row, Row):
+        raise FlexdpoError(
+            f"response_logps takes one flexdpo.Row, as pack(groups) and Row.from_groups make them, got {found(row)}"
+        )
     run = partial(_target_logps, model, with_log_sum_squares=with_log_sum_squares)
     if row.pieces:
         require_attention_only(model)

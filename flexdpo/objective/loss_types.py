@@ -15,6 +15,7 @@ from torch import Tensor
 from flexdpo.errors import FlexdpoError, nearest
 from flexdpo.objective import losses
 from flexdpo.objective.divergences import F_DIVERGENCES, divergence_scores
+from flexdpo.objective.setting_types import require_types
 
 
 def setting(default: Any, text: str) -> Any:
@@ -77,6 +78,7 @@ def _settings_of(name: str) -> tuple[str, ...]:
 
 def check_losses(names: tuple[str, ...], weights: tuple[float, ...] | None, settings: LossSettings) -> None:
     """Refuse losses, weights, numbers and combinations that have no meaning, by what each may be."""
+    require_types(settings, type(settings), [each.name for each in fields(settings)])
     if not names:
         raise FlexdpoError(f"loss_type is empty; choose from {', '.join(LOSS_TYPES)}")
     for name in names:
@@ -90,6 +92,11 @@ def check_losses(names: tuple[str, ...], weights: tuple[float, ...] | None, sett
     for name, weight in zip(names, weights or (), strict=False):
         if not math.isfinite(weight):
             raise FlexdpoError(f"loss_weights gives {name} the weight {weight}; it must be a finite number")
+    if weights and not any(weights) and not settings.rpo_alpha:
+        raise FlexdpoError(
+            f"loss_weights={list(weights)} leaves no loss ({', '.join(names)}), so nothing would be learned; give one "
+            "of them a weight, or leave loss_weights out"
+        )
     _check_numbers(settings)
     _check_combinations(set(names), settings)
     _check_effects(names, settings)

@@ -26,7 +26,7 @@ from flexdpo.hf.draws import RandomState, draws_by_module
 from flexdpo.hf.prepare import prepare_model
 from flexdpo.hf.row_dependence import limits_of
 from flexdpo.hf.unwrap import base_model, unwrapped
-from flexdpo.layout.groups import Group
+from flexdpo.layout.groups import Group, require_groups
 from flexdpo.layout.packing import pack
 from flexdpo.layout.row import Row
 from flexdpo.objective.logps import response_logps
@@ -185,6 +185,9 @@ def prove(
     Raises:
         FlexdpoError: with the figures, where an error is larger than rounding explains.
     """
+    require_groups(groups)
+    if not groups:
+        raise FlexdpoError("prove needs at least one group, got none; two or more show that documents keep apart")
     prepare_model(unwrapped(model))
     device = next(model.parameters()).device
     rows = pack(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from flexdpo.errors import FlexdpoError, first_line
+from flexdpo.errors import FlexdpoError, first_line, quoted
 from flexdpo.hf.adapters import adapter_weights, kind_of
 from flexdpo.hf.draws import can_run, left_as_it_is
 from flexdpo.training import distribution
@@ -51,19 +51,42 @@ def add_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
         raise FlexdpoError(
             f"{peft_config.peft_type} puts extra tokens before every prompt, which packed rows do not have; use LoRA"
         )
+    # peft adds its own names, and takes any list of which it finds one
+    asked = {name: _names(getattr(peft_config, name, None)) for name in ("modules_to_save", "target_parameters")}
     try:
-        wrapped: nn.Module = peft.get_peft_model(model, peft_config)
+        wrapped: Any = peft.get_peft_model(model, peft_config)
     except Exception as error:  # each kind has conditions of its own, and errors for them
         raise FlexdpoError(
             f"peft cannot put the adapter {kind_of(peft_config)} into {type(model).__name__} "
             f"({type(error).__name__}: {first_line(error)}); change its config, or what it asks of the model"
         ) from error
-    return wrapped
+    adapted = {
+        "modules_to_save": [
+            name
+            for name, module in wrapped.named_modules(remove_duplicate=False)
+            if isinstance(module, peft.utils.ModulesToSaveWrapper)
+        ],
+        "target_parameters": getattr(wrapped.base_model, "targeted_parameter_names", []),
+    }
+    for setting, names in asked.items():
+        lost = [name for name in names if not any(each.endswith(name) for each in adapted[setting])]
+        if lost:
+            raise FlexdpoError(
+                f"peft_config asks for {setting}={names}, and {type(model).__name__} has no {quoted(lost)} to "
+                "train; name what it has (model.named_parameters()), or leave it out"
+            )
+    return wrapped  # type: ignore[no-any-return]
+
+
+def _names(given: Any) -> list[str]:
+    return [given] if isinstance(given, str) else sorted(given or ())
 
 
 def require_trainable(model: nn.Module) -> None:
     """Refuse a policy that nothing could train: its loss would stand at ln 2 for ever."""
     if any(parameter.requires_grad for parameter in model.parameters()):
+        if is_peft_model(model):
+            _require_scale(model)
         return
     if is_peft_model(model):
         raise FlexdpoError(
@@ -74,6 +97,17 @@ def require_trainable(model: nn.Module) -> None:
         "no weight of the model is trainable, so nothing would be learned; call requires_grad_(True) on what is to be "
         "trained, or give peft_config to train an adapter"
     )
+
+
+def _require_scale(model: Any) -> None:
+    """Refuse adapters that are multiplied by 0, whose gradients are 0 with them."""
+    scales = [scaling.get(name) for scaling in _scales(model).values() for name in model.active_adapters]
+    scales = [scale for scale in scales if scale is not None]
+    if scales and not any(scales):
+        raise FlexdpoError(
+            f"the adapter {', '.join(model.active_adapters)} is scaled by 0 in every layer, so nothing would be "
+            "learned; give its config a lora_alpha above 0, such as twice its r"
+        )
 
 
 def at_start_of(model: nn.Module, *, fresh: bool) -> AtStart:
@@ -182,12 +216,16 @@ def _plain(name: str) -> str:
 
 def _adapters(model: Any) -> dict[str, Any]:
     """Which adapters run, and the scales that they run with in each module."""
-    scales = {
+    return {"active adapters": tuple(model.active_adapters), **_scales(model)}
+
+
+def _scales(model: Any) -> dict[str, dict[str, Any]]:
+    """By module, what each adapter there is multiplied by."""
+    return {
         name: dict(scaling)
         for name, module in model.named_modules()
         if isinstance(scaling := getattr(module, "scaling", None), dict)
     }
-    return {"active adapters": tuple(model.active_adapters), **scales}
 
 
 def _like(value: Tensor, own: Tensor) -> Tensor:

@@ -10,8 +10,9 @@ import torch
 from flexdpo.data.draft import IMAGES_COLUMN, LABELS_COLUMN, TOKENISED_COLUMNS
 from flexdpo.data.tokenize import group_from_row
 from flexdpo.errors import FlexdpoError
-from flexdpo.layout.packing import pack
+from flexdpo.layout.packing import SHARING, pack
 from flexdpo.layout.row import idle_row
+from flexdpo.layout.sequences import require_count
 from flexdpo.objective.batch import BatchTotals, ReferenceLogps
 from flexdpo.objective.unpaired import with_unrelated_responses
 
@@ -101,8 +102,17 @@ class PackingCollator:
     images: ImageReader | None = None
     in_pieces: bool = True
 
+    def __post_init__(self) -> None:
+        if self.max_tokens_per_row is not None:
+            require_count("max_tokens_per_row", self.max_tokens_per_row)
+        require_count("pad_to_multiple_of", self.pad_to_multiple_of)
+        if self.sharing not in SHARING:
+            raise FlexdpoError(f"sharing must be one of {SHARING}, got {self.sharing!r}")
+
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return ``{"example_rows": [B] int64, "batch": PackedBatch}``; the first names the dataset rows."""
+        if not examples:
+            raise FlexdpoError("a batch needs one tokenised row at least, got none")
         groups: Sequence[Group] = [group_from_row(example) for example in examples]
         if self.unrelated_responses:
             groups = with_unrelated_responses(groups)

@@ -22,6 +22,7 @@ from transformers import (
 
 from flexdpo.data.images import is_processor, tokenizer_of
 from flexdpo.data.tokenize import require_special_tokens
+from flexdpo.dropin.share import is_shared
 from flexdpo.errors import FlexdpoError, first_line, quoted
 from flexdpo.hf.auto import sees
 from flexdpo.hf.forward_layout import ATTN_IMPLEMENTATION
@@ -197,8 +198,23 @@ def _from_name(loader: Any, what: str, name_or_path: str, **kwargs: Any) -> Any:
         ) from error
 
 
+def require_own(model: nn.Module) -> None:
+    """Refuse a model that shares prefixes for other people's loops: it would be packed twice."""
+    if is_shared(model):
+        raise FlexdpoError(
+            f"this {type(unwrap_model(model)).__name__} shares prefixes already (flexdpo.share_prefixes), and "
+            "flexdpo's own training shares them itself; call flexdpo.unshare(model), or leave share_prefixes out"
+        )
+
+
 def vocabulary(model: PreTrainedModel) -> int:
-    """How many token ids a model can embed and predict."""
+    """How many token ids a model can embed and predict; a ``FlexdpoError`` if it is none to be trained here."""
+    require_own(model)
+    if model.get_output_embeddings() is None and not model.can_generate():
+        raise FlexdpoError(
+            f"{type(model).__name__} predicts no tokens, it has no language-model head; load it as a causal LM, such "
+            "as with AutoModelForCausalLM.from_pretrained"
+        )
     rows = [sys.maxsize]
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
         # an adapter's layer has other sizes

@@ -20,6 +20,7 @@ from flexdpo.training import checkpoints
 from flexdpo.training.checkpoints import RECORD_FILE, data_digest, plain_write_errors, run_record
 from flexdpo.training.finite import require_finite_weights
 from flexdpo.training.model_card import model_card
+from flexdpo.training.model_loading import require_own
 from flexdpo.training.output_lock import holding_output
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ class ResumableTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train, or continue from a checkpoint of the same data and settings (``True``: the last one in output_dir)."""
+        require_own(self.model)
         output_dir, done = Path(str(self.args.output_dir)), 0
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(checkpoints.last_checkpoint(output_dir))

@@ -11,12 +11,12 @@ from transformers.utils import logging
 
 from flexdpo.data.draft import LABELS_COLUMN
 from flexdpo.data.images import is_processor, reader_of
-from flexdpo.data.lengths import longest_sequence, require_company, require_room, tokens_needed
+from flexdpo.data.lengths import longest_sequence, require_batches, require_company, require_room, tokens_needed
 from flexdpo.data.regroup import regroup_by_prompt
 from flexdpo.data.report import DataReport
 from flexdpo.data.stream import StreamedPreferences, is_stream
 from flexdpo.data.tokenize import group_from_row, tokenize_preferences
-from flexdpo.errors import FlexdpoError
+from flexdpo.errors import FlexdpoError, quoted
 from flexdpo.hf.unwrap import base_model
 from flexdpo.layout.packing import Buckets, choose_buckets, row_lengths
 from flexdpo.objective.unpaired import with_unrelated_responses
@@ -126,7 +126,8 @@ class RowPlan:
         groups = [group_from_row(row) for row in dataset.select(order)]
         batches: list[Sequence[Group]] = [groups[start : start + size] for start in range(0, count, size)]
         if unrelated_responses:
-            batches = [with_unrelated_responses(batch) for batch in batches if len(batch) > 1] or batches
+            several = [batch for batch in batches if len({group.prompt_key for group in batch}) > 1]
+            batches = [with_unrelated_responses(batch) for batch in several] or batches
         multiple, budget = args.room_multiple, self.max_tokens_per_row
         lengths = row_lengths(batches, budget and budget // multiple * multiple, sharing=self.sharing, limits=limits)
         asked = self.kernels.lengths == "bucket"
@@ -174,6 +175,11 @@ class RunData:
     def tokenised(self, dataset: Any, name: str) -> Any:
         """Tokenise a dataset or a dict of them, or open a stream; refuse what model, rows or loss could not take."""
         args = self.args
+        if isinstance(dataset, dict) and name == "train":
+            raise FlexdpoError(
+                f"train_dataset is a {type(dataset).__name__} of {quoted(dataset)}; give one of them, such as "
+                f"train_dataset=data[{next(iter(dataset), 'train')!r}]"
+            )
         if isinstance(dataset, dict):
             return {key: self.tokenised(part, key) for key, part in dataset.items()}
         if dataset is None:
@@ -209,6 +215,7 @@ class RunData:
         require_positions(self.max_positions, report.longest)
         if isinstance(args.max_tokens_per_row, int):
             self._require_room(data, args.max_tokens_per_row)
+        require_batches(data, args, name)
         if self.unrelated_responses:
             require_company(data, args, name)
         return data

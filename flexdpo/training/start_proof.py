@@ -9,6 +9,7 @@ from transformers.utils import logging
 
 from flexdpo.attention.settings import kernel_settings_as
 from flexdpo.data.stream import StreamedPreferences
+from flexdpo.data.tokenize import group_from_row
 from flexdpo.proof.allowance import Allowance
 from flexdpo.proof.prove import measure, require_proof
 from flexdpo.training import distribution
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 _MOST_EXAMPLES = 4
+_LOOKED_AT = 64  # examples, for some of different prompts; a stream has read as many already
 
 
 class ProofAtStart(TrainerCallback):
@@ -45,7 +47,8 @@ class ProofAtStart(TrainerCallback):
         was_training = model.training
         model.train()
         batches = self._first_batches()
-        compare = self.reference_is_policy and state.global_step == 0
+        # nor does it agree where ``train`` is called once more
+        compare = self.reference_is_policy and state.global_step == 0 and trainer.proof is None
         precomputed = {
             row: logps
             for batch in batches
@@ -95,15 +98,28 @@ class ProofAtStart(TrainerCallback):
         # half a step's pairs or fewer leave time for most of their sequences unpacked
         half = args.per_device_train_batch_size * args.gradient_accumulation_steps // 2
         # a loss that compares with other examples needs one
-        size = max(args.per_device_train_batch_size, 2 if trainer.objective.needs_unrelated_responses else 1)
+        unrelated = trainer.objective.needs_unrelated_responses
+        size = max(args.per_device_train_batch_size, 2 if unrelated else 1)
         # one example alone would not show that the documents of a row keep apart
         count = max(min(size, 2), min(_MOST_EXAMPLES, half))
         data = trainer.train_dataset
         if isinstance(data, StreamedPreferences):
-            data = data.sample(count)
-        count = min(count, len(data))
+            data = data.sample(_LOOKED_AT if unrelated else count)
+        # rows of one prompt often stand side by side, and training shuffles them
+        chosen = _of_different_prompts(data, count) if unrelated else list(range(min(count, len(data))))
+        count = len(chosen)
         if count > size:
             count -= count % size  # whole ones
-        micro_batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
+        micro_batches = [chosen[start : min(start + size, count)] for start in range(0, count, size)]
         collated = [trainer.data_collator([data[index] for index in indices]) for indices in micro_batches]
         return [each["batch"].to(args.device) for each in collated]
+
+
+def _of_different_prompts(data: Any, count: int) -> list[int]:
+    """The first examples of so many different prompts, or of fewer among those that are looked at."""
+    chosen: dict[bytes, int] = {}
+    for index in range(min(_LOOKED_AT, len(data))):
+        chosen.setdefault(group_from_row(data[index]).prompt_key, index)
+        if len(chosen) == count:
+            break
+    return list(chosen.values())

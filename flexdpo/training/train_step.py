@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from flexdpo.attention.row_mask import Impl
-from flexdpo.errors import FlexdpoError
+from flexdpo.errors import FlexdpoError, found, nearest
 from flexdpo.hf.prepare import prepare_model
 from flexdpo.hf.randomness import disable_dropout
 from flexdpo.hf.row_dependence import limits_of
 from flexdpo.hf.unwrap import unwrap_model
-from flexdpo.layout.groups import Group
+from flexdpo.layout.groups import Group, require_groups
 from flexdpo.layout.row import tile_multiple
 from flexdpo.objective.logps import response_logps
 from flexdpo.objective.objective import Objective
@@ -74,15 +74,18 @@ def make_train_step(
 
     A loss or a gradient that is not finite is an error that names the example; a step that raised left no gradients.
     """
-    objective = Objective((loss_type,) if isinstance(loss_type, str) else tuple(loss_type), **loss_settings)
+    _require_known(loss_settings)
+    losses: Any = loss_type if isinstance(loss_type, str | None) else tuple(loss_type)
+    objective = Objective(losses, **loss_settings)
     inner = accelerator.unwrap_model(model) if accelerator is not None else model
+    in_step = accelerator is not None and distribution.runs_in_step(accelerator)
+    _require_moving(optimizer, model, sharded=in_step)
+    parts = {"model": inner} if ref_model is None else {"model": inner, "reference model": ref_model}
+    vocabularies = {name: model_loading.vocabulary(unwrap_model(part)) for name, part in parts.items()}
     prepare_model(inner, impl=impl)
     disable_dropout(inner)
     adapters.require_trainable(inner)
-    in_step = accelerator is not None and distribution.runs_in_step(accelerator)
     reference = _reference(inner, ref_model, objective, impl, sharded=in_step)
-    parts = {"model": inner} if ref_model is None else {"model": inner, "reference model": unwrap_model(ref_model)}
-    vocabularies = {name: model_loading.vocabulary(part) for name, part in parts.items()}
     multiple, limits = pad_to_multiple_of or tile_multiple(next(model.parameters()).device), limits_of(inner).limits
     collator = PackingCollator(max_tokens_per_row, multiple, sharing=sharing, with_idle_row=in_step, limits=limits)
     parallel = {"backward": torch.Tensor.backward} if accelerator is None else distribution.hooks_of(accelerator)
@@ -112,6 +115,9 @@ class _Step:
         return replace(self, context=context, collator=collator, runner=runner)
 
     def __call__(self, groups: Sequence[Group]) -> StepResult:
+        require_groups(groups)
+        if not groups:
+            raise FlexdpoError("a step takes one group at least, got an empty list; leave such a step out")
         model = self.runner.model
         model.train()
         if self.runner.objective.needs_unrelated_responses:
@@ -139,6 +145,31 @@ class _Step:
         self.optimizer.zero_grad()
         metrics = {name: values.mean() for name, values in result.metrics.items() if len(values)}
         return StepResult(result.loss, norm, metrics, batch.tokens_run, batch.tokens_unshared)
+
+
+def _require_known(loss_settings: dict[str, Any]) -> None:
+    known = [each.name for each in fields(Objective)]
+    for name in loss_settings.keys() - known:
+        raise FlexdpoError(
+            f"make_train_step takes no {name}={loss_settings[name]!r}{nearest(name, known)}; known settings of losses: "
+            f"{', '.join(known)}"
+        )
+
+
+def _require_moving(optimizer: Any, model: nn.Module, *, sharded: bool) -> None:
+    """Refuse what is no optimizer, and one that would never move the model."""
+    if not hasattr(optimizer, "param_groups"):
+        raise FlexdpoError(
+            f"optimizer must be a torch.optim.Optimizer, got {found(optimizer)}; make one of model.parameters()"
+        )
+    moved = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+    # engines that shard keep pieces of their own, which they write back
+    if not sharded and not any(id(weight) in moved for weight in model.parameters() if weight.requires_grad):
+        raise FlexdpoError(
+            f"the optimizer has {len(moved)} weights and none of them is a trainable one of this "
+            f"{type(model).__name__}, so nothing would be learned; make it of model.parameters(), after the model was "
+            "moved, wrapped or sharded"
+        )
 
 
 def _require_ids(groups: Sequence[Group], name: str, rows: int) -> None:

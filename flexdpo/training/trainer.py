@@ -167,6 +167,9 @@ class DPOTrainer(ResumableTrainer):
 
     def _prepare_step(self, reference: nn.Module | None) -> None:
         """Take the step over from ``Trainer``, which knows by now how many processes run it."""
+        # accelerate would take torch's seed as it stands when training begins, which a continued run may have otherwise
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self.accelerator.dataloader_config.data_seed = seed
         # the loss is a mean over pairs, scaled for accumulation like any other
         self.model_accepts_loss_kwargs = False
         distribution.require_supported(self.accelerator, unwrap_model(self.model), images=bool(self._data.images))

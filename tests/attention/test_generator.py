@@ -317,6 +317,13 @@ def test_attend_inside_a_compiled_model() -> None:
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 
+NAN = math.nan
+
+
+def heads_of(query: Any) -> list[Any]:
+    return [query, torch.zeros(1, 4, 32, 8), torch.zeros(1, 4, 32, 8)]
+
+
 def call(row: Any = None, heads: Any = None, **options: Any) -> Any:
     row = ROWS["shared"]() if row is None else row
     return lambda: flexdpo.attend(*(inputs(row) if heads is None else heads), row, **options)
@@ -337,7 +344,20 @@ def call(row: Any = None, heads: Any = None, **options: Any) -> Any:
         (call(score_mod=lambda s: s), "score_mod cannot be evaluated at one pair of tokens"),
         (call(score_mod=flexdpo.softcap_score_mod(2.0), impl="flex"), "impl='flex' has no backward on a CPU; use impl"),
         (call(score_mod=flexdpo.softcap_score_mod(2.0), impl="varlen"), "it changes its attention scores"),
-        (call(softcap=0.0), "softcap must be above 0"),
+        *((call(softcap=value), "softcap must be above 0 and finite, got") for value in (0.0, -1, math.inf, NAN, "2")),
+        *((lambda v=v: flexdpo.softcap_score_mod(v), "softcap must be above 0") for v in (0, math.inf, NAN, None, [2])),
+        *((call(scale=value), "scale must be a finite number, got") for value in (NAN, math.inf, "1", torch.ones(1))),
+        *((call(sinks=value), f"sinks must be a tensor, got {type(value).__name__}") for value in (1.0, [0.0] * 4)),
+        *((call(heads=heads_of(q)), "query must be a tensor, got") for q in (np.zeros((1, 4, 32, 8)), None, "q")),
+        *((call(heads=heads_of(torch.zeros(1, 4, 32, 8).to(dtype))), f"query must be one of .*, got {dtype}")
+          for dtype in (torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn)),
+        (call(heads=heads_of(torch.zeros(1, 4, 32, 8, dtype=torch.float16))), "must have one dtype, got torch.float16"),
+        *((call(heads=[torch.zeros(shape)] * 3), "no size 0 and Hkv a divisor of Hq")
+          for shape in ((1, 0, 32, 8), (1, 4, 32, 0))),
+        *((call(score_mod=flexdpo.alibi_score_mod(torch.ones(n), ROWS["shared"]())), f"slopes for {n} query heads, and")
+          for n in (3, 5)),
+        (lambda: flexdpo.alibi_score_mod([0.5], ROWS["shared"]()), r"slopes must be a float tensor \[Hq\]"),  # type: ignore
+        *((lambda p=p: flexdpo.alibi_score_mod(SLOPES, p), "positions must be") for p in (None, 3, torch.zeros(3))),
         (call(sinks=torch.zeros(3)), "sinks must hold one logit for each of 4 query heads"),
         (call(impl="felx"), "did you mean 'flex'"),
         (call(heads=[torch.zeros(1, 4, 9, 8)] * 3), "the layout is for 1 rows of 32 tokens, but attention received 1 "),
@@ -348,20 +368,21 @@ def call(row: Any = None, heads: Any = None, **options: Any) -> Any:
         (call(heads=[torch.zeros(1, 4, 32, 8, device="meta")] * 3), r"query is on meta and the row on cpu; move the"),
         (lambda: flexdpo.attend(*inputs(ROWS["shared"]()), "row"), r"a row must be a flexdpo\.Row"),  # type: ignore
         (lambda: flexdpo.mask_mod(None), r"a row must be a flexdpo\.Row"),  # type: ignore[arg-type]
-        (lambda: flexdpo.block_mask(ROWS["shared"](), block_size=0), "block_size must be at least 1 token, got 0"),
+        *((lambda size=size: flexdpo.block_mask(ROWS["shared"](), block_size=size), "block_size must be at least 1 tok")
+          for size in (0, "x", 2.5, None, (), (8, 8, 8), (8, 0), True)),
         (lambda: flexdpo.draw([1, 2]), r"draw takes one flexdpo\.Row, got list"),  # type: ignore[arg-type]
         (lambda: flexdpo.draw(Row.from_lengths([3000]), window=4), "at most 2048 tokens, got 3000"),
         (lambda: Row.from_sequences([]), "a row needs at least one group, document or sequence, got none"),
-        (lambda: Row.from_documents([[1], []]), "document 1 must be one list of token ids"),
+        (lambda: Row.from_documents([[1], []]), "document 1 has no tokens; leave it out"),
         (lambda: Row.from_documents([[1.7]]), "document 0 must be one list of token ids"),  # type: ignore[list-item]
         (lambda: Row.from_sequences([[[1, 2]]]), "sequence 0 must be one list"),  # type: ignore[list-item]
-        (lambda: Row.from_sequences([[3, -1]]), "none below 0"),
+        (lambda: Row.from_sequences([[3, -1]]), "whole numbers from 0 on"),
         (lambda: Row.from_sequences([[1]], pad_to_multiple_of=0), "pad_to_multiple_of must be at least 1, got 0"),
         (lambda: Row.from_lengths([3, 0]), r"a length must be a whole number above 0, .* got int \(0\)"),
         (lambda: Row.from_lengths([(3, 4)]), "the branches behind 3 tokens must be a list of lengths, got int"),
         (lambda: Row.from_lengths([(3, [2.5])]), r"got float \(2\.5\)"),
     ],
-)
+)  # fmt: skip
 def test_one_clear_error(wrong: Callable[[], Any], message: str) -> None:
     with pytest.raises(FlexdpoError, match=message):
         wrong()

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import ClassLabel, Dataset
+from transformers.utils import logging
 
 import flexdpo
 from flexdpo import FlexdpoError, Group, pack, prepare_model, regroup_by_prompt, step_preferences, tokenize_preferences
@@ -92,8 +94,46 @@ def test_tools_and_users_are_never_learned() -> None:
         ({"conversations": [said("q", "a")], "scores": [[1, 2]]}, "conversation 0 has 1 turns of the assistant"),
         ({"conversations": [said("q", "a")], "scores": ["good"]}, "conversation 0 has 1 turns of the assistant"),
         ({"conversations": ["text"], "scores": [1]}, "row 0, column 'conversations': expected messages, found str"),
+        ({"conversations": [said("q", "a")]}, "row 0: no column 'scores', found columns 'conversations'"),
+        (None, r"row 0: no column 'conversations', found NoneType"),
     ],
 )
 def test_what_does_not_fit(row: dict[str, Any], message: str) -> None:
     with pytest.raises(FlexdpoError, match=message):
         flexdpo.step_preferences([row])
+
+
+@pytest.mark.parametrize("dataset", [None, 3, "rows", tree()], ids=["none", "number", "text", "one row"])
+def test_what_is_no_list_of_rows(dataset: Any) -> None:
+    with pytest.raises(FlexdpoError, match=r"expected a Dataset or a list of rows with 'conversations', got"):
+        step_preferences(dataset)
+
+
+def test_other_columns_are_kept(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging.get_logger("transformers"), "propagate", True)
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    talk = {"conversations": [said("q", "a"), said("q", "b")], "scores": [1, 0]}
+    rows = [{**talk, "id": "one", "row": 17}, {**talk, "tools": tools, "system": "be kind"}]
+    for dataset in (
+        rows,
+        Dataset.from_list([{**dict.fromkeys(rows[1]), "id": None, "row": None, **row} for row in rows]),
+    ):
+        made = step_preferences(dataset).to_list()
+        assert [each["tools"] for each in made] == [None, tools]
+        assert [each["system"] for each in made] == [None, "be kind"]
+        assert [each["id"] for each in made] == ["one", None]
+        assert [each["row"] for each in made] == [0, 1]
+        assert made[0].keys() == {"prompt", "chosen", "rejected", "row", "id", "tools", "system"}
+    assert "so 'row' of the data are replaced" in caplog.text
+    labelled = Dataset.from_list([{**talk, "kind": 1}]).cast_column("kind", ClassLabel(names=["a", "b"]))
+    assert step_preferences(labelled).features["kind"].names == ["a", "b"]
+    with pytest.raises(FlexdpoError, match="columns of more than one type"):
+        step_preferences([{**talk, "id": "one"}, {**talk, "id": [1]}])
+
+
+def test_tools_reach_the_chat_template(tokenizer: Any) -> None:
+    tokenizer.chat_template = "{% if tools %}w9 {{ tools[0]['function']['name'] }} {% endif %}" + CHAT
+    talk = {"conversations": [said("w3", "w4"), said("w3", "w5")], "scores": [1, 0]}
+    rows = [talk, {**talk, "tools": [{"type": "function", "function": {"name": "w8"}}]}]
+    data, _ = tokenize_preferences(step_preferences(rows), tokenizer, max_length=None)
+    assert [tokenizer.decode(row["prompt_ids"]).split()[:2] for row in data] == [["w1", "w3"], ["w9", "w8"]]

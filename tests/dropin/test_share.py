@@ -983,7 +983,9 @@ def test_stats_and_unshare_reach_through_wrappers(one_process: None) -> None:
     ("argument", "message"),
     [
         ({"min_gain": 0.5}, "min_gain must be at least 1, got 0.5"),
+        *(({"min_gain": value}, "min_gain must be at least 1, got") for value in (float("nan"), "x", None, True)),
         ({"min_prefix": 0}, "min_prefix must be at least 1 token, got 0"),
+        *(({"min_prefix": value}, "min_prefix must be at least 1 token, got") for value in (2.5, "x", None, True)),
         ({"impl": "fast"}, "impl must be one of"),
     ],
 )

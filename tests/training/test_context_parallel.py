@@ -249,15 +249,16 @@ def _doubled(given: Any) -> Any:
 
 
 def _refuse(rank: int, groups: list[Group]) -> None:
-    model, optimizer = build_model("llama"), torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    model, stateful = build_model("llama"), build_zoo_model("lfm2")
+    optimizer = torch.optim.SGD([*model.parameters(), *stateful.parameters()], lr=1.0)
     with pytest.raises(FlexdpoError, match="context_parallel=3 does not divide the 2 processes"):
         make_train_step(model, optimizer, context_parallel=3)
     with pytest.raises(FlexdpoError, match=r"leaves 2 groups of processes.*give accelerator"):
         make_train_step(model, optimizer, context_parallel=1)
     with pytest.raises(FlexdpoError, match="carry a state from token to token"):
-        make_train_step(build_zoo_model("lfm2"), optimizer, context_parallel=2)
+        make_train_step(stateful, optimizer, context_parallel=2)
     with pytest.raises(FlexdpoError, match="were given different groups"):
-        make_train_step(model, torch.optim.SGD(model.parameters(), lr=1.0), context_parallel=2)(groups[rank:])
+        make_train_step(model, optimizer, context_parallel=2)(groups[rank:])
     from torch.distributed.fsdp import fully_shard
 
     mesh = dist.device_mesh.init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicas", "shards"))

@@ -1,0 +1,188 @@
+"""What would fail in the middle of a run, or learn nothing, is refused before it with the way out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from transformers import LlamaForSequenceClassification
+
+import flexdpo
+from flexdpo import DPOTrainer, FlexdpoError, PackingCollator, make_train_step
+from tests.conftest import odd_groups, preference_rows
+from tests.training.test_trainer import settings
+
+
+@pytest.fixture
+def start(tmp_path: Path, tokenizer: Any, small_model: Any) -> Any:
+    def make(
+        model: Any = None, rows: Any = 16, ref_model: Any = None, eval_rows: Any = None, peft_config: Any = None,
+        **changes: Any,
+    ) -> DPOTrainer:  # fmt: skip
+        train, held = (Dataset.from_list(preference_rows(n)) if isinstance(n, int) else n for n in (rows, eval_rows))
+        return DPOTrainer(
+            small_model() if model is None else model, ref_model, settings(tmp_path, **changes), train_dataset=train,
+            eval_dataset=held, processing_class=tokenizer, peft_config=peft_config,
+        )  # fmt: skip
+
+    return make
+
+
+def labelled(prompts: int, each: int) -> Dataset:
+    """Labelled rows, those of a prompt side by side."""
+    rows = [(prompt, number) for prompt in range(prompts) for number in range(each)]
+    return Dataset.from_list(
+        [{"prompt": f"w{5 + p} w6 ", "completion": f"w{20 + p + n} w9", "label": n % 2 == 0} for p, n in rows]
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rows": 17}, r"train: .* the last batch of 17 examples in batches of 4 holds one; set dataloader_drop_last"),
+        ({"eval_rows": 9}, r"eval: .* the last batch of 9 .* or another per_device_eval_batch_size"),
+        ({"per_device_train_batch_size": 1}, "per_device_train_batch_size=1 holds one prompt; set it to 2 or more"),
+        ({"rows": labelled(1, 8)}, "all 8 examples have the same one; use loss_type 'apo_zero_unpaired'"),
+    ],
+)
+def test_a_kto_batch_that_is_sure_to_hold_one_prompt(start: Any, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(FlexdpoError, match=message):
+        start(loss_type="kto", **changes)
+
+
+def test_kto_trains_on_what_may_well_work(start: Any) -> None:
+    assert start(rows=17, loss_type="kto", dataloader_drop_last=True).train().global_step == 5
+    # the first rows, on which the run proves itself, have one prompt
+    assert start(rows=labelled(8, 2), loss_type="kto", max_steps=1).train().global_step == 1
+    by_chance = start(rows=labelled(4, 6), loss_type="kto", per_device_train_batch_size=2, max_steps=24)
+    with pytest.raises(FlexdpoError, match=r"all its 2 labelled responses answer the same prompt; use a larger"):
+        by_chance.train()
+
+
+def test_a_run_without_a_step(start: Any) -> None:
+    too_large = {"per_device_train_batch_size": 32, "dataloader_drop_last": True}
+    with pytest.raises(
+        FlexdpoError, match=r"16 examples fill no batch of 32, .*per_device_train_batch_size to at most 16"
+    ):
+        start(**too_large)
+    assert start(**too_large | {"dataloader_drop_last": False}, max_steps=1).train().global_step == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"lora_alpha": 0}, "the adapter default is scaled by 0 in every layer, .* give its config a lora_alpha"),
+        (
+            {"modules_to_save": ["lm_head", "foo"]},
+            r"modules_to_save=\['foo', 'lm_head'\], and .* has no 'foo' to train",
+        ),
+        ({"target_parameters": ["foo.weight"]}, "LlamaForCausalLM has no 'foo.weight' to train"),
+    ],
+)
+def test_an_adapter_that_would_learn_nothing(start: Any, config: dict[str, Any], message: str) -> None:
+    with pytest.raises(FlexdpoError, match=message):
+        start(peft_config=peft.LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **config}))
+
+
+def test_an_adapter_of_several_parts(start: Any) -> None:
+    parts = {"modules_to_save": ["lm_head"], "target_parameters": ["k_proj.weight"], "target_modules": ["q_proj"]}
+    assert start(peft_config=peft.LoraConfig(r=2, **parts)).model.active_adapters == ["default"]
+
+
+def test_several_splits_are_no_training_data(start: Any) -> None:
+    data = Dataset.from_list(preference_rows(8))
+    with pytest.raises(FlexdpoError, match=r"a DatasetDict of 'a', 'b'; give one .* train_dataset=data\['a'\]"):
+        start(rows=DatasetDict(a=data, b=data))
+    assert set(start(eval_rows=DatasetDict(a=data, b=data)).eval_dataset) == {"a", "b"}
+
+
+def test_models_that_predict_no_tokens(start: Any, small_model: Any) -> None:
+    for model in (LlamaForSequenceClassification(small_model().config), small_model().model):
+        message = f"{type(model).__name__} predicts no tokens, it has no language-model head; load it as a causal LM"
+        with pytest.raises(FlexdpoError, match=message):
+            start(model)
+        with pytest.raises(FlexdpoError, match=message):
+            start(ref_model=model)
+        with pytest.raises(FlexdpoError, match=message):
+            make_train_step(model, torch.optim.SGD(model.parameters()))
+
+
+def test_training_twice_proves_all_but_the_reference(start: Any) -> None:
+    trainer = start(max_steps=2)
+    trainer.train()
+    first = trainer.proof
+    trainer.train()
+    assert first is not trainer.proof
+    assert "the reference within" in first.line()
+    assert "the reference within" not in trainer.proof.line()
+
+
+def test_the_order_of_the_data_is_the_settings_alone(start: Any) -> None:
+    def order(seed: int, **changes: Any) -> list[int]:
+        trainer = start(**changes)
+        torch.manual_seed(seed)
+        return [int(row) for batch in trainer.get_train_dataloader() for row in batch["example_rows"]]
+
+    assert order(1) == order(2) == order(3, data_seed=42)
+    assert order(1) != order(1, data_seed=7)
+
+
+def test_prefixes_that_are_shared_twice(start: Any, small_model: Any) -> None:
+    trainer = start()
+    with pytest.raises(FlexdpoError, match="flexdpo's own DPOTrainer shares prefixes itself"):
+        flexdpo.trl.enable(trainer)
+    shared = r"this LlamaForCausalLM shares prefixes already .* call flexdpo.unshare\(model\)"
+    flexdpo.share_prefixes(trainer.model)
+    with pytest.raises(FlexdpoError, match=shared):
+        trainer.train()
+    model = small_model()
+    with flexdpo.share_prefixes(model):
+        for make in (start, lambda model: make_train_step(model, torch.optim.SGD(model.parameters()))):
+            with pytest.raises(FlexdpoError, match=shared):
+                make(model)
+    start(model)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimizer": None}, r"optimizer must be a torch.optim.Optimizer, got NoneType \(None\); make one of"),
+        (
+            {"optimizer": torch.optim.SGD(torch.nn.Linear(2, 2).parameters())},
+            "2 weights and none of them is a trainable",
+        ),
+        ({"betta": 1}, "make_train_step takes no betta=1; did you mean 'beta'"),
+        ({"loss_type": None}, r"loss_type must be a list of texts, got NoneType \(None\)"),
+        ({"beta": "0.1"}, r"beta must be a number, got str \('0.1'\)"),
+        ({"loss_weights": [0.0]}, "leaves no loss"),
+        ({"max_tokens_per_row": 2.5}, "max_tokens_per_row must be a whole number, at least 1, got float"),
+    ],
+)
+def test_a_step_of_ones_own_that_cannot_be(small_model: Any, changes: dict[str, Any], message: str) -> None:
+    model = small_model()
+    with pytest.raises(FlexdpoError, match=message):
+        make_train_step(model, **{"optimizer": torch.optim.SGD(model.parameters()), **changes})
+
+
+def test_no_list_of_groups(small_model: Any, rng: Any) -> None:
+    model = small_model()
+    step = make_train_step(model, torch.optim.SGD(model.parameters()))
+    for groups, message in (
+        ([], "one group at least, got an empty list"),
+        (odd_groups(rng)[0], "expected a list of flexdpo.Group, got Group"),
+        (["x"], r"got str \('x'\) in it"),
+    ):
+        with pytest.raises(FlexdpoError, match=message):
+            step(groups)
+
+
+@pytest.mark.parametrize("changes", [{"max_tokens_per_row": "x"}, {"max_tokens_per_row": 0}, {"pad_to_multiple_of": 0}])
+def test_a_collator_of_no_length(changes: dict[str, Any]) -> None:
+    with pytest.raises(FlexdpoError, match=f"{next(iter(changes))} must be .*at least 1, got"):
+        PackingCollator(**changes)
+    with pytest.raises(FlexdpoError, match="one tokenised row at least, got none"):
+        PackingCollator(100)([])
