@@ -98,11 +98,6 @@ class _Kept(torch.autograd.Function):
         ctx.save_for_backward(query, key, value, output, normaliser)
         return output
 
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:  # noqa: ARG004 (on the meta device there is nothing in it)
-        query, key, value, *_ = ctx.saved_tensors
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-
 
 class _Watch(threading.local):
     on: bool = False

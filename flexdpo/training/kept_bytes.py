@@ -8,6 +8,7 @@ run as on a CPU, in chunks that suit it.
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ logger = logging.get_logger(__name__)
 
 # tokens of a prompt and of each of its two responses: whole chunks of every scan
 _SHORT, _LONG = 64, 192
+_ASKING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -187,12 +189,14 @@ class _Saved:
 @contextmanager
 def _autocast_known() -> Iterator[None]:
     """Let early releases of transformers 5 ask for autocast on the meta device, which torch has none for."""
-    asked = torch.is_autocast_enabled
-    torch.is_autocast_enabled = lambda *device: device != ("meta",) and asked(*device)
-    try:
-        yield
-    finally:
-        torch.is_autocast_enabled = asked
+    # one thread after the other, or the second would put back what the first had put there
+    with _ASKING:
+        asked = torch.is_autocast_enabled
+        torch.is_autocast_enabled = lambda *device: device != ("meta",) and asked(*device)
+        try:
+            yield
+        finally:
+            torch.is_autocast_enabled = asked
 
 
 def _storage(tensor: Tensor) -> StorageWeakRef:

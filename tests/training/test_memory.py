@@ -3,6 +3,7 @@
 import ctypes
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,16 @@ def test_a_model_whose_values_decide_is_predicted_by_the_formula(monkeypatch: py
     model = Deciding(CONFIGS["llama"]())
     assert ModelSize.measured(model) == ModelSize.of(model)
     assert re.fullmatch(r"llama: memory is predicted by a formula .*meta device .*item.* max_tokens_per_row .*", *told)
+
+
+def test_models_are_asked_in_several_threads() -> None:
+    torch_asks, configs = torch.is_autocast_enabled, [LlamaConfig(num_hidden_layers=layers) for layers in (1, 2, 3, 4)]
+    want = [kept_bytes.kept_bytes(config) for config in configs]
+    kept_bytes._asked.cache_clear()
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(kept_bytes.kept_bytes, configs)) == want
+    # torch is left as it was
+    assert torch.is_autocast_enabled is torch_asks
 
 
 @pytest.mark.parametrize("name", ["gemma4_text", "gemma3n_text"])
