@@ -47,7 +47,7 @@ def packed_attention(
     fit the layout, the kernel that was asked for cannot do this, or its self-test found it wrong.
     """
     _require_shapes(query, key, value, row_mask, sinks)
-    if query.is_meta:
+    if query.is_meta and row_mask.impl == "sdpa":
         kept: Tensor = _Kept.apply(*(_laid_out(x) for x in (query, key, value)))
         return kept
     if torch.is_autocast_enabled(device := query.device.type) and query.dtype != torch.float64:
@@ -97,6 +97,11 @@ class _Kept(torch.autograd.Function):
         normaliser = query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
         ctx.save_for_backward(query, key, value, output, normaliser)
         return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradient: Tensor) -> tuple[Tensor, ...]:  # noqa: ARG004 (there is nothing in it)
+        query, key, value, *_ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
 class _Watch(threading.local):

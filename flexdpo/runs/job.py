@@ -122,15 +122,14 @@ def _run(job: Job, config: DPOConfig, given: Mapping[str, Any], output: Path) ->
     after = trainer.evaluate() if eval_data is not None else {}
     trainer.save_model()
     trainer.figures = figures = figures_of(trainer, before, after)
-    # Python that goes down while threads of the group still hold tensors may abort, and fail a run that is done. The
-    # card asks for the default settings, and making these takes accelerate's knowledge of the others from its process
-    trainer.accelerator.wait_for_everyone()
     trainer.create_model_card()
     if trainer.is_world_process_zero():
         _draw(trainer, [*history, *trainer.state.log_history], output)
     reports = [line.strip() for report in trainer.data_reports.values() for line in report.summary().splitlines()]
     width = max(map(len, figures))
     table = [*reports, *(f"{label:<{width}}  {value}" for label, value in {**figures, "written to": output}.items())]
+    # Python that goes down while threads of the group still hold tensors may abort, and fail a run that is done
+    trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
     return "\n".join(table)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import copy
+from dataclasses import MISSING, fields
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -123,7 +125,13 @@ class ResumableTrainer(Trainer):
 
     def changed_settings(self) -> dict[str, Any]:
         """The settings that differ from their defaults and have a say in what is learned."""
-        settings, defaults = self._run_record["settings"], run_record(type(self.args)("unused"), "")["settings"]
+        # a config made anew would set up accelerate once more, and this process would forget the others: the copy's
+        # devices are set up already
+        plain = copy(self.args)
+        for each in fields(plain):
+            setattr(plain, each.name, each.default if each.default_factory is MISSING else each.default_factory())
+        plain.__post_init__()
+        settings, defaults = self._run_record["settings"], run_record(plain, "")["settings"]
         return {name: value for name, value in settings.items() if value != defaults.get(name)}
 
     def create_model_card(

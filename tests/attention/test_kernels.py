@@ -188,6 +188,17 @@ def test_flex_attention_gets_its_inputs_dense_at_the_last_size(monkeypatch) -> N
             assert taken is given or given.stride(-1) != 1 or 0 in given.stride()
 
 
+def test_without_values_shapes_and_dtypes_are_those_of_attention(rng) -> None:
+    row = long_row(rng)
+    found = []
+    for device in ("cpu", "meta"):
+        row_mask = row_mask_for(row.to(device).layout, CAUSAL)
+        inputs = [x.detach().to(device).requires_grad_() for x in heads(row, 6, 2, 5, torch.bfloat16)]
+        got = packed_attention(*inputs, row_mask)
+        found.append([(x.shape, x.dtype) for x in (got, *torch.autograd.grad(got, inputs, torch.ones_like(got)))])
+    assert found[1] == found[0]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -247,6 +248,20 @@ def test_reference_values_are_complete_where_processes_have_unequal_memory(tmp_p
         # at first policy and reference agree to rounding, so which reward is larger is chance
         for name in ("loss", "grad_norm", "rewards/margins", "logps/rejected"):
             assert mine[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5), (name, mine["step"])
+
+
+def test_the_command_ends_well_in_every_process_and_its_card_tells_what_was_set(tmp_path, common) -> None:
+    """A card asks for the default settings; a process that forgets the others over them leaves a barrier out."""
+    output = tmp_path / "run"
+    words = ["-m", "flexdpo", "train", "--model_name_or_path", common["model"], "--dataset_name", common["data"]]
+    words += ["--output_dir", str(output), "--use_cpu", "--max_steps", "2", "--beta", "0.2", "--ddp_backend", "gloo"]
+    words += ["--max_tokens_per_row", "60", "--per_device_train_batch_size", "4"]
+    # as a user starts it: the setting alone says that it is a CPU, which the defaults do not
+    printed = run_processes(words, 2, ACCELERATE_USE_CPU="false")
+    assert "written to" in printed[0]
+    changes = (output / "README.md").read_text().split("differ from the defaults")[1].split("##")[0]
+    changed = dict(re.findall(r"^- (\w+): (.*)$", changes, re.MULTILINE))
+    assert changed == {"beta": "0.2", "per_device_train_batch_size": "4"}
 
 
 LOSS_AT_START = {"sigmoid": math.log(2), "apo_zero_unpaired": 0.5}
