@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable
 from functools import partial
 from statistics import median
@@ -25,10 +24,11 @@ KIND = "completions timed"
 # how many times as long as the longest completion its prompt is, and tokens of that completion: where the padded run
 # takes most, it is made shorter
 _LENGTHS = ((1, 256), (4, 256), (16, 128))
+_ROUNDS = 3
 
 
 class SharingTimes(NamedTuple):
-    """What was measured; seconds are medians, on a CPU of the process's own time."""
+    """What was measured; seconds are medians, of the clock that :func:`flexdpo.bench.timing.timed` reads."""
 
     tokens_in: int  # places of the padded batch, ``N * T``
     tokens_run: int  # that ran through the model with sharing
@@ -39,9 +39,7 @@ class SharingTimes(NamedTuple):
     gradient_error: float  # largest difference of any gradient, relative to the largest entry of that gradient
 
 
-def bench_completions(
-    settings: BenchSettings, *, rounds: int = 3, report: Callable[[str], None] = print
-) -> dict[str, Any]:
+def bench_completions(settings: BenchSettings, *, report: Callable[[str], None] = print) -> dict[str, Any]:
     """Time policy-gradient steps on 8 and 16 completions with prompts 1, 4 and 16 times as long as the longest of them.
 
     ``report`` gets a line per measurement. Returns what a result file of the kind :data:`KIND` holds.
@@ -53,7 +51,7 @@ def bench_completions(
         for times, longest in _LENGTHS:
             completion = max(2, round(longest * settings.scale))
             lengths = (times * completion, completion)
-            found = bench_sharing(settings, completions=completions, lengths=lengths, rounds=rounds)
+            found = bench_sharing(settings, completions=completions, lengths=lengths)
             low, middle, high = found.speed_up
             numbers = [str(completions), *map(str, lengths), f"{found.tokens_in:,}", f"{found.tokens_run:,}"]
             numbers += [f"{found.padded_seconds:.3f}", f"{found.shared_seconds:.3f}"]
@@ -64,18 +62,18 @@ def bench_completions(
             )
     environment = describe_environment(torch.device(settings.device))
     return {
-        "kind": KIND, "model": settings.model, "rounds": rounds, "environment": environment,
+        "kind": KIND, "model": settings.model, "rounds": _ROUNDS, "environment": environment,
         "dtype": str(settings.torch_dtype).removeprefix("torch."), "steps": steps,
     }  # fmt: skip
 
 
 def bench_sharing(
-    settings: BenchSettings, *, completions: int = 8, lengths: tuple[int, int] = (512, 128), rounds: int = 3
+    settings: BenchSettings, *, completions: int = 8, lengths: tuple[int, int] = (512, 128)
 ) -> SharingTimes:
     """Time the forward and backward of a policy-gradient step on a padded batch, as it is and with prefixes shared.
 
     Of the settings device, dtype, model, threads and seed count; ``lengths`` are the tokens of a prompt and of the
-    longest completion, the shortest of which has half of them; ``rounds`` follow one that warms up.
+    longest completion, the shortest of which has half of them; some rounds follow one that warms up.
     """
     device, config = torch.device(settings.device), shape_config(settings.model)
     if device.type == "cpu":
@@ -87,11 +85,11 @@ def bench_sharing(
     batch = _batch(np.random.default_rng(settings.seed), config.vocab_size, completions, lengths, device)
     key = PlanKey(1.1, 16, Positions.of(model.model), 1)
     padded, shared, plans = [], [], []
-    for number in range(rounds + 1):
-        alone = _seconds(partial(_step, model, batch, completion), device)
+    for number in range(_ROUNDS + 1):
+        alone = timed(partial(_step, model, batch, completion), device)[1]
         # each round plans its batch anew, as every step of a training run does
         fresh = {name: tensor.clone() for name, tensor in batch.items()}
-        together = _seconds(partial(_step, sharing, fresh, completion), device)
+        together = timed(partial(_step, sharing, fresh, completion), device)[1]
         if number == 0:
             # the first round warms the machine and the kernels up, and compares the gradients
             error = _gradient_error(sharing, model)
@@ -100,20 +98,11 @@ def bench_sharing(
         padded.append(alone)
         shared.append(together)
         plan = partial(plan_batch, batch["input_ids"], batch["attention_mask"], None, key)
-        plans.append(_seconds(plan, device))
+        plans.append(timed(plan, device)[1])
     low, middle, high = np.quantile(np.asarray(padded) / np.asarray(shared), [0.25, 0.5, 0.75]).tolist()
     return SharingTimes(
         stats.tokens_in, stats.tokens_run, median(padded), median(shared), (low, middle, high), median(plans), error
     )
-
-
-def _seconds(call: Callable[[], Any], device: torch.device) -> float:
-    """On a CPU those of this process alone, whatever else the machine does."""
-    if device.type != "cpu":
-        return timed(call, device)[1]
-    began = time.process_time()
-    call()
-    return time.process_time() - began
 
 
 def _gradient_error(got: Any, want: Any) -> float:

@@ -138,18 +138,18 @@ def count_head(size: HeadSize = HeadSize(), card: Card = H100, transform: LogitT
     }
 
 
-def result(size: HeadSize = HeadSize(), card: Card = H100) -> dict[str, Any]:
+def result(size: HeadSize = HeadSize()) -> dict[str, Any]:
     """What the result file says."""
     from flexdpo import __version__
 
     return {
         "kind": "head counted",
-        "card": asdict(card),
+        "card": asdict(H100),
         "size": asdict(size),
         "dtype": "bfloat16",
         "versions": {"flexdpo": __version__, "torch": torch.__version__},
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        **count_head(size, card),
+        **count_head(size),
     }
 
 

@@ -110,8 +110,7 @@ def _timed(data: dict[str, Any]) -> tuple[str, str, str]:
     lines = [_profile_line(name, figures, baselines) for name, figures in profiles.items()]
     where = f"{environment['device']}{_threads(environment) if settings['device'] == 'cpu' else ''}"
     lengths = "" if settings["scale"] == 1 else f", all lengths times {settings['scale']:g}"
-    clock = "; seconds of the process alone" if environment.get("seconds_of") == "the process" else ""
-    about = f"{settings['pairs']} pairs per step{lengths}{clock}; {_versions(environment)}; {environment['date'][:10]}"
+    about = f"{settings['pairs']} pairs per step{lengths}; {_provenance(environment)}"
     return f"{where}: model `{settings['model']}`, {data['dtype']}", markdown(header, lines), about
 
 
@@ -141,54 +140,37 @@ def _threads(environment: dict[str, Any]) -> str:
     return f", {environment['threads']} thread{'s' if environment['threads'] != 1 else ''}"
 
 
+def _provenance(environment: dict[str, Any]) -> str:
+    """The versions, whose seconds they are where not the clock's, and the day."""
+    clock = "; seconds of the process alone" if environment.get("seconds_of") == "the process" else ""
+    return f"{_versions(environment)}{clock}; {environment['date'][:10]}"
+
+
 def _versions(of: dict[str, Any]) -> str:
     return ", ".join(f"{name} {version}" for name, version in of["versions"].items())
 
 
 def _completions(data: dict[str, Any]) -> tuple[str, str, str]:
     """A line per number of completions and length of prompt: padded and shared, side by side."""
-    header = [
-        "completions",
-        "prompt",
-        "longest",
-        "tokens padded",
-        "shared",
-        "fewer",
-        "step padded",
-        "shared",
-        "faster",
-        "gradients",
-    ]
+    header = ["completions", "prompt", "longest", "tokens padded", "shared", "fewer"]
+    header += ["step padded", "shared", "faster", "gradients"]
     lines = []
     for step in data["steps"]:
         low, middle, high = step["speed_up"]
-        seconds = [f"{1e3 * step[f'{kind}_seconds']:,.0f} ms" for kind in ("padded", "shared")]
         tokens = [step["tokens_in"], step["tokens_run"]]
-        lines.append(
-            [
-                str(step["completions"]),
-                str(step["prompt"]),
-                str(step["completion"]),
-                *(f"{count:,}" for count in tokens),
-                f"{tokens[0] / tokens[1]:.2f}",
-                *seconds,
-                f"{middle:.2f} ({low:.2f} to {high:.2f})",
-                f"{step['gradient_error']:.0e}",
-            ]
-        )
+        cells = [str(step[name]) for name in ("completions", "prompt", "completion")]
+        cells += [*(f"{count:,}" for count in tokens), f"{tokens[0] / tokens[1]:.2f}"]
+        cells += [f"{1e3 * step[f'{kind}_seconds']:,.0f} ms" for kind in ("padded", "shared")]
+        lines.append([*cells, f"{middle:.2f} ({low:.2f} to {high:.2f})", f"{step['gradient_error']:.0e}"])
     environment = data["environment"]
     where = f"{environment['device']}{_threads(environment)}"
     title = f"The drop-in on completions of one prompt, {where}: model `{data['model']}`, {data['dtype']}"
     note = (
         f"A completion has at least half the tokens of the longest; forward and backward of their "
-        f"log-probabilities, logits at completions alone; medians of {data['rounds']} measured side by side, on a CPU "
-        "in seconds of the process, and how far any gradient is off, relative to its largest entry."
+        f"log-probabilities, logits at completions alone; medians of {data['rounds']} measured side by side, and how "
+        "far any gradient is off, relative to its largest entry."
     )
-    return (
-        title,
-        f"{markdown(header, lines, words=0)}\n\n{note}",
-        f"{_versions(environment)}; {environment['date'][:10]}",
-    )
+    return title, f"{markdown(header, lines, words=0)}\n\n{note}", _provenance(environment)
 
 
 def _compiled(data: dict[str, Any]) -> tuple[str, str, str]:

@@ -3,10 +3,24 @@
 import json
 import sys
 import time
+from dataclasses import dataclass
 
 from flexdpo.bench.bench import run_bench
 from flexdpo.bench.settings import BenchSettings
 from flexdpo.commands.options import OptionParser, settings_of, writable
+from flexdpo.objective.loss_types import setting
+
+
+@dataclass
+class BenchOptions:
+    """What the measurement's own settings do not hold."""
+
+    drop_in: bool = setting(
+        False,
+        "Measure flexdpo.share_prefixes instead: padded batches of 8 and 16 completions of one prompt, 1, 4 and 16 "
+        "times as long as they are, with and without it. Takes --device, --model, --threads, --seed, --scale, --json.",
+    )
+    json: str | None = setting(None, "Write every figure to this file.")
 
 
 def parser() -> OptionParser:
@@ -19,18 +33,7 @@ def parser() -> OptionParser:
         "what the multiplications saved allow.",
     )
     options.add_settings(BenchSettings, "the measurement")
-    options.add_argument("--json", help="Write every figure to this file.")
-    options.add_argument(
-        "--drop_in",
-        "--drop-in",
-        nargs="?",
-        const="true",
-        default="false",
-        choices=("true", "false"),
-        help="Measure flexdpo.share_prefixes instead: padded batches of 8 and 16 completions of one prompt, 1, 4 and "
-        "16 times as long as they are, with and without it. Takes --device, --model, --threads, --seed, --scale and "
-        "--json.",
-    )
+    options.add_settings(BenchOptions, "what is measured, and where the figures go")
     return options
 
 
@@ -50,7 +53,7 @@ def run(argv: list[str]) -> int:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
         print(table, flush=True)
 
-    if found.drop_in == "true":
+    if found.drop_in:
         from flexdpo.bench.dropin import bench_completions
 
         result = bench_completions(settings, report=report)

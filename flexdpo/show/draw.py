@@ -57,7 +57,7 @@ def draw(
                 "draw a shorter row"
             )
         visible = create_mask(drawn, 1, 1, length, length, device="cpu")[0, 0].numpy()
-    figure = new_figure(7.5, 7.5, dpi=160)
+    figure = new_figure(_WIDTH, _WIDTH)
     place = figure.add_gridspec(1, 1, left=0.1, right=0.985, bottom=0.065, top=0.95)[0]
     draw_mask_panel(figure, place, row, block_size=block_size, visible=visible)
     figure.text(0.1, 0.966, row_title(row) if title is None else title, fontsize=11, color=INK)
@@ -78,7 +78,7 @@ def overview_figure(
     }
     shown = [panel for name, panel in panels.items() if view in ("all", name)]
     top = total = sum(height + _HEADING + _AXIS for _, height, _ in shown)
-    figure = new_figure(_WIDTH, total, dpi=160)
+    figure = new_figure(_WIDTH, total)
     for title, height, draw_panel in shown:
         figure.text(0.1, (top - 0.27) / total, title, fontsize=11, color=INK)
         top -= _HEADING

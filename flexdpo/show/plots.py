@@ -23,12 +23,12 @@ _TRAIN_COLOUR, _EVAL_COLOUR = "#2b6cb0", "#c2410c"
 _QUANTITIES = {"loss": ("loss",), "rewards": ("rewards/accuracies", "rewards/margins")}
 
 
-def new_figure(width: float, height: float, dpi: int) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     """A figure of ``width x height`` inches that pyplot knows nothing of: a notebook's backend and figures stay."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=dpi, facecolor="white")
+    figure = Figure(figsize=(width, height), dpi=160, facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 
@@ -109,7 +109,7 @@ def draw_training_curves(history: Iterable[Mapping[str, Any]], path: str | Path)
     ]
     if not panels:
         return None
-    figure = new_figure(max(8.0, 3.6 * len(panels)), 3.7, dpi=160)
+    figure = new_figure(max(8.0, 3.6 * len(panels)), 3.7)
     grid = figure.add_gridspec(2, len(panels))
     for column, (title, curves, keys) in enumerate(panels):
         axes = [figure.add_subplot(grid[:, column] if len(keys) == 1 else grid[0, column])]

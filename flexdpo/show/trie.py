@@ -41,11 +41,8 @@ def trie_runs(row: Row) -> list[Run]:
     starts = np.union1d(segments.starts, np.flatnonzero(np.diff(kinds[: row.num_tokens])) + 1)
     parents = (np.searchsorted(starts, segments.parent_tokens()[starts], side="right") - 1).tolist()
     # a lane for each leaf, a gap between documents, and every other run in the middle of its children
-    leaf, lanes, below = (
-        len(parents) - len({*parents} - {-1}),
-        [0.0] * len(parents),
-        defaultdict[int, list[float]](list),
-    )
+    leaf, lanes = len(parents) - len({*parents} - {-1}), [0.0] * len(parents)
+    below: dict[int, list[float]] = defaultdict(list)
     for number in reversed(range(len(parents))):
         if number in below:
             lanes[number] = (below[number][0] + below[number][-1]) / 2

@@ -111,9 +111,9 @@ def test_a_run_that_logged_no_curve_gets_no_picture(history, tmp_path):
 
 def test_missing_folder_is_named(tmp_path):
     with pytest.raises(FlexdpoError, match=r"the folder .*absent does not exist; create it first"):
-        save_figure(new_figure(1, 1, dpi=50), tmp_path / "absent" / "curves.png")
+        save_figure(new_figure(1, 1), tmp_path / "absent" / "curves.png")
 
 
 def test_unknown_ending_lists_the_known_ones(tmp_path):
     with pytest.raises(FlexdpoError, match=r"the ending '.pngg'; did you mean 'png'\?; use one of .*pdf, .*png"):
-        save_figure(new_figure(1, 1, dpi=50), tmp_path / "curves.pngg")
+        save_figure(new_figure(1, 1), tmp_path / "curves.pngg")
