@@ -17,7 +17,7 @@ from flexdpo.attention.settings import KernelSettings
 from flexdpo.effects import AT_LEAST_ONE, BELONGS_TO, LOADING, WITHOUT_EFFECT, optimizer_of, require_schedule
 from flexdpo.errors import FlexdpoError, nearest
 from flexdpo.hf.checkpointing import checkpoint_arguments, checkpointing_name
-from flexdpo.layout.packing import SHARING
+from flexdpo.layout.packing import MAX_WASTE, SHARING
 from flexdpo.layout.row import TILE, tile_multiple
 from flexdpo.objective.loss_types import LOSS_TYPES, LossSettings, setting
 from flexdpo.objective.objective import Objective
@@ -140,7 +140,7 @@ class DPOConfig(LossSettings, TrainingArguments):
     attn_kernel_lengths: str = setting(
         "auto",
         "FlexAttention kernels: 'bucket' pads rows to a few lengths and compiles a kernel for each, 'dynamic' compiles "
-        "one for all lengths, 'auto' takes buckets on a GPU where up to 4 waste under 3 percent.",
+        f"one for all lengths, 'auto' takes buckets on a GPU where up to 4 waste under {100 * MAX_WASTE:g} percent.",
     )
     attn_kernel_options: dict[str, Any] | str | None = setting(
         None,

@@ -12,7 +12,7 @@ from flexdpo.errors import FlexdpoError
 from flexdpo.estimate.features import Feature, Layouts, first_rows
 from flexdpo.estimate.lengths import RowTokens
 from flexdpo.estimate.settings import EstimateSettings
-from flexdpo.layout.packing import Buckets, choose_buckets
+from flexdpo.layout.packing import MAX_WASTE, Buckets, choose_buckets
 from flexdpo.layout.row import TILE
 from flexdpo.training.memory import TrainingSetup, auto_row_budget, free_memory
 from flexdpo.training.model_size import ModelSize
@@ -21,7 +21,6 @@ from flexdpo.training.model_size import ModelSize
 _WORTH_A_SWITCH = 1.03
 # rows longer than this keep any device busy; memory is better left to the allocator
 _LONG_ENOUGH = 32768
-_MOST_WASTE = 0.03
 
 
 @dataclass(frozen=True)
@@ -80,8 +79,7 @@ def suggest(
         precompute_ref_log_probs=settings.training_setup.reference and not setup.reference,
         regroup_prompts=regrouping.speedup >= _WORTH_A_SWITCH and regrouping.seconds <= across.seconds,
         sharing="step" if across.speedup >= _WORTH_A_SWITCH else "group",
-        # more padding than this costs more than a kernel that checks bounds
-        buckets=buckets if buckets is not None and buckets.waste <= _MOST_WASTE else None,
+        buckets=buckets if buckets is not None and buckets.waste <= MAX_WASTE else None,
         fits=budget is not None,
         free=free,
     )

@@ -26,6 +26,8 @@ SHARING = ("group", "step")
 # groups that begin alike share a trie only if they do so for a whole tile of attention: merging on less (a BOS token)
 # would tie the whole row together and cost more tiles than it saves tokens
 MIN_SHARED = TILE
+# padding as a share of all tokens run, above which one kernel for all lengths is the better bargain
+MAX_WASTE = 0.03
 
 
 def pack(
@@ -195,7 +197,7 @@ class Buckets:
 
 
 def choose_buckets(
-    lengths: Sequence[int], *, max_waste: float = 0.03, max_buckets: int = 16, multiple: int = TILE
+    lengths: Sequence[int], *, max_waste: float = MAX_WASTE, max_buckets: int = 16, multiple: int = TILE
 ) -> Buckets:
     """Choose the fewest lengths to pad rows to that keep padding below a share of all tokens.
 

@@ -18,7 +18,7 @@ from flexdpo.data.stream import StreamedPreferences, is_stream
 from flexdpo.data.tokenize import group_from_row, tokenize_preferences
 from flexdpo.errors import FlexdpoError, quoted
 from flexdpo.hf.unwrap import base_model
-from flexdpo.layout.packing import Buckets, choose_buckets, row_lengths
+from flexdpo.layout.packing import MAX_WASTE, Buckets, choose_buckets, row_lengths
 from flexdpo.objective.unpaired import with_unrelated_responses
 from flexdpo.training import memory
 from flexdpo.training.distribution import is_sharded, largest, shards_of
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 # of a stream, before training
 _PREVIEWED_EXAMPLES = 64
-MAX_WASTE = 0.03  # padding as a share of all tokens run, above which one kernel for all lengths is the better bargain
 # each length compiles kernels of its own, for about half a minute on a GPU; unasked, a run takes no more than these
 FEW_LENGTHS = 4
 _SURPRISES = 8  # rows longer than every sampled one come in steps of an eighth of the longest
@@ -132,7 +131,7 @@ class RowPlan:
         lengths = row_lengths(batches, budget and budget // multiple * multiple, sharing=self.sharing, limits=limits)
         asked = self.kernels.lengths == "bucket"
         few = {} if asked else {"max_buckets": FEW_LENGTHS}
-        buckets = choose_buckets(lengths, max_waste=MAX_WASTE, multiple=multiple, **few)
+        buckets = choose_buckets(lengths, multiple=multiple, **few)
         if buckets.waste > MAX_WASTE:
             if not asked:
                 return one_kernel

@@ -10,8 +10,8 @@ import pytest
 
 from flexdpo.bench.profiles import load_profiles
 from flexdpo.layout.groups import Group
-from flexdpo.layout.packing import Buckets, choose_buckets, pack, row_lengths
-from flexdpo.training.run_data import FEW_LENGTHS, MAX_WASTE
+from flexdpo.layout.packing import MAX_WASTE, Buckets, choose_buckets, pack, row_lengths
+from flexdpo.training.run_data import FEW_LENGTHS
 
 PAIRS = 8
 BUDGETS = [None, 8192, 16384]

@@ -10,10 +10,11 @@ from datasets import Dataset
 from flexdpo import DPOConfig, DPOTrainer, FlexdpoError
 from flexdpo.attention import flex
 from flexdpo.attention.flex import KernelKey, _kernel_for
+from flexdpo.layout.packing import MAX_WASTE
 from flexdpo.training import run_data
 from flexdpo.training import trainer as trainer_module
 from flexdpo.training.distribution import shards_of
-from flexdpo.training.run_data import FEW_LENGTHS, MAX_WASTE, RowPlan
+from flexdpo.training.run_data import FEW_LENGTHS, RowPlan
 from tests.training.test_trainer import settings
 
 
@@ -119,7 +120,6 @@ def test_layers_are_compiled_on_a_gpu_unless_switched_off(tmp_path, monkeypatch,
     args = settings(tmp_path, torch_compile=asked)
     assert args.compile_layers == compiled
     assert args.compiles_unasked == (asked is None and compiled)
-    assert run_data.MAX_WASTE == 0.03
 
 
 def test_every_kernel_that_chosen_lengths_need_may_be_compiled(tmp_path, small_model, monkeypatch) -> None:
