@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from datasets import ClassLabel, Dataset
-from transformers.utils import logging
 
 import flexdpo
 from flexdpo import FlexdpoError, Group, pack, prepare_model, regroup_by_prompt, step_preferences, tokenize_preferences
@@ -109,8 +108,7 @@ def test_what_is_no_list_of_rows(dataset: Any) -> None:
         step_preferences(dataset)
 
 
-def test_other_columns_are_kept(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logging.get_logger("transformers"), "propagate", True)
+def test_other_columns_are_kept(caplog: pytest.LogCaptureFixture) -> None:
     tools = [{"type": "function", "function": {"name": "f"}}]
     talk = {"conversations": [said("q", "a"), said("q", "b")], "scores": [1, 0]}
     rows = [{**talk, "id": "one", "row": 17}, {**talk, "tools": tools, "system": "be kind"}]

@@ -249,7 +249,7 @@ def test_the_trainer_keeps_it(tmp_path, tokenizer, preferences, small_model, mon
         torch.testing.assert_close(found[way][0], found["none"][0], rtol=1e-5, atol=1e-6)
     counts = {way: count for way, (_, count) in found.items()}
     # with checkpoints the policy's passes run twice, the reference's once
-    assert counts["option"] == counts["function"] == counts["none"]
+    assert counts["option"] == counts["function"] == counts["none"] > 0
     assert counts["full"] == pytest.approx(1.5 * counts["none"])
 
 

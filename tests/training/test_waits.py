@@ -7,7 +7,6 @@ memory, is found by a dispatch mode.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from typing import Any
 
@@ -77,7 +76,6 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(kernels, "run_flex", attend)
     # torch has no autocast on this device
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     monkeypatch.setattr(StepGuard, "require_finite", lambda *_, **__: found.append("finite"))
     return found
 
