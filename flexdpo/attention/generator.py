@@ -184,9 +184,9 @@ def _mask_of(row: Any, window: Any, chunk: Any, mask_function: MaskMod | None) -
             )
         return layout, MaskKind("other", function=mask_function)
     for name, size in given.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        if not is_count(size):
             raise FlexdpoError(f"{name} must be a number of tokens, at least 1, got {size!r}")
-        return layout, MaskKind("sliding" if name == "window" else "chunked", size)
+        return layout, MaskKind("sliding" if name == "window" else "chunked", int(size))
     return layout, CAUSAL
 
 

@@ -13,7 +13,7 @@ Shapes: ``B`` rows, ``Hq`` query heads, ``Hkv`` key heads, ``S`` tokens, ``D`` h
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,7 +27,7 @@ from flexdpo.attention.inputs import AttentionInputs
 from flexdpo.attention.row_mask import RowMask
 from flexdpo.attention.torch_varlen import WAY_OUT, Sequences, require_flash, torch_varlen
 from flexdpo.errors import FlexdpoError, UnsupportedModelError
-from flexdpo.layout.row import RowLayout
+from flexdpo.layout.row import RowLayout, on_device
 
 Ints = NDArray[np.int64]
 
@@ -165,8 +165,10 @@ def plan_sequences(layout: RowLayout) -> VarlenPlan:
             num_queries.append(stop - start)
             consecutive = consecutive and bool((np.diff(positions[row, path]) == 1).all())
     num_keys = [path.size for path in keys]
-    indices = _sent(np.concatenate(keys) if keys else np.empty(0, np.int64), layout.device)
-    query_starts, key_starts = (_sent(_starts(sizes), layout.device) for sizes in (num_queries, num_keys))
+    indices = on_device(np.concatenate(keys) if keys else (), torch.int64, layout.device)
+    query_starts, key_starts = (
+        on_device([0, *accumulate(sizes)], torch.int32, layout.device) for sizes in (num_queries, num_keys)
+    )
     sequences = Sequences(query_starts, key_starts, max(num_queries, default=0), max(num_keys, default=0))
     return VarlenPlan(tuple(counts), indices, sequences, consecutive)
 
@@ -190,13 +192,3 @@ def _leaves(ends: Ints, count: int) -> Iterator[tuple[int, int, Ints]]:
         ancestors = path[ends[path] > start]
         path = np.concatenate([ancestors, np.arange(start, stop)])
         yield start, stop, path
-
-
-def _starts(sizes: list[int]) -> NDArray[np.int32]:
-    return np.concatenate(([0], np.cumsum(sizes))).astype(np.int32)
-
-
-def _sent(values: NDArray[Any], device: torch.device) -> Tensor:
-    """Copy to a device without waiting for it."""
-    tensor = torch.from_numpy(values)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

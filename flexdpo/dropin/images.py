@@ -21,7 +21,8 @@ from torch import Tensor
 
 from flexdpo.dropin.batch_trie import BatchTrie
 from flexdpo.hf.draws import can_run, left_as_it_is
-from flexdpo.hf.images import TOKEN_TYPES, encoder_draws, rope_index, tokens_of_images
+from flexdpo.hf.forward_layout import TOKEN_TYPES
+from flexdpo.hf.images import encoder_draws, rope_index, tokens_of_images
 from flexdpo.layout.images import ImageKeys, RowImages, joined_inputs
 
 # what models are given of images: pixels, in patches or whole, and what has one entry for each image or its pixels

@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache
 
 from flexdpo.hf.draws import ask, can_run, left_as_it_is
 from flexdpo.hf.interface import HARMLESS_KWARGS
-from flexdpo.hf.row_dependence import LengthLimits, length_limits
+from flexdpo.hf.row_dependence import LengthLimits, length_limits, rope_settings
 from flexdpo.hf.rules import attends
 from flexdpo.hf.versions import CHUNKS_BEGIN_ANEW
 
@@ -155,7 +155,7 @@ class Positions:
     def of(cls, backbone: PreTrainedModel) -> Positions:
         """Judge by architecture and config."""
         config = backbone.config
-        settings = _rope_settings(config)
+        settings = rope_settings(config)
         kinds = {str(each.get("rope_type", each.get("type", "default"))) for each in settings}
         absolute = any(getattr(config, name, None) for name in _ABSOLUTE_SETTINGS)
         absolute |= any(each.get(name) for each in settings for name in _ABSOLUTE_SETTINGS)
@@ -210,12 +210,3 @@ def _which(backbone: PreTrainedModel, inputs: dict[str, Any], choices: dict[str,
     # where both give the same, a difference may show further on
     clear = distance[far] > 16 * torch.finfo(result.dtype).eps * float(result.abs().max())
     return near if clear and distance[near] < 0.05 * distance[far] else "unknown"
-
-
-def _rope_settings(config: Any) -> list[dict[str, Any]]:
-    """The rotary settings of a config, one for all layers or one per kind of layer."""
-    found = getattr(config, "rope_parameters", None)
-    if not isinstance(found, dict):
-        return []
-    nested = [each for each in found.values() if isinstance(each, dict)]
-    return nested or [found]

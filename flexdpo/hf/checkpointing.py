@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flexdpo.attention.remembered import keep_attention
 from flexdpo.errors import FlexdpoError
+from flexdpo.layout.sequences import is_count
 
 # the newer name first; where it exists, transformers warns at the older one
 _NAMES = ("activation_checkpointing", "gradient_checkpointing")
@@ -46,7 +47,7 @@ def _require_known(given: dict[str, Any]) -> None:
             f"{', '.join(sorted(names))}"
         )
     every = given.get("every_n_layers", 1)
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+    if not is_count(every):
         raise FlexdpoError(f"activation_checkpointing_kwargs has every_n_layers={every!r}; give a whole number from 1")
 
 

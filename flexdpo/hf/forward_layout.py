@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +27,8 @@ from flexdpo.hf.unwrap import REPLICAS
 from flexdpo.layout.row import RowLayout
 
 ATTN_IMPLEMENTATION = "flexdpo"
+# arguments that say which tokens are images, 1 at these
+TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
 # set once a packed row ran uncompiled, without and with gradients
 _TESTED = ("_flexdpo_tested", "_flexdpo_tested_with_gradients")
 
@@ -86,14 +87,9 @@ def packed_forward() -> PackedForward | None:
     return None if forward is None or forward.layout is None else forward
 
 
-def along_paths(module: nn.Module) -> AbstractContextManager[None]:
-    """Hold no layout while a part of a model runs along the path to each leaf, as ever."""
-    return without_layout(module, along_paths=True)
-
-
 @contextlib.contextmanager
 def without_layout(module: nn.Module, *, along_paths: bool = False) -> Iterator[None]:
-    """Hold no layout while a part of a model runs that knows no rows."""
+    """Hold no layout while a part of a model runs that knows no rows, or ``along_paths`` to each leaf, as ever."""
     forward = PackedForward(module, None, "auto", along_paths=along_paths)
     _forwards.stack.append(forward)
     try:
@@ -156,7 +152,7 @@ def _take_layout(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         kwargs["position_ids"] = layout.position_ids
     impl: Impl = module._flexdpo_impl  # type: ignore[assignment]
     _forget_interrupted(module)
-    types = any(kwargs.get(name) is not None for name in ("token_type_ids", "mm_token_type_ids"))
+    types = any(kwargs.get(name) is not None for name in TOKEN_TYPES)
     forward = PackedForward(module, layout, impl, brings_token_types=types)
     if not torch.compiler.is_compiling():
         named = {name: kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None}
@@ -288,8 +284,8 @@ def _require_inputs(module: nn.Module, layout: RowLayout, args: tuple[Any, ...],
 
 # fmt: off
 _TEXT_INPUTS = frozenset({
-    "input_ids", "inputs_embeds", "position_ids", "cache_position", "token_type_ids", "mm_token_type_ids",
-    "logits_to_keep", "num_items_in_batch",
+    "input_ids", "inputs_embeds", "position_ids", "cache_position", "logits_to_keep", "num_items_in_batch",
+    *TOKEN_TYPES,
 })
 # fmt: on
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from flexdpo.errors import UnsupportedModelError
 from flexdpo.hf.draws import RandomState, can_run, left_as_it_is
-from flexdpo.hf.forward_layout import packed_forward, without_layout
+from flexdpo.hf.forward_layout import TOKEN_TYPES, packed_forward, without_layout
 from flexdpo.hf.randomness import WAY_OUT, called_random, mark_of
 from flexdpo.hf.versions import TAKES_IMAGES
 from flexdpo.layout.images import RowImages
@@ -36,8 +36,6 @@ from flexdpo.layout.row import RowLayout
 from flexdpo.layout.scan_plan import ScanCost, path_plan
 from flexdpo.layout.segments import Segments
 
-# arguments that say which tokens are images, 1 at these
-TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
 # what models put into the embeddings, and what they add behind their first layers, one for each of these
 _FEATURES, _DEEPER_FEATURES = "pooler_output", "deepstack_features"
 

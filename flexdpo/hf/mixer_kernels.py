@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from flexdpo.mixing.kernels import CONVOLUTION, FUSED, SCANS, STEPS
+from flexdpo.mixing.kernels import CONVOLUTION, FUSED, GPU_CHUNK, SCANS, STEPS
 
 _MARK = "use_kernel_func_from_hub_with_fallback"
 _KNOWN = {CONVOLUTION, *SCANS, *FUSED, *STEPS}
-# tokens that transformers' delta rules and flash-linear-attention scan at once
-SCAN_CHUNK = 64
+# transformers' delta rules scan as many
+SCAN_CHUNK = GPU_CHUNK
 # what a class names that keeps a state of its own between calls, and what must compute that state: nothing known
 # computes that of lightning attention, or one that a module keeps itself
 _UPDATES: dict[str, set[str]] = {

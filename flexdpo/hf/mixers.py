@@ -20,7 +20,7 @@ from transformers.activations import ACT2FN
 
 from flexdpo.attention.row_mask import row_mask_of
 from flexdpo.errors import UnsupportedModelError
-from flexdpo.hf.forward_layout import ATTN_IMPLEMENTATION, along_paths, layout_of_mask, mask_of_row, packed_forward
+from flexdpo.hf.forward_layout import ATTN_IMPLEMENTATION, layout_of_mask, mask_of_row, packed_forward, without_layout
 from flexdpo.hf.mixer_kernels import MixerClass, mixer_class, mixers_of, runs_whole
 from flexdpo.hf.unfolding import run_unfolded, tensors_in
 from flexdpo.hf.unwrap import backbone_of
@@ -133,7 +133,7 @@ def _run_whole(stock: Callable[..., Any], found: MixerClass, mixer: Any, args: A
     kept = [(part, dict(vars(part))) for part in mixer.modules()]
     _in_thread.mixing = None
     try:
-        with along_paths(mixer):
+        with without_layout(mixer, along_paths=True):
             # eager attention, and transformers' FlexAttention, add what is no BlockMask
             attention = getattr(getattr(mixer, "config", None), "_attn_implementation", None)
             added = attention not in (None, "sdpa", ATTN_IMPLEMENTATION)

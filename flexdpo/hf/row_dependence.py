@@ -67,6 +67,14 @@ def limits_of(model: nn.Module) -> LengthLimits:
     return found if isinstance(found, LengthLimits) else LengthLimits()
 
 
+def rope_settings(config: Any) -> list[dict[str, Any]]:
+    """The rotary settings of a config: one for all layers, or one for each type of layer."""
+    found = getattr(config, "rope_parameters", None)
+    if not isinstance(found, dict):
+        return []
+    return [each for each in found.values() if isinstance(each, dict)] or [found]
+
+
 def rotary_modules(backbone: nn.Module) -> Iterator[nn.Module]:
     """Modules that make something of positions alone: no weights, no parts, ``position_ids`` among their arguments."""
     for module in backbone.modules():

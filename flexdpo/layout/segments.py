@@ -50,7 +50,7 @@ class Segments:
             index = np.arange(1, count)
             # behind a token that has another child, or none, a new segment begins
             begins = np.flatnonzero((end[:-1] <= index) | (end[1:] != end[:-1])) + 1
-            first = np.concatenate([[0], begins])[: count or 0]
+            first = np.concatenate([[0], begins])[:count]
             open_segments: list[int] = []
             for start, stop in zip(first.tolist(), [*first[1:].tolist(), count], strict=False):
                 while open_segments and end[starts[open_segments[-1]] - row * layout.length] <= start:

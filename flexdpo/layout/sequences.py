@@ -18,12 +18,12 @@ def is_count(value: Any) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) > 0
 
 
-def require_count(name: str, value: Any, least: int = 1) -> None:
-    """Refuse what is no whole number of at least ``least``."""
+def require_count(name: str, value: Any) -> None:
+    """Refuse what is no whole number above 0."""
     if not isinstance(value, int | np.integer) or isinstance(value, bool):
-        raise FlexdpoError(f"{name} must be a whole number, at least {least}, got {found(value)}")
-    if value < least:
-        raise FlexdpoError(f"{name} must be at least {least}, got {value}")
+        raise FlexdpoError(f"{name} must be a whole number, at least 1, got {found(value)}")
+    if value < 1:
+        raise FlexdpoError(f"{name} must be at least 1, got {value}")
 
 
 def numbered_sequences(lengths: Sequence[Any]) -> list[NDArray[np.int64]]:

@@ -32,17 +32,11 @@ UNLIMITED = Allowance()
 
 @dataclass(frozen=True)
 class Plan:
-    """What runs unpacked.
+    """What runs unpacked."""
 
-    Attributes:
-        responses: Of each row, those whose sequences run unpacked too.
-        gradients: Whether there is a backward pass, packed and unpacked.
-        beside: Whether the noise of a sequence that ran alone is measured beside another one.
-    """
-
-    responses: list[list[int]]
-    gradients: bool
-    beside: bool = True
+    responses: list[list[int]]  # of each row, those whose sequences run unpacked too
+    gradients: bool  # whether there is a backward pass, packed and unpacked
+    beside: bool = True  # whether the noise of a sequence that ran alone is measured beside another one
 
     def cost(self, rows: Sequence[Row], limits: LengthLimits, allowance: Allowance) -> int:
         """Passes of tokens, padding included."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from flexdpo.hf.forward_layout import packed_forward
+from flexdpo.hf.forward_layout import TOKEN_TYPES, packed_forward
 from flexdpo.hf.row_dependence import LengthLimits
 from flexdpo.hf.unwrap import base_model
 from flexdpo.layout.groups import Group
@@ -154,7 +154,7 @@ def _image_inputs(base: Any, input_ids: Tensor, groups: Sequence[Group]) -> dict
     found = {name: value.to(input_ids.device) for name, value in joined.items()}
     takes = inspect.signature(type(base.base_model).forward).parameters
     types = (input_ids == groups[0].image_token_id).long()
-    return {**found, **{name: types for name in ("mm_token_type_ids", "token_type_ids") if name in takes}}
+    return {**found, **{name: types for name in TOKEN_TYPES if name in takes}}
 
 
 @dataclass

@@ -316,10 +316,7 @@ class _Compared:
             again = self.runs.again(row, batches, beside=True, seed=seed)
             values += [(again[response].logps, run.logps) for response, run in once.items()]
             if any(run.gradient is not None for run in once.values()):
-                one, other = (
-                    summed_by_token({r: each.gradient for r, each in of.items()}, row) for of in (again, once)
-                )
-                gradients.append((one, other))
+                gradients.append((_at_tokens(again, row), _at_tokens(once, row)))
             with torch.no_grad():
                 for batch in batches:
                     rounded = again if len(batch) > 1 else self.runs.again(row, [batch], beside=False, seed=seed)

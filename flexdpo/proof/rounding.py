@@ -14,15 +14,11 @@ _HALF_QUANTILE = 0.9
 
 
 class CoarsestRounding(TorchDispatchMode):
-    """Watches every operation for the coarsest dtype: autocast cannot be asked, and norms compute in one of their own.
-
-    Attributes:
-        eps: Of that dtype.
-    """
+    """Watches every operation for the coarsest dtype: autocast cannot be asked, and norms compute in their own."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.eps = 0.0
+        self.eps = 0.0  # of that dtype
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from flexdpo.hf.row_dependence import rope_settings
+
 _LAYERS, _WINDOW, _WIDTH, _VOCABULARY = 4, 8, 256, 256
 # fmt: off
 # of states: their heads and widths go with the hidden size, their own sizes and the chunks of their scans do not
@@ -95,7 +97,7 @@ def shrunk_config(config: Any) -> Any:
     if isinstance(hidden, int):
         _cut_states(text, hidden)
     _cap(text, _CAPS)
-    for rope in _rope_settings(text):
+    for rope in rope_settings(text):
         if rope.get("original_max_position_embeddings", 0) > 2 * _WINDOW:
             rope["original_max_position_embeddings"] = 2 * _WINDOW
     for other in (getattr(cut, name, None) for name in getattr(cut, "sub_configs", {})):
@@ -107,12 +109,6 @@ def shrunk_config(config: Any) -> Any:
         special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), _VOCABULARY - 1)
         _cap(each, {"vocab_size": _VOCABULARY, "vocab_size_per_layer_input": _VOCABULARY, **special})
     return cut
-
-
-def _rope_settings(config: Any) -> list[dict[str, Any]]:
-    """The rotary settings of a config: one for all layers, or one for each type of layer."""
-    found = getattr(config, "rope_parameters", None) or {}
-    return [found, *(each for each in found.values() if isinstance(each, dict))]
 
 
 def _cap(config: Any, sizes: dict[str, int]) -> None:

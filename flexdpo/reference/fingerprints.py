@@ -22,6 +22,8 @@ _WITHOUT_EFFECT = frozenset({
     "return_dict", "output_hidden_states", "output_attentions", "training", "gradient_checkpointing",
     "pad_token_id", "bos_token_id", "eos_token_id", "inference_mode", "base_model_name_or_path", "revision",
 })  # fmt: skip
+# values of a weight that stand for all, evenly spaced
+_SAMPLED = 64
 _FUNCTIONS = (FunctionType, BuiltinFunctionType)
 _BOOKKEEPING = (
     "_attn_implementation", "_experts_implementation", "_flexdpo", "_is_hf", "_hf_", "_is_full_backward",
@@ -68,17 +70,17 @@ def settings_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def weights_sample(model: nn.Module, *, trainable: bool, per_tensor: int = 64) -> str:
+def weights_sample(model: nn.Module, *, trainable: bool) -> str:
     """Return a fingerprint of a few values of every weight: cheap, and another checkpoint has another.
 
-    The weights must be neither sharded nor still to be loaded. ``per_tensor`` values are looked at, evenly spaced, of
-    those that are trained only with ``trainable``.
+    The weights must be neither sharded nor still to be loaded. Those that are trained are looked at only with
+    ``trainable``.
     """
     digest = hashlib.blake2b(digest_size=16)
     for name, parameter in sorted(model.named_parameters()):
         if trainable or not parameter.requires_grad:
             flat = parameter.detach().reshape(-1)
-            few = flat[:: max(1, flat.numel() // per_tensor)].cpu().contiguous().view(torch.uint8)
+            few = flat[:: max(1, flat.numel() // _SAMPLED)].cpu().contiguous().view(torch.uint8)
             digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode() + bytes(few.tolist()))
     return digest.hexdigest()
 

@@ -23,8 +23,8 @@ from flexdpo.training import distribution
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+# brings a policy back to its first weights for a ``with`` block
 AtStart = Callable[[], AbstractContextManager[None]]
-"""Brings a policy back to its first weights for a ``with`` block."""
 
 
 def is_peft_model(model: nn.Module) -> bool:

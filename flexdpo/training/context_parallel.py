@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from flexdpo.errors import FlexdpoError, UnsupportedModelError, found
 from flexdpo.hf.unwrap import base_model
 from flexdpo.layout.row import tile_multiple
+from flexdpo.layout.sequences import is_count
 from flexdpo.layout.shards import shard_of
 from flexdpo.training.distribution import reshard
 
@@ -137,7 +138,7 @@ def _group_of(given: int | DeviceMesh) -> dist.ProcessGroup:
             )
         group: dist.ProcessGroup = given.get_group()
         return group
-    if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+    if not is_count(given):
         raise FlexdpoError(
             f"context_parallel must be a number of processes or a dimension of a mesh, got {found(given)}"
         )
