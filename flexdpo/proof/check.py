@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from flexdpo.errors import FlexdpoError, first_line
+from flexdpo.hf.auto import auto_class
 from flexdpo.hf.mixer_kernels import mixing_ways
 from flexdpo.hf.names import adapter_base, local_path, require_saved
 from flexdpo.hf.rules import refusal_reason
@@ -82,7 +83,7 @@ def check_model(name_or_path: str, *, trust_remote_code: bool = False, revision:
     size = sum(file.stat().st_size for file in Path(name_or_path).expanduser().glob("*.safetensors"))
     try:
         if 0 < size <= _LARGEST_LOADED:
-            probed, load = "saved model", AutoModelForCausalLM.from_pretrained
+            probed, load = "saved model", auto_class(config).from_pretrained
             model = load(name_or_path, dtype=torch.float32, trust_remote_code=trust_remote_code)
         else:
             probed = "tiny model with random weights"
@@ -116,7 +117,7 @@ def _outline(config: Any, trust_remote_code: bool) -> Any:
     """The model without weights: enough for the static rule, whatever its size."""
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            return auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:
         # model classes check their configs in ways of their own
         reason = first_line(error)

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from flexdpo.hf.auto import auto_class
 from flexdpo.hf.row_dependence import rope_settings
 
 _LAYERS, _WINDOW, _WIDTH, _VOCABULARY = 4, 8, 256, 256
@@ -38,7 +39,7 @@ _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "deco
 
 
 def tiny_model(config: Any, *, seed: int = 0, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Build a tiny causal LM of the same kind as ``config`` describes, with random weights, in float64.
+    """Build a tiny model of the same kind as ``config`` describes, with random weights, in float64.
 
     Layers, vocabulary, widths, experts, windows and chunks are cut; heads keep their size and, where more than four
     share a key, their grouping. The weights are drawn so that attention matters: with the usual small ones the
@@ -48,7 +49,7 @@ def tiny_model(config: Any, *, seed: int = 0, trust_remote_code: bool = False) -
     """
     cut = shrunk_config(config)
     with torch.device("meta"):
-        outline = AutoModelForCausalLM.from_config(cut, trust_remote_code=trust_remote_code)
+        outline = auto_class(cut).from_config(cut, trust_remote_code=trust_remote_code)
     parameters = sum(parameter.numel() for parameter in outline.parameters())
     if parameters > 100_000_000:
         # some size was not found
@@ -56,7 +57,7 @@ def tiny_model(config: Any, *, seed: int = 0, trust_remote_code: bool = False) -
     with torch.random.fork_rng(devices=[]):
         # not the generators of devices, which nothing would put back
         torch.default_generator.manual_seed(seed)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        model: PreTrainedModel = auto_class(cut).from_config(
             cut, dtype=torch.float64, trust_remote_code=trust_remote_code
         )
     if type(model)._can_set_experts_implementation():

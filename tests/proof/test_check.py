@@ -14,6 +14,7 @@ from flexdpo import FlexdpoError
 from flexdpo.proof.check import check_model, run_check
 from flexdpo.proof.tiny_models import shrunk_config, tiny_model
 from tests.hf.architectures import available_or_skip, build_model, zoo
+from tests.images.models import KINDS
 
 
 def save_config(config: Any, folder: Path) -> str:
@@ -98,6 +99,12 @@ def test_a_config_file_and_a_saved_model(tmp_path: Path) -> None:
     assert (folder.verdict, folder.probed) == ("exact", "saved model")
     file = check_model(str(tmp_path / "config.json"))
     assert (file.verdict, file.probed) == ("exact", "tiny model with random weights")
+
+
+def test_a_model_of_images_and_text_is_asked_about_its_text(tmp_path: Path) -> None:
+    KINDS["llava"].make().save_pretrained(tmp_path)
+    found = [check_model(str(tmp_path / name)) for name in ("", "config.json")]
+    assert [(each.verdict, each.model_class) for each in found] == [("exact", "LlavaForConditionalGeneration")] * 2
 
 
 def test_a_config_that_cannot_be_run_is_accepted_but_not_proven(
