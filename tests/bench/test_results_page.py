@@ -237,3 +237,12 @@ def test_the_heads_counted_work_has_a_table(tmp_path: Path) -> None:
 def test_a_computed_file_that_lacks_something_is_named(tmp_path: Path, data: dict, message: str) -> None:
     with pytest.raises(FlexdpoError, match=message):
         load_result(write(tmp_path / "results", data))
+
+
+@pytest.mark.parametrize("of", ["the process", "the clock"])
+def test_whose_seconds_those_of_completions_are(tmp_path: Path, of: str) -> None:
+    file = Path(__file__).parents[2] / "notebooks" / "results" / "completions-cpu-tiny.json"
+    data = json.loads(file.read_text(encoding="utf-8"))
+    data["environment"]["seconds_of"] = of
+    page = render_page([load_result(write(tmp_path, data))])
+    assert ("seconds of the process" in page) == (of == "the process")
