@@ -46,8 +46,7 @@ class PackedForward:
     """The layout of one forward in progress."""
 
     module: Any  # the model that took the layout
-    # the batch of rows being run; ``None`` while another prepared model runs without one in between
-    layout: RowLayout | None
+    layout: RowLayout  # the batch of rows being run
     impl: Impl  # the kernel that was asked for
     attention_ran: bool = False  # whether our attention function ran under a mask of this layout
     brings_token_types: bool = False  # whether the call says which tokens are images
@@ -56,7 +55,6 @@ class PackedForward:
     buffers: BufferVersions = field(default_factory=dict)  # which they were when it began
     inputs: dict[str, Any] = field(default_factory=dict)  # its token ids or embeddings
     mixed: set[int] = field(default_factory=set)  # ids of the modules that carried their state along the trie
-    along_paths: bool = False  # whether ``module`` is a part that runs along the path to each leaf, without a layout
     images_encoded: bool = False  # whether the model's features of the row's images were handed out
 
     def tested(self, grad: bool) -> bool:
@@ -69,11 +67,19 @@ class PackedForward:
             setattr(self.module, _TESTED[grad], True)
 
 
+@dataclass(eq=False)
+class _WithoutLayout:
+    """What runs without a row in between: another prepared model, or a part of one that knows no rows."""
+
+    module: Any
+    along_paths: bool = False  # whether it is a part that runs along the path to each leaf
+
+
 class _Forwards(threading.local):
-    """The packed forwards in progress in each thread, innermost last."""
+    """The forwards in progress in each thread, innermost last."""
 
     def __init__(self) -> None:
-        self.stack: list[PackedForward] = []
+        self.stack: list[PackedForward | _WithoutLayout] = []
 
 
 _forwards = _Forwards()
@@ -84,13 +90,13 @@ def packed_forward() -> PackedForward | None:
     if in_thread.asking:
         return None
     forward = _forwards.stack[-1] if _forwards.stack else None
-    return None if forward is None or forward.layout is None else forward
+    return forward if isinstance(forward, PackedForward) else None
 
 
 @contextlib.contextmanager
 def without_layout(module: nn.Module, *, along_paths: bool = False) -> Iterator[None]:
     """Hold no layout while a part of a model runs that knows no rows, or ``along_paths`` to each leaf, as ever."""
-    forward = PackedForward(module, None, "auto", along_paths=along_paths)
+    forward = _WithoutLayout(module, along_paths)
     _forwards.stack.append(forward)
     try:
         yield
@@ -100,7 +106,8 @@ def without_layout(module: nn.Module, *, along_paths: bool = False) -> Iterator[
 
 def runs_along_paths() -> bool:
     """Whether a part of a model runs along the path to each leaf in this thread."""
-    return bool(_forwards.stack) and _forwards.stack[-1].along_paths
+    forward = _forwards.stack[-1] if _forwards.stack else None
+    return isinstance(forward, _WithoutLayout) and forward.along_paths
 
 
 def install_layout_hooks(module: nn.Module, impl: Impl) -> None:
@@ -139,7 +146,7 @@ def _take_layout(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         _forget_interrupted(module)
         # a held layout is kept from a model that runs without one: its own backbone inherits it, nobody else does
         if _forwards.stack and not any(part is module for part in _forwards.stack[-1].module.modules()):
-            _forwards.stack.append(PackedForward(module, None, "auto"))
+            _forwards.stack.append(_WithoutLayout(module))
         return None if (whole := _with_all_positions(module, kwargs)) is kwargs else (args, whole)
     if getattr(module, "_is_replica", False):
         raise UnsupportedModelError(REPLICAS)
@@ -187,9 +194,10 @@ def _release_layout(module: nn.Module, args: Any, kwargs: Any, output: Any) -> N
         return
     forward = _forwards.stack.pop()
     # output is None when the forward raised; its own error says more
-    if forward.layout is not None and output is not None:
-        _require_mixed(module, forward)
-    if forward.states is not None and output is not None:
+    if output is None or not isinstance(forward, PackedForward):
+        return
+    _require_mixed(module, forward)
+    if forward.states is not None:
         if (now := RandomState.now()).differs(forward.states):
             refuse_draws(forward.module, forward.states, now, forward.inputs)
         if (after := _buffer_versions(forward.module)) != forward.buffers:
@@ -215,7 +223,7 @@ def _buffer_versions(module: nn.Module) -> BufferVersions:
 
 def _require_mixed(module: Any, forward: PackedForward) -> None:
     """Stop where something mixed the tokens of a packed row that does not know the row, or left its images out."""
-    if forward.layout is not None and forward.layout.images is not None and not forward.images_encoded:
+    if forward.layout.images is not None and not forward.images_encoded:
         raise UnsupportedModelError(
             f"{type(module).__name__} did not encode the images of a packed row by get_image_features, so flexdpo "
             "cannot tell what stands at its image tokens; train this model without flexdpo"

@@ -101,7 +101,7 @@ class _HandedOut:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         encode = type(self.part).get_image_features
         forward = packed_forward()
-        images = None if forward is None or forward.layout is None else forward.layout.images
+        images = None if forward is None else forward.layout.images
         if forward is None or images is None:
             return encode(self.part, *args, **kwargs)
         before = RandomState.now() if self.part.training and not torch.compiler.is_compiling() else None

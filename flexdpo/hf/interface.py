@@ -53,7 +53,7 @@ _LOOKS_AHEAD = (
 def flexdpo_mask(**kwargs: Any) -> Any:
     """A BlockMask for the row being run, or without a row transformers' SDPA mask, whose arguments it takes."""
     forward = packed_forward()
-    if forward is None or forward.layout is None:
+    if forward is None:
         return sdpa_mask(**kwargs)
     layout, mask_function = forward.layout, kwargs.get("mask_function", causal_mask_function)
     rows, queries, keys = kwargs["batch_size"], kwargs["q_length"], kwargs["kv_length"]
@@ -107,7 +107,7 @@ def mask_kind_of(mask_function: Callable[..., Any]) -> MaskKind:
 def _has_blocks(block_sequence_ids: Tensor) -> bool:
     """Whether images of the row being run see themselves both ways (Gemma 3 and 4); text has the block id -1."""
     forward = packed_forward()
-    if forward is not None and forward.layout is not None and forward.layout.images is not None:
+    if forward is not None and forward.layout.images is not None:
         return True
     # where nothing but text came in, the model made these ids itself; a look at them would wait for the device
     looked_at = forward is None or forward.brings_token_types

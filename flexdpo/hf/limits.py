@@ -26,6 +26,6 @@ def find_limits(module: Any) -> None:
 
 def _go_by_sequences(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:  # noqa: ARG001
     forward = packed_forward()
-    if forward is None or forward.layout is None or forward.layout.longest is None:
+    if forward is None or forward.layout.longest is None:
         return None  # without lengths all sequences were found to be short
     return evaluated_by_side(module, forward.module._flexdpo_limits, forward.layout.longest, args, kwargs)

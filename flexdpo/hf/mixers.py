@@ -81,7 +81,7 @@ def _row_mask(stock: Callable[..., Any]) -> Callable[..., Any]:
     def mask(*args: Any, **kwargs: Any) -> Any:
         forward, config = packed_forward(), kwargs["config"] if "config" in kwargs else args[0]
         # another model may run in between, or after a row that was interrupted
-        if forward is None or forward.layout is None or config is not backbone_of(forward.module).config:
+        if forward is None or config is not backbone_of(forward.module).config:
             return stock(*args, **kwargs)
         # what the model was given counts a shared token as often as it is repeated, where a router's loss wants that
         return mask_of_row(forward.layout)
