@@ -73,6 +73,31 @@ def leave() -> None:
     os._exit(0)
 
 
+def fully_sharded(trainer: type) -> type:
+    """Trainers of this class whose models FSDP2 shards, on a CPU too, where accelerate falls back to DDP."""
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    class FullySharded(trainer):  # type: ignore[misc, valid-type]
+        def create_accelerator_and_postprocess(self) -> None:
+            super().create_accelerator_and_postprocess()
+            state = self.accelerator.state
+            for shared in (state._shared_state, PartialState._shared_state):
+                shared["distributed_type"] = DistributedType.FSDP
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(
+                fsdp_version=2,
+                auto_wrap_policy="transformer_based_wrap",
+                cpu_ram_efficient_loading=False,
+                state_dict_type="SHARDED_STATE_DICT",
+            )
+            if self.args.bf16:
+                state.fsdp_plugin.set_mixed_precision("bf16")
+            self.is_fsdp_enabled = True
+            assert self.accelerator.is_fsdp2
+
+    return FullySharded
+
+
 def free_port() -> int:
     """A port of this machine that nobody listens at."""
     # below the ports that systems hand out, so that no connection made in the meantime takes it

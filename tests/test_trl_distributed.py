@@ -21,26 +21,12 @@ import torch, trl
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 import flexdpo
-from tests.processes import leave
+from tests.processes import fully_sharded, leave
 torch.set_num_threads(1)
 settings = json.loads(sys.argv[1])
 data, model, output, share = (settings.pop(name) for name in ("data", "model", "output", "share"))
 
-class FullySharded(trl.DPOTrainer):
-    # accelerate asks for FSDP on accelerators only and falls back to DDP on a CPU, though FSDP2 runs there
-    def create_accelerator_and_postprocess(self):
-        from accelerate import PartialState
-        from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-        super().create_accelerator_and_postprocess()
-        state = self.accelerator.state
-        for shared in (state._shared_state, PartialState._shared_state):
-            shared["distributed_type"] = DistributedType.FSDP
-        state.fsdp_plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False,
-            state_dict_type="SHARDED_STATE_DICT")
-        self.is_fsdp_enabled = True
-
-Trainer = FullySharded if settings.pop("fsdp2", False) else trl.DPOTrainer
+Trainer = fully_sharded(trl.DPOTrainer) if settings.pop("fsdp2", False) else trl.DPOTrainer
 args = trl.DPOConfig(output, max_steps=6, use_cpu=True, bf16=False, learning_rate=1e-4, report_to="none",
                      disable_tqdm=True, logging_steps=1, save_strategy="no", adam_epsilon=1e-4, max_length=None,
                      per_device_train_batch_size=3, ddp_backend="gloo", **settings)
@@ -53,7 +39,7 @@ if share:
     for each in (trainer.model_wrapped, trainer.ref_model):
         stats = flexdpo.sharing_stats(each)
         assert stats.batches_shared == 6 and not stats.passed_through, stats
-if Trainer is FullySharded:
+if Trainer is not trl.DPOTrainer:
     from torch.distributed.fsdp import FSDPModule
     assert isinstance(trainer.model_wrapped, FSDPModule) and trainer.accelerator.is_fsdp2
     assert isinstance(trainer.ref_model, FSDPModule)

@@ -25,27 +25,10 @@ import torch
 from datasets import Dataset
 from flexdpo import DPOConfig, DPOTrainer
 from flexdpo.training.model_loading import load_model, load_tokenizer
-from tests.processes import leave
+from tests.processes import fully_sharded, leave
 torch.set_num_threads(1)
 settings = json.loads(sys.argv[1])
 data, model, output = settings.pop("data"), settings.pop("model"), settings.pop("output")
-
-class FullySharded(DPOTrainer):
-    # accelerate asks for FSDP on accelerators only and falls back to DDP on a CPU, though FSDP2 runs there
-    def create_accelerator_and_postprocess(self):
-        from accelerate import PartialState
-        from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-        super().create_accelerator_and_postprocess()
-        state = self.accelerator.state
-        for shared in (state._shared_state, PartialState._shared_state):
-            shared["distributed_type"] = DistributedType.FSDP
-        state.fsdp_plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False,
-            state_dict_type="SHARDED_STATE_DICT")
-        if self.args.bf16:
-            state.fsdp_plugin.set_mixed_precision("bf16")
-        self.is_fsdp_enabled = True
-        assert self.accelerator.is_fsdp2
 
 free = settings.pop("free_memory", None)
 if free:
@@ -67,7 +50,7 @@ if settings.pop("trained_adapter", False):
     for parameter in policy.parameters():
         if parameter.requires_grad:
             parameter.data += 0.1 * torch.randn_like(parameter)
-Trainer = FullySharded if settings.pop("fsdp2", False) else DPOTrainer
+Trainer = fully_sharded(DPOTrainer) if settings.pop("fsdp2", False) else DPOTrainer
 if "deepspeed" in settings:
     settings["use_cpu"] = False
 fixed = {"max_steps": 6, "use_cpu": True, "learning_rate": 1e-3, "report_to": "none", "disable_tqdm": True,
@@ -94,7 +77,7 @@ trainer.train(resume_from_checkpoint=resume)
 trainer.evaluate()
 with open(f"{output}.rows.{trainer.args.process_index}.json", "w") as file:
     json.dump(rows, file)
-if Trainer is FullySharded:
+if Trainer is not DPOTrainer:
     from torch.distributed.fsdp import FSDPModule
     assert isinstance(trainer.model_wrapped, FSDPModule) and trainer.accelerator.is_fsdp2
 trainer.save_model(output + "-final")
