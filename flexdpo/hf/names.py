@@ -8,8 +8,8 @@ from pathlib import Path
 
 from flexdpo.errors import FlexdpoError, first_line
 
-_DATA_ENDINGS = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv")
-_PACKED_ENDINGS = (".gz", ".bz2", ".xz")
+_DATA_ENDINGS = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".csv", ".tsv")
+_PACKED_ENDINGS = (".gz", ".bz2", ".xz", ".zst")
 
 
 def local_path(name: str) -> Path | None:

@@ -25,6 +25,7 @@ from datasets.table import MemoryMappedTable
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from flexdpo.data import load
 from flexdpo.data.cache import tokenizer_digest
 from flexdpo.data.draft import SKIP_REASONS, TOKENISED_COLUMNS
 from flexdpo.data.ids import longest_if_usable
@@ -227,7 +228,10 @@ def test_slices_and_unknown_splits_of_a_file(tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["pairs.jsonl", "./pairs", "/no/where", "a/b/c", "~/no-such-thing", "x.parquet", "sub/pairs.csv.gz"]
+    "name",
+    ["./pairs", "/no/where", "a/b/c", "~/no-such-thing", "sub/pairs.csv.gz"]
+    + [f"pairs{ending}" for ending in load._READER_OF_SUFFIX]
+    + [f"pairs.json{ending}" for ending in load._OPENER_OF_SUFFIX if ending],
 )
 def test_missing_path_is_said_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked the network"))
