@@ -10,6 +10,7 @@ from typing import Any
 
 from flexdpo.errors import FlexdpoError, found
 from flexdpo.layout.groups import Group
+from flexdpo.layout.sequences import is_count
 
 # more could not be told apart in a picture, and would take minutes to draw
 MOST_TOKENS = 200_000
@@ -71,7 +72,7 @@ def _branches(value: Any, place: str, ids: Iterator[int]) -> list[list[int]]:
 
 
 def _run(value: Any, place: str, ids: Iterator[int]) -> list[int]:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST_TOKENS:
+    if not is_count(value) or value > MOST_TOKENS:
         raise FlexdpoError(f"{place}: expected a number of tokens from 1 to {MOST_TOKENS:,}, found {found(value)}")
     return [next(ids) for _ in range(value)]
 
