@@ -153,8 +153,9 @@ def _data(estimate: Estimate) -> str:
     beginnings = f"all prompts share {prefixes.common_to_all:,} tokens"
     if prefixes.rows:
         beginnings += (
-            f";\n    {prefixes.rows:,} rows begin like another for 128 tokens or more, in {prefixes.classes:,} ways; "
-            f"most often {prefixes.largest_rows:,} rows for {prefixes.largest_tokens:,} tokens"
+            f";\n    {prefixes.rows:,} rows begin like another for {MIN_SHARED} tokens or more, in "
+            f"{prefixes.classes:,} ways; most often {prefixes.largest_rows:,} rows for "
+            f"{prefixes.largest_tokens:,} tokens"
         )
     if estimate.images is not None:
         lines.append(f"  {estimate.images.line()}")
