@@ -82,6 +82,9 @@ class _Kind:
 
 
 @lru_cache(maxsize=32)
+# whoever asks may have turned off what the model is asked about
+@torch.inference_mode(False)
+@torch.enable_grad()
 def _asked(kind: _Kind) -> tuple[KeptBytes, ...]:
     try:
         model = _without_memory(kind).to(torch.bfloat16)
@@ -151,7 +154,7 @@ class _Saved:
                 model(**row.inputs())
             except _HeadReached:
                 return saved
-        raise RuntimeError("the model has no head that it calls")
+        raise RuntimeError("it calls no head that it names")
 
     def _save(self, tensor: Tensor) -> Tensor:
         if (storage := _storage(tensor)) not in self.seen:
@@ -175,7 +178,8 @@ class _Saved:
         def stop(*_: Any) -> None:
             raise _HeadReached
 
-        handles = [model.get_output_embeddings().register_forward_pre_hook(stop)]
+        head = model.get_output_embeddings()
+        handles = [] if head is None else [head.register_forward_pre_hook(stop)]
         checkpointed = [each for each in model.modules() if isinstance(each, GradientCheckpointingLayer)]
         for layer in decoder_layers(model) or checkpointed:
             handles += [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)]

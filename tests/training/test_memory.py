@@ -138,6 +138,16 @@ def test_a_model_whose_values_decide_is_predicted_by_the_formula(monkeypatch: py
     assert re.fullmatch(r"llama: memory is predicted by a formula .*meta device .*item.* max_tokens_per_row .*", *told)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_model_is_asked_where_nothing_is_kept(mode: Any) -> None:
+    config = LlamaConfig(num_hidden_layers=1, hidden_size=64)
+    want = kept_bytes.kept_bytes(config)
+    kept_bytes._asked.cache_clear()
+    with mode():
+        assert kept_bytes.kept_bytes(config) == want
+        assert not torch.is_grad_enabled()
+
+
 def test_models_are_asked_in_several_threads() -> None:
     torch_asks, configs = torch.is_autocast_enabled, [LlamaConfig(num_hidden_layers=layers) for layers in (1, 2, 3, 4)]
     want = [kept_bytes.kept_bytes(config) for config in configs]
