@@ -100,10 +100,14 @@ def require_trainable(model: nn.Module) -> None:
 
 
 def _require_scale(model: Any) -> None:
-    """Refuse adapters that are multiplied by 0, whose gradients are 0 with them."""
-    scales = [scaling.get(name) for scaling in _scales(model).values() for name in model.active_adapters]
+    """Refuse adapters that are multiplied by 0, whose gradients are 0 with them, where nothing else is trained."""
+    layers = _scales(model)
+    scales = [scaling.get(name) for scaling in layers.values() for name in model.active_adapters]
     scales = [scale for scale in scales if scale is not None]
-    if scales and not any(scales):
+    if not scales or any(scales):
+        return
+    scaled = {weight for name in layers for weight in adapter_weights(model.get_submodule(name))}
+    if scaled.issuperset(weight for weight in model.parameters() if weight.requires_grad):
         raise FlexdpoError(
             f"the adapter {', '.join(model.active_adapters)} is scaled by 0 in every layer, so nothing would be "
             "learned; give its config a lora_alpha above 0, such as twice its r"

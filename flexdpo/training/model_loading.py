@@ -210,7 +210,8 @@ def require_own(model: nn.Module) -> None:
 def vocabulary(model: PreTrainedModel) -> int:
     """How many token ids a model can embed and predict; a ``FlexdpoError`` if it is none to be trained here."""
     require_own(model)
-    if model.get_output_embeddings() is None and not model.can_generate():
+    is_known = type(model).__module__.startswith("transformers.")  # others may have a head and not name it
+    if is_known and model.get_output_embeddings() is None and not model.can_generate():
         raise FlexdpoError(
             f"{type(model).__name__} predicts no tokens, it has no language-model head; load it as a causal LM, such "
             "as with AutoModelForCausalLM.from_pretrained"
