@@ -84,6 +84,8 @@ def read(argv: list[str]) -> tuple[Job, DPOConfig, dict[str, Any]]:
         for name in [name for name, value in vars(found).items() if value == text is not None]:
             raise FlexdpoError(f"--{name} {text} is no JSON ({error}); write it as '{{\"name\": 1}}'") from error
         raise FlexdpoError(f"{' '.join(str(error).split())}; see flexdpo train --help") from error
+    checkpoint = config.resume_from_checkpoint
+    config.resume_from_checkpoint = {"true": True, "false": None}.get(str(checkpoint).lower(), checkpoint)
     return job, config, given
 
 
