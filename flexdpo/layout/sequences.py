@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +18,12 @@ if TYPE_CHECKING:
 def is_count(value: Any) -> bool:
     """Whether something is a whole number above 0."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) > 0
+
+
+def is_finite(value: Any) -> bool:
+    """Whether something is a finite number."""
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    return is_number and math.isfinite(value)
 
 
 def require_count(name: str, value: Any, least: int = 1) -> None:
