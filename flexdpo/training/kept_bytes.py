@@ -196,7 +196,11 @@ def _autocast_known() -> Iterator[None]:
     # one thread after the other, or the second would put back what the first had put there
     with _ASKING:
         asked = torch.is_autocast_enabled
-        torch.is_autocast_enabled = lambda *device: device != ("meta",) and asked(*device)
+
+        def is_enabled(*device: str, **named: str) -> bool:
+            return "meta" not in (*device, *named.values()) and asked(*device, **named)
+
+        torch.is_autocast_enabled = is_enabled
         try:
             yield
         finally:

@@ -154,6 +154,9 @@ def test_models_are_asked_in_several_threads() -> None:
     kept_bytes._asked.cache_clear()
     with ThreadPoolExecutor(4) as threads:
         assert list(threads.map(kept_bytes.kept_bytes, configs)) == want
+    with kept_bytes._autocast_known(), torch.autocast("cpu"):
+        assert torch.is_autocast_enabled(device_type="cpu") is torch.is_autocast_enabled("cpu") is True
+        assert torch.is_autocast_enabled(device_type="meta") is torch.is_autocast_enabled() is False
     # torch is left as it was
     assert torch.is_autocast_enabled is torch_asks
 
