@@ -48,11 +48,11 @@ def load_parts(model: Any, processing_class: Any, args: DPOConfig, *, images: bo
     if isinstance(model, str):
         init_kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
         revision = {name: init_kwargs[name] for name in ("revision",) if name in init_kwargs}
-        trusted = {"trust_remote_code": args.trust_remote_code}
+        trusted = {"trust_remote_code": args.trust_remote_code or init_kwargs.get("trust_remote_code", False)}
         images = images and sees(load_config(model, **trusted, **revision))
         load = load_processor if images else load_tokenizer
         processing_class = processing_class or load(model, **trusted, **revision)
-        model = load_model(model, images=images, **trusted, **init_kwargs)
+        model = load_model(model, images=images, **{**init_kwargs, **trusted})
     elif args.model_init_kwargs:
         raise FlexdpoError(
             f"model_init_kwargs={args.model_init_kwargs} has no effect on a model that is loaded already; give the "
