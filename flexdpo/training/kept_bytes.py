@@ -25,6 +25,7 @@ from flexdpo.errors import first_line
 from flexdpo.hf.auto import auto_class
 from flexdpo.hf.compilation import decoder_layers
 from flexdpo.hf.prepare import prepare_model
+from flexdpo.hf.randomness import disable_dropout
 from flexdpo.hf.unwrap import base_model, unwrapped
 from flexdpo.layout.groups import Group
 from flexdpo.layout.row import Row
@@ -72,13 +73,14 @@ class _Kind:
 
     def __init__(self, config: Any, make: Any) -> None:
         self.config, self.make = config, make
-        self.text = f"{make} {type(config)} {config.to_json_string(use_diff=False)}"
+        # a class may be called like another one
+        self.key = make, type(config), repr(config.to_dict())
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Kind) and self.text == other.text
+        return isinstance(other, _Kind) and self.key == other.key
 
     def __hash__(self) -> int:
-        return hash(self.text)
+        return hash(self.key)
 
 
 @lru_cache(maxsize=32)
@@ -109,7 +111,7 @@ def _without_memory(kind: _Kind) -> Any:
     # other ways to run experts look at which were chosen; AttributeError: a version that has but one way
     with suppress(ValueError, AttributeError):
         model.set_experts_implementation("grouped_mm")
-    prepare_model(model)
+    disable_dropout(prepare_model(model))
     return model.train()
 
 
@@ -164,7 +166,8 @@ class _Saved:
                 self.layers[-1] += size
             else:
                 self.outside += size
-        return tensor
+        # an operation that keeps its own output would keep itself for ever
+        return tensor.detach()
 
     @contextmanager
     def _watching(self, model: Any) -> Iterator[None]:
