@@ -82,6 +82,7 @@ def test_a_run_without_a_step(start: Any) -> None:
             r"modules_to_save=\['foo', 'lm_head'\], and .* has no 'foo' to train",
         ),
         ({"target_parameters": ["foo.weight"]}, "LlamaForCausalLM has no 'foo.weight' to train"),
+        ({"modules_to_save": "lm_head"}, r"modules_to_save='lm_head', where peft takes a list; give \['lm_head'\]"),
     ],
 )
 def test_an_adapter_that_would_learn_nothing(start: Any, config: dict[str, Any], message: str) -> None:
