@@ -199,6 +199,7 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Tensor]) -> Itera
                     module.forward = replacement.own
 
 
+@torch.inference_mode(False)  # where no weight would show by its gradient
 def _measure(model: nn.Module, device: torch.device) -> HeadPlan:
     head = head_of(model)
     if head is None:
