@@ -79,6 +79,7 @@ class ParityReport:
         return self.verdict == "exact"
 
 
+@torch.inference_mode(False)  # gradients are compared
 def parity_probe(model: nn.Module, *, max_tokens: int = 2048, seed: int = 0) -> ParityReport:
     """Run a model packed, unpacked with its own stock attention and packed under a wrong mask, and compare.
 
