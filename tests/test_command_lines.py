@@ -180,6 +180,8 @@ TABLE = [
     ("--ref_model_sync_steps 3", "has no effect without sync_ref_model"),
     ("--lr_scheduler_kwargs {", "--lr_scheduler_kwargs { is no JSON"),
     ("--model_init_kwargs {foo:1}", "--model_init_kwargs {foo:1} is no JSON"),
+    ("--run_name {x} --lr_scheduler_kwargs {", "--lr_scheduler_kwargs { is no JSON"),
+    ("--run_name {x} --load_best_model_at_end --eval_strategy steps --save_strategy epoch", "strategy to match"),
     ('--activation_checkpointing --activation_checkpointing_kwargs {"foo":1}', "has foo=1, which nothing takes"),
     ('--activation_checkpointing --activation_checkpointing_kwargs {"every_n_layers":0}', "every_n_layers=0; give"),
     ("--lr_scheduler_kwargs x", "must be a JSON object"),

@@ -263,6 +263,12 @@ def test_what_is_nothing_to_miss(curve_of: Any, changes: dict[str, Any]) -> None
     assert curve_of(**changes) == curve_of()
 
 
+def test_trust_is_given_to_the_run_or_to_the_model(tmp_path, preferences, saved_model) -> None:
+    for given in ({"trust_remote_code": True}, {"model_init_kwargs": {"trust_remote_code": True}}):
+        trainer = DPOTrainer(str(saved_model("llama")), None, settings(tmp_path, **given), train_dataset=preferences)
+        assert trainer.model.config.num_hidden_layers == 2
+
+
 def test_settings_of_what_is_not_used(tmp_path, tokenizer, preferences, small_model) -> None:
     def train(**changes: Any) -> None:
         DPOTrainer(

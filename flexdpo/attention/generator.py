@@ -19,10 +19,10 @@ from flexdpo.attention.block_masks import build_block_mask
 from flexdpo.attention.kernels import packed_attention
 from flexdpo.attention.mask_mods import CAUSAL, MaskKind, MaskMod, mask_mod_for
 from flexdpo.attention.row_mask import Impl, row_mask_for
-from flexdpo.attention.score_mods import ScoreMod, is_finite, require_softcap
+from flexdpo.attention.score_mods import ScoreMod, require_softcap
 from flexdpo.errors import FlexdpoError, first_line, found
 from flexdpo.layout.row import TILE, Row, RowLayout
-from flexdpo.layout.sequences import is_count
+from flexdpo.layout.sequences import is_count, is_finite
 
 # what kernels compute in
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -64,7 +64,7 @@ def block_mask(
         raise FlexdpoError(
             f"block_size must be at least 1 token, got {block_size!r}; give one number, or those of queries and keys"
         )
-    return build_block_mask(*_mask_of(row, window, chunk, mask_function), block_size=block_size)
+    return build_block_mask(*_mask_of(row, window, chunk, mask_function), block_size=(int(sides[0]), int(sides[1])))
 
 
 def attend(

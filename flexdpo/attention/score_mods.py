@@ -6,17 +6,16 @@ Each returns a ``score_mod(score, batch, head, q_idx, kv_idx) -> score`` as Flex
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from flexdpo.errors import FlexdpoError, found
 from flexdpo.layout.row import Row, RowLayout
+from flexdpo.layout.sequences import is_finite
 
 ScoreMod = Callable[[Tensor, Any, Any, Any, Any], Tensor]
 
@@ -33,12 +32,6 @@ def require_softcap(softcap: Any) -> None:
         raise FlexdpoError(
             f"softcap must be above 0 and finite, got {found(softcap)}; leave it out for scores without a bound"
         )
-
-
-def is_finite(value: Any) -> bool:
-    """Whether something is a finite number."""
-    is_number = isinstance(value, int | float | np.floating) and not isinstance(value, bool)
-    return is_number and bool(-math.inf < value < math.inf)
 
 
 @cache  # the same function for every layer and step, so that nothing compiles again

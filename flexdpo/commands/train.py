@@ -79,19 +79,14 @@ def read(argv: list[str]) -> tuple[Job, DPOConfig, dict[str, Any]]:
         raise
     except (ValueError, TypeError, KeyError, ImportError, OSError, NotImplementedError) as error:
         # transformers' and accelerate's own checks, each with an error of its own
-        _require_json(found)
+        # json itself knows the text and the column; a text of no option is a file's
+        text = error.doc if isinstance(error, json.JSONDecodeError) else None
+        for name in [name for name, value in vars(found).items() if value == text is not None]:
+            raise FlexdpoError(f"--{name} {text} is no JSON ({error}); write it as '{{\"name\": 1}}'") from error
         raise FlexdpoError(f"{' '.join(str(error).split())}; see flexdpo train --help") from error
+    checkpoint = config.resume_from_checkpoint
+    config.resume_from_checkpoint = {"true": True, "false": None}.get(str(checkpoint).lower(), checkpoint)
     return job, config, given
-
-
-def _require_json(found: Any) -> None:
-    """Name the option that begins as JSON and is none; json itself knows only the column."""
-    for name, value in vars(found).items():
-        if isinstance(value, str) and value.startswith("{"):
-            try:
-                json.loads(value)
-            except ValueError as error:
-                raise FlexdpoError(f"--{name} {value} is no JSON ({error}); write it as '{{\"name\": 1}}'") from error
 
 
 def run(argv: list[str]) -> int:

@@ -1,6 +1,5 @@
 """Several datasets as one: each is read as its own columns say, whole, by count or by share, in a fixed order."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from flexdpo.errors import FlexdpoError, found, nearest, quoted
+from flexdpo.layout.sequences import is_finite
 
 _KEYS = ("path", "name", "data_dir", "data_files", "split", "columns", "fraction", "count")
 
@@ -78,7 +78,7 @@ def load_mixture(
         return mixture, None
     if streaming:
         raise FlexdpoError("test_split_size needs the number of rows, which a stream does not tell; give other data")
-    if not isinstance(test_split_size, int | float) or not 0 < test_split_size < 1:
+    if not is_finite(test_split_size) or not 0 < test_split_size < 1:
         raise FlexdpoError(f"test_split_size={test_split_size!r}: use a share of the rows between 0 and 1")
     return _held_out(mixture, test_split_size, seed)
 
@@ -103,7 +103,7 @@ def _entry(given: Any, number: int) -> dict[str, Any]:
 def _share(share: Any, number: int) -> float:
     if share is None:
         raise FlexdpoError(f"datasets, entry {number}: 'fraction' is missing; give it for all datasets or for none")
-    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < math.inf:
+    if not is_finite(share) or share <= 0:
         raise FlexdpoError(f"datasets, entry {number}: fraction={share!r} must be a number above 0")
     return float(share)
 

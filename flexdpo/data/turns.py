@@ -71,18 +71,21 @@ def step_preferences(dataset: Any, *, conversations: str = "conversations", scor
 
 def _as_dataset(rows: list[dict[str, Any]], types: Mapping[str, Any]) -> Dataset:
     """The rows with all their columns; ``types`` are those of the columns that were given, where they are known."""
-    from datasets import Dataset, Features
+    from datasets import Dataset, Features, concatenate_datasets
     from pyarrow import ArrowException
 
     # Dataset.from_list takes the columns of the first row and drops those that only others have
-    names = dict.fromkeys((*_MADE, *(column for row in rows for column in row)))
-    columns = {name: [row.get(name) for row in rows] for name in names}
-    try:
-        made = Dataset.from_dict({name: columns[name] for name in _MADE})
-        known = {name: types[name] for name in columns if name not in _MADE and name in types}
-        return Dataset.from_dict(columns, features=Features({**made.features, **known}) if known else None)
-    except (ArrowException, TypeError, OverflowError) as error:
-        raise FlexdpoError(f"the rows have columns of more than one type: {first_line(error)}") from error
+    columns = []
+    for name in dict.fromkeys((*_MADE, *(column for row in rows for column in row))):
+        features = Features({name: types[name]}) if name in types and name not in _MADE else None
+        try:
+            columns.append(Dataset.from_dict({name: [row.get(name) for row in rows]}, features=features))
+        except (ArrowException, TypeError, OverflowError) as error:
+            raise FlexdpoError(
+                f"column {name!r} of the rows has values of more than one type ({first_line(error)}); give them one, "
+                "or leave the column out"
+            ) from error
+    return concatenate_datasets(columns, axis=1)
 
 
 class _Path:

@@ -118,7 +118,7 @@ def _adapters_moved(model: nn.Module, by: Callable[[torch.Tensor], Any]) -> Iter
     generator = torch.Generator().manual_seed(0)
     try:
         for weight in weights:
-            weight.add_(torch.randn(weight.shape, generator=generator).to(weight) * by(weight))
+            weight.add_(torch.randn(weight.shape, generator=generator, device="cpu").to(weight) * by(weight))
         yield
     finally:
         for weight, value in zip(weights, kept, strict=True):

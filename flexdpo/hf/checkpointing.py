@@ -39,8 +39,9 @@ def enable_checkpointing(model: Any, *, use_reentrant: bool = False, **others: A
 
 
 def _require_known(given: dict[str, Any]) -> None:
-    # those of transformers are told apart by version below
-    names = {"offload", "every_n_layers", *inspect.signature(checkpoint).parameters} - {"function", "args", "kwargs"}
+    # those of transformers are told apart by version below; torch takes preserve_rng_state out of its kwargs
+    names = {"offload", "every_n_layers", "preserve_rng_state", *inspect.signature(checkpoint).parameters}
+    names -= {"function", "args", "kwargs"}
     if unknown := sorted(given.keys() - names):
         raise FlexdpoError(
             f"activation_checkpointing_kwargs has {unknown[0]}={given[unknown[0]]!r}, which nothing takes; take one of "

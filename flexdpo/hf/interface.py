@@ -149,7 +149,7 @@ def _require_positions_only(mask_function: Callable[..., Any]) -> None:
 def _require_causal(mask_function: Callable[..., Any]) -> None:
     """Stop before a mask that looks ahead is cut down to the part of it that does not."""
     try:
-        ahead = mask_function(0, 0, torch.tensor(0), torch.tensor(1))
+        ahead = mask_function(0, 0, torch.tensor(0, device="cpu"), torch.tensor(1, device="cpu"))
     except RecursionError as error:
         raise UnsupportedModelError(
             "the model's attention mask function calls itself without end, so it says nothing about any two "

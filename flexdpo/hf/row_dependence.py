@@ -125,10 +125,10 @@ def _at_one(module: nn.Module, length: int, kwargs: dict[str, Any]) -> list[Tens
     """What a fresh copy gives at position 1 beside the last position of a sequence of ``length`` tokens."""
     # a position beyond a table stops a GPU for good
     fresh = copy.deepcopy(module).to("cpu")
-    x = torch.zeros(1, 2, 1)
+    x = torch.zeros(1, 2, 1, device="cpu")
     # of time, height and width, where frequencies are dealt out to them; not all versions take one for the three
     axes = 3 if "mrope_section" in (getattr(getattr(module, "config", None), "rope_parameters", None) or {}) else 1
-    with torch.no_grad():
+    with torch.no_grad(), torch.device("cpu"):
         # dynamic frequencies stay what the longest sequence made them, until a short one comes
         for last in (1, length - 1):
             positions = torch.tensor([[1, last]])

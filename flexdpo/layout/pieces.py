@@ -99,7 +99,7 @@ def _piece(row: Row, tokens: Ints, parent: int, before: list[Piece], multiple: i
     # what is not written over is padding, which stands at position 0 and sees only itself
     places = np.full(layout.length + 1, -1, dtype=np.int64)
     places[tokens] = np.arange(tokens.size)
-    ends = torch.arange(1, length + 1)[None]
+    ends = torch.arange(1, length + 1, device="cpu")[None]
     # a subtree's last token lies in the piece, or the next piece begins behind it and sees all of this one
     last = places[np.minimum(layout.subtree_end[0].numpy()[tokens], tokens[-1] + 1) - 1]
     ends[0, : tokens.size] = torch.from_numpy(last) + 1
@@ -124,7 +124,7 @@ def _behind(path: RowLayout, own: RowLayout) -> RowLayout:
     path = path.keys or path
     # a path does not branch: what reaches as far as its first token is on it, and the rest is padding
     on_path = path.subtree_end == path.subtree_end[:, :1]
-    alone = torch.arange(1, path.length + 1)
+    alone = torch.arange(1, path.length + 1, device="cpu")
     ends = torch.where(on_path, path.length + own.num_tokens[0], alone)
     return RowLayout(
         torch.cat([path.position_ids, own.position_ids], dim=1),

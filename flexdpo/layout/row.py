@@ -122,7 +122,7 @@ class Row:
             labels=torch.from_numpy(token_ids[targets]),
             member_targets=torch.from_numpy(members.reshape(-1).astype(np.int64)),
             member_responses=torch.from_numpy(np.repeat(np.arange(len(paths)), [path.size for path in paths])),
-            edges=torch.tensor(edges, dtype=torch.int64).reshape(-1, 2),
+            edges=torch.tensor(edges, dtype=torch.int64, device="cpu").reshape(-1, 2),
             groups=tuple(groups),
             documents=documents,
             response_paths=paths,
@@ -270,7 +270,7 @@ class RowShard(RowPart):
 
 def on_device(values: Sequence[Any] | NDArray[np.int64], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Numbers that the host knows, as a tensor on ``device``, without waiting for what runs there."""
-    tensor = torch.tensor(values, dtype=dtype)
+    tensor = torch.tensor(values, dtype=dtype, device="cpu")
     if device.type == "cuda":
         # a copy from memory that may be paged out waits for all work before it
         tensor = tensor.pin_memory()

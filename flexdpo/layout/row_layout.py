@@ -93,7 +93,7 @@ class RowLayout:
         if device.type != "cpu":
             # a look at the values would wait for the device, and rows are made on the host
             return
-        index = torch.arange(length)
+        index = torch.arange(length, device=device)
         wrong = (self.subtree_end <= index) | (self.subtree_end > length) | (self.position_ids < 0)
         if bool(wrong.any()):
             row, token = wrong.nonzero()[0].tolist()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,12 +20,18 @@ def is_count(value: Any) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) > 0
 
 
-def require_count(name: str, value: Any) -> None:
-    """Refuse what is no whole number above 0."""
+def is_finite(value: Any) -> bool:
+    """Whether something is a finite number."""
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    return is_number and math.isfinite(value)
+
+
+def require_count(name: str, value: Any, least: int = 1) -> None:
+    """Refuse what is no whole number of at least ``least``."""
     if not isinstance(value, int | np.integer) or isinstance(value, bool):
-        raise FlexdpoError(f"{name} must be a whole number, at least 1, got {found(value)}")
-    if value < 1:
-        raise FlexdpoError(f"{name} must be at least 1, got {value}")
+        raise FlexdpoError(f"{name} must be a whole number, at least {least}, got {found(value)}")
+    if value < least:
+        raise FlexdpoError(f"{name} must be at least {least}, got {value}")
 
 
 def numbered_sequences(lengths: Sequence[Any]) -> list[NDArray[np.int64]]:

@@ -96,7 +96,7 @@ def _shard(row: Row, tokens: NDArray[np.int64], context: ContextShard) -> RowSha
     predictors = places[row.predictors.numpy()]
     targets = torch.from_numpy(np.flatnonzero(predictors >= 0))
     # each token ends behind itself here: which of the others it sees cannot be said within the shard
-    alone = torch.arange(1, len(index) + 1)[None]
+    alone = torch.arange(1, len(index) + 1, device="cpu")[None]
     layout = RowLayout(subtree_end=alone, num_tokens=(_real(row.layout, index),), **row.layout.vectors_at(index))
     layout.shard = context
     return RowShard.of(
@@ -105,7 +105,7 @@ def _shard(row: Row, tokens: NDArray[np.int64], context: ContextShard) -> RowSha
 
 
 def _chunk(layout: RowLayout, start: int, stop: int) -> RowLayout:
-    tokens, seen = torch.arange(start, stop), torch.arange(stop)
+    tokens, seen = torch.arange(start, stop, device="cpu"), torch.arange(stop, device="cpu")
     ends = layout.subtree_end[:, :stop].clamp(max=stop)
     chunk = RowLayout(
         subtree_end=ends[:, start:] - start, num_tokens=(_real(layout, tokens),), **layout.vectors_at(tokens)

@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from flexdpo.errors import FlexdpoError
+from flexdpo.errors import FlexdpoError, found
 from flexdpo.hf.unwrap import base_model
 from flexdpo.objective.linear_logps import IDENTITY, LogitTransform, TargetLogps, linear_logps, module_logps
 
@@ -199,6 +199,7 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Tensor]) -> Itera
                     module.forward = replacement.own
 
 
+@torch.inference_mode(False)  # where no weight would show by its gradient
 def _measure(model: nn.Module, device: torch.device) -> HeadPlan:
     head = head_of(model)
     if head is None:
@@ -222,7 +223,7 @@ def _measure(model: nn.Module, device: torch.device) -> HeadPlan:
     # compiled layers run as they are here: they would be compiled for these two tokens alone
     eager = torch.compiler.set_stance("force_eager")
     with torch.no_grad(), eager, replaced_forward(head, forward):
-        output = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits
+        output = logits_of(model, input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
     if len(seen) != 1:
         return HeadPlan(obstacle=f"it calls its output embeddings {len(seen)} times per forward pass")
     ((positions, ramp),) = seen
@@ -234,6 +235,18 @@ def _measure(model: nn.Module, device: torch.device) -> HeadPlan:
     if transform is None:
         return HeadPlan(obstacle="it changes its logits in a way that is neither a scale nor a softcap")
     return HeadPlan(len(ramp), transform)
+
+
+def logits_of(model: nn.Module, **inputs: Any) -> Tensor:
+    """Run a model to its logits, ``[B, S, V]``; a ``FlexdpoError`` if it returns anything else."""
+    output = model(**inputs)
+    logits = getattr(output, "logits", None)
+    if not isinstance(logits, torch.Tensor) or logits.ndim != 3:
+        raise FlexdpoError(
+            f"{type(base_model(model)).__name__} returns {found(output)} without logits [rows, tokens, vocabulary]; "
+            "load a causal LM, or let its forward return an output with such logits"
+        )
+    return logits
 
 
 def recognise_transform(logits: Tensor, transformed: Tensor, config: Any) -> LogitTransform | None:

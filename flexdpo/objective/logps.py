@@ -20,7 +20,7 @@ from flexdpo.layout.groups import numbered
 from flexdpo.layout.row import Row
 from flexdpo.objective.gathered import gathered_targets
 from flexdpo.objective.linear_logps import TargetLogps, logits_logps
-from flexdpo.objective.lm_head import head_logps, head_plan
+from flexdpo.objective.lm_head import head_logps, head_plan, logits_of
 from flexdpo.objective.piecewise import piecewise_logps, require_attention_only
 
 if TYPE_CHECKING:
@@ -89,13 +89,13 @@ def _from_logits(model: nn.Module, row: Row, obstacle: str, with_log_sum_squares
         logger.warning_once(
             f"{name}: the logits of all targets are held at once, since {obstacle}; this costs memory, not exactness"
         )
-        logits = model(**row.inputs(), logits_to_keep=row.predictors).logits[0]
+        logits = logits_of(model, **row.inputs(), logits_to_keep=row.predictors)[0]
     else:
         logger.warning_once(
             f"{name}: logits are computed for the whole row and those of prompts are thrown away, since {obstacle} and "
             "it takes no logits_to_keep; this costs memory and time, not exactness"
         )
-        logits = model(**row.inputs()).logits[0, row.predictors]
+        logits = logits_of(model, **row.inputs())[0, row.predictors]
     return logits_logps(logits, row.labels, with_log_sum_squares=with_log_sum_squares)
 
 

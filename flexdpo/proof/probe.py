@@ -79,6 +79,7 @@ class ParityReport:
         return self.verdict == "exact"
 
 
+@torch.inference_mode(False)  # gradients are compared
 def parity_probe(model: nn.Module, *, max_tokens: int = 2048, seed: int = 0) -> ParityReport:
     """Run a model packed, unpacked with its own stock attention and packed under a wrong mask, and compare.
 
@@ -292,7 +293,7 @@ def _run(
     logits, scores = [found[path] for path in paths.values()], []
     for seed, each in zip(paths, logits, strict=True):
         # every logit is weighed at random: the gradient then says on what each of them depends
-        weights = torch.randn(each.shape, generator=torch.Generator().manual_seed(seed)).to(each)
+        weights = torch.randn(each.shape, generator=torch.Generator().manual_seed(seed), device="cpu").to(each)
         scores.append((weights * each).sum() / each.shape[-1])
     # not autograd.grad, which reentrant checkpoints do not know
     torch.stack(scores).sum().backward()

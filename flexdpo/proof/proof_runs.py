@@ -142,7 +142,10 @@ class Runs:
         """At what the last pass, or those of a row's pieces, embedded, of log-probabilities of some responses."""
         # one random weight for every token of a response: the gradient then says on what each one depends
         scores = [
-            (values * torch.randn(len(values), generator=torch.Generator().manual_seed(response)).to(values)).sum()
+            (
+                values
+                * torch.randn(len(values), generator=torch.Generator().manual_seed(response), device="cpu").to(values)
+            ).sum()
             for response, values in logps.items()
         ]
         return self.listener.gradient(torch.stack(scores).sum(), pieces) if scores else None

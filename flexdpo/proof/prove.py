@@ -153,6 +153,7 @@ class Proof:
         return f"{proved}; {seen} among them, gradients of the parts that see them were not compared"
 
 
+@torch.inference_mode(False)  # gradients are compared
 def prove(
     model: nn.Module,
     groups: Sequence[Group],

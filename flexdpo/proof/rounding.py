@@ -29,7 +29,7 @@ class CoarsestRounding(TorchDispatchMode):
 
 def rounded_otherwise(embedded: Tensor, rounding: float, seed: int = 0) -> Tensor:
     """Move every number by about ``rounding``, relative to itself: another batch alone may happen to round alike."""
-    noise = torch.randn(embedded.shape, generator=torch.Generator().manual_seed(seed)).to(embedded)
+    noise = torch.randn(embedded.shape, generator=torch.Generator().manual_seed(seed), device="cpu").to(embedded)
     return embedded + embedded * noise * rounding
 
 

@@ -79,7 +79,7 @@ def draw_weights(model: nn.Module, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     for parameter in model.parameters():
-        noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+        noise = torch.randn(parameter.shape, generator=generator, device="cpu").to(parameter)
         if id(parameter) in embeddings:
             parameter.copy_(0.7 * noise)
         elif parameter.ndim >= 2:

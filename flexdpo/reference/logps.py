@@ -254,9 +254,9 @@ def _row_of(clusters: _PlannedRow, pad_to_multiple_of: int) -> Row:
         images: dict[str, Any] = {"images": first.images, "image_token_id": first.image_token_id}
         groups.append(Group(first.sequence[:shared].astype(np.int64), responses, name=first.name, **images))
     row = Row.from_groups(groups, pad_to_multiple_of=pad_to_multiple_of)
-    tails = torch.tensor([item.tail for cluster in clusters for item in cluster])
+    tails = torch.tensor([item.tail for cluster in clusters for item in cluster], device="cpu")
     ends = torch.bincount(row.member_responses, minlength=row.num_responses).cumsum(0)
-    wanted = torch.arange(len(row.member_responses)) >= (ends - tails)[row.member_responses]
+    wanted = torch.arange(len(row.member_responses), device="cpu") >= (ends - tails)[row.member_responses]
     targets, members = row.member_targets[wanted].unique(return_inverse=True)
     kept: dict[str, Any] = {"predictors": row.predictors[targets], "labels": row.labels[targets]}
     return replace(row, member_targets=members, member_responses=row.member_responses[wanted], **kept)

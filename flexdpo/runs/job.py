@@ -30,7 +30,7 @@ from transformers.utils import (
 from flexdpo.config import DPOConfig
 from flexdpo.data.stream import StreamedPreferences
 from flexdpo.errors import FlexdpoError, Interrupted, first_line
-from flexdpo.hf.names import local_path
+from flexdpo.hf.names import adapter_base, local_path
 from flexdpo.layout.row import TILE
 from flexdpo.runs.ready import require_ready, require_room_on_disk
 from flexdpo.runs.run_file import RUN_FILE, write_run_file
@@ -117,8 +117,7 @@ def _run(job: Job, config: DPOConfig, given: Mapping[str, Any], output: Path) ->
         )
     # training begins a history of its own
     history = list(trainer.state.log_history)
-    checkpoint = str(config.resume_from_checkpoint or "false")
-    trainer.train(resume_from_checkpoint={"true": True, "false": None}.get(checkpoint.lower(), checkpoint))
+    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     after = trainer.evaluate() if eval_data is not None else {}
     trainer.save_model()
     trainer.figures = figures = figures_of(trainer, before, after)
@@ -162,11 +161,12 @@ def require_output_dir(config: DPOConfig, *, overwrite: bool, model: str = "") -
     """
     output = Path(str(config.output_dir))
     if overwrite and config.process_index == 0 and not config.resume_from_checkpoint:
-        source = local_path(model) if model else None
-        if source is not None and source.resolve().is_relative_to(output.resolve()):
-            raise FlexdpoError(
-                f"--overwrite_output_dir would remove {model}, the model that is trained; give another --output_dir"
-            )
+        for name in filter(None, (model, model and adapter_base(model))):
+            source = local_path(name)
+            if source is not None and source.resolve().is_relative_to(output.resolve()):
+                raise FlexdpoError(
+                    f"--overwrite_output_dir would remove {name}, the model that is trained; give another --output_dir"
+                )
         foreign = [path for pattern in _WEIGHTS for path in output.glob(pattern)]
         if foreign and not any((output / name).is_file() for name in (RUN_FILE, METRICS_FILE)):
             raise FlexdpoError(
@@ -188,7 +188,11 @@ def remove_earlier_run(output: Path) -> None:
     Files that no run writes stay.
     """
     for folder in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        shutil.rmtree(folder)
+        # one that somebody has copied to another name stays, and what was moved and linked to loses its link alone
+        if folder.is_symlink():
+            folder.unlink()
+        elif folder.is_dir() and folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-").isdecimal():
+            shutil.rmtree(folder)
     for pattern in _WRITTEN:
         for file in output.glob(pattern):
             file.unlink()

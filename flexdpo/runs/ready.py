@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,10 +27,10 @@ def require_ready(job: Job, config: DPOConfig) -> None:
     """
     _require_evaluation(job, config)
     _require_packages(config)
-    checkpoint = str(config.resume_from_checkpoint or "false")
-    if checkpoint.lower() == "true":
+    checkpoint: Any = config.resume_from_checkpoint
+    if checkpoint is True:
         last_checkpoint(Path(str(config.output_dir)))
-    elif checkpoint.lower() != "false" and not (Path(checkpoint) / RECORD_FILE).is_file():
+    elif checkpoint and not (Path(checkpoint) / RECORD_FILE).is_file():
         raise FlexdpoError(
             f"--resume_from_checkpoint {checkpoint} is no complete checkpoint of flexdpo; give a folder checkpoint-N, "
             "or true for the last one"

@@ -52,7 +52,11 @@ def add_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
             f"{peft_config.peft_type} puts extra tokens before every prompt, which packed rows do not have; use LoRA"
         )
     # peft adds its own names, and takes any list of which it finds one
-    asked = {name: _names(getattr(peft_config, name, None)) for name in ("modules_to_save", "target_parameters")}
+    asked = {name: getattr(peft_config, name, None) or [] for name in ("modules_to_save", "target_parameters")}
+    for setting, names in asked.items():
+        if isinstance(names, str):
+            # it would look for layers that are called like its letters
+            raise FlexdpoError(f"peft_config has {setting}={names!r}, where peft takes a list; give [{names!r}]")
     try:
         wrapped: Any = peft.get_peft_model(model, peft_config)
     except Exception as error:  # each kind has conditions of its own, and errors for them
@@ -69,17 +73,13 @@ def add_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
         "target_parameters": getattr(wrapped.base_model, "targeted_parameter_names", []),
     }
     for setting, names in asked.items():
-        lost = [name for name in names if not any(each.endswith(name) for each in adapted[setting])]
+        lost = [name for name in sorted(names) if not any(each.endswith(name) for each in adapted[setting])]
         if lost:
             raise FlexdpoError(
-                f"peft_config asks for {setting}={names}, and {type(model).__name__} has no {quoted(lost)} to "
+                f"peft_config asks for {setting}={sorted(names)}, and {type(model).__name__} has no {quoted(lost)} to "
                 "train; name what it has (model.named_parameters()), or leave it out"
             )
     return wrapped  # type: ignore[no-any-return]
-
-
-def _names(given: Any) -> list[str]:
-    return [given] if isinstance(given, str) else sorted(given or ())
 
 
 def require_trainable(model: nn.Module) -> None:
@@ -100,10 +100,14 @@ def require_trainable(model: nn.Module) -> None:
 
 
 def _require_scale(model: Any) -> None:
-    """Refuse adapters that are multiplied by 0, whose gradients are 0 with them."""
-    scales = [scaling.get(name) for scaling in _scales(model).values() for name in model.active_adapters]
+    """Refuse adapters that are multiplied by 0, whose gradients are 0 with them, where nothing else is trained."""
+    layers = _scales(model)
+    scales = [scaling.get(name) for scaling in layers.values() for name in model.active_adapters]
     scales = [scale for scale in scales if scale is not None]
-    if scales and not any(scales):
+    if not scales or any(scales):
+        return
+    scaled = {weight for name in layers for weight in adapter_weights(model.get_submodule(name))}
+    if scaled.issuperset(weight for weight in model.parameters() if weight.requires_grad):
         raise FlexdpoError(
             f"the adapter {', '.join(model.active_adapters)} is scaled by 0 in every layer, so nothing would be "
             "learned; give its config a lora_alpha above 0, such as twice its r"

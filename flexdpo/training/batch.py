@@ -139,7 +139,8 @@ class PackingCollator:
 
 
 def _reference_of(row: Row, reference: _Values, pairs: _Pairs | None) -> ReferenceLogps:
-    sums = torch.tensor([value for number in row.numbers for value in reference[number]], dtype=torch.float64)
+    of_responses = [value for number in row.numbers for value in reference[number]]
+    sums = torch.tensor(of_responses, dtype=torch.float64, device="cpu")
     if len(sums) != row.num_responses:
         raise FlexdpoError(
             f"{row.groups[0].name} and the groups beside it have {row.num_responses} responses but {len(sums)} "
@@ -148,7 +149,7 @@ def _reference_of(row: Row, reference: _Values, pairs: _Pairs | None) -> Referen
     if pairs is None:
         return ReferenceLogps(sums)
     of_pairs = [list(values) for number in row.numbers for values in pairs[number]]
-    return ReferenceLogps(sums, torch.tensor(of_pairs, dtype=torch.float64).reshape(-1, 2))
+    return ReferenceLogps(sums, torch.tensor(of_pairs, dtype=torch.float64, device="cpu").reshape(-1, 2))
 
 
 def distinct_examples(example_rows: torch.Tensor, args: TrainingArguments, accelerator: Accelerator) -> list[int]:

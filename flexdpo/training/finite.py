@@ -79,7 +79,7 @@ class StepGuard(TrainerCallback):
         with self.all_or_nothing():
             device = next(self.model.parameters()).device
             losses = torch.stack([each.result.loss.detach().to(device) for each in ran]) if ran else torch.zeros(1)
-            total = torch.zeros(()) if norm is None else torch.as_tensor(norm).detach()
+            total = torch.zeros(()) if norm is None else torch.as_tensor(norm, device=device).detach()
             # a sharded gradient's norm is sharded too
             total = total.full_tensor() if hasattr(total, "full_tensor") else total
             bad = torch.stack([~torch.isfinite(losses.to(device)).all(), ~torch.isfinite(total.to(device))]).int()

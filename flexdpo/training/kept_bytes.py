@@ -25,6 +25,7 @@ from flexdpo.errors import first_line
 from flexdpo.hf.auto import auto_class
 from flexdpo.hf.compilation import decoder_layers
 from flexdpo.hf.prepare import prepare_model
+from flexdpo.hf.randomness import disable_dropout
 from flexdpo.hf.unwrap import base_model, unwrapped
 from flexdpo.layout.groups import Group
 from flexdpo.layout.row import Row
@@ -72,16 +73,20 @@ class _Kind:
 
     def __init__(self, config: Any, make: Any) -> None:
         self.config, self.make = config, make
-        self.text = f"{make} {type(config)} {config.to_json_string(use_diff=False)}"
+        # a class may be called like another one
+        self.key = make, type(config), repr(config.to_dict())
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Kind) and self.text == other.text
+        return isinstance(other, _Kind) and self.key == other.key
 
     def __hash__(self) -> int:
-        return hash(self.text)
+        return hash(self.key)
 
 
 @lru_cache(maxsize=32)
+# whoever asks may have turned off what the model is asked about
+@torch.inference_mode(False)
+@torch.enable_grad()
 def _asked(kind: _Kind) -> tuple[KeptBytes, ...]:
     try:
         model = _without_memory(kind).to(torch.bfloat16)
@@ -106,7 +111,7 @@ def _without_memory(kind: _Kind) -> Any:
     # other ways to run experts look at which were chosen; AttributeError: a version that has but one way
     with suppress(ValueError, AttributeError):
         model.set_experts_implementation("grouped_mm")
-    prepare_model(model)
+    disable_dropout(prepare_model(model))
     return model.train()
 
 
@@ -151,7 +156,7 @@ class _Saved:
                 model(**row.inputs())
             except _HeadReached:
                 return saved
-        raise RuntimeError("the model has no head that it calls")
+        raise RuntimeError("it calls no head that it names")
 
     def _save(self, tensor: Tensor) -> Tensor:
         if (storage := _storage(tensor)) not in self.seen:
@@ -161,7 +166,8 @@ class _Saved:
                 self.layers[-1] += size
             else:
                 self.outside += size
-        return tensor
+        # an operation that keeps its own output would keep itself for ever
+        return tensor.detach()
 
     @contextmanager
     def _watching(self, model: Any) -> Iterator[None]:
@@ -175,7 +181,8 @@ class _Saved:
         def stop(*_: Any) -> None:
             raise _HeadReached
 
-        handles = [model.get_output_embeddings().register_forward_pre_hook(stop)]
+        head = model.get_output_embeddings()
+        handles = [] if head is None else [head.register_forward_pre_hook(stop)]
         checkpointed = [each for each in model.modules() if isinstance(each, GradientCheckpointingLayer)]
         for layer in decoder_layers(model) or checkpointed:
             handles += [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)]
@@ -192,7 +199,11 @@ def _autocast_known() -> Iterator[None]:
     # one thread after the other, or the second would put back what the first had put there
     with _ASKING:
         asked = torch.is_autocast_enabled
-        torch.is_autocast_enabled = lambda *device: device != ("meta",) and asked(*device)
+
+        def is_enabled(*device: str, **named: str) -> bool:
+            return "meta" not in (*device, *named.values()) and asked(*device, **named)
+
+        torch.is_autocast_enabled = is_enabled
         try:
             yield
         finally:

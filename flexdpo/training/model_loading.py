@@ -48,11 +48,11 @@ def load_parts(model: Any, processing_class: Any, args: DPOConfig, *, images: bo
     if isinstance(model, str):
         init_kwargs = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
         revision = {name: init_kwargs[name] for name in ("revision",) if name in init_kwargs}
-        trusted = {"trust_remote_code": args.trust_remote_code}
+        trusted = {"trust_remote_code": args.trust_remote_code or init_kwargs.get("trust_remote_code", False)}
         images = images and sees(load_config(model, **trusted, **revision))
         load = load_processor if images else load_tokenizer
         processing_class = processing_class or load(model, **trusted, **revision)
-        model = load_model(model, images=images, **trusted, **init_kwargs)
+        model = load_model(model, images=images, **{**init_kwargs, **trusted})
     elif args.model_init_kwargs:
         raise FlexdpoError(
             f"model_init_kwargs={args.model_init_kwargs} has no effect on a model that is loaded already; give the "
@@ -210,7 +210,8 @@ def require_own(model: nn.Module) -> None:
 def vocabulary(model: PreTrainedModel) -> int:
     """How many token ids a model can embed and predict; a ``FlexdpoError`` if it is none to be trained here."""
     require_own(model)
-    if model.get_output_embeddings() is None and not model.can_generate():
+    is_known = type(model).__module__.startswith("transformers.")  # others may have a head and not name it
+    if is_known and model.get_output_embeddings() is None and not model.can_generate():
         raise FlexdpoError(
             f"{type(model).__name__} predicts no tokens, it has no language-model head; load it as a causal LM, such "
             "as with AutoModelForCausalLM.from_pretrained"

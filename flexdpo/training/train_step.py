@@ -139,7 +139,7 @@ class _Step:
             self.guard.ran.append(Ran(self.runner, batch, result))
             limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
             clip = self.guard.accelerator or torch.nn.utils
-            norm = torch.as_tensor(clip.clip_grad_norm_(model.parameters(), limit))
+            norm = torch.as_tensor(clip.clip_grad_norm_(model.parameters(), limit), device=device)
             self.guard.require_finite(norm)
         self.optimizer.step()
         self.optimizer.zero_grad()

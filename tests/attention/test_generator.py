@@ -127,9 +127,9 @@ def test_masks_are_the_definitions(row: Row, mask: str) -> None:
     want = wanted_mask(row, MASKS[mask])
     got = flexdpo.mask_mod(row, **MASKS[mask])
     torch.testing.assert_close(create_mask(got, 1, HEADS, length, length, device="cpu")[0], want)
-    for size in (128, 16, (8, 32)):
+    for size in (128, np.int64(16), (8, 32)):
         made = flexdpo.block_mask(row, block_size=size, **MASKS[mask])
-        theirs = create_block_mask(made.mask_mod, 1, HEADS, length, length, device="cpu", BLOCK_SIZE=size)
+        theirs = create_block_mask(made.mask_mod, 1, HEADS, length, length, device="cpu", BLOCK_SIZE=made.BLOCK_SIZE)
         ours, allowed = made.to_dense().bool(), theirs.to_dense().bool()
         assert not (allowed & ~ours).any(), "a tile with something to see is missing"
         torch.testing.assert_close(create_mask(made.mask_mod, 1, HEADS, length, length, device="cpu")[0], want)
@@ -138,7 +138,7 @@ def test_masks_are_the_definitions(row: Row, mask: str) -> None:
 @pytest.mark.parametrize("extras", ["plain", "softcap", "sinks", "alibi", "all"])
 @pytest.mark.parametrize("mask", MASKS)
 def test_attention_and_every_gradient(row: Row, mask: str, extras: str) -> None:
-    softcap = 1.5 if extras in ("softcap", "all") else None
+    softcap = np.int64(2) if extras in ("softcap", "all") else None
     sinks = torch.linspace(-1, 1, HEADS, dtype=torch.float64).requires_grad_() if extras in ("sinks", "all") else None
     slopes = SLOPES.clone().requires_grad_() if extras in ("alibi", "all") else None
     heads = inputs(row, value_dim=5 if extras == "all" else 8)

@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from datasets import Dataset
 
@@ -65,13 +66,13 @@ def test_counts_and_shares(files: list[str], tokenizer: Any) -> None:
     assert sizes(load_mixture(entries(files, count=[5, None, 2]))[0]) == [5, 8, 2]
     # as many as none of them runs out of: 6 are a quarter
     assert sizes(load_mixture(entries(files, fraction=[1, 2, 1]))[0]) == [4, 8, 4]
-    assert sizes(load_mixture(entries(files, fraction=[0.5, 0.25, 0.25]))[0]) == [12, 6, 6]
+    assert sizes(load_mixture(entries(files, fraction=[*np.float32([0.5, 0.25]), 0.25]))[0]) == [12, 6, 6]
     assert sizes(load_mixture(files[::2])[0]) == [12, 6]
 
 
 def test_held_out_rows(files: list[str], tokenizer: Any) -> None:
     train, test = load_mixture(entries(files), test_split_size=0.25, seed=3)
-    again, same = load_mixture(entries(files), test_split_size=0.25, seed=3)
+    again, same = load_mixture(entries(files), test_split_size=np.float32(0.25), seed=3)
     assert test is not None
     assert same is not None
     rows = [[row for part in mixture.parts for row in part.data.to_list()] for mixture in (train, test)]

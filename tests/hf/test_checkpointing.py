@@ -53,14 +53,16 @@ def test_a_model_without_any_is_named() -> None:
 
 
 @pytest.mark.usefixtures("_no_warning")
-@pytest.mark.parametrize("settings", [{}, {"use_reentrant": True}, '{"use_reentrant": true}'], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"use_reentrant": True}, '{"use_reentrant": true}', {"preserve_rng_state": False}], ids=str
+)
 def test_the_setting_has_one_name_on_every_transformers(settings: Any, tmp_path: Path) -> None:
     args = DPOConfig(
         str(tmp_path), use_cpu=True, activation_checkpointing=True, activation_checkpointing_kwargs=settings
     )
     known = checkpointing_name(TrainingArguments)
     assert getattr(args, known) is args.activation_checkpointing is True
-    wanted = {"use_reentrant": True} if settings else {}
+    wanted = {"use_reentrant": True} if isinstance(settings, str) else settings
     assert getattr(args, f"{known}_kwargs") == args.activation_checkpointing_kwargs == wanted
 
 

@@ -111,8 +111,12 @@ def with_factor(trained: bool) -> Any:
     return model
 
 
-def test_a_trained_factor_behind_the_head_gets_its_gradient() -> None:
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_a_trained_factor_behind_the_head_gets_its_gradient(mode: Any) -> None:
     model = with_factor(trained=True)
+    # a model that is scored before it is trained is measured for both
+    with mode():
+        response_logps(model, a_row())
     assert heads.head_plan(model).obstacle == "a trained weight takes part in what it does to its logits"
     assert_as_by_logits(model, a_row())
     response_logps(model, a_row()).sums.sum().backward()

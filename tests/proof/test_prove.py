@@ -21,6 +21,7 @@ from flexdpo import (
     Row,
     RowLayout,
     UnsupportedModelError,
+    parity_probe,
     prepare_model,
     prove,
 )
@@ -82,6 +83,13 @@ def test_float64_is_proved_to_its_own_rounding(changes: dict[str, Any], small_mo
     assert proof.value_error < 1e-14
     assert proof.gradient_error < 1e-13
     assert proof.line().startswith("proved on 4 examples: log-probabilities within ")
+
+
+def test_gradients_are_compared_where_none_are_wanted(small_model: Any) -> None:
+    model = small_model()
+    with torch.inference_mode():
+        assert prove(model, odd_groups(np.random.default_rng(0))).examples == 4
+        assert parity_probe(model).exact
 
 
 def test_nothing_is_left_behind(small_model: Any) -> None:

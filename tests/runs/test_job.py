@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -61,10 +62,17 @@ def test_nothing_is_left_of_a_run_that_is_written_over(job, capsys) -> None:
     Path("out", "notes.txt").write_text("kept")
     assert Path("out/checkpoint-4").is_dir()
     again = [*job, "--max_steps", "3", "--save_steps", "2", "--logging_steps", "1", "--overwrite_output_dir", "true"]
+    again += ["--resume_from_checkpoint", "false"]
+    shutil.copytree("out/checkpoint-4", "out/checkpoint-best")
+    Path("out/checkpoint-2").rename("moved")
+    Path("out/checkpoint-2").symlink_to(Path("moved").resolve())
     assert main([*again, "--output_dir", "out"]) == 0
     # neither the old adapter, which would be laid over the new model, nor a checkpoint to go on from by mistake
     assert not list(Path("out").glob("adapter*"))
-    assert sorted(path.name for path in Path("out").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+    assert sorted(path.name for path in Path("out").glob("checkpoint-*")) == [
+        *("checkpoint-2", "checkpoint-3", "checkpoint-best")
+    ]
+    assert list(Path("moved").glob("adapter*"))
     steps = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in steps if "loss" in line] == [1, 2, 3]
     assert Path("out/notes.txt").read_text() == "kept"
@@ -72,7 +80,11 @@ def test_nothing_is_left_of_a_run_that_is_written_over(job, capsys) -> None:
     model = again[again.index("--model_name_or_path") + 1]
     again[again.index(model)] = "out"
     assert "would remove out, the model that is trained" in complaint(capsys, *again, "--output_dir", "out")
-    again[again.index("out")] = model
+    Path("adapter").mkdir()
+    Path("adapter/adapter_config.json").write_text('{"base_model_name_or_path": "out"}')
+    again[again.index("out")] = "adapter"
+    assert "would remove out, the model that is trained" in complaint(capsys, *again, "--output_dir", "out")
+    again[again.index("adapter")] = model
     Path("elsewhere").mkdir()
     Path("elsewhere/model.safetensors").write_text("somebody's")
     assert "holds model.safetensors, and is no run" in complaint(capsys, *again, "--output_dir", "elsewhere")

@@ -1,18 +1,22 @@
 """Predicted memory against what autograd keeps and what a process takes, and the row budget that follows from it."""
 
 import ctypes
+import gc
 import re
 import sys
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+from torch import nn
+from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from flexdpo import Group, Row, prepare_model, response_logps
 from flexdpo.errors import FlexdpoError, UnsupportedModelError
@@ -138,12 +142,67 @@ def test_a_model_whose_values_decide_is_predicted_by_the_formula(monkeypatch: py
     assert re.fullmatch(r"llama: memory is predicted by a formula .*meta device .*item.* max_tokens_per_row .*", *told)
 
 
+def test_a_model_is_asked_as_it_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(kept_bytes.logger, "warning", told.append)
+    rates, changes = ("attn_pdrop", "resid_pdrop", "embd_pdrop"), {"n_layer": 1, "n_embd": 32, "n_head": 2}
+    # dropout is set to 0
+    config = GPT2Config(**changes, vocab_size=50, bos_token_id=0, eos_token_id=0)
+    without = GPT2Config(**changes, vocab_size=50, bos_token_id=0, eos_token_id=0, **dict.fromkeys(rates, 0.0))
+    assert kept_bytes.kept_bytes(config) == kept_bytes.kept_bytes(without) != ()
+    # whatever a config holds beside
+    config.note = {np.int64(1), print}
+    assert kept_bytes.kept_bytes(config)
+    assert not told
+
+
+def test_two_classes_of_one_name_are_two() -> None:
+    def kind(activation: nn.Module) -> Any:
+        class Own(LlamaForCausalLM):
+            def __init__(self, config: Any) -> None:
+                super().__init__(config)
+                self.model.layers[0].mlp.act_fn = activation
+
+        return Own(CONFIGS["llama"]())
+
+    (one, _), (other, _) = map(kept_bytes.kept_bytes, (kind(nn.SiLU()), kind(nn.Sequential(nn.SiLU(), nn.GELU()))))
+    assert one.most < other.most
+
+
+def test_nothing_is_left_of_a_model_that_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, make = [], kept_bytes._without_memory
+
+    def watched(kind: Any) -> Any:
+        model = make(kind)
+        made.extend(map(weakref.ref, model.parameters()))
+        return model
+
+    monkeypatch.setattr(kept_bytes, "_without_memory", watched)
+    assert kept_bytes.kept_bytes(LlamaConfig(num_hidden_layers=1, hidden_size=192))
+    gc.collect()
+    assert made
+    assert not any(weight() is not None for weight in made)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_model_is_asked_where_nothing_is_kept(mode: Any) -> None:
+    config = LlamaConfig(num_hidden_layers=1, hidden_size=64)
+    want = kept_bytes.kept_bytes(config)
+    kept_bytes._asked.cache_clear()
+    with mode():
+        assert kept_bytes.kept_bytes(config) == want
+        assert not torch.is_grad_enabled()
+
+
 def test_models_are_asked_in_several_threads() -> None:
     torch_asks, configs = torch.is_autocast_enabled, [LlamaConfig(num_hidden_layers=layers) for layers in (1, 2, 3, 4)]
     want = [kept_bytes.kept_bytes(config) for config in configs]
     kept_bytes._asked.cache_clear()
     with ThreadPoolExecutor(4) as threads:
         assert list(threads.map(kept_bytes.kept_bytes, configs)) == want
+    with kept_bytes._autocast_known(), torch.autocast("cpu"):
+        assert torch.is_autocast_enabled(device_type="cpu") is torch.is_autocast_enabled("cpu") is True
+        assert torch.is_autocast_enabled(device_type="meta") is torch.is_autocast_enabled() is False
     # torch is left as it was
     assert torch.is_autocast_enabled is torch_asks
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from transformers import LlamaForSequenceClassification
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 import flexdpo
 from flexdpo import DPOTrainer, FlexdpoError, PackingCollator, make_train_step
@@ -81,6 +82,7 @@ def test_a_run_without_a_step(start: Any) -> None:
             r"modules_to_save=\['foo', 'lm_head'\], and .* has no 'foo' to train",
         ),
         ({"target_parameters": ["foo.weight"]}, "LlamaForCausalLM has no 'foo.weight' to train"),
+        ({"modules_to_save": "lm_head"}, r"modules_to_save='lm_head', where peft takes a list; give \['lm_head'\]"),
     ],
 )
 def test_an_adapter_that_would_learn_nothing(start: Any, config: dict[str, Any], message: str) -> None:
@@ -88,9 +90,10 @@ def test_an_adapter_that_would_learn_nothing(start: Any, config: dict[str, Any],
         start(peft_config=peft.LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **config}))
 
 
-def test_an_adapter_of_several_parts(start: Any) -> None:
+@pytest.mark.parametrize("scaled", [{}, {"lora_alpha": 0}], ids=["scaled", "scaled by 0"])
+def test_an_adapter_of_several_parts(start: Any, scaled: dict[str, int]) -> None:
     parts = {"modules_to_save": ["lm_head"], "target_parameters": ["k_proj.weight"], "target_modules": ["q_proj"]}
-    assert start(peft_config=peft.LoraConfig(r=2, **parts)).model.active_adapters == ["default"]
+    assert start(peft_config=peft.LoraConfig(r=2, **parts, **scaled)).model.active_adapters == ["default"]
 
 
 def test_several_splits_are_no_training_data(start: Any) -> None:
@@ -109,6 +112,34 @@ def test_models_that_predict_no_tokens(start: Any, small_model: Any) -> None:
             start(ref_model=model)
         with pytest.raises(FlexdpoError, match=message):
             make_train_step(model, torch.optim.SGD(model.parameters()))
+
+
+class Nameless(LlamaForCausalLM):
+    """A model of somebody's own, which does not say which of its layers is the head."""
+
+    def get_output_embeddings(self) -> None:
+        """It has one that it does not name."""
+
+    def can_generate(self) -> bool:
+        """Nor does it generate."""
+        return False
+
+    def forward(self, input_ids: Any, attention_mask: Any = None, position_ids: Any = None, **kwargs: Any) -> Any:
+        """Its outputs may be a tuple."""
+        output = super().forward(input_ids, attention_mask, position_ids, **kwargs)
+        return output.to_tuple() if self.config.name_or_path == "tuple" else output
+
+
+def test_a_head_that_is_not_named(small_model: Any) -> None:
+    def step_of(kind: Any, name: str = "") -> Any:
+        model = kind(small_model().config)
+        model.load_state_dict(small_model().state_dict())
+        model.config.name_or_path = name
+        return make_train_step(model, torch.optim.SGD(model.parameters()))(odd_groups(np.random.default_rng(0)))
+
+    torch.testing.assert_close(step_of(Nameless).grad_norm, step_of(LlamaForCausalLM).grad_norm)
+    with pytest.raises(FlexdpoError, match=r"Nameless returns tuple .* without logits \[rows, .*; load a causal LM"):
+        step_of(Nameless, "tuple")
 
 
 def test_training_twice_proves_all_but_the_reference(start: Any) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flexdpo import FlexdpoError
+from flexdpo import FlexdpoError, Group, parity_probe
 from flexdpo.training.train_step import make_train_step
 from tests.conftest import build_model, odd_groups
 from tests.hf.architectures import build_model as build_zoo_model
@@ -92,3 +92,18 @@ def test_bad_settings(rng) -> None:
     model = build_model("llama")
     with pytest.raises(FlexdpoError, match=r"unknown loss_type 'sigmod'; did you mean 'sigmoid'"):
         make_train_step(model, torch.optim.SGD(model.parameters()), loss_type="sigmod")
+
+
+def test_another_default_device_changes_nothing(rng, small_model) -> None:
+    groups = [*odd_groups(rng), Group.from_lists([1] * 8, [[2] * 20, [3] * 20])]
+
+    def norm_of(model) -> torch.Tensor:
+        step = make_train_step(model, torch.optim.SGD(model.parameters()), max_tokens_per_row=40)
+        return step(groups).grad_norm
+
+    one, other = small_model(), small_model()
+    want = norm_of(one)
+    # its tensors hold nothing, so any that is made there and not where it belongs stops the run
+    with torch.device("meta"):
+        assert torch.equal(norm_of(other), want)
+        assert parity_probe(other).exact
