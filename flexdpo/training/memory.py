@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 # what a CPU's allocator holds between blocks in use, as a share of them: on steps of six length profiles, padded,
-# packed and shared, the resident peak was 5 to 20 % above the count. On CUDA the margin has to cover it
+# packed and shared, the resident peak was 5 to 20 % above the count. Experts under checkpoints free blocks of so many
+# sizes, and glibc keeps so much of them, that it was 1.2 to 1.4 times this prediction, and below it with
+# MALLOC_MMAP_THRESHOLD_=1048576. On CUDA the margin has to cover it
 _CPU_FRAGMENTS = 0.15
 # bytes of optimizer state per trained parameter, beside those kept in the parameter's own dtype
 _STATE_BYTES = {"adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2, "lion_8bit": 1, "paged_lion_8bit": 1}
