@@ -49,6 +49,12 @@ PRIVATE: dict[str, tuple[str, str]] = {
     "_forward_pre_hooks": ("as _forward_hooks", "tests/hf/test_randomness.py::test_the_drop_in_asks_again_when_something_changes"),
     "_is_replica": ("nn.DataParallel is refused", "tests/hf/test_refusals.py::test_data_parallel"),
     "torch.utils._pytree.tree_leaves": ("counts the bytes of an operator", "tests/bench/test_lm_head.py::test_counting_by_hand"),
+    "torch.utils._pytree.tree_flatten": ("looks for tensors among arguments", "tests/training/test_memory.py::test_what_a_model_keeps_that_is_trained_in_part"),
+    "torch.utils._pytree.tree_map": ("as tree_flatten", "tests/training/test_memory.py::test_what_a_model_keeps_that_is_trained_in_part"),
+    "torch.utils._pytree.tree_unflatten": ("as tree_flatten", "tests/training/test_memory.py::test_what_a_model_keeps_that_is_trained_in_part"),
+    "_make_wrapper_subclass": ("asks autocast what it casts", "tests/training/test_memory.py::test_what_a_model_keeps_that_is_trained_in_part"),
+    "_disabled_torch_function_impl": ("as _make_wrapper_subclass", "tests/training/test_memory.py::test_what_a_model_keeps_that_is_trained_in_part"),
+    "_to_copy": ("the operator by which autocast casts", "tests/training/test_memory.py::test_what_a_model_keeps_that_is_trained_in_part"),
     "_schema": ("which arguments an operator writes to", "tests/bench/test_lm_head.py::test_counting_by_hand"),
     # transformers
     "_attn_implementation": ("the attention that a model has", "tests/hf/test_refusals.py::test_attention_switched_back_after_preparation"),

@@ -48,7 +48,8 @@ def packed_attention(
     """
     _require_shapes(query, key, value, row_mask, sinks)
     if query.is_meta and row_mask.impl == "sdpa":
-        kept: Tensor = _Kept.apply(*(_laid_out(x) for x in (query, key, value)))
+        # values are autocast's, where it was asked what that keeps
+        kept: Tensor = _Kept.apply(*(_laid_out(x.to(value.dtype)) for x in (query, key, value)))
         return kept
     if torch.is_autocast_enabled(device := query.device.type) and query.dtype != torch.float64:
         # rotary embeddings are computed in float32, so queries and keys come wider than values

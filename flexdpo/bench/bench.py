@@ -22,7 +22,7 @@ from flexdpo.bench.settings import BenchSettings
 from flexdpo.bench.timing import Times, kernel_times, measure, of_process, paired_ratio
 from flexdpo.bench.variants import Packed, Padded, PaddedLabels, Trl, Variant, Varlen
 from flexdpo.estimate.costs import StepSeconds, Work, find_machine, padded_load, row_load, step_seconds
-from flexdpo.estimate.model_shapes import build_model, find_shape, shape_config
+from flexdpo.estimate.model_shapes import build_model, shape_config
 from flexdpo.hf.checkpointing import enable_checkpointing
 from flexdpo.show.table import aligned
 from flexdpo.training.model_size import ModelSize
@@ -69,7 +69,7 @@ def described(settings: BenchSettings) -> dict[str, Any]:
 def _run_profile(
     profile: Profile, settings: BenchSettings, model: PreTrainedModel, progress: Callable[[], Any]
 ) -> dict[str, Any]:
-    device, size = torch.device(settings.device), find_shape(settings.model)
+    device, size = torch.device(settings.device), ModelSize.of(shape_config(settings.model))
     rng = np.random.default_rng(settings.seed)
     scaled, count = profile.scaled(settings.scale), settings.batches or 1
     batches = [scaled.pairs(settings.pairs or 1, rng, size.vocabulary) for _ in range(count)]

@@ -18,7 +18,7 @@ from flexdpo.errors import FlexdpoError
 from flexdpo.estimate.features import Layouts, features_of
 from flexdpo.estimate.images import count_images
 from flexdpo.estimate.lengths import count_rows, regrouped_tokens, shared_prefixes
-from flexdpo.estimate.model_shapes import find_shape
+from flexdpo.estimate.model_shapes import shape_config
 from flexdpo.estimate.report import EpochTokens, Estimate, Lengths, RepeatedPrompts, advise, gains_over
 from flexdpo.estimate.settings import EstimateSettings
 from flexdpo.estimate.stragglers import stragglers_of
@@ -64,11 +64,11 @@ def estimate_dataset(
 def _sized(settings: EstimateSettings, model: Any) -> tuple[EstimateSettings, ModelSize]:
     """The settings with the model's limits, where they name none, and its sizes, or those of the shape they name."""
     if model is None:
-        return settings, find_shape(settings.shape)
+        return settings, settings.training_setup.measured(shape_config(settings.shape))
     if not settings.limits and not isinstance(model, ModelSize):
         whole = base_model(model if hasattr(model, "parameters") else without_memory(model))
         settings = replace(settings, limits=length_limits(backbone_of(whole)).limits)
-    return settings, ModelSize.measured(model)
+    return settings, settings.training_setup.measured(model)
 
 
 def estimate_tokenised(

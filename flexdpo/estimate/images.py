@@ -38,7 +38,10 @@ class ImageCounts:
         if not self.flops:
             return told
         ours, theirs = (f"{count * self.flops:.2e}" for count in (self.encoded, self.unshared))
-        return f"{told};\n    {ours} FLOPs to encode them once, {theirs} the ordinary way (in no figure below)"
+        return (
+            f"{told};\n    {ours} FLOPs to encode them once, {theirs} the ordinary way (in no figure below, nor is "
+            "what\n    a trained encoder keeps in memory)"
+        )
 
 
 def count_images(dataset: Dataset, size: ModelSize) -> ImageCounts | None:

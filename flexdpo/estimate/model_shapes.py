@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from flexdpo.errors import FlexdpoError, nearest
-from flexdpo.training.model_size import ModelSize
 
 _SIZES = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
@@ -67,11 +66,6 @@ def shape_config(name: str) -> Any:
         layers = len(sizes["layer_types"])
         return AutoConfig.for_model(**sizes, **ends, name_or_path=name, num_hidden_layers=layers)
     return AutoConfig.for_model(**dict(zip(_SIZES, SHAPES[name], strict=True)), **ends, name_or_path=name)
-
-
-def find_shape(name: str) -> ModelSize:
-    """The sizes of the shape of this name."""
-    return ModelSize.measured(shape_config(name))
 
 
 def build_model(config: Any, device: torch.device, dtype: torch.dtype, *, seed: int = 0) -> Any:

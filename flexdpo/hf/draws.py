@@ -17,6 +17,8 @@ import transformers
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from flexdpo.errors import UnsupportedModelError, first_line
+
 # a second pass over the same two tokens may differ by what parallel sums round, never by this share of the result
 _SAME = 1e-4
 _SAME_HALF = 1e-2
@@ -116,12 +118,19 @@ def draws_by_module(model: nn.Module, *, training: bool | None = True) -> Counte
     A sharded model must be asked in every process at once. ``training=None`` asks in the mode that each module has.
 
     Returns draws by the module's name, empty where nothing is random; ``None`` for a model that cannot run: its weights
-    are on the meta device, or DeepSpeed ZeRO-3 has spread them over the processes.
+    are on the meta device, or DeepSpeed ZeRO-3 has spread them over the processes. Raises ``UnsupportedModelError`` at
+    one that wants more than token ids.
     """
     if not can_run(model):
         return None
     with left_as_it_is(model, training):
-        first = ask(model)
+        try:
+            first = ask(model)
+        except (ValueError, TypeError) as error:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} does not run on token ids alone ({first_line(error)}), and a packed row has "
+                "nothing else; use a newer transformers or another model, or train it without flexdpo"
+            ) from error
         if first.draws:
             return Counter() if harmless(model) else first.draws
         second = ask(model)
@@ -302,7 +311,8 @@ def _tensors(output: Any) -> list[Tensor]:
 
 
 def _sums(tensor: Tensor) -> tuple[float, float]:
-    values = tensor.detach().double()
+    # what a mask hides is infinite, and no two infinite sums are near each other
+    values = tensor.detach().double().nan_to_num(nan=1.0, posinf=1.0, neginf=-1.0)
     return float(values.sum()), float(values.abs().sum())
 
 

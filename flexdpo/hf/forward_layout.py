@@ -23,7 +23,7 @@ from flexdpo.errors import FlexdpoError, UnsupportedModelError
 from flexdpo.hf.draws import RandomState, in_thread
 from flexdpo.hf.randomness import refuse_draws
 from flexdpo.hf.row_dependence import BufferVersions, LengthLimits, refuse_statistics, require_own_lengths
-from flexdpo.hf.unwrap import REPLICAS
+from flexdpo.hf.unwrap import REPLICAS, backbone_of
 from flexdpo.layout.row import RowLayout
 
 ATTN_IMPLEMENTATION = "flexdpo"
@@ -144,6 +144,7 @@ def _take_layout(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         if any(isinstance(arg, RowLayout) for arg in args):
             raise FlexdpoError("pass a row by name, model(**row.inputs()); its layout came as a positional argument")
         _forget_interrupted(module)
+        _require_positions(module, args, kwargs)
         # a held layout is kept from a model that runs without one: its own backbone inherits it, nobody else does
         if _forwards.stack and not any(part is module for part in _forwards.stack[-1].module.modules()):
             _forwards.stack.append(_WithoutLayout(module))
@@ -163,7 +164,9 @@ def _take_layout(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     forward = PackedForward(module, layout, impl, brings_token_types=types)
     if not torch.compiler.is_compiling():
         named = {name: kwargs[name] for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None}
-        forward.states, forward.inputs = RandomState.now(), named or {"input_ids": args[0]}
+        named = named or {"input_ids": args[0]}
+        # by row indices a row may be longer than the model's table of positions
+        forward.states, forward.inputs = RandomState.now(), {**named, "position_ids": kwargs["position_ids"]}
         forward.buffers = _buffer_versions(module)
     _forwards.stack.append(forward)
     return args, kwargs
@@ -179,6 +182,19 @@ def _with_all_positions(module: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     if isinstance(kept, int) and kept and module.get_output_embeddings() is None:
         return dict(kwargs, logits_to_keep=0)
     return kwargs
+
+
+def _require_positions(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Stop where a model keeps a packed row's positions from its backbone, which would count row indices."""
+    forward = packed_forward()
+    told = kwargs.get("position_ids") is not None or len(args) > 1
+    if told or forward is None or module is forward.module or not module._flexdpo_mixing.attends:
+        return
+    if module is backbone_of(forward.module):
+        raise UnsupportedModelError(
+            f"{type(forward.module).__name__} does not hand position_ids on to its {type(module).__name__}, so "
+            "positions would count row indices; use a newer transformers, or train it without flexdpo"
+        )
 
 
 def _forget_interrupted(module: nn.Module) -> None:

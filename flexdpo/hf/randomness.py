@@ -6,6 +6,7 @@ is set to 0, or the model is refused, and packed forwards are watched.
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -227,6 +228,9 @@ def refuse_draws(module: PreTrainedModel, before: RandomState, now: RandomState,
     if length <= known.get(mark, 0):
         return
     backbone = backbone_of(module)
+    if "position_ids" not in inspect.signature(backbone.forward).parameters:
+        # what carries a state alone knows no positions
+        inputs = {name: value for name, value in inputs.items() if name != "position_ids"}
     # numpy and Python do not tell which thread drew: it must be the same module three times
     torch_only = not now.hosts_differ(before)
     with left_as_it_is(backbone, None):

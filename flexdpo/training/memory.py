@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from bisect import bisect_right
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 # what a CPU's allocator holds between blocks in use, as a share of them: on steps of six length profiles, padded,
-# packed and shared, the resident peak was 5 to 20 % above the count. On CUDA the margin has to cover it
+# packed and shared, the resident peak was 5 to 20 % above the count. Experts under checkpoints free blocks of so many
+# sizes, and glibc keeps so much of them, that it was 1.2 to 1.4 times this prediction, and below it with
+# MALLOC_MMAP_THRESHOLD_=1048576. On CUDA the margin has to cover it
 _CPU_FRAGMENTS = 0.15
 # bytes of optimizer state per trained parameter, beside those kept in the parameter's own dtype
 _STATE_BYTES = {"adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2, "lion_8bit": 1, "paged_lion_8bit": 1}
@@ -49,6 +51,7 @@ class TrainingSetup:
 
     weight_bytes: int = 4  # of a weight, its gradient and each optimizer state: 4 for float32, 2 for bfloat16
     compute_bytes: int = 4  # of an activation; below ``weight_bytes`` under mixed precision
+    autocast: bool = False  # mixed precision, which casts what is wider than ``compute_bytes``
     gradient_checkpointing: bool = False
     keeps_attention: bool = False  # what attention came to is kept through it, by ``keep_attention``
     every_n_layers: int = 1  # of so many layers one is checkpointed
@@ -64,12 +67,14 @@ class TrainingSetup:
     @classmethod
     def from_arguments(cls, args: TrainingArguments, model: nn.Module | None = None, **others: Any) -> TrainingSetup:
         """The setup of a run, whose model tells its dtype and what is trained: else float32, and all."""
-        # an adapter is trained in float32 beside frozen weights in half precision; the many decide
-        weight_bytes = 4 if model is None else max(model.parameters(), key=lambda p: p.numel()).element_size()
+        # an adapter is trained in float32 beside frozen weights in half precision; the many decide, quantised ones not
+        weights = [] if model is None else [p for p in model.parameters() if p.element_size() > 1]
+        weight_bytes = max(weights, key=lambda p: p.numel()).element_size() if weights else 4
         checkpoints = getattr(args, checkpointing_name(args, "_kwargs")) or {}
         return cls(
             weight_bytes=weight_bytes,
             compute_bytes=min(2, weight_bytes) if args.bf16 or args.fp16 else weight_bytes,
+            autocast=bool(args.bf16 or args.fp16),
             gradient_checkpointing=bool(getattr(args, checkpointing_name(args))),
             keeps_attention=bool(getattr(args, "keep_attention", False)),
             every_n_layers=int(checkpoints.get("every_n_layers", 1)),
@@ -79,6 +84,11 @@ class TrainingSetup:
             device_type=args.device.type,
             **others,
         )
+
+    def measured(self, model_or_config: Any) -> ModelSize:
+        """The size of a model with what autograd keeps in such a run."""
+        autocast = self.autocast or self.compute_bytes < self.weight_bytes
+        return ModelSize.measured(model_or_config, self.weight_bytes, autocast=autocast)
 
 
 @dataclass(frozen=True)
@@ -108,7 +118,8 @@ def predict_memory(
     model_or_config: Any, tokens: int, setup: TrainingSetup | None = None, *, targets: int | None = None
 ) -> MemoryPrediction:
     """Predict the memory of a step whose longest row has ``tokens`` tokens, all or ``targets`` of them of responses."""
-    size, setup = ModelSize.measured(model_or_config), setup or TrainingSetup()
+    setup = setup or TrainingSetup()
+    size = setup.measured(model_or_config)
     trainable = size.parameters if setup.trainable is None else setup.trainable
     weights = size.parameters * setup.weight_bytes
     state_bytes = _STATES.get(setup.optimizer, 2) * setup.weight_bytes + _STATE_BYTES.get(setup.optimizer, 0)
@@ -127,7 +138,8 @@ def predict_memory(
 
 def predict_padded_memory(model_or_config: Any, tokens: int, setup: TrainingSetup | None = None) -> MemoryPrediction:
     """The same for an ordinary step on a padded batch of ``tokens`` tokens, with logits at all of them."""
-    size, setup = ModelSize.measured(model_or_config), setup or TrainingSetup()
+    setup = setup or TrainingSetup()
+    size = setup.measured(model_or_config)
     packed = predict_memory(size, tokens, setup, targets=0)
     logits = tokens * size.vocabulary * setup.compute_bytes
     # logits and their gradient exist whole, and half-precision logits a third time as log-probabilities
@@ -159,23 +171,20 @@ def _row_bytes(size: ModelSize, setup: TrainingSetup, tokens: int, targets: int)
 def _kept(size: ModelSize, setup: TrainingSetup) -> KeptBytes:
     """What autograd keeps without checkpoints: what the model told, or else by the formula for common layers.
 
-    The model was asked with weights and activations of two dtypes: what it keeps is linear in their bytes. For other
-    activations than weights the formula gives the ratio.
+    Where the model was asked for another setup, the formula gives the ratio.
     """
     counted = _counted(size, setup)
-    if not size.kept:
+    if size.kept is None:
         return counted
-    half, single = size.kept
-    told = half.at(setup.compute_bytes, single)
-    alike = _counted(size, replace(setup, weight_bytes=setup.compute_bytes))
-    figures = zip(told.figures, counted.figures, alike.figures, strict=True)
-    return KeptBytes(told.element, *(each * here / there for each, here, there in figures))
+    weight_bytes, autocast = size.asked
+    then = replace(setup, weight_bytes=weight_bytes, compute_bytes=min(2, weight_bytes) if autocast else weight_bytes)
+    figures = zip(astuple(size.kept), astuple(counted), astuple(_counted(size, then)), strict=True)
+    return KeptBytes(*(told * here / there for told, here, there in figures))
 
 
 def _counted(size: ModelSize, setup: TrainingSetup) -> KeptBytes:
     layer, scan = kept_bytes_per_layer(size, setup), _scan_bytes(size)
-    layers = size.layers * layer + size.state_layers * scan
-    return KeptBytes(setup.compute_bytes, layers, layer + scan, _norm_bytes(size, setup))
+    return KeptBytes(size.layers * layer + size.state_layers * scan, layer + scan, _norm_bytes(size, setup))
 
 
 def _checkpoint_bytes(size: ModelSize, setup: TrainingSetup) -> int:
@@ -244,7 +253,7 @@ def _head_bytes(size: ModelSize, setup: TrainingSetup, targets: int) -> int:
     """The larger of the head's forward pass (logits and their logarithms, a weight of another dtype) and its backward.
 
     That one holds a tile of logits in float32 and in half precision, the gradients of weight and hidden states, and of
-    a half weight one block in float32.
+    a half weight one block in float32; of a frozen head it holds nothing that large.
     """
     if not targets:
         return 0
@@ -256,6 +265,8 @@ def _head_bytes(size: ModelSize, setup: TrainingSetup, targets: int) -> int:
     factor_bytes = setup.compute_bytes if half and device.type == "cuda" else 4
     copied = size.vocabulary * size.hidden * factor_bytes if factor_bytes != setup.weight_bytes else 0
     forward = 8 * min(targets, chunk) * size.vocabulary + copied
+    if not size.head_learns:
+        return forward
     block = words * size.hidden * 4 if setup.weight_bytes < 4 else 0
     weight = size.vocabulary * size.hidden * setup.weight_bytes
     backward = rows * words * (4 + (2 if half else 0)) + weight + block + 8 * targets * size.hidden
@@ -317,7 +328,7 @@ def auto_row_budget(
     says what takes the memory. ``resident`` names fields of :class:`MemoryPrediction` that are no part of ``free``.
     """
     setup = setup or TrainingSetup(device_type=torch.device(device).type)
-    size = ModelSize.measured(model_or_config)
+    size = setup.measured(model_or_config)
     unit = multiple or tile_multiple(device)
     free = free_memory(device) if free is None else free
     usable = int(free * (1 - MARGIN))

@@ -31,6 +31,7 @@ class ModelSize:
     gated: bool = True  # feed-forward layers multiply a gate in (``SwiGLU``), or are two plain matrices
     layer_norm: bool = False  # norms are torch's fused ``LayerNorm``, or ``RMSNorm`` written out in Python
     head_norms: bool = False  # queries and keys are normalised head by head
+    head_learns: bool = True  # the language-model head is trained
     # where some layers carry states: those with attention and those with a state; weights that a token passes in all
     # layers; numbers of the state that a segment hands on, of a layer; heads of it
     attention_layers: int | None = None
@@ -41,8 +42,10 @@ class ModelSize:
     # of a model that sees: weights that images pass and text does not, and the numbers of a patch of an image
     tower: int = 0
     patch: int = 0
-    # what autograd keeps, as the model itself tells; nothing where it was not asked, or cannot tell
-    kept: tuple[KeptBytes, ...] = ()
+    # what autograd keeps, as the model itself tells, ``None`` where it was not asked or cannot tell; with weights of so
+    # many bytes, and whether under autocast
+    kept: KeptBytes | None = None
+    asked: tuple[int, bool] = (0, False)
 
     @property
     def attending(self) -> int:
@@ -69,11 +72,12 @@ class ModelSize:
         return self.layers * (attention + 3 * self.hidden * self.gated_intermediate)
 
     @classmethod
-    def measured(cls, model_or_config: Any) -> ModelSize:
+    def measured(cls, model_or_config: Any, weight_bytes: int, *, autocast: bool) -> ModelSize:
         """The same with what autograd keeps, for which the model runs on torch's meta device."""
         if isinstance(model_or_config, cls):
             return model_or_config
-        return replace(cls.of(model_or_config), kept=kept_bytes(model_or_config))
+        kept = kept_bytes(model_or_config, weight_bytes, autocast=autocast)
+        return replace(cls.of(model_or_config), kept=kept, asked=(weight_bytes, autocast))
 
     @classmethod
     def of(cls, model_or_config: Any) -> ModelSize:
@@ -91,6 +95,7 @@ class ModelSize:
         if experts := _mean(config, "num_experts_per_tok"):
             width = experts * (_mean(config, "moe_intermediate_size") or _mean(config, "intermediate_size"))
             width += _mean(config, "shared_expert_intermediate_size")
+        head = base_model(inner).get_output_embeddings()
         # the part that sees has layers of other kinds
         layers = dict(backbone_of(base_model(inner)).named_modules())
         return cls(
@@ -106,6 +111,7 @@ class ModelSize:
             gated=any(name.endswith(("gate_proj", "gate_up_proj", "experts")) for name in layers),
             layer_norm=any(isinstance(module, torch.nn.LayerNorm) for module in layers.values()),
             head_norms=any(name.endswith(("q_norm", "q_layernorm")) for name in layers),
+            head_learns=head is None or any(weight.requires_grad for weight in head.parameters()),
             **{**_tower(inner), **states},  # type: ignore[arg-type]
         )
 

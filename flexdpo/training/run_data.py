@@ -229,6 +229,11 @@ class RunData:
             longest = max((int(count.max()) for count in counts), default=0)
             lengths = [longest_sequence(data, unrelated_responses=self.unrelated_responses) for data in sized]
             sequence = max(lengths, default=0)
+            if self.images is not None:
+                logger.warning(
+                    "max_tokens_per_row='auto' counts the tokens of images and not what the part that encodes them "
+                    "keeps where it is trained; give a number if rows of many images do not fit"
+                )
         plan = RowPlan.of(
             self.args,
             model,

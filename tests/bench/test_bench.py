@@ -26,7 +26,7 @@ from flexdpo.bench.variants import (
 from flexdpo.cli import main
 from flexdpo.commands import bench as command
 from flexdpo.estimate.costs import StepSeconds, Work, padded_work, row_work
-from flexdpo.estimate.model_shapes import HYBRIDS, SHAPES, build_model, find_shape, shape_config
+from flexdpo.estimate.model_shapes import HYBRIDS, SHAPES, build_model, shape_config
 from flexdpo.hf.checkpointing import enable_checkpointing
 from flexdpo.training.model_size import ModelSize
 from tests.attention.test_varlen import replace_varlen_attn
@@ -79,7 +79,9 @@ def test_a_shape_counts_its_own_layers() -> None:
     assert linear == SMALL.layer_parameters
     assert set(SHAPES) == {"tiny", "llama-160m", "llama-1b", "llama-8b", "qwen3-0.6b"}
     assert set(HYBRIDS) == {"qwen3-next-tiny", "lfm2-tiny", "granite-h-tiny"}
-    assert find_shape("llama-8b").layer_parameters + 2 * 4096 * 128256 == pytest.approx(8.03e9, rel=0.001)
+    assert ModelSize.of(shape_config("llama-8b")).layer_parameters + 2 * 4096 * 128256 == pytest.approx(
+        8.03e9, rel=0.001
+    )
 
 
 # --- the count of multiplications ------------------------------------------------------------------------------------
@@ -365,7 +367,7 @@ def test_all_variants_agree_on_a_gpu() -> None:
     assert set(result["profiles"]["hh_rlhf"]["variants"]) == {"padded", "padded_labels", "packed", "varlen", "shared"}
     kernels = [row["kernel"] for row in result["profiles"]["hh_rlhf"]["kernels"]]
     assert kernels == ["varlen_attn", "flexdpo", "flexdpo", "varlen_attn"]
-    device, shape = torch.device("cuda"), find_shape("tiny")
+    device, shape = torch.device("cuda"), ModelSize.of(shape_config("tiny"))
     model = build_model(shape_config("tiny"), device, torch.bfloat16)
     batches = [load_profiles()["hh_rlhf"].pairs(4, np.random.default_rng(0), shape.vocabulary)]
     values = []

@@ -32,7 +32,7 @@ from flexdpo.estimate.lengths import (
     regrouped_tokens,
     shared_prefixes,
 )
-from flexdpo.estimate.model_shapes import build_model, find_shape, shape_config
+from flexdpo.estimate.model_shapes import build_model, shape_config
 from flexdpo.estimate.settings import EstimateSettings
 from flexdpo.estimate.suggest import _first_that_fits
 from flexdpo.training.memory import MARGIN, predict_memory
@@ -401,7 +401,7 @@ def test_costs_are_found_by_name() -> None:
 @pytest.mark.parametrize("device", list(MACHINES))
 def test_predictions_lie_near_what_the_multiplications_allow(name, device) -> None:
     """Sharing cannot gain more than tokens do, nor less than next to nothing."""
-    shape, machine = find_shape("tiny"), MACHINES[device]
+    shape, machine = ModelSize.of(shape_config("tiny")), MACHINES[device]
     rng = np.random.default_rng(0)
     pairs = load_profiles()[name].scaled(0.25).pairs(16, rng, shape.vocabulary)
 
@@ -419,13 +419,13 @@ def test_predictions_lie_near_what_the_multiplications_allow(name, device) -> No
 def test_the_shape_of_a_model_has_its_layers_weights() -> None:
     model = build_model(shape_config("tiny"), torch.device("meta"), torch.float32)
     linear = [m.weight.numel() for m in model.model.layers.modules() if isinstance(m, torch.nn.Linear)]
-    assert find_shape("tiny").layer_parameters == sum(linear)
+    assert ModelSize.of(shape_config("tiny")).layer_parameters == sum(linear)
 
 
 def test_the_benchmark_carries_the_prediction() -> None:
     settings = BenchSettings(device="cpu", profile="tldr", scale=0.05, pairs=2, batches=1, rounds=1, seconds=0.1)
     figures = run_bench(settings, report=lambda _: None)["profiles"]["tldr"]
-    shape, machine = find_shape("tiny"), MACHINES["cpu"]
+    shape, machine = ModelSize.of(shape_config("tiny")), MACHINES["cpu"]
     pairs = load_profiles()["tldr"].scaled(0.05).pairs(2, np.random.default_rng(0), shape.vocabulary)
     (row,) = pack_pairs(pairs, True, None, 1)
     shared = step_seconds([row_load(row, shape, machine)], shape, machine)
@@ -445,7 +445,7 @@ def test_predicted_speedups_against_the_committed_measurements(file: Path) -> No
     result = json.loads(file.read_text())
     assert result["profiles"].keys() == load_profiles().keys()
     settings = BenchSettings(**{name: value for name, value in result["settings"].items() if name != "baselines"})
-    shape, machine = find_shape(settings.model), MACHINES[settings.device]
+    shape, machine = ModelSize.of(shape_config(settings.model)), MACHINES[settings.device]
     for name, figures in result["profiles"].items():
         # what the file says was predicted is what is predicted today, from the same draw
         rng = np.random.default_rng(settings.seed)

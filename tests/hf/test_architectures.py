@@ -23,6 +23,7 @@ from tests.hf.architectures import (
     newer_than_recorded,
     older_than_recorded,
     recorded,
+    skipped_before_its_time,
     zoo,
 )
 from tests.hf.equivalence import (
@@ -101,7 +102,8 @@ def assert_exact(model: Any, row: Row) -> None:
 @pytest.mark.parametrize("name", _marked(EXACT))
 def test_packed_equals_unpacked(name: str) -> None:
     """Logits and all gradients against one sequence at a time with the stock attention; a wrong mask must show."""
-    assert_exact(build_or_skip(name), example_row())
+    with skipped_before_its_time():
+        assert_exact(build_or_skip(name), example_row())
 
 
 @pytest.mark.parametrize("name", _marked(EXACT))
@@ -114,7 +116,7 @@ def test_loading_by_name(name: str) -> None:
     if type(stock)._can_set_experts_implementation():
         loaded.set_experts_implementation("eager")
     loaded.eval()
-    with Float64(), torch.no_grad():
+    with Float64(), torch.no_grad(), skipped_before_its_time():
         want = [stock(input_ids=torch.from_numpy(s)[None], use_cache=False).logits for s in row.groups[0].sequences]
         got = [loaded(input_ids=torch.from_numpy(s)[None], use_cache=False).logits for s in row.groups[0].sequences]
         for g, w in zip(got, want, strict=True):
@@ -180,6 +182,8 @@ def test_the_run_time_checks_close_what_the_rule_accepts(name: str) -> None:
 def test_the_probe_makes_no_mistake(name: str, record_property: Any) -> None:
     model = build_or_skip(name, dtype=torch.float32)
     report = parity_probe(model)
+    if report.verdict == "refused" and older_than_recorded() and "newer transformers" in report.reason:
+        pytest.skip(report.reason)
     # the probe runs in train mode, where one router draws however it is set
     exact = name != "phimoe" and (name in EXACT or became_exact(name, record_property))
     assert report.verdict == ("exact" if exact else "refused"), report

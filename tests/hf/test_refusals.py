@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
-from flexdpo import FlexdpoError, Row, RowLayout, UnsupportedModelError, prepare_model, share_prefixes
+from flexdpo import FlexdpoError, Row, RowLayout, UnsupportedModelError, disable_dropout, prepare_model, share_prefixes
 from flexdpo.hf import images
 from flexdpo.hf.interface import mask_kind_of
 from flexdpo.layout.row import stack_inputs
@@ -57,6 +58,29 @@ def test_attention_that_looks_ahead() -> None:
 def test_a_mask_function_that_looks_ahead() -> None:
     with pytest.raises(UnsupportedModelError, match="also looks ahead"):
         mask_kind_of(lambda batch, head, q_idx, kv_idx: kv_idx <= q_idx + 4)
+
+
+def test_positions_that_the_backbone_is_not_told() -> None:
+    class Forgetful(LlamaForCausalLM):
+        def forward(self, position_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
+            return super().forward(**kwargs)
+
+    model = prepare_model(Forgetful(build_model("llama").config))
+    model(input_ids=torch.tensor([[1, 5, 6]]))
+    with pytest.raises(UnsupportedModelError, match="Forgetful does not hand position_ids on to its LlamaModel"):
+        model(**example_row().inputs())
+
+
+def test_a_model_that_wants_more_than_token_ids_in_training() -> None:
+    class Wanting(LlamaForCausalLM):
+        def forward(self, token_type_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
+            if self.training and token_type_ids is None:
+                raise ValueError("token_type_ids is required")
+            return super().forward(**kwargs)
+
+    model = prepare_model(Wanting(build_model("llama").config))
+    with pytest.raises(UnsupportedModelError, match=r"Wanting does not run on token ids alone \(token_type_ids is req"):
+        disable_dropout(model)
 
 
 def test_image_tokens() -> None:

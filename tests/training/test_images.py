@@ -17,6 +17,7 @@ from flexdpo import DPOConfig, DPOTrainer, FlexdpoError
 from flexdpo.cli import main
 from flexdpo.data.images import images_of_row
 from flexdpo.layout.images import joined_inputs
+from flexdpo.training import run_data
 from tests.images import processors
 from tests.images.all_processors import PROCESSORS, processor_of
 from tests.images.models import make_model
@@ -168,6 +169,14 @@ def test_a_reference_that_is_precomputed_knows_images_apart(tmp_path: Path) -> N
     others = _trainer(tmp_path / "c", swapped, settings={**steps, "precompute_ref_log_probs": True}).train_dataset
     differs = [abs(a[0] - b[0]) > 1e-4 for a, b in zip(sums, others["ref_response_logps"], strict=True)]
     assert differs == [True, True, True, False, True]
+
+
+def test_what_an_encoder_keeps_is_said_to_be_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(run_data.logger, "warning", told.append)
+    trainer = _trainer(tmp_path, processors.rows(), settings={"max_tokens_per_row": "auto"})
+    assert trainer.row_plan.max_tokens_per_row > 0
+    assert [line for line in told if "not what the part that encodes them keeps" in line]
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
-from flexdpo import Group, Row, prepare_model, response_logps
+from flexdpo import Group, Row, disable_dropout, prepare_model, response_logps
 from flexdpo.errors import FlexdpoError, UnsupportedModelError
 from flexdpo.estimate import model_shapes
 from flexdpo.estimate.model_shapes import shape_config
@@ -32,6 +33,7 @@ from flexdpo.training.memory import (
     predict_memory,
     predict_padded_memory,
 )
+from flexdpo.training.meta_mode import autocast_on_meta
 from flexdpo.training.model_size import ModelSize
 from tests.conftest import CONFIGS, build_model
 from tests.hf.architectures import available_or_skip, build_or_skip, needs_states, zoo
@@ -84,13 +86,16 @@ def test_activations_per_token_are_what_autograd_keeps(name, checkpointing, dtyp
     assert slope <= per_token <= slope * (1.1 if not checkpointing else 1.5)
 
 
-def asked(name: str, dtype: torch.dtype) -> tuple[ModelSize, float]:
-    """A kind of model, asked, and what the prediction per token is of what autograd keeps."""
-    model = prepare_model(build_or_skip(name, dtype=dtype)).train()
-    size, setup = ModelSize.measured(model), TrainingSetup(dtype.itemsize, dtype.itemsize)
+def asked(model: torch.nn.Module, *, autocast: bool = False) -> tuple[ModelSize, float]:
+    """A model, asked, and what the prediction per token is of what autograd keeps."""
+    disable_dropout(prepare_model(model).train())
+    width = model.get_input_embeddings().weight.element_size()
+    setup = TrainingSetup(width, 2 if autocast else width, autocast=autocast)
+    size = setup.measured(model)
     # whole chunks, since a scan pads its last one
     rows = row_of(64), row_of(192)
-    kept = [kept_by_autograd(model, row) for row in rows]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        kept = [kept_by_autograd(model, row) for row in rows]
     predicted = [
         predict_memory(size, row.num_tokens, setup, targets=int(row.labels.numel())).activations for row in rows
     ]
@@ -100,13 +105,99 @@ def asked(name: str, dtype: torch.dtype) -> tuple[ModelSize, float]:
 # four norms to a layer, experts, latent attention, and heads of several widths
 @pytest.mark.parametrize("name", ["gemma3_text", "qwen3_moe", "deepseek_v3", "gpt_oss", "llama4_text", "gemma4_text"])
 def test_what_uncommon_layers_keep_is_asked_of_the_model(name: str) -> None:
-    size, ratio = asked(name, torch.bfloat16)
+    model = build_or_skip(name, dtype=torch.bfloat16)
+    size, ratio = asked(model)
     assert 0.97 <= ratio <= 1.1
     # the formula for common layers knows nothing of what these keep
-    half, single = size.kept
+    half, single = size.kept, TrainingSetup().measured(model).kept
+    assert half is not None
+    assert single is not None
     assert half.layers > 1.1 * size.layers * kept_bytes_per_layer(size, TrainingSetup(2, 2))
     assert half.layers < single.layers < 2 * half.layers
     assert half.most <= half.layers
+
+
+def adapted(model: torch.nn.Module, **settings: Any) -> torch.nn.Module:
+    return get_peft_model(model, LoraConfig(r=8, **settings))
+
+
+def last_layer_alone(model: Any) -> torch.nn.Module:
+    model.requires_grad_(False)
+    model.model.layers[-1].requires_grad_(True)
+    return model
+
+
+TRAINED = {
+    "all": lambda model: model,
+    "the last layer": last_layer_alone,
+    "LoRA": partial(adapted, target_modules=["q_proj", "v_proj"]),
+    "LoRA on all": partial(adapted, target_modules="all-linear"),
+    "DoRA": partial(adapted, target_modules=["q_proj", "down_proj"], use_dora=True),
+    "LoRA, words": partial(adapted, target_modules=["q_proj", "embed_tokens"]),
+    "LoRA, saved": partial(adapted, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"]),
+}
+
+
+# an adapter is float32 beside weights in halves too
+@pytest.mark.parametrize(("dtype", "autocast"), [(torch.float32, True), (torch.bfloat16, False)], ids=["mixed", "half"])
+@pytest.mark.parametrize("trained", list(TRAINED))
+def test_what_a_model_keeps_that_is_trained_in_part(trained: str, dtype: torch.dtype, autocast: bool) -> None:
+    size, ratio = asked(TRAINED[trained](build_model("llama").to(dtype)), autocast=autocast)
+    assert 1 <= ratio <= 1.1
+    assert size.kept is not None
+
+
+@pytest.mark.skipif(
+    not hasattr(transformers.PreTrainedModel, "set_experts_implementation"), reason="experts run in one way only"
+)
+@pytest.mark.parametrize(("dtype", "autocast"), [(torch.float32, True), (torch.bfloat16, False)], ids=["mixed", "half"])
+@pytest.mark.parametrize("trained", ["all", "LoRA on all"])
+def test_what_experts_keep_that_are_multiplied_in_one_go(trained: str, dtype: torch.dtype, autocast: bool) -> None:
+    model = build_or_skip("qwen3_moe", dtype=dtype)
+    model.set_experts_implementation("grouped_mm")
+    size, ratio = asked(TRAINED[trained](model), autocast=autocast)
+    assert 1 <= ratio <= 1.1
+    assert size.kept is not None
+
+
+class Packed(torch.nn.Linear):
+    """A layer whose weights lie in a form of their own, as quantised ones do."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self.weight.view(torch.float32))
+
+
+def test_packed_weights_keep_what_plain_ones_keep(tmp_path) -> None:
+    plain = adapted(build_model("llama").float(), target_modules=["q_proj"])
+    packed = adapted(build_model("llama").float(), target_modules=["q_proj"])
+    for module in packed.modules():
+        if type(module) is torch.nn.Linear and not module.weight.requires_grad and module.out_features != 97:
+            module.__class__ = Packed
+            module.weight = torch.nn.Parameter(module.weight.data.view(torch.uint8), requires_grad=False)
+    one, other = asked(packed), asked(plain)
+    assert one[0].kept == other[0].kept is not None
+    assert one[1] == pytest.approx(other[1], rel=0.02)
+    args = TrainingArguments(str(tmp_path), bf16=True, use_cpu=True)
+    setup = TrainingSetup.from_arguments(args, packed.half())
+    assert (setup.weight_bytes, setup.compute_bytes, setup.autocast) == (2, 2, True)
+
+
+def test_a_model_is_asked_again_when_other_weights_are_trained() -> None:
+    model, setup = prepare_model(build_model("llama").float()), TrainingSetup()
+    whole = setup.measured(model)
+    last_layer_alone(model)
+    part = setup.measured(model)
+    assert whole.kept is not None
+    assert part.kept is not None
+    assert part.kept.layers < 0.6 * whole.kept.layers
+    assert setup.measured(model).kept is part.kept
+
+
+def test_a_frozen_head_has_no_gradient() -> None:
+    setup, model = TrainingSetup(), build_model("llama").float()
+    adapter = adapted(build_model("llama").float(), target_modules=["q_proj"])
+    one, other = (predict_memory(each, 1, setup, targets=1).working for each in (model, adapter))
+    assert other < one
 
 
 @pytest.mark.zoo
@@ -116,14 +207,14 @@ def test_every_kind_of_model_tells_what_it_keeps(name: str, monkeypatch: pytest.
         pytest.skip("is not trained here")
     told: list[str] = []
     monkeypatch.setattr(kept_bytes.logger, "warning", told.append)
-    kept_bytes._asked.cache_clear()  # several kinds have one config
+    kept_bytes._of_config.cache_clear()  # several kinds have one config
     try:
-        size, ratio = asked(name, torch.bfloat16)
+        size, ratio = asked(build_or_skip(name, dtype=torch.bfloat16))
     except UnsupportedModelError:
         pytest.skip("is not trained in train mode, or on rows as long as these")
     if size.kept:
         assert 0.95 <= ratio <= 1.2
-        assert size.kept[0].layers > size.kept[0].outside
+        assert size.kept.layers > size.kept.outside
     else:
         assert "is predicted by a formula for the common layers" in told[0]
 
@@ -138,7 +229,7 @@ def test_a_model_whose_values_decide_is_predicted_by_the_formula(monkeypatch: py
     told: list[str] = []
     monkeypatch.setattr(kept_bytes.logger, "warning", told.append)
     model = Deciding(CONFIGS["llama"]())
-    assert ModelSize.measured(model) == ModelSize.of(model)
+    assert TrainingSetup().measured(model).kept is None
     assert re.fullmatch(r"llama: memory is predicted by a formula .*meta device .*item.* max_tokens_per_row .*", *told)
 
 
@@ -149,11 +240,26 @@ def test_a_model_is_asked_as_it_is_trained(monkeypatch: pytest.MonkeyPatch) -> N
     # dropout is set to 0
     config = GPT2Config(**changes, vocab_size=50, bos_token_id=0, eos_token_id=0)
     without = GPT2Config(**changes, vocab_size=50, bos_token_id=0, eos_token_id=0, **dict.fromkeys(rates, 0.0))
-    assert kept_bytes.kept_bytes(config) == kept_bytes.kept_bytes(without) != ()
+    one, other = (TrainingSetup().measured(each).kept for each in (config, without))
+    assert one == other is not None
     # whatever a config holds beside
     config.note = {np.int64(1), print}
-    assert kept_bytes.kept_bytes(config)
+    assert TrainingSetup().measured(config).kept == one
     assert not told
+
+
+def uncopied(model: Any) -> Any:
+    """With a hook that the meta device has no values for."""
+    model.register_forward_pre_hook(lambda _, args, kwargs: kwargs["input_ids"].sum().item(), with_kwargs=True)
+    return model
+
+
+def test_a_model_that_cannot_be_copied_is_asked_as_its_config_makes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(kept_bytes.logger, "warning", told.append)
+    model = uncopied(last_layer_alone(build_model("llama").float()))
+    assert TrainingSetup().measured(model).kept == TrainingSetup().measured(model.config).kept
+    assert re.fullmatch(r"llama: memory is predicted as if all weights .*item.* max_tokens_per_row .*", *told)
 
 
 def test_two_classes_of_one_name_are_two() -> None:
@@ -165,44 +271,50 @@ def test_two_classes_of_one_name_are_two() -> None:
 
         return Own(CONFIGS["llama"]())
 
-    (one, _), (other, _) = map(kept_bytes.kept_bytes, (kind(nn.SiLU()), kind(nn.Sequential(nn.SiLU(), nn.GELU()))))
+    kinds = (kind(nn.SiLU()), kind(nn.Sequential(nn.SiLU(), nn.GELU())))
+    one, other = (TrainingSetup().measured(uncopied(each)).kept for each in kinds)
+    assert one is not None
+    assert other is not None
     assert one.most < other.most
 
 
-def test_nothing_is_left_of_a_model_that_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    made, make = [], kept_bytes._without_memory
+@pytest.mark.parametrize("make", [lambda config: config, LlamaForCausalLM], ids=["config", "model"])
+def test_nothing_is_left_of_a_model_that_was_asked(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, ask = [], kept_bytes._asked
 
-    def watched(kind: Any) -> Any:
-        model = make(kind)
+    def watched(model: Any, autocast: bool) -> Any:
         made.extend(map(weakref.ref, model.parameters()))
-        return model
+        return ask(model, autocast)
 
-    monkeypatch.setattr(kept_bytes, "_without_memory", watched)
-    assert kept_bytes.kept_bytes(LlamaConfig(num_hidden_layers=1, hidden_size=192))
+    monkeypatch.setattr(kept_bytes, "_asked", watched)
+    assert TrainingSetup().measured(make(LlamaConfig(num_hidden_layers=1, hidden_size=192, vocab_size=97))).kept
     gc.collect()
     assert made
     assert not any(weight() is not None for weight in made)
 
 
+@pytest.mark.parametrize("make", [lambda config: config, LlamaForCausalLM], ids=["config", "model"])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_a_model_is_asked_where_nothing_is_kept(mode: Any) -> None:
-    config = LlamaConfig(num_hidden_layers=1, hidden_size=64)
-    want = kept_bytes.kept_bytes(config)
-    kept_bytes._asked.cache_clear()
+def test_a_model_is_asked_where_nothing_is_kept(mode: Any, make: Any) -> None:
+    config = LlamaConfig(num_hidden_layers=1, hidden_size=64, vocab_size=97)
+    want = TrainingSetup().measured(make(config)).kept
+    kept_bytes._of_config.cache_clear()
     with mode():
-        assert kept_bytes.kept_bytes(config) == want
+        assert TrainingSetup().measured(make(config)).kept == want is not None
         assert not torch.is_grad_enabled()
 
 
 def test_models_are_asked_in_several_threads() -> None:
     torch_asks, configs = torch.is_autocast_enabled, [LlamaConfig(num_hidden_layers=layers) for layers in (1, 2, 3, 4)]
-    want = [kept_bytes.kept_bytes(config) for config in configs]
-    kept_bytes._asked.cache_clear()
+    ask = partial(kept_bytes.kept_bytes, weight_bytes=4, autocast=True)
+    want = [ask(config) for config in configs]
+    kept_bytes._of_config.cache_clear()
     with ThreadPoolExecutor(4) as threads:
-        assert list(threads.map(kept_bytes.kept_bytes, configs)) == want
-    with kept_bytes._autocast_known(), torch.autocast("cpu"):
+        assert list(threads.map(ask, configs)) == want
+    with autocast_on_meta(enabled=True):
         assert torch.is_autocast_enabled(device_type="cpu") is torch.is_autocast_enabled("cpu") is True
-        assert torch.is_autocast_enabled(device_type="meta") is torch.is_autocast_enabled() is False
+        assert torch.is_autocast_enabled(device_type="meta") is True
+        assert torch.is_autocast_enabled() is False
     # torch is left as it was
     assert torch.is_autocast_enabled is torch_asks
 
