@@ -108,14 +108,8 @@ def paths_of(dataset: Any, columns: Sequence[str]) -> Iterator[tuple[str, int, i
                         yield path, about.st_size, about.st_mtime_ns
 
 
-_PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff")
 # columns that hold paths of pictures, where they hold text
 _COLUMNS = ("images", "image")
-
-
-def is_picture(file: Path) -> bool:
-    """Whether a file is called like a picture."""
-    return file.suffix.lower() in _PICTURES
 
 
 def with_paths_from(dataset: Any, folder: Path) -> Any:
