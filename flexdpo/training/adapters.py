@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers.utils import logging
 
 from flexdpo.errors import FlexdpoError, first_line, quoted
 from flexdpo.hf.adapters import adapter_weights, kind_of
@@ -22,6 +23,8 @@ from flexdpo.training import distribution
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+logger = logging.get_logger(__name__)
 
 AtStart = Callable[[], AbstractContextManager[None]]
 """Brings a policy back to its first weights for a ``with`` block."""
@@ -53,6 +56,9 @@ def add_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
         )
     # peft adds its own names, and takes any list of which it finds one
     asked = {name: _names(getattr(peft_config, name, None)) for name in ("modules_to_save", "target_parameters")}
+    targets = getattr(peft_config, "target_modules", None)
+    # a text is a pattern, or one of peft's words
+    targets = [] if isinstance(targets, str) else _names(targets)
     try:
         wrapped: Any = peft.get_peft_model(model, peft_config)
     except Exception as error:  # each kind has conditions of its own, and errors for them
@@ -75,7 +81,21 @@ def add_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
                 f"peft_config asks for {setting}={names}, and {type(model).__name__} has no {quoted(lost)} to "
                 "train; name what it has (model.named_parameters()), or leave it out"
             )
+    _warn_of_lost_targets(targets, wrapped)
     return wrapped  # type: ignore[no-any-return]
+
+
+def _warn_of_lost_targets(asked: list[str], wrapped: Any) -> None:
+    """Name the modules that got no adapter; not an error, since one list may be meant for several kinds of model."""
+    # peft may have put names of its own in their place, as where experts are one parameter
+    kept = _names(wrapped.peft_config[wrapped.active_adapters[0]].target_modules) if asked else []
+    found = [f".{name}" for name in getattr(wrapped.base_model, "targeted_module_names", ())]
+    lost = [name for name in asked if name in kept and not any(each.endswith(f".{name}") for each in found)]
+    if found and lost:
+        logger.warning(
+            f"target_modules={asked}: {type(wrapped.get_base_model()).__name__} has no {quoted(lost)}, so only the "
+            "others get an adapter; name what it has (model.named_modules())"
+        )
 
 
 def _names(given: Any) -> list[str]:

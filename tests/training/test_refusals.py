@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import LlamaForSequenceClassification
 
 import flexdpo
 from flexdpo import DPOTrainer, FlexdpoError, PackingCollator, make_train_step
+from flexdpo.training.adapters import add_adapter
 from tests.conftest import odd_groups, preference_rows
 from tests.training.test_trainer import settings
 
@@ -91,6 +93,15 @@ def test_an_adapter_that_would_learn_nothing(start: Any, config: dict[str, Any],
 def test_an_adapter_of_several_parts(start: Any) -> None:
     parts = {"modules_to_save": ["lm_head"], "target_parameters": ["k_proj.weight"], "target_modules": ["q_proj"]}
     assert start(peft_config=peft.LoraConfig(r=2, **parts)).model.active_adapters == ["default"]
+
+
+def test_modules_that_get_no_adapter_are_named(small_model: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    for targets in (["q_proj", "mlp.up_proj"], "all-linear", ".*q_pro[j]", None):
+        add_adapter(small_model(), peft.LoraConfig(r=2, target_modules=targets))
+    assert not caplog.text
+    add_adapter(small_model(), peft.LoraConfig(r=2, target_modules=["q_proj", "c_attn", "proj"]))
+    assert "LlamaForCausalLM has no 'c_attn', 'proj', so only the others get an adapter" in caplog.text
 
 
 def test_several_splits_are_no_training_data(start: Any) -> None:
