@@ -1033,8 +1033,8 @@ def test_datasets_that_cannot_be_tokenised(tokenizer: PreTrainedTokenizerFast) -
     [
         ({"truncation_mode": "keep_end"}, "nothing can be shared, and TRL has deprecated it; use 'keep_start'"),
         ({"truncation_mode": "keepstart"}, "unknown truncation_mode 'keepstart'; did you mean 'keep_start'"),
-        ({"max_length": 1}, "max_length=1 has no room for a prompt and a response"),
-        ({"num_proc": 0}, "num_proc=0: use at least 1"),
+        ({"max_length": 1}, "max_length must be at least 2, got 1"),
+        ({"num_proc": 0}, "num_proc must be at least 1, got 0"),
     ],
 )
 def test_unusable_settings(tokenizer: PreTrainedTokenizerFast, settings: dict[str, Any], message: str) -> None:
