@@ -115,6 +115,8 @@ class DPOTrainer(ResumableTrainer):
                 model=model, args=args, data_collator=collator, train_dataset=train_data, eval_dataset=eval_data,
                 processing_class=processing_class, callbacks=callbacks, optimizers=optimizers,
             )  # fmt: skip
+        except FlexdpoError:
+            raise
         except (ValueError, ImportError) as error:  # settings that do not go together, packages that are missing
             raise FlexdpoError(f"transformers refuses these settings: {' '.join(str(error).split())}") from error
         self._prepare_step(reference)
