@@ -26,7 +26,9 @@ _COUNTS = (
 class EstimateSettings:
     """What to predict for; the names are those of ``DPOConfig``."""
 
-    shape: str = setting("llama-8b", f"Sizes to predict for without --model: {', '.join(SHAPES)}.")
+    shape: str | None = setting(
+        None, f"Sizes to predict for without --model: {', '.join(SHAPES)}; llama-8b by default."
+    )
     device: str = setting("cuda", f"Whose costs to predict with: {', '.join(MACHINES)} (an H100; one core of a Xeon).")
     dtype: str | None = setting(None, "Of weights: float32 or bfloat16; by default bfloat16 on cuda.")
     max_length: int | None = setting(1024, "Longest prompt plus response; 0 for no limit.")

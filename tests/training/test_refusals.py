@@ -104,6 +104,16 @@ def test_modules_that_get_no_adapter_are_named(small_model: Any, monkeypatch: py
     assert "LlamaForCausalLM has no 'c_attn', 'proj', so only the others get an adapter" in caplog.text
 
 
+def test_options_without_effect_on_what_is_given(start: Any, saved_model: Any) -> None:
+    stream = Dataset.from_list(preference_rows(8)).to_iterable_dataset()
+    with pytest.raises(
+        FlexdpoError, match=r"dataset_num_proc=2 has no effect on train, a stream .*; set dataloader_num"
+    ):
+        start(rows=stream, max_steps=1, dataset_num_proc=2)
+    with pytest.raises(FlexdpoError, match=r"revision 'v1' has no effect: .* is a folder here"):
+        start(str(saved_model("llama")), model_init_kwargs={"revision": "v1"})
+
+
 def test_several_splits_are_no_training_data(start: Any) -> None:
     data = Dataset.from_list(preference_rows(8))
     with pytest.raises(FlexdpoError, match=r"a DatasetDict of 'a', 'b'; give one .* train_dataset=data\['a'\]"):
