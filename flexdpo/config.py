@@ -160,6 +160,15 @@ class DPOConfig(LossSettings, TrainingArguments):
     compiles_unasked: bool = field(init=False, default=False)
     layer_compile_options: dict[str, Any] = field(init=False, default_factory=dict)
 
+    def __new__(cls, *_: Any, **given: Any) -> DPOConfig:
+        """Refuse what is no setting."""
+        known = [each.name for each in fields(cls) if each.init]
+        for name in given.keys() - {*known}:
+            way_out = nearest(name, known) or "; leave it out. README's section From TRL may say why it is not here"
+            raise FlexdpoError(f"DPOConfig has no setting {name!r}{way_out}")
+        made: DPOConfig = super().__new__(cls)
+        return made
+
     def __post_init__(self) -> None:
         self._check_given()
         # what transformers would act on otherwise is taken from it, and given back as it is meant here

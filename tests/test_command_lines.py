@@ -257,6 +257,7 @@ OTHERS = [
     ("show --lengths x.json --block_size 0", "--block_size must be at least 1, got 0"),
     ("bench --drop_in true --profile hh_rlhf", "--profile has no effect with --drop_in"),
     ("bench --max_tokens_per_row 0", "--max_tokens_per_row must be above 0"),
+    ("estimate pairs.jsonl --tokenizer x --sharing steps", "sharing must be one of"),
     ("show pairs.jsonl", "a dataset needs --tokenizer"),
     ("show --lengths nowhere.json", "nowhere.json"),
     ("show --lengths deep.json", "deep.json"),

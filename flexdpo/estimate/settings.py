@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flexdpo.errors import FlexdpoError
+from flexdpo.errors import FlexdpoError, nearest
 from flexdpo.estimate.costs import MACHINES, find_machine
 from flexdpo.estimate.model_shapes import SHAPES
+from flexdpo.layout.packing import SHARING
 from flexdpo.layout.row import tile_multiple
 from flexdpo.objective.loss_types import setting
 from flexdpo.training.memory import TrainingSetup
@@ -62,6 +63,10 @@ class EstimateSettings:
             raise FlexdpoError(
                 "keep_attention has no effect without gradient_checkpointing, and keeps attention on a cpu only; leave "
                 "it out, or set gradient_checkpointing and device cpu"
+            )
+        if self.sharing not in SHARING:
+            raise FlexdpoError(
+                f"sharing must be one of {SHARING}, got {self.sharing!r}{nearest(self.sharing, SHARING)}"
             )
         if any(count < 1 for count in self.processes):
             raise FlexdpoError(f"processes must be at least 1 each, got {' '.join(map(str, self.processes))}")

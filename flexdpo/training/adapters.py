@@ -16,7 +16,7 @@ import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.utils import logging
 
-from flexdpo.errors import FlexdpoError, first_line, quoted
+from flexdpo.errors import FlexdpoError, first_line, found, quoted
 from flexdpo.hf.adapters import adapter_weights, kind_of
 from flexdpo.hf.draws import can_run, left_as_it_is
 from flexdpo.training import distribution
@@ -89,9 +89,9 @@ def _warn_of_lost_targets(asked: list[str], wrapped: Any) -> None:
     """Name the modules that got no adapter; not an error, since one list may be meant for several kinds of model."""
     # peft may have put names of its own in their place, as where experts are one parameter
     kept = _names(wrapped.peft_config[wrapped.active_adapters[0]].target_modules) if asked else []
-    found = [f".{name}" for name in getattr(wrapped.base_model, "targeted_module_names", ())]
-    lost = [name for name in asked if name in kept and not any(each.endswith(f".{name}") for each in found)]
-    if found and lost:
+    adapted = [f".{name}" for name in getattr(wrapped.base_model, "targeted_module_names", ())]
+    lost = [name for name in asked if name in kept and not any(each.endswith(f".{name}") for each in adapted)]
+    if adapted and lost:
         logger.warning(
             f"target_modules={asked}: {type(wrapped.get_base_model()).__name__} has no {quoted(lost)}, so only the "
             "others get an adapter; name what it has (model.named_modules())"
@@ -117,6 +117,22 @@ def require_trainable(model: nn.Module) -> None:
         "no weight of the model is trainable, so nothing would be learned; call requires_grad_(True) on what is to be "
         "trained, or give peft_config to train an adapter"
     )
+
+
+def require_moving(optimizer: Any, model: nn.Module, *, sharded: bool) -> None:
+    """Refuse what is no optimizer, and one that would never move the model."""
+    if not hasattr(optimizer, "param_groups"):
+        raise FlexdpoError(
+            f"optimizer must be a torch.optim.Optimizer, got {found(optimizer)}; make one of model.parameters()"
+        )
+    moved = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+    # engines that shard keep pieces of their own, which they write back
+    if not sharded and not any(id(weight) in moved for weight in model.parameters() if weight.requires_grad):
+        raise FlexdpoError(
+            f"the optimizer has {len(moved)} weights and none of them is a trainable one of this "
+            f"{type(model).__name__}, so nothing would be learned; make it of model.parameters(), after the model was "
+            "moved, wrapped or sharded"
+        )
 
 
 def _require_scale(model: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from copy import copy
 from dataclasses import MISSING, fields
 from functools import cached_property, partial
+from os import PathLike
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from transformers.utils import logging
 from flexdpo.data.draft import TOKENISED_COLUMNS
 from flexdpo.data.stream import StreamedPreferences
 from flexdpo.data.workers import plain_worker_errors
-from flexdpo.errors import FlexdpoError, first_line
+from flexdpo.errors import FlexdpoError, first_line, found
 from flexdpo.training import checkpoints
 from flexdpo.training.checkpoints import RECORD_FILE, data_digest, plain_write_errors, run_record
 from flexdpo.training.finite import require_finite_weights
@@ -74,6 +75,11 @@ class ResumableTrainer(Trainer):
         """Train, or continue from a checkpoint of the same data and settings (``True``: the last one in output_dir)."""
         require_own(self.model)
         output_dir, done = Path(str(self.args.output_dir)), 0
+        if not isinstance(resume_from_checkpoint, str | PathLike | bool | None):
+            raise FlexdpoError(
+                "resume_from_checkpoint must be a folder, or True for the last one, got "
+                f"{found(resume_from_checkpoint)}"
+            )
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(checkpoints.last_checkpoint(output_dir))
         if resume_from_checkpoint:

@@ -23,12 +23,12 @@ from tests.training.test_trainer import settings
 def start(tmp_path: Path, tokenizer: Any, small_model: Any) -> Any:
     def make(
         model: Any = None, rows: Any = 16, ref_model: Any = None, eval_rows: Any = None, peft_config: Any = None,
-        **changes: Any,
+        optimizers: Any = (None, None), **changes: Any,
     ) -> DPOTrainer:  # fmt: skip
         train, held = (Dataset.from_list(preference_rows(n)) if isinstance(n, int) else n for n in (rows, eval_rows))
         return DPOTrainer(
             small_model() if model is None else model, ref_model, settings(tmp_path, **changes), train_dataset=train,
-            eval_dataset=held, processing_class=tokenizer, peft_config=peft_config,
+            eval_dataset=held, processing_class=tokenizer, peft_config=peft_config, optimizers=optimizers,
         )  # fmt: skip
 
     return make
@@ -112,6 +112,39 @@ def test_options_without_effect_on_what_is_given(start: Any, saved_model: Any) -
         start(rows=stream, max_steps=1, dataset_num_proc=2)
     with pytest.raises(FlexdpoError, match=r"revision 'v1' has no effect: .* is a folder here"):
         start(str(saved_model("llama")), model_init_kwargs={"revision": "v1"})
+
+
+def test_an_optimizer_of_another_model(start: Any, small_model: Any) -> None:
+    model = small_model()
+    assert start(model, optimizers=(torch.optim.SGD(model.parameters(), lr=0.1), None), max_steps=1).train().global_step
+    with pytest.raises(FlexdpoError, match=r"the optimizer has 12 weights and none of them is a trainable one of this"):
+        start(optimizers=(torch.optim.SGD(model.parameters(), lr=0.1), None))
+
+
+@pytest.mark.parametrize("norm", [-1, 0, float("nan"), "1"])
+def test_norms_that_nothing_can_be_clipped_to(small_model: Any, norm: Any) -> None:
+    model = small_model()
+    with pytest.raises(FlexdpoError, match=r"max_grad_norm must be a number above 0, got .*; None clips nothing"):
+        make_train_step(model, torch.optim.SGD(model.parameters(), lr=0.1), max_grad_norm=norm)
+    with pytest.raises(FlexdpoError, match="pad_to_multiple_of must be at least 1, got 0"):
+        make_train_step(model, torch.optim.SGD(model.parameters(), lr=0.1), pad_to_multiple_of=0)
+
+
+def test_what_a_trainer_is_asked_for_in_vain(start: Any, tmp_path: Path, saved_model: Any) -> None:
+    trainer = start(saved_model("llama"), eval_rows=DatasetDict(a=Dataset.from_list(preference_rows(8))))
+    for ask, message in {
+        lambda: trainer.evaluate("b"): r"no eval_dataset is called 'b', found 'a'; name one",
+        lambda: trainer.predict(trainer.train_dataset): r"no predictions, .*; call evaluate",
+        lambda: trainer.train(resume_from_checkpoint=3): r"must be a folder, or True for the last one, got int \(3\)",
+        lambda: start(ref_model="gpt2"): r"ref_model must be a loaded model, got str \('gpt2'\); load it",
+        lambda: start(eval_rows=[1]): r"eval: expected a datasets.Dataset, found list",
+        lambda: start(rows=3.5): r"train: expected a datasets.Dataset, found float",
+        lambda: PackingCollator()(preference_rows(1)): r"these have no 'prompt_ids', .*tokenize_preferences first",
+        lambda: settings(tmp_path, padding_free=True): r"no setting 'padding_free'; leave it out\. README",
+        lambda: settings(tmp_path, learning_rat=1): r"no setting 'learning_rat'; did you mean 'learning_rate'",
+    }.items():
+        with pytest.raises(FlexdpoError, match=message):
+            ask()
 
 
 def test_several_splits_are_no_training_data(start: Any) -> None:
