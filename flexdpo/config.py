@@ -381,8 +381,9 @@ class DPOConfig(LossSettings, TrainingArguments):
         for name in ("sync_ref_model", "precompute_ref_log_probs"):
             if getattr(self, name) and not objective.needs_reference:
                 raise FlexdpoError(f"loss_type {', '.join(self.loss_type)} uses no reference; leave {name} out")
-        if self.sync_ref_model and self.ref_model_sync_steps < 1:
-            raise FlexdpoError(f"ref_model_sync_steps must be at least 1, got {self.ref_model_sync_steps}")
+        every, most = self.ref_model_sync_steps, self.max_steps if self.max_steps > 0 else math.inf
+        if self.sync_ref_model and not 1 <= every <= most:
+            raise FlexdpoError(f"ref_model_sync_steps must be at least 1 and at most max_steps, got {every}; lower it")
         if self.sync_ref_model and not 0 < self.ref_model_mixup_alpha <= 1:
             raise FlexdpoError(f"ref_model_mixup_alpha must be in (0, 1], got {self.ref_model_mixup_alpha}; 1 copies")
 

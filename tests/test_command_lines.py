@@ -249,6 +249,7 @@ OTHERS = [
     ("train --model x --datasets a b --dataset_train_split x", "--dataset_train_split x has no effect with --datasets"),
     ("train --model x --datasets a b --dataset_config x", "--dataset_config x has no effect with --datasets"),
     ("train --model x --datasets a b --dataset_test_split x", "is of one dataset, and --datasets names"),
+    ("score MODEL pairs.jsonl --dtype float33", "dtype 'float33' is none of torch's; use float32"),
     ("score --model x pairs.jsonl --output_file half.parquet", "would write over what flexdpo score did not write"),
     ("show pairs.jsonl --tokenizer x --seed 1", "--seed has no effect on a dataset"),
     ("show --tokenizer x", "--tokenizer has no effect on the built-in example"),
@@ -283,8 +284,8 @@ OTHERS = [
 
 
 @pytest.mark.parametrize(("words", "part"), OTHERS, ids=[words for words, _ in OTHERS])
-def test_lines_of_the_other_commands(line: Any, words: str, part: str | None) -> None:
-    code, message = line(*words.split())
+def test_lines_of_the_other_commands(line: Any, saved_model: Any, words: str, part: str | None) -> None:
+    code, message = line(*(str(saved_model("llama")) if word == "MODEL" else word for word in words.split()))
     assert (code, part is None) in ((0, True), (2, False)), message
     assert part is None or part in message
 

@@ -91,7 +91,9 @@ def load_model(
         init_kwargs.pop("revision", None)  # the adapter's
         whole = load_model(base, trust_remote_code=trust_remote_code, images=images, **init_kwargs)
         return _with_adapter(whole, name_or_path)
-    init_kwargs.setdefault("dtype", torch.float32)
+    dtype = init_kwargs.setdefault("dtype", torch.float32)
+    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise FlexdpoError(f"dtype {dtype!r} is none of torch's; use float32, bfloat16, float16 or auto")
     requested = init_kwargs.pop("attn_implementation", ATTN_IMPLEMENTATION)
     if requested != ATTN_IMPLEMENTATION:
         raise FlexdpoError(
