@@ -80,6 +80,7 @@ PRIVATE: dict[str, tuple[str, str]] = {
 REPLACED = {
     "_get_train_sampler": "tests/training/test_trainer.py::test_sampling_strategies_of_transformers_work",
     "_get_grad_norm": "tests/training/test_trainer.py::test_the_loss_curve_is_the_ordinary_one",
+    "_push_from_checkpoint": "tests/runs/test_job.py::test_a_run_that_cannot_be_pushed_is_on_disk",
     "_run_epoch": "tests/training/test_trainer.py::test_the_loss_curve_is_the_ordinary_one",
     "_save_checkpoint": "tests/training/test_checkpoints.py::test_every_file_of_a_checkpoint_is_vouched_for",
     "_set_signature_columns_if_needed": "tests/training/test_trainer.py::test_the_loss_curve_is_the_ordinary_one",

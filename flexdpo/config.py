@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 from dataclasses import MISSING, dataclass, field, fields
@@ -14,7 +13,7 @@ from transformers import TrainingArguments
 from flexdpo.attention.remembered import keep_attention
 from flexdpo.attention.row_mask import resolve_impl
 from flexdpo.attention.settings import KernelSettings
-from flexdpo.effects import AT_LEAST_ONE, BELONGS_TO, LOADING, WITHOUT_EFFECT, optimizer_of, require_schedule
+from flexdpo.effects import AT_LEAST_ONE, BELONGS_TO, LOADING, WITHOUT_EFFECT, require_optimizer, require_schedule
 from flexdpo.errors import FlexdpoError, nearest
 from flexdpo.hf.checkpointing import checkpoint_arguments, checkpointing_name
 from flexdpo.layout.packing import MAX_WASTE, SHARING
@@ -161,6 +160,15 @@ class DPOConfig(LossSettings, TrainingArguments):
     compiles_unasked: bool = field(init=False, default=False)
     layer_compile_options: dict[str, Any] = field(init=False, default_factory=dict)
 
+    def __new__(cls, *_: Any, **given: Any) -> DPOConfig:
+        """Refuse what is no setting."""
+        known = [each.name for each in fields(cls) if each.init]
+        for name in given.keys() - {*known}:
+            way_out = nearest(name, known) or "; leave it out. README's section From TRL may say why it is not here"
+            raise FlexdpoError(f"DPOConfig has no setting {name!r}{way_out}")
+        made: DPOConfig = super().__new__(cls)
+        return made
+
     def __post_init__(self) -> None:
         self._check_given()
         # what transformers would act on otherwise is taken from it, and given back as it is meant here
@@ -216,6 +224,11 @@ class DPOConfig(LossSettings, TrainingArguments):
             )
         # as a YAML file or the command line gives it
         self.fsdp: Any = {"true": True, "false": None}.get(str(self.fsdp).lower(), self.fsdp)
+        # transformers reads it where FSDP is on, and empties or fills it elsewhere
+        if self.fsdp_config and not self.fsdp:
+            raise FlexdpoError(
+                f"fsdp_config={self.fsdp_config!r} has no effect without fsdp; leave it out, or set both"
+            )
         if self.bf16 is None:
             self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not self.fp16
 
@@ -270,7 +283,9 @@ class DPOConfig(LossSettings, TrainingArguments):
                 "accelerator_config sets sync_each_batch, but the rows of a step differ in number from process to "
                 "process, so their gradients are synchronised once; leave it out"
             )
-        self._check_optimizer(defaults)
+        if self.fp16 and self.device.type == "cpu":
+            raise FlexdpoError("fp16=True has no effect on a CPU, which would run float32; give bf16, or leave it out")
+        require_optimizer(self, defaults)
         require_schedule(self)
 
     def _check_types(self) -> None:
@@ -290,8 +305,9 @@ class DPOConfig(LossSettings, TrainingArguments):
             # a default below 0 stands for none, or for the launcher's
             share = each.name == "save_steps" and 0 < value < 1  # of the run
             allowed = value == each.default or share or (math.isfinite(value) and value >= least)
-            if each.name == "num_train_epochs":
-                allowed = math.isfinite(value) and (value > 0 or self.max_steps > 0)
+            if each.name in ("learning_rate", "num_train_epochs"):
+                is_unread = each.name == "num_train_epochs" and self.max_steps > 0
+                allowed = math.isfinite(value) and (value > 0 or is_unread)
             if not allowed or (each.name == "max_steps" and value == 0):
                 raise FlexdpoError(f"{each.name}={value} is no number that a run can have; give one, or leave it out")
         for name in (
@@ -315,23 +331,6 @@ class DPOConfig(LossSettings, TrainingArguments):
             {getattr(each, "value", each) for each in (value if isinstance(value, list) else [value])}
             & {*values.split("|")}
         )
-
-    def _check_optimizer(self, defaults: dict[str, Any]) -> None:
-        optim = str(getattr(self.optim, "value", self.optim))
-        if "lomo" in optim or "layerwise" in optim:
-            raise FlexdpoError(
-                f"optim={optim!r} takes its step inside the backward pass, of which a step of several rows has "
-                "several, before its gradient could be looked at; choose another one"
-            )
-        read = optimizer_of(self)
-        for name in ("optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon"):
-            if read is not None and getattr(self, name) != defaults[name]:
-                without = copy.copy(self)
-                setattr(without, name, defaults[name])
-                if optimizer_of(without) == read:
-                    raise FlexdpoError(
-                        f"{name}={getattr(self, name)!r} has no effect with optim={optim!r}; leave it out"
-                    )
 
     def _check_rows(self) -> None:
         if self.pad_to_multiple_of == "auto":
@@ -382,8 +381,9 @@ class DPOConfig(LossSettings, TrainingArguments):
         for name in ("sync_ref_model", "precompute_ref_log_probs"):
             if getattr(self, name) and not objective.needs_reference:
                 raise FlexdpoError(f"loss_type {', '.join(self.loss_type)} uses no reference; leave {name} out")
-        if self.sync_ref_model and self.ref_model_sync_steps < 1:
-            raise FlexdpoError(f"ref_model_sync_steps must be at least 1, got {self.ref_model_sync_steps}")
+        every, most = self.ref_model_sync_steps, self.max_steps if self.max_steps > 0 else math.inf
+        if self.sync_ref_model and not 1 <= every <= most:
+            raise FlexdpoError(f"ref_model_sync_steps must be at least 1 and at most max_steps, got {every}; lower it")
         if self.sync_ref_model and not 0 < self.ref_model_mixup_alpha <= 1:
             raise FlexdpoError(f"ref_model_mixup_alpha must be in (0, 1], got {self.ref_model_mixup_alpha}; 1 copies")
 

@@ -1,5 +1,6 @@
 """Settings of transformers that would be accepted and change nothing, and which others they need to take effect."""
 
+import copy
 from dataclasses import fields
 from typing import Any
 
@@ -42,6 +43,8 @@ BELONGS_TO = {
     "save_total_limit": "save_strategy=steps|epoch|best",
     "save_only_model": "save_strategy=steps|epoch|best",
     "logging_steps": "logging_strategy=steps",
+    "greater_is_better": "metric_for_best_model",
+    "length_column_name": "train_sampling_strategy=group_by_length|batch_rebalance",
     "dataloader_persistent_workers": "dataloader_num_workers",
     "dataloader_multiprocessing_context": "dataloader_num_workers",
     "ref_model_mixup_alpha": "sync_ref_model",
@@ -91,6 +94,14 @@ def require_schedule(args: TrainingArguments) -> None:
     rates = learning_rates(name, 0, kwargs) if args.warmup_steps else []
     if rates and learning_rates(name, 5, kwargs) == rates:
         unread.append("warmup_steps")
+    if args.max_steps > 0:
+        warmup = args.get_warmup_steps(args.max_steps)
+        rates = learning_rates(name, warmup, kwargs, total=args.max_steps, steps=args.max_steps)
+        if rates and not any(rates):
+            raise FlexdpoError(
+                f"warmup_steps={args.warmup_steps} keeps the learning rate of all max_steps={args.max_steps} steps at "
+                "0, so nothing would be learned; lower it, or raise max_steps"
+            )
     for each in unread:
         raise FlexdpoError(
             f"{each}={getattr(args, each)!r} has no effect with lr_scheduler_type={name.value!r}; leave it out, "
@@ -98,7 +109,24 @@ def require_schedule(args: TrainingArguments) -> None:
         )
 
 
-def optimizer_of(args: TrainingArguments) -> Any:
+def require_optimizer(args: TrainingArguments, defaults: dict[str, Any]) -> None:
+    """Refuse optimizers that do not wait for a whole step, and settings that the chosen one does not read."""
+    optim = str(getattr(args.optim, "value", args.optim))
+    if "lomo" in optim or "layerwise" in optim:
+        raise FlexdpoError(
+            f"optim={optim!r} takes its step inside the backward pass, of which a step of several rows has several, "
+            "before its gradient could be looked at; choose another one"
+        )
+    read = _optimizer_of(args)
+    for name in ("optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon"):
+        if read is not None and getattr(args, name) != defaults[name]:
+            without = copy.copy(args)
+            setattr(without, name, defaults[name])
+            if _optimizer_of(without) == read:
+                raise FlexdpoError(f"{name}={getattr(args, name)!r} has no effect with optim={optim!r}; leave it out")
+
+
+def _optimizer_of(args: TrainingArguments) -> Any:
     """The optimizer that transformers makes of settings, and its arguments; ``None`` where it needs more for it."""
     try:
         from transformers import Trainer

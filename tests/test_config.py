@@ -193,7 +193,11 @@ def test_a_value_of_another_type(tmp_path: Path, changes: dict[str, Any], kind: 
 @pytest.mark.parametrize("alpha", [0.0, 2.0])
 def test_a_reference_that_would_never_move_or_beyond_the_policy(tmp_path: Path, alpha: float) -> None:
     with pytest.raises(FlexdpoError, match=rf"ref_model_mixup_alpha must be in \(0, 1\], got {alpha}"):
-        settings(tmp_path, sync_ref_model=True, ref_model_mixup_alpha=alpha)
+        settings(tmp_path, sync_ref_model=True, ref_model_sync_steps=1, ref_model_mixup_alpha=alpha)
+    with pytest.raises(
+        FlexdpoError, match="ref_model_sync_steps must be at least 1 and at most max_steps, got 5; lower"
+    ):
+        settings(tmp_path, sync_ref_model=True, ref_model_sync_steps=5, max_steps=4)
 
 
 def test_values_in_the_forms_of_others(tmp_path: Path) -> None:

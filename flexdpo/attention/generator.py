@@ -113,7 +113,7 @@ def attend(
     _require_numbers(softcap, scale)
     row_mask = row_mask_for(layout, kind, impl)
     if score_mod is not None:
-        _require_score_mod(score_mod, query.shape[1], layout.device)
+        _require_score_mod(score_mod, query.shape[1], layout)
         row_mask = dataclasses.replace(row_mask, score_mod=score_mod)
     return packed_attention(query, key, value, row_mask, scaling=scale, softcap=softcap, sinks=sinks)
 
@@ -149,7 +149,17 @@ def _require_numbers(softcap: Any, scale: Any) -> None:
         raise FlexdpoError(f"scale must be a finite number, got {found(scale)}; leave it out for head size ** -0.5")
 
 
-def _require_score_mod(score_mod: Any, heads: int, device: torch.device) -> None:
+def _require_score_mod(score_mod: Any, heads: int, layout: RowLayout) -> None:
+    device, own = layout.device, layout.position_ids
+    shape, of_row = getattr(score_mod, "shape", own.shape), getattr(score_mod, "of_row", None)
+    theirs: Tensor = own if of_row is None else of_row
+    # looking at the values on a GPU would make it wait
+    comparable = theirs is not own and {theirs.device.type, device.type} == {"cpu"}
+    if shape != own.shape or (comparable and not torch.equal(theirs, own)):
+        raise FlexdpoError(
+            f"score_mod has the positions of another row, of {list(shape)} tokens, and this one has "
+            f"{list(own.shape)}; make it of the row that is attended to"
+        )
     if (slopes := getattr(score_mod, "query_heads", heads)) != heads:
         raise FlexdpoError(
             f"score_mod has slopes for {slopes} query heads, and query {heads}; give alibi_score_mod one for each"

@@ -74,6 +74,9 @@ def logical_score_mod(positions: Row | RowLayout | Tensor, function: ScoreMod) -
     def score_mod(score: Tensor, batch: Any, head: Any, q_idx: Any, kv_idx: Any) -> Tensor:
         return function(score, batch, head, position_ids[batch, q_idx], position_ids[batch, kv_idx])
 
+    # what attend compares with its row: another's positions would give other scores, or none. A tensor may be meant so
+    score_mod.shape = position_ids.shape  # type: ignore[attr-defined]
+    score_mod.of_row = None if isinstance(positions, Tensor) else position_ids  # type: ignore[attr-defined]
     return score_mod
 
 

@@ -66,8 +66,8 @@ class BenchSettings:
         require_shape(self.model)
         if self.dtype is not None and self.dtype not in DTYPES:
             raise FlexdpoError(f"--dtype {self.dtype!r} is unknown; use one of {tuple(DTYPES)}")
-        for name in ("pairs", "batches", "rounds", "scale", "seconds", "threads"):
-            if getattr(self, name) <= 0:
+        for name in ("pairs", "batches", "rounds", "scale", "seconds", "threads", "max_tokens_per_row"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise FlexdpoError(f"--{name} must be above 0, got {getattr(self, name)}")
         if cuda and not torch.cuda.is_available():
             raise FlexdpoError("--device cuda: torch sees no CUDA device; use --device cpu, or install a CUDA build")

@@ -23,6 +23,9 @@ class BenchOptions:
     json: str | None = setting(None, "Write every figure to this file.")
 
 
+_OF_DROP_IN = {"device", "model", "threads", "seed", "scale", "json", "drop_in"}
+
+
 def parser() -> OptionParser:
     """The options."""
     options = OptionParser(
@@ -39,7 +42,10 @@ def parser() -> OptionParser:
 
 def run(argv: list[str]) -> int:
     """Run ``flexdpo bench`` with the words after it; prints a table per profile."""
-    found = parser().read(argv)
+    options = parser()
+    found = options.read(argv)
+    if found.drop_in == "true":
+        options.require_effect(found, vars(found).keys() - _OF_DROP_IN, "with --drop_in")
     settings = settings_of(BenchSettings, found)
     target = writable(found.json)
     started, is_screen = time.perf_counter(), sys.stderr.isatty()

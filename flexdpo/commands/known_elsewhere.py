@@ -45,11 +45,13 @@ REASONS = {
 }
 
 
-def reason_against(option: str) -> str | None:
-    """Why a TRL option is none here, with the way out; ``None`` where TRL has no such option either."""
+def reason_against(option: str, command: str) -> str | None:
+    """Why a TRL option is none of a command, with the way out; ``None`` where TRL has no such option either."""
     name = option.removeprefix("--").removeprefix("no_").replace("-", "_")
     if name in REASONS:
         return REASONS[name]
+    if name in _options_of_trl() and command != "flexdpo train":
+        return f"{command} has nothing that it could change; leave it out"
     if name in _options_of_trl():
         return (
             "flexdpo has nothing that it could change; leave it out, or train with TRL and share prefixes there: "

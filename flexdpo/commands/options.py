@@ -6,6 +6,7 @@ import dataclasses
 import shutil
 import textwrap
 import types
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -78,6 +79,12 @@ class OptionParser(argparse.ArgumentParser):
                 *spellings, dest=field.name, type=kind, default=field.default, help=field.metadata["help"], **more
             )
 
+    def require_effect(self, found: argparse.Namespace, without: Iterable[str], where: str) -> None:
+        """Refuse those of the options ``without`` that were given, though they would change nothing ``where``."""
+        for action in self._actions:
+            if action.dest in without and getattr(found, action.dest) != action.default:
+                raise FlexdpoError(f"{action.option_strings[0]} has no effect {where}; leave it out")
+
     def read(self, argv: list[str]) -> argparse.Namespace:
         """Parse ``argv``; the options of every ``--config FILE.yaml`` come first, so that the command line wins."""
         files = OptionParser(prog=self.prog, add_help=False)
@@ -89,7 +96,7 @@ class OptionParser(argparse.ArgumentParser):
         name = unknown[0].split("=")[0]
         if not name.startswith("-"):
             raise FlexdpoError(f"{name!r} belongs to no option; see {self.prog} --help")
-        if reason := reason_against(name):
+        if reason := reason_against(name, self.prog):
             raise FlexdpoError(f"{name} is not supported: {reason}")
         known = [option for action in self._actions for option in action.option_strings]
         raise FlexdpoError(f"unknown option {name}{nearest(name, [*known, '--config'])}; see {self.prog} --help")
@@ -128,6 +135,8 @@ class TokenizerOptions:
         from flexdpo.training.model_loading import load_processor, load_tokenizer
 
         name, revision = str(self.model_name_or_path), self._revision
+        if revision and self.model_name_or_path is None:
+            raise FlexdpoError(f"--model_revision {self.model_revision} has no effect without a model; leave it out")
         if self.tokenizer is not None:
             name, revision = self.tokenizer, {}
         config = self.load_config() if images else None

@@ -25,6 +25,9 @@ def parser() -> OptionParser:
 def run(argv: list[str]) -> int:
     """Run ``flexdpo score`` with the words after it; prints where the scores are."""
     found = parser().read(argv)
+    if found.model_name_or_path is not None and found.data is None:
+        # the one word that is left is no second model
+        found.model, found.data = None, found.model
     found.model_name_or_path = one_name("model_name_or_path", found.model, found.model_name_or_path)
     found.dataset_name = one_name("dataset_name", found.data, found.dataset_name)
     from flexdpo.runs.score import ScoreSettings, score

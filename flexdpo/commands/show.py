@@ -1,13 +1,14 @@
 """``flexdpo show``: pictures of a packed row and of a batch."""
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from flexdpo.commands.options import OptionParser, TokenizerOptions, one_name, settings_of
 from flexdpo.data.pictures import holds_images
 from flexdpo.errors import FlexdpoError, nearest
 from flexdpo.layout.groups import Group
 from flexdpo.layout.packing import pack
+from flexdpo.layout.sequences import require_count
 from flexdpo.objective.loss_types import setting
 from flexdpo.runs.settings import DataSettings
 from flexdpo.show.draw import VIEWS, overview_figure
@@ -55,22 +56,36 @@ def parser() -> OptionParser:
 
 def run(argv: list[str]) -> int:
     """Run ``flexdpo show`` with the words after it."""
-    found = parser().read(argv)
+    options = parser()
+    found = options.read(argv)
     found.dataset_name = one_name("dataset_name", found.dataset, found.dataset_name)
     settings = settings_of(ShowSettings, found)
     if settings.view not in VIEWS:
         hint = nearest(settings.view, VIEWS)
         raise FlexdpoError(f"--view {settings.view!r} is unknown{hint}; use {', '.join(VIEWS)}")
+    of_data = {each.name for kind in (DataSettings, TokenizerOptions) for each in fields(kind)} | {
+        "first",
+        "max_length",
+    }
+    if settings.lengths is not None and not (found.dataset_name or found.datasets):
+        options.require_effect(found, of_data | {"groups", "seed"}, "with --lengths")
+    elif not (found.dataset_name or found.datasets):
+        options.require_effect(found, of_data, "on the built-in example, without a dataset")
+    else:
+        options.require_effect(found, {"seed"}, "on a dataset; --first chooses its rows")
+    if settings.text and settings.output is None:
+        options.require_effect(found, {"view"}, "on --text; name a picture with --output")
+    if settings.block_size is not None:
+        require_count("--block_size", settings.block_size)
     groups = _groups(settings, settings_of(DataSettings, found), settings_of(TokenizerOptions, found))
     length, sharing = settings.max_tokens_per_row, settings.sharing
     row = pack(groups, length, sharing=sharing, pad_to_multiple_of=settings.pad_to_multiple_of)[0]
     layouts = batch_layouts(groups, length, sharing=sharing)
-    size = settings.block_size or None
     if settings.text:
         width = max(40, shutil.get_terminal_size((120, 40)).columns)
-        print(overview_text(row, layouts, width=width, block_size=size))
+        print(overview_text(row, layouts, width=width, block_size=settings.block_size))
     if settings.output is not None or not settings.text:
-        figure = overview_figure(row, layouts, view=settings.view, block_size=size)
+        figure = overview_figure(row, layouts, view=settings.view, block_size=settings.block_size)
         print(f"written to {save_figure(figure, settings.output or 'flexdpo-rows.png')}")
     return 0
 

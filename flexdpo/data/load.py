@@ -1,51 +1,30 @@
 """Preference datasets from files, folders and hub names; lines of a file are counted from 1, as editors do."""
 
-import bz2
 import contextlib
 import csv
-import gzip
 import hashlib
 import json
 import logging
 import lzma
 import os
 import warnings
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import datasets
 from datasets import Dataset, IterableDataset
 
 from flexdpo.data.cache import cache_folder
 from flexdpo.data.columns import renamed
+from flexdpo.data.file_faults import first_json_fault, odd_one, other_columns
+from flexdpo.data.file_formats import BROKEN, OPENER_OF_SUFFIX, READER_OF_SUFFIX, format_of, is_json_lines
+from flexdpo.data.folders import data_files, declares_files, files_by_split
 from flexdpo.data.layouts import LAYOUTS
-from flexdpo.data.pictures import is_picture, with_paths_from
+from flexdpo.data.pictures import with_paths_from
 from flexdpo.errors import FlexdpoError, first_line, found, is_the_disks, nearest, quoted
 from flexdpo.hf.names import local_path, why_unreachable
 
-_READER_OF_SUFFIX = {
-    ".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv",
-    ".tsv": "csv",
-}  # fmt: skip
-
-
-def _open_zstd(path: Path, *args: Any, **kwargs: Any) -> Any:
-    try:
-        import zstandard
-    except ImportError as error:
-        raise FlexdpoError(
-            f"{path}: reading .zst files needs the zstandard package; pip install zstandard, or unpack the file first"
-        ) from error
-    return zstandard.open(path, *args, **kwargs)
-
-
-# what readers of packed files raise
-_BROKEN = (EOFError, zlib.error, lzma.LZMAError)
-_OPENER_OF_SUFFIX: dict[str, Callable[..., Any]] = {
-    "": open, ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zstd,
-}  # fmt: skip
 # a JSON document may hold its rows under one of these
 _ROWS_KEYS = ("data", "rows", "examples")
 
@@ -79,6 +58,11 @@ def load_preference_dataset(
         FlexdpoError: if nothing is there, it is empty or cannot be read (with the line of a JSONL file).
     """
     _require_names(name_or_path, split, columns)
+    if streaming and {*split} & {*"[+"}:
+        raise FlexdpoError(
+            f"{name_or_path}: split={split!r} takes parts of a split, and a stream is one split as a whole; name one "
+            "split, or leave streaming out"
+        )
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         dataset = _load_folder(path, split, config_name, streaming)
@@ -117,18 +101,10 @@ def _require_names(name_or_path: Any, split: Any, columns: Any) -> None:
         )
 
 
-def _format_of(path: Path) -> tuple[str, str, str | None]:
-    """The suffixes of the format and the compression, ``""`` for none, and the reader, if there is one."""
-    packed = path.suffix.lower() if path.suffix.lower() in _OPENER_OF_SUFFIX else ""
-    kind = (path.with_suffix("") if packed else path).suffix.lower()
-    # Parquet is compressed inside and has no outer suffix
-    return kind, packed, None if packed and kind == ".parquet" else _READER_OF_SUFFIX.get(kind)
-
-
 def _load_file(path: Path, split: str, config_name: str | None, streaming: bool) -> Dataset | IterableDataset:
-    kind, packed, reader = _format_of(path)
+    kind, packed, reader = format_of(path)
     if reader is None:
-        known = ", ".join(_READER_OF_SUFFIX)
+        known = ", ".join(READER_OF_SUFFIX)
         raise FlexdpoError(f"{path}: cannot tell the format from the name; known endings are {known}")
     if config_name is not None:
         raise FlexdpoError(f"{path}: config_name={config_name!r} has no meaning for a single file; leave it out")
@@ -139,8 +115,9 @@ def _load_file(path: Path, split: str, config_name: str | None, streaming: bool)
     held = _rows_within(path, packed, base) if kind == ".json" else None
     if held is not None:
         options["data_files"] = {base: str(held)}
-    elif packed == ".zst":
-        _open_zstd(path).close()
+    elif packed:
+        # what it takes to open it may be missing
+        OPENER_OF_SUFFIX[packed](path).close()
     files = {"data_files": {"train": str(path)}, **options}
     return _load(str(path), [path], reader, split=split, streaming=streaming, **files)
 
@@ -151,8 +128,8 @@ def _rows_within(path: Path, packed: str, split: str) -> Path | None:
     Returns ``None`` for lines, for a list, and for a document that the reader will find fault with.
     """
     try:
-        with _OPENER_OF_SUFFIX[packed](path, "rb") as stream:
-            if _is_json_lines(stream) and next(stream, b"").strip() and next(stream, b"").strip():
+        with OPENER_OF_SUFFIX[packed](path, "rb") as stream:
+            if is_json_lines(stream) and next(stream, b"").strip() and next(stream, b"").strip():
                 return None
             stream.seek(0)
             content = stream.read()
@@ -203,17 +180,19 @@ def _rows_of(path: Path, document: dict[str, Any], split: str) -> list[Any] | No
 
 def _load_folder(path: Path, split: str, config_name: str | None, streaming: bool) -> Dataset | IterableDataset:
     if not any((path / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
-        files = sorted(file for file in path.rglob("*") if file.is_file() and _format_of(file)[2])
-        if not files:
-            known = ", ".join(_READER_OF_SUFFIX)
-            raise FlexdpoError(f"{path}: the folder has neither a saved dataset nor files ending in {known}")
-        only_csv = {_format_of(file)[0] for file in files} == {".csv"}
-        options: dict[str, Any] = _csv_options(files) if only_csv else {}
-        if any(is_picture(file) for file in path.rglob("*")):
-            # the library would look at nothing else
-            options["data_files"] = [str(file.resolve()) for file in files]
+        files = data_files(path)
+        options: dict[str, Any] = {"name": config_name, "split": split, "streaming": streaming}
+        if not declares_files(path):
+            parts = files_by_split(path, files)
+            if lost := {each.split("[")[0].strip() for each in split.split("+")} - {*parts, "all"}:
+                raise FlexdpoError(
+                    f"{path}: no split {quoted(lost)}; by their names its files are {quoted(parts)}. Name one of "
+                    "these, or a file"
+                )
+            files = [file for held in parts.values() for file in held]
+            options |= _csv_options(files) if _one_reader(path, files) == "csv" else {}
+            options["data_files"] = {part: [_unpacked(file, part) for file in held] for part, held in parts.items()}
         # resolved, because a bare folder name such as "json" would mean one of the library's own readers
-        options |= {"name": config_name, "split": split, "streaming": streaming}
         return _load(str(path), files, str(path.resolve()), **options)
     try:
         saved = datasets.load_from_disk(str(path))
@@ -229,6 +208,25 @@ def _load_folder(path: Path, split: str, config_name: str | None, streaming: boo
     return splits[split].to_iterable_dataset() if streaming else splits[split]
 
 
+def _one_reader(path: Path, files: Sequence[Path]) -> str:
+    """What reads the files of a folder: the library would take those of one reader, and leave the others out."""
+    kinds = {("\t" if format_of(file)[0] == ".tsv" else "", format_of(file)[2]): file for file in files}
+    if len(kinds) > 1:
+        raise FlexdpoError(
+            f"{path}: {quoted(file.name for file in kinds.values())} are of different formats, and one dataset is read "
+            "from files of one; convert them, or name each of them in datasets: or load_mixture"
+        )
+    return str(next(iter(kinds))[1])
+
+
+def _unpacked(file: Path, split: str) -> str:
+    """The file, or the rows within it where it is a JSON document that holds them."""
+    kind, packed, _ = format_of(file)
+    if packed:
+        OPENER_OF_SUFFIX[packed](file).close()
+    return str(((_rows_within(file, packed, split) if kind == ".json" else None) or file).absolute())
+
+
 def _load(
     shown: str, files: Sequence[Path], source: str, *, streaming: bool, note: str = "", **options: Any
 ) -> Dataset | IterableDataset:
@@ -238,19 +236,25 @@ def _load(
             # a CSV file whose rows have more cells than its header would be read with its columns shifted
             warnings.filterwarnings("error", message="Length of header or names")
             dataset = datasets.load_dataset(source, streaming=streaming, **options)
-            if not streaming and any(_format_of(file)[2] == "json" for file in files):
+            if not streaming and any(format_of(file)[2] == "json" for file in files):
                 # the JSON reader lets bytes through that are not UTF-8, and only a look at the cell trips over them
                 dataset.data.validate(full=True)
-    except (datasets.exceptions.DatasetsError, ValueError, OSError, RuntimeError, StopIteration, *_BROKEN) as error:
+    except (datasets.exceptions.DatasetsError, ValueError, OSError, RuntimeError, StopIteration, *BROKEN) as error:
         cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetsError) and error.__cause__ else error
-        reason = note or f"{type(cause).__name__}: {first_line(cause)}"
-        if fault := next(filter(None, map(_first_json_fault, files)), None):
+        # which configurations there are stands in other lines than the first
+        about_configs = isinstance(cause, ValueError) and "config" in first_line(cause).lower()
+        said = " ".join(str(cause).split("Example of usage")[0].split()) if about_configs else first_line(cause)
+        reason = note or f"{type(cause).__name__}: {said}"
+        if fault := next(filter(None, map(first_json_fault, files)), None):
             why = f"{fault}; mend it there, or name another file"
+        elif len(files) > 1 and not is_the_disks(cause) and (odd := odd_one(files)):
+            why = odd
         elif isinstance(error, StopIteration) or "corresponds to no data" in str(error):
             why = f"{shown}: there are no rows; give a dataset with at least one"
         elif files:
             room = "make room, or set HF_HOME to a folder that can be written to"
             way_out = room if is_the_disks(cause) else "mend the file, or name another"
+            way_out = "name one with config_name (--dataset_config)" if about_configs else way_out
             why = f"{shown}: cannot be loaded ({reason}); {way_out}"
         else:
             nowhere = f"{shown!r} is no file or folder here, and the Hugging Face hub does not give it"
@@ -272,51 +276,25 @@ def silent_json_reader() -> Iterator[None]:
 
 def _csv_options(files: Sequence[Path]) -> dict[str, Any]:
     """Read every cell as text: a response ``42`` is no number and a response ``None`` is not missing."""
-    kind, packed, _ = _format_of(files[0])
-    separator = "\t" if kind == ".tsv" else ","
-    try:
-        with _OPENER_OF_SUFFIX[packed](files[0], "rt", encoding="utf-8-sig", newline="") as stream:
-            header = next((cells for cells in csv.reader(stream, delimiter=separator) if cells), [])
-    except (OSError, UnicodeDecodeError, csv.Error, *_BROKEN) as error:
-        raise FlexdpoError(f"{files[0]}: cannot be read as CSV ({first_line(error)})") from error
-    if len(set(header)) < len(header):
-        raise FlexdpoError(f"{files[0]}: the header names a column twice: {quoted(header)}")
+    separator = "\t" if format_of(files[0])[0] == ".tsv" else ","
+    headers = [_header(file, separator) for file in files]
+    header = headers[0]
+    # what is no column of the first file would be left out, without a word
+    other = next((n for n, each in enumerate(headers) if set(each) != set(header)), None)
+    if other is not None:
+        raise FlexdpoError(other_columns(files[other], headers[other], files[0], header))
     # the reader's own name for a column without one, as an index column often is
     names = [name or f"Unnamed: {number}" for number, name in enumerate(header)]
     features = datasets.Features({name: datasets.Value("string") for name in names})
     return {"sep": separator, "keep_default_na": False, "index_col": False, "features": features}
 
 
-def _first_json_fault(path: Path) -> str | None:
-    """Find the first line of a JSON or JSONL file that is no JSON object, as ``"file, line N: why"``."""
-    kind, packed, reader = _format_of(path)
-    if reader != "json":
-        return None
+def _header(file: Path, separator: str) -> list[str]:
     try:
-        with _OPENER_OF_SUFFIX[packed](path, "rb") as stream:
-            whole = kind == ".json" and not _is_json_lines(stream)
-            faults = (_fault(text, n, whole) for n, text in enumerate([stream.read()] if whole else stream, start=1))
-            return next((f"{path}, line {fault}" for fault in faults if fault), None)
-    except (OSError, *_BROKEN) as error:
-        return f"{path}: cannot be read ({first_line(error)})"
-    except RecursionError:
-        return f"{path}: nested too deeply to be preferences"
-
-
-def _is_json_lines(stream: IO[bytes]) -> bool:
-    """Whether a ``.json`` file holds an object per line; rewinds the stream."""
-    first = stream.readline().strip()
-    stream.seek(0)
-    return first.startswith(b"{") and first.endswith(b"}")
-
-
-def _fault(content: bytes, line: int, whole: bool) -> str | None:
-    """``"N: why"`` for a whole document, or for a line, which must be an object."""
-    try:
-        text = content.decode("utf-8-sig")
-        value = json.loads(text if whole else text.strip() or "{}")
-    except UnicodeDecodeError as error:
-        return f"{line + content.count(10, 0, error.start)}: not UTF-8 text; convert the file to UTF-8"
-    except json.JSONDecodeError as error:
-        return f"{line + error.lineno - 1}: not valid JSON ({error.msg}, column {error.colno})"
-    return None if whole or isinstance(value, dict) else f"{line}: expected a JSON object, found {found(value)}"
+        with OPENER_OF_SUFFIX[format_of(file)[1]](file, "rt", encoding="utf-8-sig", newline="") as stream:
+            header = next((cells for cells in csv.reader(stream, delimiter=separator) if cells), [])
+    except (OSError, UnicodeDecodeError, csv.Error, *BROKEN) as error:
+        raise FlexdpoError(f"{file}: cannot be read as CSV ({first_line(error)})") from error
+    if len(set(header)) < len(header):
+        raise FlexdpoError(f"{file}: the header names a column twice: {quoted(header)}")
+    return header

@@ -132,9 +132,9 @@ def _load(entry: dict[str, Any], streaming: bool) -> Part:
     count = entry.get("count")
     if count is not None and not streaming and count > len(data):
         raise FlexdpoError(f"{where}: count={count}, but there are {len(data)} rows")
-    if count is not None:
-        data = data.take(count)
-    return Part(where, data)
+    if count is None:
+        return Part(where, data)
+    return Part(where, data.take(count)) if streaming else _first_rows(Part(where, data), count)
 
 
 def _by_share(parts: Sequence[Part], shares: Sequence[float], streaming: bool) -> list[Part]:
@@ -143,7 +143,13 @@ def _by_share(parts: Sequence[Part], shares: Sequence[float], streaming: bool) -
         return [Part(part.name, part.data, share) for part, share in zip(parts, shares, strict=True)]
     total = min(len(part.data) / share for part, share in zip(parts, shares, strict=True))
     kept = [min(len(part.data), round(share * total)) for part, share in zip(parts, shares, strict=True)]
-    return [Part(part.name, part.data.select(range(rows))) for part, rows in zip(parts, kept, strict=True)]
+    return [_first_rows(part, rows) for part, rows in zip(parts, kept, strict=True)]
+
+
+def _first_rows(part: Part, rows: int) -> Part:
+    """The part whose name, which the report gives, says what is left out."""
+    there = len(part.data)
+    return part if rows == there else Part(f"{part.name} ({rows} of its {there} rows)", part.data.select(range(rows)))
 
 
 def _held_out(mixture: Mixture, share: float, seed: int) -> tuple[Mixture, Mixture]:

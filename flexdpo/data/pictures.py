@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,14 +108,8 @@ def paths_of(dataset: Any, columns: Sequence[str]) -> Iterator[tuple[str, int, i
                         yield path, about.st_size, about.st_mtime_ns
 
 
-_PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff")
 # columns that hold paths of pictures, where they hold text
 _COLUMNS = ("images", "image")
-
-
-def is_picture(file: Path) -> bool:
-    """Whether a file is called like a picture."""
-    return file.suffix.lower() in _PICTURES
 
 
 def with_paths_from(dataset: Any, folder: Path) -> Any:
@@ -159,7 +153,9 @@ def holds_images(data: Any) -> bool:
     if parts is not None:
         return any(holds_images(part.data) for part in parts)
     # a stream that nobody looked into
-    columns: Any = getattr(data, "column_names", None) or next(iter(data), {})
+    columns: Any = getattr(data, "column_names", None) or next(iter(data if hasattr(data, "__iter__") else ()), {})
+    # what is no data at all is refused where it is read
+    columns = columns if isinstance(columns, Collection) else ()
     return any(column in columns for column in ("images", "image", IMAGES_COLUMN))
 
 

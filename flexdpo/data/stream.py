@@ -22,7 +22,7 @@ from flexdpo.data.mixture import Mixture, alternating
 from flexdpo.data.pictures import undecoded_stream
 from flexdpo.data.report import Counts, DataReport, merged, none_usable, require_prompts
 from flexdpo.data.tokenize import carried_columns, largest_id, require_settings
-from flexdpo.errors import FlexdpoError, first_line
+from flexdpo.errors import FlexdpoError
 
 _ROWS_AT_ONCE = 64
 # rows of a stream without a usable one before that is an error
@@ -271,7 +271,7 @@ class StreamedPreferences(IterableDataset[dict[str, Any]]):
             except Exception as error:  # formats, file systems and functions mapped over a stream may raise anything
                 raise FlexdpoError(
                     f"{self.name}: the stream broke off in its rows {start} to {start + _ROWS_AT_ONCE - 1} (counted "
-                    f"from 0): {type(error).__name__}: {first_line(error)}"
+                    f"from 0): {type(error).__name__}: {' '.join(str(error).split())[:400]}"
                 ) from error
             if batch is None:
                 return

@@ -23,6 +23,7 @@ from flexdpo.data.pictures import paths_of
 from flexdpo.data.report import Counts, DataReport, merged, none_usable, require_prompts
 from flexdpo.errors import FlexdpoError, first_line, found, is_the_disks, nearest, quoted
 from flexdpo.layout.groups import Group
+from flexdpo.layout.sequences import require_count
 from flexdpo.objective.unpaired import LabelledGroup
 
 if TYPE_CHECKING:
@@ -172,19 +173,18 @@ def require_settings(
     if truncation_mode != "keep_start":
         hint = nearest(str(truncation_mode), ["keep_start"])
         raise FlexdpoError(f"unknown truncation_mode {truncation_mode!r}{hint}; the only one is 'keep_start'")
-    numbers = {"max_length": max_length, "max_prompt_length": max_prompt_length, "num_proc": num_proc}
-    for name, value in numbers.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | np.integer)):
-            raise FlexdpoError(f"{name}={value!r} must be a whole number, or None")
-    if max_length is not None and max_length < 2:
-        raise FlexdpoError(f"max_length={max_length} has no room for a prompt and a response; use at least 2")
-    if max_prompt_length is not None and not 1 <= max_prompt_length < (max_length or 2**63):
+    for name, value, least in (
+        ("max_length", max_length, 2),  # a prompt and a response
+        ("max_prompt_length", max_prompt_length, 1),
+        ("num_proc", num_proc, 1),
+    ):
+        if value is not None:
+            require_count(name, value, least)
+    if max_prompt_length is not None and max_length is not None and max_prompt_length >= max_length:
         raise FlexdpoError(
-            f"max_prompt_length={max_prompt_length} must be at least 1 and leave room for a response within max_length="
-            f"{max_length}; choose another"
+            f"max_prompt_length={max_prompt_length} leaves no room for a response within max_length={max_length}; "
+            "lower it, or raise max_length"
         )
-    if num_proc is not None and num_proc < 1:
-        raise FlexdpoError(f"num_proc={num_proc}: use at least 1, or None for this process alone")
 
 
 def _map(dataset: Dataset, tokenizer: Any, settings: Settings, num_proc: int | None, name: str) -> Dataset:

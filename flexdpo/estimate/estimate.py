@@ -64,7 +64,9 @@ def estimate_dataset(
 def _sized(settings: EstimateSettings, model: Any) -> tuple[EstimateSettings, ModelSize]:
     """The settings with the model's limits, where they name none, and its sizes, or those of the shape they name."""
     if model is None:
-        return settings, settings.training_setup.measured(shape_config(settings.shape))
+        return settings, settings.training_setup.measured(shape_config(settings.shape or "llama-8b"))
+    if settings.shape is not None and not isinstance(model, ModelSize):
+        raise FlexdpoError(f"shape={settings.shape!r} has no effect beside a model; leave one of them out")
     if not settings.limits and not isinstance(model, ModelSize):
         whole = base_model(model if hasattr(model, "parameters") else without_memory(model))
         settings = replace(settings, limits=length_limits(backbone_of(whole)).limits)

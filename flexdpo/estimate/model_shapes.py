@@ -52,7 +52,7 @@ NAMES = [*SHAPES, *HYBRIDS]
 def require_shape(name: str) -> None:
     """Refuse a name that is not in :data:`NAMES`."""
     if name not in NAMES:
-        raise FlexdpoError(f"--model {name!r} is unknown{nearest(name, NAMES)}; shapes: {', '.join(NAMES)}")
+        raise FlexdpoError(f"the shape {name!r} is unknown{nearest(name, NAMES)}; use one of {', '.join(NAMES)}")
 
 
 def shape_config(name: str) -> Any:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flexdpo.errors import FlexdpoError
+from flexdpo.errors import FlexdpoError, nearest
 from flexdpo.estimate.costs import MACHINES, find_machine
 from flexdpo.estimate.model_shapes import SHAPES
+from flexdpo.layout.packing import SHARING
 from flexdpo.layout.row import tile_multiple
 from flexdpo.objective.loss_types import setting
 from flexdpo.training.memory import TrainingSetup
@@ -26,7 +27,9 @@ _COUNTS = (
 class EstimateSettings:
     """What to predict for; the names are those of ``DPOConfig``."""
 
-    shape: str = setting("llama-8b", f"Sizes to predict for without --model: {', '.join(SHAPES)}.")
+    shape: str | None = setting(
+        None, f"Sizes to predict for without --model: {', '.join(SHAPES)}; llama-8b by default."
+    )
     device: str = setting("cuda", f"Whose costs to predict with: {', '.join(MACHINES)} (an H100; one core of a Xeon).")
     dtype: str | None = setting(None, "Of weights: float32 or bfloat16; by default bfloat16 on cuda.")
     max_length: int | None = setting(1024, "Longest prompt plus response; 0 for no limit.")
@@ -60,6 +63,10 @@ class EstimateSettings:
             raise FlexdpoError(
                 "keep_attention has no effect without gradient_checkpointing, and keeps attention on a cpu only; leave "
                 "it out, or set gradient_checkpointing and device cpu"
+            )
+        if self.sharing not in SHARING:
+            raise FlexdpoError(
+                f"sharing must be one of {SHARING}, got {self.sharing!r}{nearest(self.sharing, SHARING)}"
             )
         if any(count < 1 for count in self.processes):
             raise FlexdpoError(f"processes must be at least 1 each, got {' '.join(map(str, self.processes))}")

@@ -23,9 +23,14 @@ def local_path(name: str) -> Path | None:
     return path if looks_local or file.suffix.lower() in _DATA_ENDINGS or path.exists() else None
 
 
-def require_saved(name: str, *needed: str) -> None:
-    """Say at once that a local folder has none of the files ``needed``, instead of asking a hub for it."""
+def require_saved(name: str, *needed: str, revision: str | None = None) -> None:
+    """Say at once that a local folder has none of the files ``needed``, or no ``revision``, instead of asking a hub."""
     path = local_path(name)
+    if path is not None and revision not in (None, "main"):
+        raise FlexdpoError(
+            f"revision {revision!r} has no effect: {name} is a folder here, which holds one; leave it out, or give a "
+            "hub name"
+        )
     if path is None or any((path / file).is_file() for file in needed):
         return
     if not path.exists():

@@ -15,7 +15,7 @@ from transformers import AutoConfig
 from flexdpo.errors import FlexdpoError, first_line
 from flexdpo.hf.auto import auto_class
 from flexdpo.hf.mixer_kernels import mixing_ways
-from flexdpo.hf.names import adapter_base, local_path, require_saved
+from flexdpo.hf.names import adapter_base, local_path, require_saved, why_unreachable
 from flexdpo.hf.rules import refusal_reason
 from flexdpo.hf.unwrap import backbone_of
 from flexdpo.proof.probe import ParityReport, parity_probe
@@ -101,15 +101,20 @@ def _load_config(name_or_path: str, trust_remote_code: bool, revision: str) -> A
     if path is not None and not path.exists():
         raise FlexdpoError(f"{name_or_path} does not exist; give a model folder, a config.json or a name on the hub")
     if path is not None and path.is_dir():
-        require_saved(name_or_path, "config.json")
+        require_saved(name_or_path, "config.json", revision=revision)
+    unreachable = why_unreachable(name_or_path)
     try:
         return AutoConfig.from_pretrained(
-            str(path or name_or_path), trust_remote_code=trust_remote_code, revision=revision
+            str(path or name_or_path),
+            trust_remote_code=trust_remote_code,
+            revision=revision,
+            local_files_only=bool(unreachable),
         )
     except Exception as error:  # a config holds anything
+        why = unreachable or f"{type(error).__name__}: {first_line(error)}"
         raise FlexdpoError(
-            f"cannot load a config from {name_or_path!r} ({type(error).__name__}: {first_line(error)}); give a folder "
-            "that save_pretrained wrote, or another name"
+            f"cannot load a config from {name_or_path!r} ({why}); give a folder that save_pretrained wrote, or another "
+            "name"
         ) from error
 
 

@@ -46,6 +46,14 @@ def write_scores(
         pq.write_table(pa.Table.from_pylist(named, schema=schema), whole)
 
 
+def is_scores(path: Path) -> bool:
+    """Whether a file is one that :func:`write_scores` wrote."""
+    try:
+        return _METADATA in (pq.read_schema(path).metadata or {})
+    except (OSError, pa.ArrowException):
+        return False
+
+
 def cache_of_scores(path: Path, identity: ReferenceIdentity) -> ReferenceCache:
     """The values of a file that belong to ``identity``, as a cache that nothing is added to.
 

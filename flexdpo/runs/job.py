@@ -119,11 +119,14 @@ def _run(job: Job, config: DPOConfig, given: Mapping[str, Any], output: Path) ->
     history = list(trainer.state.log_history)
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     after = trainer.evaluate() if eval_data is not None else {}
-    trainer.save_model()
+    trainer.save_whole()
     trainer.figures = figures = figures_of(trainer, before, after)
     trainer.create_model_card()
     if trainer.is_world_process_zero():
         _draw(trainer, [*history, *trainer.state.log_history], output)
+    if config.push_to_hub:
+        # with the card and the pictures
+        trainer.push_to_hub()
     reports = [line.strip() for report in trainer.data_reports.values() for line in report.summary().splitlines()]
     width = max(map(len, figures))
     table = [*reports, *(f"{label:<{width}}  {value}" for label, value in {**figures, "written to": output}.items())]

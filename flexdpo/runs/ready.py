@@ -25,6 +25,7 @@ def require_ready(job: Job, config: DPOConfig) -> None:
     Raises:
         FlexdpoError: naming the setting and the way out.
     """
+    job.load_kwargs(config)
     _require_evaluation(job, config)
     _require_packages(config)
     checkpoint: Any = config.resume_from_checkpoint
@@ -44,6 +45,7 @@ def _require_evaluation(job: Job, config: DPOConfig) -> None:
     wanted = {
         "eval_strategy": config.eval_strategy != "no",
         "eval_on_start": config.eval_on_start,
+        "metric_for_best_model": config.metric_for_best_model is not None and not config.load_best_model_at_end,
         "load_best_model_at_end": config.load_best_model_at_end,
         "save_strategy": config.save_strategy == "best",
         # by name, since not all versions know both
@@ -56,7 +58,7 @@ def _require_evaluation(job: Job, config: DPOConfig) -> None:
                 f"--{name} {getattr(value, 'value', value)} needs evaluation data; add --eval_dataset_name, "
                 "--dataset_test_split or --test_split_size, or leave it out"
             )
-        if needs and name != "eval_on_start" and config.eval_strategy == "no":
+        if needs and name not in ("eval_on_start", "metric_for_best_model") and config.eval_strategy == "no":
             raise FlexdpoError(
                 f"--{name} follows evaluations during training, and --eval_strategy no makes none; add --eval_strategy "
                 "steps or epoch"
@@ -72,6 +74,8 @@ def _require_packages(config: DPOConfig) -> None:
             f"--report_to {' '.join(config.report_to)}: {first_line(error)} Install it, or give --report_to none"
         ) from error
     _require_compiler(config)
+    if config.attn_impl == "flex" and config.device.type == "cpu":
+        raise FlexdpoError("--attn_impl flex has no backward on a CPU; give --attn_impl sdpa, or leave it out")
     try:
         kind, kwargs = Trainer.get_optimizer_cls_and_kwargs(config)
         kind([torch.nn.Parameter(torch.zeros(1))], **kwargs)

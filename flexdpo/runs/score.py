@@ -7,6 +7,7 @@ was interrupted goes on where it stopped.
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from flexdpo.config import DPOConfig
 from flexdpo.data.tokenize import group_from_row
 from flexdpo.errors import FlexdpoError
 from flexdpo.reference.cache import ReferenceIdentity, response_key
-from flexdpo.reference.scores import write_scores
+from flexdpo.reference.scores import is_scores, write_scores
 from flexdpo.training.batch import REFERENCE_COLUMN
 from flexdpo.training.trainer import DPOTrainer
 
@@ -27,7 +28,8 @@ class ScoreSettings:
     """What to score with, and where to. Names as in TRL."""
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "A causal LM or an adapter: a saved folder, or a hub name."}
+        default=None,
+        metadata={"help": "A causal LM or an adapter: a saved folder, or a hub name.", "aliases": ["--model"]},
     )
     ref_model: str | None = field(
         default=None,
@@ -56,6 +58,10 @@ class ScoreSettings:
         path = Path(self.output_file)
         if path.suffix != ".parquet" or not path.parent.is_dir():
             raise FlexdpoError(f"--output_file {path}: name a .parquet file in a folder that exists")
+        if not os.access(path.parent, os.W_OK):
+            raise FlexdpoError(f"--output_file {path}: the folder cannot be written to; name a file in another")
+        if path.exists() and not is_scores(path):
+            raise FlexdpoError(f"--output_file {path} would write over what flexdpo score did not write; name another")
 
 
 def score(settings: ScoreSettings, data: Any) -> str:

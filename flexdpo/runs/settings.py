@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from flexdpo.errors import FlexdpoError
+from flexdpo.errors import FlexdpoError, quoted
 from flexdpo.hf.names import adapter_base
 from flexdpo.objective.loss_types import setting
 
@@ -22,7 +22,8 @@ class ModelSettings:
     model_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": "A causal LM, or an adapter to train on: a folder saved with save_pretrained, or a hub name."
+            "help": "A causal LM, or an adapter to train on: a folder saved with save_pretrained, or a hub name.",
+            "aliases": ["--model"],
         },
     )
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the hub."})
@@ -88,8 +89,13 @@ class ModelSettings:
         """For ``from_pretrained``: those of the config, and what was given here."""
         revision = self.model_revision if self.model_revision != "main" else None
         given = {"revision": revision, "dtype": self.dtype, "quantization_config": self._quantization()}
+        given = {name: value for name, value in given.items() if value is not None}
         init_kwargs = config.model_init_kwargs if isinstance(config.model_init_kwargs, dict) else {}
-        return {**init_kwargs, **{name: value for name, value in given.items() if value is not None}}
+        if twice := given.keys() & init_kwargs.keys():
+            raise FlexdpoError(
+                f"--model_init_kwargs says {quoted(twice)}, and so does an option of its own; leave one of them out"
+            )
+        return {**init_kwargs, **given}
 
     def _quantization(self) -> Any:
         """As in TRL, where products are computed in the dtype of the other weights."""
@@ -171,6 +177,12 @@ class DataSettings:
         """Raise unless exactly one thing says where the preferences are."""
         if self.datasets and (self.dataset_name or self.columns):
             raise FlexdpoError("--datasets names all datasets and their columns; leave --dataset_name and --columns")
+        for each in ("dataset_config", "dataset_train_split") if self.datasets else ():
+            if (value := getattr(self, each)) != DataSettings.__dataclass_fields__[each].default:
+                raise FlexdpoError(
+                    f"--{each} {value} has no effect with --datasets; give name and split to the entries of a YAML "
+                    "file, or leave it out"
+                )
         if not self.datasets and self.dataset_name is None:
             raise FlexdpoError("which dataset? give a file, folder or hub name; --dataset_name is missing")
 
@@ -229,6 +241,11 @@ class Job(DataSettings, ModelSettings):
             raise FlexdpoError(f"--test_split_size {self.test_split_size}: use a share of the rows between 0 and 1")
         if self.test_split_size is not None and (self.eval_dataset_name or self.dataset_test_split):
             raise FlexdpoError("--test_split_size holds out what to evaluate on; leave it, or other evaluation data")
+        if self.datasets and self.dataset_test_split is not None and self.eval_dataset_name is None:
+            raise FlexdpoError(
+                f"--dataset_test_split {self.dataset_test_split} is of one dataset, and --datasets names several; add "
+                "--eval_dataset_name, or --test_split_size"
+            )
 
     @property
     def evaluates(self) -> bool:

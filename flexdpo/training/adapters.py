@@ -14,14 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers.utils import logging
 
-from flexdpo.errors import FlexdpoError, first_line, quoted
+from flexdpo.errors import FlexdpoError, first_line, found, quoted
 from flexdpo.hf.adapters import adapter_weights, kind_of
 from flexdpo.hf.draws import can_run, left_as_it_is
 from flexdpo.training import distribution
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+logger = logging.get_logger(__name__)
 
 # brings a policy back to its first weights for a ``with`` block
 AtStart = Callable[[], AbstractContextManager[None]]
@@ -52,11 +55,15 @@ def add_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
             f"{peft_config.peft_type} puts extra tokens before every prompt, which packed rows do not have; use LoRA"
         )
     # peft adds its own names, and takes any list of which it finds one
-    asked = {name: getattr(peft_config, name, None) or [] for name in ("modules_to_save", "target_parameters")}
-    for setting, names in asked.items():
-        if isinstance(names, str):
+    asked: dict[str, list[str]] = {}
+    for setting in ("modules_to_save", "target_parameters"):
+        if isinstance(names := getattr(peft_config, setting, None) or (), str):
             # it would look for layers that are called like its letters
             raise FlexdpoError(f"peft_config has {setting}={names!r}, where peft takes a list; give [{names!r}]")
+        asked[setting] = sorted(names)
+    targets = getattr(peft_config, "target_modules", None)
+    # a text is a pattern, or one of peft's words
+    targets = [] if isinstance(targets, str) else _names(targets)
     try:
         wrapped: Any = peft.get_peft_model(model, peft_config)
     except Exception as error:  # each kind has conditions of its own, and errors for them
@@ -73,13 +80,31 @@ def add_adapter(model: nn.Module, peft_config: Any) -> nn.Module:
         "target_parameters": getattr(wrapped.base_model, "targeted_parameter_names", []),
     }
     for setting, names in asked.items():
-        lost = [name for name in sorted(names) if not any(each.endswith(name) for each in adapted[setting])]
+        lost = [name for name in names if not any(each.endswith(name) for each in adapted[setting])]
         if lost:
             raise FlexdpoError(
-                f"peft_config asks for {setting}={sorted(names)}, and {type(model).__name__} has no {quoted(lost)} to "
+                f"peft_config asks for {setting}={names}, and {type(model).__name__} has no {quoted(lost)} to "
                 "train; name what it has (model.named_parameters()), or leave it out"
             )
+    _warn_of_lost_targets(targets, wrapped)
     return wrapped  # type: ignore[no-any-return]
+
+
+def _warn_of_lost_targets(asked: list[str], wrapped: Any) -> None:
+    """Name the modules that got no adapter; not an error, since one list may be meant for several kinds of model."""
+    # peft may have put names of its own in their place, as where experts are one parameter
+    kept = _names(wrapped.peft_config[wrapped.active_adapters[0]].target_modules) if asked else []
+    adapted = [f".{name}" for name in getattr(wrapped.base_model, "targeted_module_names", ())]
+    lost = [name for name in asked if name in kept and not any(each.endswith(f".{name}") for each in adapted)]
+    if adapted and lost:
+        logger.warning(
+            f"target_modules={asked}: {type(wrapped.get_base_model()).__name__} has no {quoted(lost)}, so only the "
+            "others get an adapter; name what it has (model.named_modules())"
+        )
+
+
+def _names(given: Any) -> list[str]:
+    return [given] if isinstance(given, str) else sorted(given or ())
 
 
 def require_trainable(model: nn.Module) -> None:
@@ -97,6 +122,22 @@ def require_trainable(model: nn.Module) -> None:
         "no weight of the model is trainable, so nothing would be learned; call requires_grad_(True) on what is to be "
         "trained, or give peft_config to train an adapter"
     )
+
+
+def require_moving(optimizer: Any, model: nn.Module, *, sharded: bool) -> None:
+    """Refuse what is no optimizer, and one that would never move the model."""
+    if not hasattr(optimizer, "param_groups"):
+        raise FlexdpoError(
+            f"optimizer must be a torch.optim.Optimizer, got {found(optimizer)}; make one of model.parameters()"
+        )
+    moved = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+    # engines that shard keep pieces of their own, which they write back
+    if not sharded and not any(id(weight) in moved for weight in model.parameters() if weight.requires_grad):
+        raise FlexdpoError(
+            f"the optimizer has {len(moved)} weights and none of them is a trainable one of this "
+            f"{type(model).__name__}, so nothing would be learned; make it of model.parameters(), after the model was "
+            "moved, wrapped or sharded"
+        )
 
 
 def _require_scale(model: Any) -> None:

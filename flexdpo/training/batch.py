@@ -9,7 +9,7 @@ import torch
 
 from flexdpo.data.draft import IMAGES_COLUMN, LABELS_COLUMN, TOKENISED_COLUMNS
 from flexdpo.data.tokenize import group_from_row
-from flexdpo.errors import FlexdpoError
+from flexdpo.errors import FlexdpoError, quoted
 from flexdpo.layout.packing import SHARING, pack
 from flexdpo.layout.row import idle_row
 from flexdpo.layout.sequences import require_count
@@ -113,6 +113,11 @@ class PackingCollator:
         """Return ``{"example_rows": [B] int64, "batch": PackedBatch}``; the first names the dataset rows."""
         if not examples:
             raise FlexdpoError("a batch needs one tokenised row at least, got none")
+        if missing := [column for column in TOKENISED_COLUMNS if column not in examples[0]]:
+            raise FlexdpoError(
+                f"a batch is made of tokenised rows, and these have no {quoted(missing)}; pass the data through "
+                "tokenize_preferences first"
+            )
         groups: Sequence[Group] = [group_from_row(example) for example in examples]
         if self.unrelated_responses:
             groups = with_unrelated_responses(groups)

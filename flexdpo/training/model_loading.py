@@ -91,14 +91,16 @@ def load_model(
         init_kwargs.pop("revision", None)  # the adapter's
         whole = load_model(base, trust_remote_code=trust_remote_code, images=images, **init_kwargs)
         return _with_adapter(whole, name_or_path)
-    init_kwargs.setdefault("dtype", torch.float32)
+    dtype = init_kwargs.setdefault("dtype", torch.float32)
+    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise FlexdpoError(f"dtype {dtype!r} is none of torch's; use float32, bfloat16, float16 or auto")
     requested = init_kwargs.pop("attn_implementation", ATTN_IMPLEMENTATION)
     if requested != ATTN_IMPLEMENTATION:
         raise FlexdpoError(
             f"model_init_kwargs asks for attn_implementation={requested!r}; packed rows need "
             f"{ATTN_IMPLEMENTATION!r}, so leave it out"
         )
-    require_saved(name_or_path, "config.json")
+    require_saved(name_or_path, "config.json", revision=init_kwargs.get("revision"))
     try:
         model: PreTrainedModel
         model, found = (AutoModelForImageTextToText if images else AutoModelForCausalLM).from_pretrained(
@@ -141,7 +143,7 @@ def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False, **kwar
     base = adapter_base(name_or_path)
     if base is not None and not any((Path(name_or_path) / name).is_file() for name in _TOKENIZER_FILES):
         name_or_path = base
-    require_saved(name_or_path, "config.json", *_TOKENIZER_FILES)
+    require_saved(name_or_path, "config.json", *_TOKENIZER_FILES, revision=kwargs.get("revision"))
     tokenizer: PreTrainedTokenizerBase = _from_name(
         AutoTokenizer, "a tokenizer", name_or_path, trust_remote_code=trust_remote_code, **kwargs
     )
@@ -154,7 +156,7 @@ def load_processor(name_or_path: str, *, trust_remote_code: bool = False, **kwar
     base = adapter_base(name_or_path)
     if base is not None and not any((Path(name_or_path) / name).is_file() for name in _PROCESSOR_FILES):
         name_or_path = base
-    require_saved(name_or_path, "config.json", *_PROCESSOR_FILES)
+    require_saved(name_or_path, "config.json", *_PROCESSOR_FILES, revision=kwargs.get("revision"))
     try:
         processor = _from_name(
             AutoProcessor, "a processor", name_or_path, trust_remote_code=trust_remote_code, **kwargs
@@ -177,7 +179,7 @@ def load_config(name_or_path: str, **kwargs: Any) -> Any:
     if (base := adapter_base(name_or_path)) is not None:
         kwargs.pop("revision", None)  # the adapter's
         name_or_path = base
-    require_saved(name_or_path, "config.json")
+    require_saved(name_or_path, "config.json", revision=kwargs.get("revision"))
     return _from_name(AutoConfig, "a model's config", name_or_path, **kwargs)
 
 

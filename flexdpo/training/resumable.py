@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from copy import copy
 from dataclasses import MISSING, fields
-from functools import cached_property
+from functools import cached_property, partial
+from os import PathLike
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from transformers.utils import logging
 from flexdpo.data.draft import TOKENISED_COLUMNS
 from flexdpo.data.stream import StreamedPreferences
 from flexdpo.data.workers import plain_worker_errors
+from flexdpo.errors import FlexdpoError, first_line, found
 from flexdpo.training import checkpoints
 from flexdpo.training.checkpoints import RECORD_FILE, data_digest, plain_write_errors, run_record
 from flexdpo.training.finite import require_finite_weights
@@ -73,6 +75,11 @@ class ResumableTrainer(Trainer):
         """Train, or continue from a checkpoint of the same data and settings (``True``: the last one in output_dir)."""
         require_own(self.model)
         output_dir, done = Path(str(self.args.output_dir)), 0
+        if not isinstance(resume_from_checkpoint, str | PathLike | bool | None):
+            raise FlexdpoError(
+                "resume_from_checkpoint must be a folder, or True for the last one, got "
+                f"{found(resume_from_checkpoint)}"
+            )
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(checkpoints.last_checkpoint(output_dir))
         if resume_from_checkpoint:
@@ -147,25 +154,58 @@ class ResumableTrainer(Trainer):
         card.save(output / "README.md")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save as ``Trainer`` does; under FSDP the finished model is saved whole, however its checkpoints are."""
-        if not _internal_call:
-            require_finite_weights(self._guard.model, self.accelerator, "the model")
-            with plain_write_errors("the finished model", Path(str(self.args.output_dir))):
-                self._save_whole(output_dir, _internal_call)
+        """Save as ``Trainer`` does, and push where ``push_to_hub`` says so."""
+        if _internal_call:
+            super().save_model(output_dir, _internal_call=True)
             return
-        self._save_whole(output_dir, _internal_call)
+        self.save_whole(output_dir)
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
-    def _save_whole(self, output_dir: str | None, _internal_call: bool) -> None:
+    def save_whole(self, output_dir: str | None = None) -> None:
+        """Save the finished model, under FSDP whole however its checkpoints are, and push it nowhere."""
+        require_finite_weights(self._guard.model, self.accelerator, "the model")
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if plugin is None or _internal_call:
-            super().save_model(output_dir, _internal_call)
-            return
-        kept = plugin.state_dict_type
-        plugin.set_state_dict_type("FULL_STATE_DICT")
+        kept = getattr(plugin, "state_dict_type", None)
+        with plain_write_errors("the finished model", Path(str(self.args.output_dir))):
+            try:
+                if plugin is not None:
+                    plugin.set_state_dict_type("FULL_STATE_DICT")
+                super().save_model(output_dir, _internal_call=True)
+            finally:
+                if plugin is not None:
+                    plugin.set_state_dict_type(kept)
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        """As ``Trainer``'s, which asks for the repository before the first step."""
         try:
-            super().save_model(output_dir, _internal_call)
-        finally:
-            plugin.set_state_dict_type(kept)
+            super().init_hf_repo(*args, **kwargs)
+        except Exception as error:  # of the hub and of whatever carries it
+            name = self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
+            raise FlexdpoError(
+                f"push_to_hub: the hub gives no repository {name!r} to push to ({type(error).__name__}: "
+                f"{first_line(error)}); log in with hf auth login or HF_TOKEN, choose another with hub_model_id, or "
+                "leave push_to_hub out"
+            ) from error
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``Trainer``'s; what was trained is safe on disk where the hub does not take it."""
+        try:
+            return super().push_to_hub(*args, **kwargs)
+        except FlexdpoError:
+            raise
+        except Exception as error:  # of the hub and of whatever carries it
+            output, name = self.args.output_dir, self.hub_model_id
+            raise FlexdpoError(
+                f"the model is saved in {output}, and could not be pushed to {name} ({type(error).__name__}: "
+                f"{first_line(error)}); push it later with: hf upload {name} {output}"
+            ) from error
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """As ``Trainer`` does in the background, where nobody would hear of an error."""
+        super()._push_from_checkpoint(checkpoint_folder)
+        for job in getattr(getattr(self, "push_in_progress", None), "jobs", ()):
+            job.add_done_callback(partial(_warn_of_failed_push, checkpoint_folder))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save as ``Trainer`` does, mark the checkpoint as complete, and only then let older ones go."""
@@ -197,3 +237,8 @@ class ResumableTrainer(Trainer):
             rotate_checkpoints(
                 output_dir=output_dir, save_total_limit=limit, best_model_checkpoint=best, use_mtime=True
             )
+
+
+def _warn_of_failed_push(folder: str, job: Any) -> None:
+    if not job.cancelled() and (error := job.exception()) is not None:
+        logger.warning(f"{folder} could not be pushed ({type(error).__name__}: {first_line(error)}); it is on disk")

@@ -184,6 +184,11 @@ class RunData:
         if dataset is None:
             return None
         if is_stream(dataset):
+            if args.dataset_num_proc is not None:
+                raise FlexdpoError(
+                    f"dataset_num_proc={args.dataset_num_proc} has no effect on {name}, a stream that is tokenised as "
+                    "it is read; set dataloader_num_workers, or leave it out"
+                )
             stream = StreamedPreferences.for_run(
                 dataset, self.tokenizer, args, name=name, max_positions=self.max_positions
             )

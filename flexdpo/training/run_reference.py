@@ -95,10 +95,9 @@ class SyncReference(TrainerCallback):
 def mix_into_reference(reference: nn.Module, policy: nn.Module, alpha: float) -> None:
     """Move every weight of the reference to ``alpha * policy + (1 - alpha) * reference``, shard by shard.
 
-    Source: Gorbatovski et al. 2024, arXiv:2404.09656, soft update (hard, a copy, for ``alpha = 1``).
+    Source: Gorbatovski et al. 2024, arXiv:2404.09656, soft update (hard, a copy, for ``alpha = 1``). ``DPOConfig``
+    takes no ``alpha`` outside (0, 1].
     """
-    if not 0 < alpha <= 1:
-        raise FlexdpoError(f"ref_model_mixup_alpha must be in (0, 1], got {alpha}")
     sources = dict(base_model(policy).named_parameters())
     targets = dict(base_model(reference).named_parameters())
     if sources.keys() != targets.keys():

@@ -79,14 +79,19 @@ def make_train_step(
     objective = Objective(losses, **loss_settings)
     inner = accelerator.unwrap_model(model) if accelerator is not None else model
     in_step = accelerator is not None and distribution.runs_in_step(accelerator)
-    _require_moving(optimizer, model, sharded=in_step)
+    adapters.require_moving(optimizer, model, sharded=in_step)
+    # below 0 the model would climb, at 0 stand still, and NaN would be its weights
+    if max_grad_norm is not None and (not isinstance(max_grad_norm, int | float) or not max_grad_norm > 0):
+        raise FlexdpoError(f"max_grad_norm must be a number above 0, got {found(max_grad_norm)}; None clips nothing")
     parts = {"model": inner} if ref_model is None else {"model": inner, "reference model": ref_model}
     vocabularies = {name: model_loading.vocabulary(unwrap_model(part)) for name, part in parts.items()}
     prepare_model(inner, impl=impl)
     disable_dropout(inner)
     adapters.require_trainable(inner)
     reference = _reference(inner, ref_model, objective, impl, sharded=in_step)
-    multiple, limits = pad_to_multiple_of or tile_multiple(next(model.parameters()).device), limits_of(inner).limits
+    multiple, limits = pad_to_multiple_of, limits_of(inner).limits
+    if multiple is None:
+        multiple = tile_multiple(next(model.parameters()).device)
     collator = PackingCollator(max_tokens_per_row, multiple, sharing=sharing, with_idle_row=in_step, limits=limits)
     parallel = {"backward": torch.Tensor.backward} if accelerator is None else distribution.hooks_of(accelerator)
     runner = Runner(model, objective, reference=reference, **parallel)
@@ -153,22 +158,6 @@ def _require_known(loss_settings: dict[str, Any]) -> None:
         raise FlexdpoError(
             f"make_train_step takes no {name}={loss_settings[name]!r}{nearest(name, known)}; known settings of losses: "
             f"{', '.join(known)}"
-        )
-
-
-def _require_moving(optimizer: Any, model: nn.Module, *, sharded: bool) -> None:
-    """Refuse what is no optimizer, and one that would never move the model."""
-    if not hasattr(optimizer, "param_groups"):
-        raise FlexdpoError(
-            f"optimizer must be a torch.optim.Optimizer, got {found(optimizer)}; make one of model.parameters()"
-        )
-    moved = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
-    # engines that shard keep pieces of their own, which they write back
-    if not sharded and not any(id(weight) in moved for weight in model.parameters() if weight.requires_grad):
-        raise FlexdpoError(
-            f"the optimizer has {len(moved)} weights and none of them is a trainable one of this "
-            f"{type(model).__name__}, so nothing would be learned; make it of model.parameters(), after the model was "
-            "moved, wrapped or sharded"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from flexdpo.data.images import processing_digest, tokenizer_of
 from flexdpo.data.lengths import has_one_pair_each, predicted_costs, token_counts
 from flexdpo.data.pictures import holds_images
 from flexdpo.data.workers import plain_worker_errors
-from flexdpo.errors import FlexdpoError
+from flexdpo.errors import FlexdpoError, found, quoted
 from flexdpo.hf.compilation import compile_decoder_layers, decoder_layers
 from flexdpo.hf.prepare import prepare_model
 from flexdpo.hf.randomness import disable_dropout, require_no_draws
@@ -83,6 +84,12 @@ class DPOTrainer(ResumableTrainer):
     ) -> None:
         if compute_metrics is not None:
             raise FlexdpoError("compute_metrics needs full logits, which are never computed; read the logged metrics")
+        model = os.fspath(model) if isinstance(model, os.PathLike) else model
+        if isinstance(ref_model, str | os.PathLike):
+            raise FlexdpoError(
+                f"ref_model must be a loaded model, got {found(ref_model)}; load it with "
+                'AutoModelForCausalLM.from_pretrained(..., attn_implementation="flexdpo")'
+            )
         if ref_model is not None and ref_model is model:
             raise FlexdpoError("model and ref_model are the same object; leave ref_model out to get a frozen copy")
         args = DPOConfig(f"{model_loading.model_name(model)}-DPO") if args is None else args
@@ -115,8 +122,12 @@ class DPOTrainer(ResumableTrainer):
                 model=model, args=args, data_collator=collator, train_dataset=train_data, eval_dataset=eval_data,
                 processing_class=processing_class, callbacks=callbacks, optimizers=optimizers,
             )  # fmt: skip
+        except FlexdpoError:
+            raise
         except (ValueError, ImportError) as error:  # settings that do not go together, packages that are missing
             raise FlexdpoError(f"transformers refuses these settings: {' '.join(str(error).split())}") from error
+        if self.optimizer is not None:
+            adapters.require_moving(self.optimizer, self.model, sharded=False)
         self._prepare_step(reference)
         if precompute:
             self._precompute()
@@ -343,8 +354,15 @@ class DPOTrainer(ResumableTrainer):
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
         return output
 
+    def predict(self, *_: Any, **__: Any) -> Any:
+        """Raise: there are no predictions."""
+        raise FlexdpoError("a packed batch has no predictions, only a loss and metrics; call evaluate")
+
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate on ``eval_dataset``, tokenised or not, or on the one given to the trainer."""
+        known = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+        if isinstance(eval_dataset, str) and eval_dataset not in known:
+            raise FlexdpoError(f"no eval_dataset is called {eval_dataset!r}, found {quoted(known)}; name one of them")
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = self._data.tokenised(eval_dataset, "eval")
         metrics: dict[str, float] = super().evaluate(eval_dataset, *args, **kwargs)

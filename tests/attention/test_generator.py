@@ -356,6 +356,8 @@ def call(row: Any = None, heads: Any = None, **options: Any) -> Any:
           for shape in ((1, 0, 32, 8), (1, 4, 32, 0))),
         *((call(score_mod=flexdpo.alibi_score_mod(torch.ones(n), ROWS["shared"]())), f"slopes for {n} query heads, and")
           for n in (3, 5)),
+        *((call(score_mod=flexdpo.alibi_score_mod(SLOPES.float(), Row.from_lengths([n]))), "positions of another row")
+          for n in (3, 32, 64)),
         (lambda: flexdpo.alibi_score_mod([0.5], ROWS["shared"]()), r"slopes must be a float tensor \[Hq\]"),  # type: ignore
         *((lambda p=p: flexdpo.alibi_score_mod(SLOPES, p), "positions must be") for p in (None, 3, torch.zeros(3))),
         (call(sinks=torch.zeros(3)), "sinks must hold one logit for each of 4 query heads"),

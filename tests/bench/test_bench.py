@@ -331,7 +331,7 @@ def test_the_command_explains_itself(capsys) -> None:
     ("words", "message"),
     [
         (["--profile", "tdlr"], "--profile 'tdlr' is unknown; did you mean 'tldr'"),
-        (["--model", "lama-1b"], "--model 'lama-1b' is unknown; did you mean 'llama-1b'"),
+        (["--model", "lama-1b"], "the shape 'lama-1b' is unknown; did you mean 'llama-1b'"),
         (["--baseline", "pakced"], "--baseline 'pakced' is unknown; did you mean 'packed'"),
         (["--device", "tpu"], "--device must be cpu or cuda, got 'tpu'"),
         (["--device", "cpu", "--baseline", "varlen"], "varlen is a kernel for CUDA; use --device cuda"),

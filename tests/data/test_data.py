@@ -216,8 +216,77 @@ def test_folder_of_data_files(tmp_path: Any, ending: str, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     assert load_preference_dataset("json").to_list() == rows[:3]
     assert load_preference_dataset(str(folder), split="test").to_list() == rows[3:]
-    with pytest.raises(FlexdpoError, match=r"json: cannot be loaded .*Unknown split \"dev\".*'train', 'test'"):
+    with pytest.raises(FlexdpoError, match=r"json: no split 'dev'; by their names its files are 'train', 'test'"):
         load_preference_dataset(str(folder), split="dev")
+
+
+def test_a_folder_says_which_of_its_files_it_leaves_out(tmp_path: Any, caplog: Any, monkeypatch: Any) -> None:
+    rows = text_rows(4)
+    for name, part in (("train", rows[:1]), ("test", rows[1:2]), ("more", rows[2:])):
+        save(part, tmp_path, ".jsonl").rename(tmp_path / f"{name}.jsonl")
+    # beside pictures, all files were once taken for one split, those to test on too
+    (tmp_path / "train.png").touch()
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    for streaming in (False, True):
+        assert list(load_preference_dataset(str(tmp_path), streaming=streaming)) == rows[:1]
+        assert "'more.jsonl' is left out: its name says no split, where those of others do" in caplog.text
+        caplog.clear()
+
+
+def test_names_of_pictures_say_no_split(tmp_path: Any) -> None:
+    save(text_rows(2), tmp_path, ".jsonl")
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "one.png").touch()
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    (tmp_path / ".hidden.csv").touch()
+    assert load_preference_dataset(str(tmp_path)).to_list() == text_rows(2)
+
+
+def test_a_folder_of_links_as_in_the_cache_of_the_hub(tmp_path: Any) -> None:
+    (tmp_path / "snapshot").mkdir()
+    for split, rows in (("train", text_rows(2)), ("test", text_rows(1))):
+        save(rows, tmp_path, ".jsonl").rename(tmp_path / f"blob-{split}")
+        (tmp_path / "snapshot" / f"{split}.jsonl").symlink_to(tmp_path / f"blob-{split}")
+    assert load_preference_dataset(str(tmp_path / "snapshot")).to_list() == text_rows(2)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_folder_is_read_whole_or_not_at_all(tmp_path: Any, streaming: bool) -> None:
+    for kinds in ((".jsonl", ".csv"), (".jsonl", ".parquet"), (".csv", ".tsv")):
+        folder = tmp_path / "".join(kinds)
+        folder.mkdir()
+        for kind in kinds:
+            save(text_rows(2), folder, kind)
+        with pytest.raises(FlexdpoError, match=r"'pairs\.\w+', 'pairs\.\w+' are of different formats, .*load_mixture"):
+            load_preference_dataset(str(folder), streaming=streaming)
+
+
+OTHER_COLUMNS = {
+    ".csv": [{"system": "x"}, {"question": "x", "prompt": None}],
+    ".jsonl": [{"system": "x"}, {"question": "x", "prompt": None}, {"prompt": [{"role": "user", "content": "x"}]}],
+    ".parquet": [{"system": "x"}, {"question": "x", "prompt": None}],
+}
+
+
+@pytest.mark.parametrize(("ending", "change"), [(end, each) for end in OTHER_COLUMNS for each in OTHER_COLUMNS[end]])
+def test_the_file_with_other_columns_is_named(tmp_path: Any, ending: str, change: dict[str, Any]) -> None:
+    one, *_ = rows = text_rows(2)
+    other = {key: value for key, value in {**one, **change}.items() if value is not None}
+    for name, part in (("a", rows), ("b", rows), ("c", [other])):
+        save(part, tmp_path, ending).rename(tmp_path / f"{name}{ending}")
+    message = rf"c\{ending}: (has the|the) column.*, where a\{ending} (has|holds) .*; give all"
+    with pytest.raises(FlexdpoError, match=message):
+        load_preference_dataset(str(tmp_path))
+
+
+def test_tsv_files_and_json_documents_of_a_folder_are_read_as_they_are_alone(tmp_path: Any) -> None:
+    rows = [{"prompt": "NA", "chosen": "42", "rejected": "007"}]
+    for name, ending in (("lines", ".tsv"), ("within", ".json")):
+        (tmp_path / name).mkdir()
+        save(rows, tmp_path / name, ending)
+    (tmp_path / "within" / "pairs.json").write_text(json.dumps({"data": rows}))
+    assert load_preference_dataset(str(tmp_path / "lines")).to_list() == rows
+    assert load_preference_dataset(str(tmp_path / "within")).to_list() == rows
 
 
 def test_slices_and_unknown_splits_of_a_file(tmp_path: Any) -> None:
@@ -225,6 +294,22 @@ def test_slices_and_unknown_splits_of_a_file(tmp_path: Any) -> None:
     assert load_preference_dataset(path, split="train[:2]").to_list() == text_rows(6)[:2]
     with pytest.raises(FlexdpoError, match=r"Unknown split \"test\".*\['train'\]"):
         load_preference_dataset(path, split="test")
+    with pytest.raises(FlexdpoError, match=r"split='train\[:2\]' takes parts of a split, .*; name one split"):
+        load_preference_dataset(path, split="train[:2]", streaming=True)
+
+
+def test_a_folder_of_several_configurations(tmp_path: Any) -> None:
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in ("one", "two"))
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    for name, rows in (("one", text_rows(1)), ("two", text_rows(2))):
+        save(rows, tmp_path, ".jsonl").rename(tmp_path / f"{name}.jsonl")
+    assert load_preference_dataset(str(tmp_path), config_name="two").to_list() == text_rows(2)
+    for name in (None, "three"):
+        with pytest.raises(FlexdpoError, match=r"'one', 'two'.*; name one with config_name \(--dataset_config\)"):
+            load_preference_dataset(str(tmp_path), config_name=name)
+    (tmp_path / "README.md").write_text("---\nconfigs: [\n---\n")
+    with pytest.raises(FlexdpoError, match=r"README\.md: its header cannot be read .*; mend or remove it"):
+        load_preference_dataset(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -312,6 +397,7 @@ def test_unusable_files(tmp_path: Any, name: str, content: bytes, message: str) 
 
 def test_unusable_folders(tmp_path: Any) -> None:
     (tmp_path / "readme.txt").write_text("hello")
+    (tmp_path / "config.json").write_text("{}")
     with pytest.raises(FlexdpoError, match=r"neither a saved dataset nor files ending in \.jsonl"):
         load_preference_dataset(str(tmp_path))
     (tmp_path / "broken").mkdir()
@@ -951,8 +1037,8 @@ def test_datasets_that_cannot_be_tokenised(tokenizer: PreTrainedTokenizerFast) -
     [
         ({"truncation_mode": "keep_end"}, "nothing can be shared, and TRL has deprecated it; use 'keep_start'"),
         ({"truncation_mode": "keepstart"}, "unknown truncation_mode 'keepstart'; did you mean 'keep_start'"),
-        ({"max_length": 1}, "max_length=1 has no room for a prompt and a response"),
-        ({"num_proc": 0}, "num_proc=0: use at least 1"),
+        ({"max_length": 1}, "max_length must be at least 2, got 1"),
+        ({"num_proc": 0}, "num_proc must be at least 1, got 0"),
     ],
 )
 def test_unusable_settings(tokenizer: PreTrainedTokenizerFast, settings: dict[str, Any], message: str) -> None:

@@ -63,7 +63,12 @@ def test_counts_and_shares(files: list[str], tokenizer: Any) -> None:
     def sizes(mixture: Mixture) -> list[int]:
         return [len(part.data) for part in mixture.parts]
 
-    assert sizes(load_mixture(entries(files, count=[5, None, 2]))[0]) == [5, 8, 2]
+    counted = load_mixture(entries(files, count=[5, None, 2]))[0]
+    assert sizes(counted) == [5, 8, 2]
+    # which the report says, as it says the names
+    assert [part.name.removeprefix(str(file)) for part, file in zip(counted.parts, files, strict=True)] == [
+        " (5 of its 12 rows)", "", " (2 of its 6 rows)"
+    ]  # fmt: skip
     # as many as none of them runs out of: 6 are a quarter
     assert sizes(load_mixture(entries(files, fraction=[1, 2, 1]))[0]) == [4, 8, 4]
     assert sizes(load_mixture(entries(files, fraction=[*np.float32([0.5, 0.25]), 0.25]))[0]) == [12, 6, 6]

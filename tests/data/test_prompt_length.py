@@ -33,5 +33,5 @@ def test_a_prompt_keeps_its_end_and_is_shared(tokenizer: Any) -> None:
     long = [{**rows[0], "prompt": "w3 " * 60_000 + rows[0]["prompt"]}]
     read = tokenize_preferences(Dataset.from_list(long), tokenizer, max_length=64, max_prompt_length=3).dataset[0]
     assert read == short.dataset[0]
-    with pytest.raises(FlexdpoError, match="max_prompt_length=64 must be at least 1 and leave room"):
+    with pytest.raises(FlexdpoError, match="max_prompt_length=64 leaves no room for a response within max_length=64"):
         tokenize_preferences(Dataset.from_list(rows), tokenizer, max_length=64, max_prompt_length=64)

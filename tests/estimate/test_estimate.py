@@ -155,7 +155,9 @@ def test_a_prompt_counts_twice_where_a_models_rotations_split_its_responses(with
     config = LlamaConfig(vocab_size=99, max_position_embeddings=96, rope_parameters=rope, **sizes)
     model = config if without_weights else LlamaForCausalLM(config)
     data = tokenised([(list(range(20)), [[1, 2, 3], [1, 2, 3, 4, 5], [1, 2, 6]])])
-    result = estimate_tokenised(as_preferences(data), EstimateSettings(**CPU), model=model)
+    with pytest.raises(FlexdpoError, match="shape='tiny' has no effect beside a model"):
+        estimate_tokenised(as_preferences(data), EstimateSettings(**CPU), model=model)
+    result = estimate_tokenised(as_preferences(data), EstimateSettings(**CPU | {"shape": None}), model=model)
     assert result.settings.limits == (24,)
     assert result.tokens.shared == result.lengths.distinct.most == (20 + 4) + (20 + 5)
     assert result.tokens.unshared == 3 * 20 + 11

@@ -121,6 +121,22 @@ def test_a_config_that_cannot_be_run_is_accepted_but_not_proven(
     assert "flexdpo.parity_probe(model)" in text
 
 
+def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flexdpo.proof.check.why_unreachable", lambda _: "the hub cannot be reached: no route")
+    asked: list[bool] = []
+
+    def from_pretrained(*_: Any, local_files_only: bool, **__: Any) -> Any:
+        asked.append(local_files_only)
+        raise OSError("not in the cache")
+
+    monkeypatch.setattr("flexdpo.proof.check.AutoConfig.from_pretrained", from_pretrained)
+    with pytest.raises(
+        FlexdpoError, match=r"cannot load a config from 'no-such-name' \(the hub cannot be reached: no route"
+    ):
+        run_check("no-such-name")
+    assert asked == [True]
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import signal
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -54,6 +57,68 @@ def test_a_run_is_repeated_from_what_it_left(job, capsys) -> None:
     assert losses[0] == losses[1]
     left = yaml.safe_load((again / RUN_FILE).read_text())
     assert {name: str(value) for name, value in left.items()} == {name: str(each) for name, each in settings.items()}
+
+
+class Hub:
+    """Answers in place of the hub, or does not."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.has_repository, self.takes_files, self.pushed = True, True, list[list[str]]()
+        for name in ("create_repo", "upload_folder"):
+            answer = getattr(self, name)
+            monkeypatch.setattr(HfApi, name, lambda _, *args, answer=answer, **kwargs: answer(*args, **kwargs))
+            # earlier versions of transformers call functions
+            monkeypatch.setattr(f"transformers.trainer.{name}", answer, raising=False)
+
+    def create_repo(self, name: str, **_: Any) -> Any:
+        if not self.has_repository:
+            raise ConnectionError("no route to host\nand more")
+        return SimpleNamespace(repo_id=f"me/{name}")
+
+    def upload_folder(self, *, folder_path: str, run_as_future: bool, **_: Any) -> Any:
+        if self.takes_files:
+            self.pushed.append(sorted(path.name for path in Path(folder_path).iterdir()))
+        error = OSError("413: too large\nand more")
+        if run_as_future:
+            done: Future[None] = Future()
+            done.set_result(None) if self.takes_files else done.set_exception(error)
+            return done
+        if not self.takes_files:
+            raise error
+        return None
+
+
+def test_a_run_that_cannot_be_pushed_is_on_disk(job, capsys, caplog, monkeypatch) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    hub = Hub(monkeypatch)
+    job += [
+        "--max_steps",
+        "2",
+        "--save_steps",
+        "1",
+        "--logging_steps",
+        "1",
+        "--push_to_hub",
+        "true",
+        "--output_dir",
+        "out",
+    ]
+    hub.has_repository = False
+    message = complaint(capsys, *job)
+    assert "the hub gives no repository 'out' to push to (ConnectionError: no route to host); log in" in message
+    assert not Path("out", "model.safetensors").exists()  # nothing was trained yet
+    hub.has_repository, hub.takes_files = True, False
+    message = complaint(capsys, *job, "--overwrite_output_dir", "true")
+    assert "the model is saved in out, and could not be pushed to me/out (OSError: 413: too large)" in message
+    assert message.endswith("; push it later with: hf upload me/out out")
+    assert "checkpoint-1 could not be pushed (OSError: 413: too large); it is on disk" in caplog.text
+    written = {"model.safetensors", "README.md", "mask.png", "training.png", RUN_FILE}
+    assert {path.name for path in Path("out").iterdir()} >= written
+    hub.takes_files = True
+    assert main([*job, "--overwrite_output_dir", "true"]) == 0
+    # with the card and the figures that it ended with
+    assert written <= {*hub.pushed[-1]}
+    assert "tokens run in training" in Path("out", "README.md").read_text()
 
 
 def test_nothing_is_left_of_a_run_that_is_written_over(job, capsys) -> None:

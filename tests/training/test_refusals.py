@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 import flexdpo
 from flexdpo import DPOTrainer, FlexdpoError, PackingCollator, make_train_step
+from flexdpo.training.adapters import add_adapter
 from tests.conftest import odd_groups, preference_rows
 from tests.training.test_trainer import settings
 
@@ -22,12 +24,12 @@ from tests.training.test_trainer import settings
 def start(tmp_path: Path, tokenizer: Any, small_model: Any) -> Any:
     def make(
         model: Any = None, rows: Any = 16, ref_model: Any = None, eval_rows: Any = None, peft_config: Any = None,
-        **changes: Any,
+        optimizers: Any = (None, None), **changes: Any,
     ) -> DPOTrainer:  # fmt: skip
         train, held = (Dataset.from_list(preference_rows(n)) if isinstance(n, int) else n for n in (rows, eval_rows))
         return DPOTrainer(
             small_model() if model is None else model, ref_model, settings(tmp_path, **changes), train_dataset=train,
-            eval_dataset=held, processing_class=tokenizer, peft_config=peft_config,
+            eval_dataset=held, processing_class=tokenizer, peft_config=peft_config, optimizers=optimizers,
         )  # fmt: skip
 
     return make
@@ -94,6 +96,58 @@ def test_an_adapter_that_would_learn_nothing(start: Any, config: dict[str, Any],
 def test_an_adapter_of_several_parts(start: Any, scaled: dict[str, int]) -> None:
     parts = {"modules_to_save": ["lm_head"], "target_parameters": ["k_proj.weight"], "target_modules": ["q_proj"]}
     assert start(peft_config=peft.LoraConfig(r=2, **parts, **scaled)).model.active_adapters == ["default"]
+
+
+def test_modules_that_get_no_adapter_are_named(small_model: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    for targets in (["q_proj", "mlp.up_proj"], "all-linear", ".*q_pro[j]", None):
+        add_adapter(small_model(), peft.LoraConfig(r=2, target_modules=targets))
+    assert not caplog.text
+    add_adapter(small_model(), peft.LoraConfig(r=2, target_modules=["q_proj", "c_attn", "proj"]))
+    assert "LlamaForCausalLM has no 'c_attn', 'proj', so only the others get an adapter" in caplog.text
+
+
+def test_options_without_effect_on_what_is_given(start: Any, saved_model: Any) -> None:
+    stream = Dataset.from_list(preference_rows(8)).to_iterable_dataset()
+    with pytest.raises(
+        FlexdpoError, match=r"dataset_num_proc=2 has no effect on train, a stream .*; set dataloader_num"
+    ):
+        start(rows=stream, max_steps=1, dataset_num_proc=2)
+    with pytest.raises(FlexdpoError, match=r"revision 'v1' has no effect: .* is a folder here"):
+        start(str(saved_model("llama")), model_init_kwargs={"revision": "v1"})
+
+
+def test_an_optimizer_of_another_model(start: Any, small_model: Any) -> None:
+    model = small_model()
+    assert start(model, optimizers=(torch.optim.SGD(model.parameters(), lr=0.1), None), max_steps=1).train().global_step
+    with pytest.raises(FlexdpoError, match=r"the optimizer has 12 weights and none of them is a trainable one of this"):
+        start(optimizers=(torch.optim.SGD(model.parameters(), lr=0.1), None))
+
+
+@pytest.mark.parametrize("norm", [-1, 0, float("nan"), "1"])
+def test_norms_that_nothing_can_be_clipped_to(small_model: Any, norm: Any) -> None:
+    model = small_model()
+    with pytest.raises(FlexdpoError, match=r"max_grad_norm must be a number above 0, got .*; None clips nothing"):
+        make_train_step(model, torch.optim.SGD(model.parameters(), lr=0.1), max_grad_norm=norm)
+    with pytest.raises(FlexdpoError, match="pad_to_multiple_of must be at least 1, got 0"):
+        make_train_step(model, torch.optim.SGD(model.parameters(), lr=0.1), pad_to_multiple_of=0)
+
+
+def test_what_a_trainer_is_asked_for_in_vain(start: Any, tmp_path: Path, saved_model: Any) -> None:
+    trainer = start(saved_model("llama"), eval_rows=DatasetDict(a=Dataset.from_list(preference_rows(8))))
+    for ask, message in {
+        lambda: trainer.evaluate("b"): r"no eval_dataset is called 'b', found 'a'; name one",
+        lambda: trainer.predict(trainer.train_dataset): r"no predictions, .*; call evaluate",
+        lambda: trainer.train(resume_from_checkpoint=3): r"must be a folder, or True for the last one, got int \(3\)",
+        lambda: start(ref_model="gpt2"): r"ref_model must be a loaded model, got str \('gpt2'\); load it",
+        lambda: start(eval_rows=[1]): r"eval: expected a datasets.Dataset, found list",
+        lambda: start(rows=3.5): r"train: expected a datasets.Dataset, found float",
+        lambda: PackingCollator()(preference_rows(1)): r"these have no 'prompt_ids', .*tokenize_preferences first",
+        lambda: settings(tmp_path, padding_free=True): r"no setting 'padding_free'; leave it out\. README",
+        lambda: settings(tmp_path, learning_rat=1): r"no setting 'learning_rat'; did you mean 'learning_rate'",
+    }.items():
+        with pytest.raises(FlexdpoError, match=message):
+            ask()
 
 
 def test_several_splits_are_no_training_data(start: Any) -> None:

@@ -32,8 +32,6 @@ def test_a_hard_update_is_a_copy_and_tied_weights_move_once() -> None:
 
 def test_models_that_do_not_match() -> None:
     policy, reference = build_model("llama"), build_model("llama")
-    with pytest.raises(FlexdpoError, match=r"ref_model_mixup_alpha must be in \(0, 1\], got 0"):
-        mix_into_reference(reference, policy, 0)
     with pytest.raises(FlexdpoError, match=r"only one of them has the weight 'lm_head\.weight'"):
         mix_into_reference(build_model("gpt2"), policy, 0.5)
     reference.lm_head.weight = torch.nn.Parameter(torch.zeros(5, 64))
