@@ -44,7 +44,7 @@ def run(argv: list[str]) -> int:
     """Run ``flexdpo bench`` with the words after it; prints a table per profile."""
     options = parser()
     found = options.read(argv)
-    if found.drop_in == "true":
+    if found.drop_in:
         options.require_effect(found, vars(found).keys() - _OF_DROP_IN, "with --drop_in")
     settings = settings_of(BenchSettings, found)
     target = writable(found.json)

@@ -25,7 +25,7 @@ from datasets.table import MemoryMappedTable
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from flexdpo.data import load
+from flexdpo.data import file_formats
 from flexdpo.data.cache import tokenizer_digest
 from flexdpo.data.draft import SKIP_REASONS, TOKENISED_COLUMNS
 from flexdpo.data.ids import longest_if_usable
@@ -315,8 +315,8 @@ def test_a_folder_of_several_configurations(tmp_path: Any) -> None:
 @pytest.mark.parametrize(
     "name",
     ["./pairs", "/no/where", "a/b/c", "~/no-such-thing", "sub/pairs.csv.gz"]
-    + [f"pairs{ending}" for ending in load._READER_OF_SUFFIX]
-    + [f"pairs.json{ending}" for ending in load._OPENER_OF_SUFFIX if ending],
+    + [f"pairs{ending}" for ending in file_formats.READER_OF_SUFFIX]
+    + [f"pairs.json{ending}" for ending in file_formats.OPENER_OF_SUFFIX if ending],
 )
 def test_missing_path_is_said_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked the network"))

@@ -102,7 +102,7 @@ def may_differ(use: Use, installed: Any) -> bool:
 def signature_in(root: Path, name: str) -> str | None:
     """Parameters of a name in a release's sources, ``""`` for what has none, ``None`` where it does not exist."""
     if name.startswith("torch.ops.aten."):
-        return _operator(root, name.rpartition(".")[2])
+        return _operator(root, name.removesuffix(".default").rpartition(".")[2])
     if _module(root, name) is not None:
         return ""
     parts = name.split(".")
@@ -119,8 +119,15 @@ def signature_in(root: Path, name: str) -> str | None:
     node = _member(tree, parts[cut:])
     if node is not None:
         return _parameters(node)
-    home = _imported_from(root, tree, parts[cut], parts[:cut] if module.stem == "__init__" else parts[: cut - 1])
-    return None if home is None else signature_in(root, ".".join([home, *parts[cut + 1 :]]))
+    owner = _member(tree, parts[cut:-1])
+    bases = [_dotted(base, _imported(tree)) for base in owner.bases] if isinstance(owner, ast.ClassDef) else []
+    if any(bases):
+        # what a class has from the one it is made of
+        home, rest = next(filter(None, bases)), parts[-1:]
+    else:
+        package = parts[:cut] if module.stem == "__init__" else parts[: cut - 1]
+        home, rest = _imported_from(root, tree, parts[cut], package), parts[cut + 1 :]
+    return None if home is None else signature_in(root, ".".join([home, *rest]))
 
 
 def _imported_from(root: Path, tree: ast.Module, name: str, package: list[str]) -> str | None:
