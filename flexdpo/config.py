@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import MISSING, dataclass, field, fields
+from inspect import Parameter, signature
 from typing import Any, get_type_hints
 
 import torch
@@ -161,10 +162,11 @@ class DPOConfig(LossSettings, TrainingArguments):
     layer_compile_options: dict[str, Any] = field(init=False, default_factory=dict)
 
     def __new__(cls, *_: Any, **given: Any) -> DPOConfig:
-        """Refuse what is no setting."""
-        known = [each.name for each in fields(cls) if each.init]
-        for name in given.keys() - {*known}:
-            way_out = nearest(name, known) or "; leave it out. README's section From TRL may say why it is not here"
+        """Refuse what is no setting, but where a class of somebody's own takes whatever it likes."""
+        known = signature(cls.__init__).parameters
+        is_open = any(each.kind is Parameter.VAR_KEYWORD for each in known.values())
+        for name in () if is_open else given.keys() - known.keys():
+            way_out = nearest(name, [*known]) or "; leave it out. README's section From TRL may say why it is not here"
             raise FlexdpoError(f"DPOConfig has no setting {name!r}{way_out}")
         made: DPOConfig = super().__new__(cls)
         return made
@@ -305,9 +307,8 @@ class DPOConfig(LossSettings, TrainingArguments):
             # a default below 0 stands for none, or for the launcher's
             share = each.name == "save_steps" and 0 < value < 1  # of the run
             allowed = value == each.default or share or (math.isfinite(value) and value >= least)
-            if each.name in ("learning_rate", "num_train_epochs"):
-                is_unread = each.name == "num_train_epochs" and self.max_steps > 0
-                allowed = math.isfinite(value) and (value > 0 or is_unread)
+            if each.name == "num_train_epochs":
+                allowed = math.isfinite(value) and (value > 0 or self.max_steps > 0)
             if not allowed or (each.name == "max_steps" and value == 0):
                 raise FlexdpoError(f"{each.name}={value} is no number that a run can have; give one, or leave it out")
         for name in (
@@ -381,9 +382,8 @@ class DPOConfig(LossSettings, TrainingArguments):
         for name in ("sync_ref_model", "precompute_ref_log_probs"):
             if getattr(self, name) and not objective.needs_reference:
                 raise FlexdpoError(f"loss_type {', '.join(self.loss_type)} uses no reference; leave {name} out")
-        every, most = self.ref_model_sync_steps, self.max_steps if self.max_steps > 0 else math.inf
-        if self.sync_ref_model and not 1 <= every <= most:
-            raise FlexdpoError(f"ref_model_sync_steps must be at least 1 and at most max_steps, got {every}; lower it")
+        if self.sync_ref_model and self.ref_model_sync_steps < 1:
+            raise FlexdpoError(f"ref_model_sync_steps must be at least 1, got {self.ref_model_sync_steps}; raise it")
         if self.sync_ref_model and not 0 < self.ref_model_mixup_alpha <= 1:
             raise FlexdpoError(f"ref_model_mixup_alpha must be in (0, 1], got {self.ref_model_mixup_alpha}; 1 copies")
 

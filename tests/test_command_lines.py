@@ -209,7 +209,6 @@ TABLE = [
     ("--debug", "--traceback shows"),
     ("--debug underflow_overflow", None),
     ("--fp16", "fp16=True has no effect on a CPU"),
-    ("--learning_rate 0", "learning_rate=0.0 is no number"),
     ("--warmup_steps 9 --max_steps 1", "keeps the learning rate of all max_steps=1 steps at 0"),
     ("--warmup_steps 9 --max_steps 2", None),
     ('--fsdp_config {"version":2}', "has no effect without fsdp"),
