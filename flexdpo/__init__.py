@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from flexdpo.dropin.share import share_prefixes, sharing_stats, unshare
     from flexdpo.estimate.estimate import estimate_dataset
     from flexdpo.estimate.settings import EstimateSettings
+    from flexdpo.hf.compilation import compile_decoder_layers
     from flexdpo.hf.prepare import prepare_model
     from flexdpo.hf.randomness import disable_dropout
     from flexdpo.layout.groups import Group
@@ -43,11 +44,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DPOConfig", "DPOTrainer", "EstimateSettings", "FlexdpoError", "Group", "PackingCollator", "ParityReport", "Proof",
-    "Row", "RowLayout", "Trie", "UnsupportedModelError", "alibi_score_mod", "attend", "block_mask", "disable_dropout",
-    "draw", "estimate_dataset", "keep_attention", "load_mixture", "load_preference_dataset", "logical_score_mod",
-    "make_train_step", "mask_mod", "pack", "parity_probe", "prepare_model", "prove", "regroup_by_prompt",
-    "response_logps", "share_prefixes", "sharing_stats", "softcap_score_mod", "step_preferences",
-    "tokenize_preferences", "unshare",
+    "Row", "RowLayout", "Trie", "UnsupportedModelError", "alibi_score_mod", "attend", "block_mask",
+    "compile_decoder_layers", "disable_dropout", "draw", "estimate_dataset", "keep_attention", "load_mixture",
+    "load_preference_dataset", "logical_score_mod", "make_train_step", "mask_mod", "pack", "parity_probe",
+    "prepare_model", "prove", "regroup_by_prompt", "response_logps", "share_prefixes", "sharing_stats",
+    "softcap_score_mod", "step_preferences", "tokenize_preferences", "unshare",
 ]  # fmt: skip
 
 _LAZY = {
@@ -56,8 +57,9 @@ _LAZY = {
     "data.load": "load_preference_dataset", "data.mixture": "load_mixture", "data.regroup": "regroup_by_prompt",
     "data.tokenize": "tokenize_preferences", "data.turns": "step_preferences",
     "dropin.share": "share_prefixes sharing_stats unshare", "estimate.estimate": "estimate_dataset",
-    "estimate.settings": "EstimateSettings", "hf.prepare": "prepare_model", "hf.randomness": "disable_dropout",
-    "layout.groups": "Group", "layout.packing": "pack", "layout.row": "Row RowLayout", "layout.trie": "Trie",
+    "estimate.settings": "EstimateSettings", "hf.compilation": "compile_decoder_layers",
+    "hf.prepare": "prepare_model", "hf.randomness": "disable_dropout", "layout.groups": "Group",
+    "layout.packing": "pack", "layout.row": "Row RowLayout", "layout.trie": "Trie",
     "objective.logps": "response_logps", "proof.probe": "ParityReport parity_probe", "proof.prove": "Proof prove",
     "show.draw": "draw", "training.batch": "PackingCollator", "training.train_step": "make_train_step",
     "training.trainer": "DPOTrainer",

@@ -9,14 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BloomConfig
 
 from flexdpo import DPOConfig, DPOTrainer, load_preference_dataset
 from flexdpo.cli import main
 from flexdpo.runs.dry_run import dry_run
 from flexdpo.runs.settings import Job
+from flexdpo.training import memory
 from flexdpo.training.model_loading import load_model, load_tokenizer
 from tests.conftest import preference_rows
+from tests.images.models import make_model
 from tests.test_cli import complaint
 
 
@@ -196,6 +200,36 @@ def test_a_dry_run_tells_the_tokens_that_the_run_has(tmp_path, capsys, saved_mod
     trainer.train()
     assert trainer.tokens["run"] == told
     assert trainer.state.global_step == steps
+
+
+def test_a_dry_run_counts_on_the_memory_that_the_run_has(tmp_path, capsys, saved_model, data_file, monkeypatch) -> None:
+    """Several processes of a machine share it."""
+    monkeypatch.setattr(memory, "free_memory", lambda _: 2**27)
+    model, rows = str(saved_model("llama")), []
+    config = DPOConfig(str(tmp_path), max_tokens_per_row="auto", use_cpu=True, report_to="none")
+    for processes in ("1", "4"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        assert main(dry(Path(model), data_file, "--max_tokens_per_row", "auto")) == 0
+        told = re.search(r"rows of (\d+) tokens", capsys.readouterr().out)
+        plan = DPOTrainer(model, args=config, train_dataset=load_preference_dataset(str(data_file))).row_plan
+        assert told is not None
+        # the run's weights are in memory where what is free is measured
+        assert int(told[1]) == pytest.approx(plan.max_tokens_per_row, rel=0.1)
+        rows.append(int(told[1]))
+    assert rows[1] < 0.5 * rows[0]
+
+
+def test_a_model_of_images_and_text_learns_from_text(tmp_path, tokenizer, data_file) -> None:
+    model = make_model("llava", dtype=torch.float32)
+    model.resize_token_embeddings(max(len(tokenizer), model.config.text_config.vocab_size))
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "llava")
+    words = ["train", "--model_name_or_path", str(tmp_path / "llava"), "--dataset_name", str(data_file), "--use_cpu"]
+    words += ["--output_dir", str(tmp_path / "run"), "--max_steps", "2", "--bf16", "false"]
+    assert main([*words, "--dry_run"]) == main(words) == 0
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("llava", "run"))
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
 def test_a_dry_run_of_a_stream_is_refused(capsys, saved_model, data_file) -> None:

@@ -22,7 +22,7 @@ NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 NAMES = [path.stem for path in NOTEBOOKS]
 
 # public are `flexdpo` itself and these modules, as far as a name does not begin with an underscore
-PUBLIC_MODULES = {"flexdpo", "flexdpo.cli", "flexdpo.hf.compilation"}
+PUBLIC_MODULES = {"flexdpo", "flexdpo.cli"}
 # what `pip install flexdpo[notebooks]` brings
 DEPENDENCIES = {
     "IPython",

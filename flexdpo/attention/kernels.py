@@ -141,7 +141,7 @@ def _require_tested(row_mask: RowMask, device: torch.device) -> None:
     if is_compared(row_mask, device) and not row_mask.tested:
         raise FlexdpoError(
             "FlexAttention would be compiled into a graph before its self-test. Compile layers with "
-            "flexdpo's compile_decoder_layers, which tests before it compiles; for a model compiled whole, run a "
+            "flexdpo.compile_decoder_layers, which tests before it compiles; for a model compiled whole, run a "
             "packed row through it once before torch.compile; or switch self_test off"
         )
 

@@ -24,8 +24,8 @@ from flexdpo.runs.settings import Job
 from flexdpo.training import model_loading
 from flexdpo.training.adapters import add_adapter, is_peft_model
 from flexdpo.training.distribution import shards_of
-from flexdpo.training.memory import TrainingSetup, auto_row_budget, gigabytes, predict_memory
-from flexdpo.training.run_data import require_fit
+from flexdpo.training.memory import TrainingSetup, gigabytes, predict_memory
+from flexdpo.training.run_data import RowPlan, require_fit
 
 
 class DryRun(NamedTuple):
@@ -96,9 +96,7 @@ def _predict(tokenised: TokenizedPreferences, model: nn.Module, job: Job, config
     setup = TrainingSetup.from_arguments(
         config, model, reference=runs_reference and not job.use_peft, **shards_of(config)
     )
-    budget: Any = config.max_tokens_per_row
-    if budget == "auto":
-        budget = auto_row_budget(model, setup, device=config.device, multiple=config.row_multiple)
+    budget = RowPlan.of(config, model, reference=setup.reference, longest=0).max_tokens_per_row
     same = ("max_length", "per_device_train_batch_size", "gradient_accumulation_steps", "sharing", "seed")
     settings = EstimateSettings(
         **{name: getattr(config, name) for name in same},

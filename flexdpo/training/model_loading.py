@@ -12,8 +12,6 @@ import torch
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
     PreTrainedModel,
@@ -24,7 +22,7 @@ from flexdpo.data.images import is_processor, tokenizer_of
 from flexdpo.data.tokenize import require_special_tokens
 from flexdpo.dropin.share import is_shared
 from flexdpo.errors import FlexdpoError, first_line, quoted
-from flexdpo.hf.auto import sees
+from flexdpo.hf.auto import auto_class, sees
 from flexdpo.hf.forward_layout import ATTN_IMPLEMENTATION
 from flexdpo.hf.names import adapter_base, require_saved, why_unreachable
 from flexdpo.hf.unwrap import unwrap_model
@@ -82,7 +80,7 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a causal LM from a local folder or the hub; ``prepare_model`` decides later whether it can be exact.
 
-    With ``images``, with the parts that see.
+    With ``images``, or where a model has no other class, with the parts that see.
 
     In float32 unless ``dtype`` says otherwise, as in TRL: at a learning rate of 1e-6, most updates of a bfloat16 weight
     round to nothing. A folder with an adapter is loaded on the model that it names, ready to be trained on.
@@ -100,10 +98,11 @@ def load_model(
             f"model_init_kwargs asks for attn_implementation={requested!r}; packed rows need "
             f"{ATTN_IMPLEMENTATION!r}, so leave it out"
         )
-    require_saved(name_or_path, "config.json", revision=init_kwargs.get("revision"))
+    where = {name: init_kwargs[name] for name in ("revision", "token", "cache_dir", "subfolder") if name in init_kwargs}
+    loader = auto_class(load_config(name_or_path, trust_remote_code=trust_remote_code, **where), images=images)
     try:
         model: PreTrainedModel
-        model, found = (AutoModelForImageTextToText if images else AutoModelForCausalLM).from_pretrained(
+        model, found = loader.from_pretrained(
             name_or_path, trust_remote_code=trust_remote_code, output_loading_info=True, **init_kwargs
         )
     except torch.OutOfMemoryError:
