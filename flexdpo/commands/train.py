@@ -81,7 +81,7 @@ def read(argv: list[str]) -> tuple[Job, DPOConfig, dict[str, Any]]:
         # transformers' and accelerate's own checks, each with an error of its own
         # json itself knows the text and the column; a text of no option is a file's
         text = error.doc if isinstance(error, json.JSONDecodeError) else None
-        for name in [name for name, value in vars(found).items() if value == text is not None]:
+        for name in [name for name, value in vars(found).items() if text is not None and value == text]:
             raise FlexdpoError(f"--{name} {text} is no JSON ({error}); write it as '{{\"name\": 1}}'") from error
         raise FlexdpoError(f"{' '.join(str(error).split())}; see flexdpo train --help") from error
     checkpoint = config.resume_from_checkpoint

@@ -192,6 +192,8 @@ def _load_folder(path: Path, split: str, config_name: str | None, streaming: boo
             files = [file for held in parts.values() for file in held]
             options |= _csv_options(files) if _one_reader(path, files) == "csv" else {}
             options["data_files"] = {part: [_unpacked(file, part) for file in held] for part, held in parts.items()}
+        elif any(format_of(file)[2] == "csv" for file in files):
+            options |= _declared_csv_options(path, config_name)
         # resolved, because a bare folder name such as "json" would mean one of the library's own readers
         return _load(str(path), files, str(path.resolve()), **options)
     try:
@@ -206,6 +208,18 @@ def _load_folder(path: Path, split: str, config_name: str | None, streaming: boo
         held_there = f"the folder holds a single one, {quoted(splits)}" if alone else f"found {quoted(splits)}"
         raise FlexdpoError(f"{path}: no split {split!r}; {held_there}")
     return splits[split].to_iterable_dataset() if streaming else splits[split]
+
+
+def _declared_csv_options(path: Path, config_name: str | None) -> dict[str, Any]:
+    """Those of the CSV files that the folder itself gives to a configuration; none where it has others."""
+    try:
+        config: Any = datasets.load_dataset_builder(str(path.resolve()), config_name).config
+    except (datasets.exceptions.DatasetsError, ValueError, OSError):
+        return {}  # loading says what is wrong
+    files = [Path(file) for held in (config.data_files or {}).values() for file in held]
+    if not files or _one_reader(path, files) != "csv":
+        return {}
+    return _csv_options(files, None if config.sep == "," else config.sep)
 
 
 def _one_reader(path: Path, files: Sequence[Path]) -> str:
@@ -274,9 +288,9 @@ def silent_json_reader() -> Iterator[None]:
         logger.disabled = was_disabled
 
 
-def _csv_options(files: Sequence[Path]) -> dict[str, Any]:
+def _csv_options(files: Sequence[Path], separator: str | None = None) -> dict[str, Any]:
     """Read every cell as text: a response ``42`` is no number and a response ``None`` is not missing."""
-    separator = "\t" if format_of(files[0])[0] == ".tsv" else ","
+    separator = separator or ("\t" if format_of(files[0])[0] == ".tsv" else ",")
     headers = [_header(file, separator) for file in files]
     header = headers[0]
     # what is no column of the first file would be left out, without a word

@@ -312,6 +312,21 @@ def test_a_folder_of_several_configurations(tmp_path: Any) -> None:
         load_preference_dataset(str(tmp_path))
 
 
+@pytest.mark.parametrize(("ending", "sep"), [(".csv", ","), (".tsv", "\t"), (".csv", ";")])
+def test_cells_are_text_where_a_folder_declares_its_files(tmp_path: Any, ending: str, sep: str) -> None:
+    """And each configuration has columns of its own."""
+    declared = "  sep: ';'\n" if sep == ";" else ""
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}{ending}\n{declared}" for name in ("one", "two"))
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    for name, more in (("one", "note"), ("two", "rating")):
+        rows = [["prompt", "chosen", "rejected", more], ["p", "42", "7", "a"], ["q", "NA", "x", "1"]]
+        (tmp_path / f"{name}{ending}").write_text("".join(sep.join(row) + "\n" for row in rows))
+    for name, more in (("one", "note"), ("two", "rating")):
+        first, second = load_preference_dataset(str(tmp_path), config_name=name).to_list()
+        assert first == {"prompt": "p", "chosen": "42", "rejected": "7", more: "a"}
+        assert second == {"prompt": "q", "chosen": "NA", "rejected": "x", more: "1"}
+
+
 @pytest.mark.parametrize(
     "name",
     ["./pairs", "/no/where", "a/b/c", "~/no-such-thing", "sub/pairs.csv.gz"]
